@@ -1,0 +1,442 @@
+"""`apply` and what one does with its result: a frozen base, trainable factors, and the way back to plain parameters."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import tree
+from jlora.methods import Method, lora
+from jlora.methods.method import Arrays, check_rank
+from jlora.sites import ADAPTABLE, Site, conventional
+from jlora.weight import Weight
+
+Pattern = str | Sequence[str] | Callable[[Site], bool]
+Factors = dict[str, Arrays]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """A leaf that is trained as it is, beside the factors: wholly, or some of its rows."""
+
+    path: str
+    rows: tuple[int, ...] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """Parameters with low-rank factors: a pytree that stands wherever the parameters stood, under `lift`.
+
+    Attributes:
+      base: the tree as it was given, its leaves untouched.
+      factors: what is trained, float32: path -> {"A", "B", ...}, and for extras path -> {"value"} or {"rows"}. A and B
+        are in broadcast form: W's axes plus the rank, size 1 on the axes that they do not span.
+      buffers: frozen arrays that the method computes from the base.
+      key: a dropout key (`with_key`), None outside training.
+      method: how factors make a weight.
+      sites: the adapted weights, in tree order, their rank and alpha filled in.
+      extras: the leaves trained as they are.
+    """
+
+    base: Any
+    factors: Factors
+    buffers: Factors
+    key: jax.Array | None
+    method: Method = dataclasses.field(metadata={"static": True})
+    sites: tuple[Site, ...] = dataclasses.field(metadata={"static": True})
+    extras: tuple[Extra, ...] = dataclasses.field(metadata={"static": True})
+
+    def replace(self, **changes: Any) -> "Adapted":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def as_weights(self) -> Any:
+        """The parameter tree, with a lazy `Weight` where a leaf is adapted and the trained value where it is an extra.
+
+        Raises:
+          ValueError: if the factors are not those of this base.
+        """
+        named, structure = tree.leaves(self.base)
+        self._check(named)
+        filled: dict[str, Any] = dict(named)
+        for site in self.sites:
+            buffers = self.buffers.get(site.path, {})
+            weight = self.method.weight(named[site.path], site, self.factors[site.path], buffers)
+            filled[site.path] = weight.replace(key=None if self.key is None else _site_key(self.key, site))
+        for extra in self.extras:
+            filled[extra.path] = _with_extra(named[extra.path], extra, self.factors[extra.path])
+        return jax.tree.unflatten(structure, filled.values())
+
+    def _check(self, named: Mapping[str, Any]) -> None:
+        expected = {site.path for site in self.sites} | {extra.path for extra in self.extras}
+        if expected != set(self.factors) or not expected <= set(named):
+            odd = sorted(expected.symmetric_difference(self.factors) | (expected - set(named)))
+            raise ValueError(
+                f"the factors are those of another tree: {len(odd)} paths do not agree, first {odd[0]!r}; "
+                "combine factors with the frozen part that they were split from"
+            )
+        for site in self.sites:
+            a = self.factors[site.path].get("A")
+            shape = tuple(getattr(named[site.path], "shape", ()))
+            if shape != site.shape or (a is not None and a.ndim != len(shape) + 1):
+                raise ValueError(
+                    f"the factors are those of another tree: {site.path!r} has shape {shape} in the base, and its "
+                    f"factors were made for {site.shape}"
+                )
+
+
+class Count(NamedTuple):
+    """Numbers of parameters."""
+
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters per hundred."""
+        return 100.0 * self.trainable / max(self.total, 1)
+
+
+def apply(
+    params: Any,
+    rank: int | None = None,
+    *,
+    method: Method | None = None,
+    alpha: float | None = None,
+    targets: Pattern | None = None,
+    sites: Iterable[Site] | None = None,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+    extras: str | Sequence[str] | Mapping[str, Sequence[int] | None] = (),
+    key: int | jax.Array = 0,
+) -> Adapted:
+    """Splits parameters into a frozen base and trainable low-rank factors.
+
+    Args:
+      params: any tree of arrays. It is not copied and not changed.
+      rank: r of plain LoRA, where `method` is not given.
+      method: `jlora.lora(16)`, `jlora.rslora(16)`, `jlora.dora(16)`, ...
+      alpha: of plain LoRA, where `method` is not given.
+      targets: which weights to adapt: a regular expression searched in the path, a list of them, or a predicate on
+        `Site`; None for all linear layers and convolutions; () for none.
+      sites: the parameters' axes, from `jlora.sites(fn, params, *args)`. Flax's naming conventions when None.
+      ranks, alphas: {pattern: value}, for sites that differ from the method; the first match wins.
+      extras: leaves to train as they are (biases, norms, a new head): patterns, or {pattern: row numbers} for some rows
+        of an embedding.
+      key: seed or key of the factors' initial values. Each site's own is folded from it by path.
+
+    Returns:
+      An `Adapted`.
+
+    Raises:
+      ValueError: for a rank that is no integer of at least 1, a pattern that matches nothing, a tree without arrays, a
+        weight that is integer or complex or whose axes cannot be told, and rules that contradict each other.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.apply({"kernel": jnp.ones((6, 4)), "bias": jnp.zeros(4)}, rank=2)
+      >>> {name: factor.shape for name, factor in adapted.factors["kernel"].items()}
+      {'A': (6, 1, 2), 'B': (1, 4, 2)}
+    """
+    if method is None and rank is None and targets != ():
+        raise ValueError("apply: give a rank, or a method such as jlora.rslora(16)")
+    if method is not None and (rank is not None or alpha is not None):
+        raise ValueError(f"apply: rank and alpha belong to the method: write method={method.name}(rank, alpha)")
+    method = lora(1 if rank is None else rank, alpha) if method is None else method
+    named, _ = tree.leaves(params)
+    if not any(hasattr(leaf, "dtype") for leaf in named.values()):
+        raise ValueError("apply: the tree of parameters holds no arrays")
+    known = _known_sites(params, named, sites)
+    chosen = _resolve(_select(known, targets), method, ranks or {}, alphas or {})
+    extra = _select_extras(named, extras)
+    both = [e.path for e in extra if e.path in {site.path for site in chosen}]
+    if both:
+        raise ValueError(
+            f"contradicting rules: {both[0]!r} is matched by targets= (train factors of it) and by extras= (train the "
+            "weight itself); keep one of them"
+        )
+    root = jax.random.key(key) if isinstance(key, int) else key
+    factors = {s.path: method.init(tree.fold_path(root, s.path), named[s.path], s) for s in chosen}
+    factors |= {e.path: _initial_extra(named[e.path], e) for e in extra}
+    buffers = {site.path: method.buffers(named[site.path], site) for site in chosen}
+    return Adapted(params, factors, {k: v for k, v in buffers.items() if v}, None, method, chosen, extra)
+
+
+def rebuild(params: Any, factors: Factors, method: Method, sites: tuple[Site, ...], extras: tuple[Extra, ...]) -> Adapted:
+    """An `Adapted` from parts that were stored: buffers are computed from the base again."""
+    named, _ = tree.leaves(params)
+    buffers = {site.path: method.buffers(named[site.path], site) for site in sites}
+    return Adapted(params, factors, {k: v for k, v in buffers.items() if v}, None, method, sites, extras)
+
+
+def merge(adapted: Adapted) -> Any:
+    """The plain tree with `W0 + (alpha/r) B A` (or the method's weight) in place of every adapted weight.
+
+    Pure. The sum is taken in float32 and cast once to the base's dtype. Extras take their trained values.
+
+    Raises:
+      ValueError: if a factor is not finite (not under `jit`, where values are not known).
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((3, 2))}
+      >>> merged = jlora.merge(jlora.apply(params, rank=1))
+      >>> bool((merged["kernel"] == params["kernel"]).all())
+      True
+    """
+    _check_finite(adapted.factors)
+    return jax.tree.map(
+        lambda leaf: leaf.dense() if isinstance(leaf, Weight) else leaf,
+        adapted.replace(key=None).as_weights(),
+        is_leaf=lambda leaf: isinstance(leaf, Weight),
+    )
+
+
+def unmerge(params: Any, adapted: Adapted) -> Adapted:
+    """Takes the factors out of merged parameters again, bit for bit.
+
+    W0 + BA - BA is not W0 in floating point, so the base comes from `adapted`, after a check that `params` is what
+    `merge(adapted)` gives. Leaves that no factor belongs to come from `params`.
+
+    Raises:
+      ValueError: if an adapted weight of `params` is not the merged one.
+    """
+    merged, structure = tree.leaves(merge(adapted))
+    given, given_structure = tree.leaves(params)
+    if structure != given_structure:
+        raise ValueError("unmerge: the parameters have another tree structure than the adapter's base")
+    base, _ = tree.leaves(adapted.base)
+    for path in adapted.factors:
+        if not _same_bits(given[path], merged[path]):
+            raise ValueError(f"unmerge: {path!r} is not the merged weight of this adapter")
+        given[path] = base[path]
+    return adapted.replace(base=jax.tree.unflatten(structure, given.values()))
+
+
+def partition(adapted: Adapted) -> tuple[Factors, Adapted]:
+    """Splits into what is trained and what is frozen (an `Adapted` without factors); `combine` is the inverse."""
+    return adapted.factors, adapted.replace(factors={})
+
+
+def combine(factors: Factors, frozen: Adapted) -> Adapted:
+    """Puts factors, or updated ones, back: `combine(*partition(adapted)) == adapted`."""
+    return frozen.replace(factors=factors)
+
+
+def mask(adapted: Adapted) -> Adapted:
+    """The same tree with True at what is trained and False elsewhere, for `optax.masked` and the like.
+
+    `optax.masked` passes the updates of unmasked leaves through: it does not freeze. `jlora.optimizer` does.
+    """
+    frozen = jax.tree.map(lambda _: False, adapted)
+    return frozen.replace(factors=jax.tree.map(lambda _: True, adapted.factors))
+
+
+def with_key(adapted: Adapted, key: jax.Array) -> Adapted:
+    """Switches dropout on: each site draws its mask from `key`, folded by path, and each stacked layer its own."""
+    return adapted.replace(key=key)
+
+
+def count(adapted: Adapted) -> Count:
+    """Trainable parameters, and those of the adapted model: the base's plus the factors, an extra counted once.
+
+    Works on abstract trees (`jax.eval_shape`), so that nothing need be allocated.
+    """
+    trainable = _size(adapted.factors)
+    extra = sum(_size(adapted.factors[e.path]) for e in adapted.extras if e.path in adapted.factors)
+    return Count(trainable, _size(adapted.base) + trainable - extra)
+
+
+def summary(adapted: Adapted) -> str:
+    """A table of what is trained: path, shape, axes, rank, parameters."""
+    rows = [("weight", "shape", "in -> out (stack)", "rank", "parameters")]
+    for site in adapted.sites:
+        axes = f"{list(site.in_axes)} -> {list(site.out_axes)}" + (f" ({list(site.stack_axes)})" if site.stack_axes else "")
+        size = _size(adapted.factors.get(site.path, {}))
+        rows.append((site.path, str(site.shape), axes, str(site.rank), f"{size:,}"))
+    for extra in adapted.extras:
+        what = "whole" if extra.rows is None else f"{len(extra.rows)} rows"
+        rows.append((extra.path, "", f"trained as it is: {what}", "", f"{_size(adapted.factors.get(extra.path, {})):,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = count(adapted)
+    lines.append(f"{adapted.method!r}: {total.trainable:,} of {total.total:,} parameters are trained ({total.percent:.4f} %)")
+    return "\n".join(lines)
+
+
+# -- selection ---------------------------------------------------------------------------------------------------------
+
+
+def _known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site] | None) -> tuple[Site, ...]:
+    if sites is None:
+        return conventional(params)
+    known = tuple(sites)
+    for site in known:
+        leaf = named.get(site.path)
+        if leaf is None or tuple(leaf.shape) != site.shape:
+            found = "no such leaf" if leaf is None else f"shape {tuple(leaf.shape)}"
+            raise ValueError(f"sites= are those of another tree: {site.path!r} has shape {site.shape}, params: {found}")
+    return known
+
+
+def _select(known: Sequence[Site], targets: Pattern | None) -> list[Site]:
+    if targets is None:
+        chosen = [site for site in known if site.kind in ("linear", "conv", "unknown")]
+        if not chosen:
+            raise ValueError(
+                "apply: none of the leaves is a linear layer by Flax's conventions (a 'kernel'); pass "
+                f"sites=jlora.sites(fn, params, *args) to read them from the program. Leaves: {_listing(known)}"
+            )
+    elif callable(targets):
+        chosen = [site for site in known if targets(site)]
+        if not chosen:
+            raise ValueError(f"targets= (a predicate) matches none of the {len(known)} weights: {_listing(known)}")
+    else:
+        patterns = [targets] if isinstance(targets, str) else list(targets)
+        hits = {pattern: _matches(pattern, known, "targets") for pattern in patterns}
+        paths = {site.path for found in hits.values() for site in found}
+        chosen = [site for site in known if site.path in paths]
+    return [site for site in chosen if _check_site(site)]
+
+
+def _matches(pattern: str, known: Sequence[Site], argument: str) -> list[Site]:
+    found = [site for site in known if re.search(pattern, site.path)]
+    if not found:
+        raise ValueError(_no_match(pattern, [site.path for site in known], argument))
+    fit = [site for site in found if site.kind in (*ADAPTABLE, "unknown")]
+    if fit:
+        return fit
+    site = found[0]
+    if not site.dtype.startswith(("float", "bfloat")):
+        raise ValueError(
+            f"{argument}={pattern!r} matches {site.path!r}, whose dtype is {site.dtype}: only floating-point weights "
+            "can be adapted"
+        )
+    used = f" (used by {', '.join(site.uses)})" if site.uses else ""
+    raise ValueError(
+        f"{argument}={pattern!r} matches {site.path!r} of shape {site.shape}{used}, which no product contracts with an "
+        "input: it has no low-rank form; train it as it is with extras="
+    )
+
+
+def _check_site(site: Site) -> bool:
+    if not site.dtype.startswith(("float", "bfloat")):
+        raise ValueError(f"{site.path!r} has dtype {site.dtype}: only floating-point weights can be adapted")
+    if site.kind == "unknown":
+        how = (
+            f"the program uses its axes in ways that contradict each other ({', '.join(site.uses)})"
+            if site.uses
+            else "its name and rank do not tell which axes are contracted; pass sites=jlora.sites(fn, params, *args)"
+        )
+        raise ValueError(f"{site.path!r} of shape {site.shape} is ambiguous: {how}, or leave it out with targets=")
+    if site.kind not in ADAPTABLE:
+        raise ValueError(f"{site.path!r} of shape {site.shape} has no low-rank form; train it with extras=")
+    return True
+
+
+def _resolve(
+    chosen: Sequence[Site], method: Method, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> tuple[Site, ...]:
+    for argument, rules in (("ranks", ranks), ("alphas", alphas)):
+        for pattern, value in rules.items():
+            if argument == "ranks":
+                check_rank(value, f"ranks[{pattern!r}]")
+            if not any(re.search(pattern, site.path) for site in chosen):
+                raise ValueError(_no_match(pattern, [site.path for site in chosen], argument))
+
+    def first(rules: Mapping[str, Any], path: str, default: Any) -> Any:
+        return next((value for pattern, value in rules.items() if re.search(pattern, path)), default)
+
+    resolved = []
+    for site in chosen:
+        rank = first(ranks, site.path, method.rank)
+        alpha = first(alphas, site.path, method.alpha)
+        resolved.append(dataclasses.replace(site, rank=rank, alpha=float(rank if alpha is None else alpha)))
+    return tuple(resolved)
+
+
+def _select_extras(named: Mapping[str, Any], extras: Any) -> tuple[Extra, ...]:
+    rules = {extras: None} if isinstance(extras, str) else extras
+    rules = rules if isinstance(rules, Mapping) else dict.fromkeys(rules)
+    chosen: dict[str, Extra] = {}
+    for pattern, rows in rules.items():
+        found = [path for path in named if re.search(pattern, path)]
+        if not found:
+            raise ValueError(_no_match(pattern, list(named), "extras"))
+        trainable = [p for p in found if jnp.issubdtype(getattr(named[p], "dtype", np.int32), jnp.floating)]
+        if not trainable:
+            dtype = getattr(named[found[0]], "dtype", type(named[found[0]]).__name__)
+            raise ValueError(f"extras={pattern!r} matches {found[0]!r}, whose dtype is {dtype}: it cannot be trained")
+        for path in trainable:
+            extra = Extra(path, None if rows is None else tuple(int(row) for row in rows))
+            _check_rows(extra, named[path])
+            if path in chosen and chosen[path] != extra:
+                raise ValueError(f"contradicting rules: extras= matches {path!r} twice, with different rows")
+            chosen[path] = extra
+    return tuple(chosen[path] for path in named if path in chosen)
+
+
+def _check_rows(extra: Extra, leaf: Any) -> None:
+    if extra.rows is None:
+        return
+    bad = [row for row in extra.rows if not 0 <= row < leaf.shape[0]] if leaf.ndim else list(extra.rows)
+    if bad or not extra.rows or len(set(extra.rows)) != len(extra.rows):
+        raise ValueError(f"extras: rows {list(extra.rows)} of {extra.path!r} must be distinct and within {leaf.shape}")
+
+
+def _no_match(pattern: str, paths: Sequence[str], argument: str) -> str:
+    words = {path: path.split("/") + [path] for path in paths}
+    score = {
+        path: max(difflib.SequenceMatcher(None, pattern, word).ratio() for word in parts) for path, parts in words.items()
+    }
+    near = sorted(paths, key=lambda path: -score[path])[:3]
+    return (
+        f"{argument}={pattern!r} matches none of the {len(paths)} weights; the closest are {', '.join(map(repr, near))}"
+    )
+
+
+def _listing(known: Sequence[Site]) -> str:
+    shown = [f"{site.path!r} {site.shape}" for site in known[:12]]
+    return ", ".join(shown) + (f", ... ({len(known) - 12} more)" if len(known) > 12 else "")
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _initial_extra(leaf: Any, extra: Extra) -> Arrays:
+    value = jnp.asarray(leaf).astype(jnp.float32)
+    # A copy, even of a float32 leaf: the factors are donated to the train step, the base never is.
+    return {"value": jnp.array(value, copy=True)} if extra.rows is None else {"rows": value[jnp.asarray(extra.rows)]}
+
+
+def _with_extra(leaf: Any, extra: Extra, factors: Arrays) -> jax.Array:
+    if extra.rows is None:
+        return factors["value"].astype(leaf.dtype)
+    return jnp.asarray(leaf).at[jnp.asarray(extra.rows)].set(factors["rows"].astype(leaf.dtype))
+
+
+def _site_key(key: jax.Array, site: Site) -> jax.Array:
+    shape = tuple(n if i in site.stack_axes else 1 for i, n in enumerate(site.shape))
+    return jax.random.split(tree.fold_path(key, site.path), shape)
+
+
+def _check_finite(factors: Factors) -> None:
+    for path, arrays in factors.items():
+        for name, value in arrays.items():
+            if not isinstance(value, jax.core.Tracer) and not bool(jnp.isfinite(value).all()):
+                raise ValueError(f"merge: factor {name!r} of {path!r} is not finite; the base is left as it is")
+
+
+def _same_bits(x: Any, y: Any) -> bool:
+    x, y = np.asarray(x), np.asarray(y)
+    return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def _size(arrays: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(arrays) if hasattr(leaf, "shape"))

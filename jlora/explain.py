@@ -1,0 +1,74 @@
+"""`explain`: what becomes of every adapted weight in a function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jlora.adapt import Adapted
+from jlora.lift import Trace, run
+from jlora.rules import Use
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained(Use):
+    """A use of a weight, and the number of its trainable parameters."""
+
+    parameters: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The uses in program order; `str` gives a table."""
+
+    rows: tuple[Explained, ...]
+
+    @property
+    def materialised(self) -> tuple[Explained, ...]:
+        """The uses that build the weight: those that `strict=True` would refuse."""
+        return tuple(row for row in self.rows if not row.factored)
+
+    def __str__(self) -> str:
+        head = ("weight", "operation", "in -> out (stack)", "how", "rank", "parameters", "extra FLOPs", "line")
+        cells = [head, *map(_cells, self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        dense = len(self.materialised)
+        lines.append(f"{len(self.rows) - dense} uses factored, {dense} materialised")
+        return "\n".join(lines)
+
+
+def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any) -> Explanation:
+    """Shows how `lift(fn)(adapted, *args)` uses each adapted weight; nothing is computed.
+
+    Args:
+      fn: a function of parameters and further arguments.
+      adapted: its parameters, from `apply`.
+      *args, **kwargs: the further arguments.
+
+    Returns:
+      An `Explanation`: per use the weight, the operation, the stored axes that it contracts and keeps, whether the
+      low-rank part stays apart ("factored") or the weight is built ("materialised", with the reason), the rank, the
+      trainable parameters, the FLOPs of the low-rank part in one forward pass, and the line of the model's code.
+
+    Raises:
+      ValueError: if the function never reads an adapted weight.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.apply({"kernel": jnp.ones((3, 2))}, rank=1)
+      >>> explanation = jlora.explain(lambda params, x: x @ params["kernel"], adapted, jnp.ones((1, 3)))
+      >>> [(row.path, row.op, row.in_axes, row.out_axes, row.factored) for row in explanation.rows]
+      [('kernel', 'dot_general', (0,), (1,), True)]
+    """
+    trace = Trace()
+    jax.eval_shape(lambda adapted: run(fn, (adapted, *args), kwargs, trace), adapted)
+    sizes = {path: sum(a.size for a in arrays.values()) for path, arrays in adapted.factors.items()}
+    return Explanation(tuple(Explained(**vars(use), parameters=sizes[use.path]) for use in trace.uses))
+
+
+def _cells(row: Explained) -> tuple[str, ...]:
+    axes = f"{list(row.in_axes)} -> {list(row.out_axes)}" + (f" ({list(row.stack_axes)})" if row.stack_axes else "")
+    how = "factored" if row.factored else f"materialised: {row.reason}"
+    return (row.path, row.op, axes, how, str(row.rank), f"{row.parameters:,}", f"{row.flops:,}", row.line)

@@ -1,0 +1,77 @@
+"""LoRA: low-rank adaptation."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.axes import fan_in
+from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.sites import Site
+from jlora.weight import Weight
+
+INITS = ("gaussian", "kaiming_uniform")
+
+
+def lora(rank: int, alpha: float | None = None, *, init: str = "gaussian", dropout: float = 0.0) -> Method:
+    """LoRA: `W + alpha / r * B A`, with W frozen, and A and B trained.
+
+    A starts random and B at zero, so that training starts from the base. The paper says that A is Gaussian; its code
+    draws it uniformly. Both are here with the variance of that code, 1 / (3 n), n being the inputs that an output sums
+    over. An embedding's rows are looked up, not summed: as in the paper's code its A is zero and its B normal.
+
+    Args:
+      rank: r, the number of columns of A. At least 1.
+      alpha: numerator of the scale, dimensionless. The site's rank when None, which makes the scale 1.
+      init: of A: "gaussian", N(0, 1 / (3 n)), or "kaiming_uniform", U(-1 / sqrt(n), 1 / sqrt(n)), as loralib and PEFT.
+      dropout: probability with which an input of the low-rank branch is dropped, where a key is passed (`with_key`).
+
+    Raises:
+      ValueError: if `rank` < 1 or is no integer, `init` is unknown, or `dropout` is outside [0, 1).
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, eq. 3; microsoft/LoRA.
+
+    Example:
+      >>> import jlora
+      >>> jlora.lora(8, alpha=16)
+      lora(rank=8, alpha=16, init='gaussian', dropout=0.0)
+    """
+    return scaled("lora", lambda alpha, rank: alpha / rank, rank, alpha, init, dropout)
+
+
+def scaled(name: str, scale: Any, rank: int, alpha: float | None, init: str, dropout: float) -> Method:
+    """The method `W + scale(alpha, r) * B A`."""
+    check_rank(rank)
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, not {init!r}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout!r}")
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, not {alpha!r}")
+    config: Config = (("name", name), ("rank", rank), ("alpha", alpha), ("init", init), ("dropout", dropout))
+
+    def initialise(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
+        return low_rank_init(key, site, init)
+
+    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
+        assert site.rank is not None and site.alpha is not None
+        a = factors["A"] * jnp.asarray(scale(site.alpha, site.rank), factors["A"].dtype)
+        origin = tuple((i,) for i in range(w.ndim))
+        return Weight(w, a, factors["B"], dropout=dropout, path=site.path, origin=origin)
+
+    return Method(config, rank, alpha, initialise, weight)
+
+
+def low_rank_init(key: jax.Array, site: Site, init: str) -> Arrays:
+    """A and B in broadcast form, float32: see `lora`."""
+    assert site.rank is not None
+    a_shape, b_shape = site.factor_shapes(site.rank)
+    if site.kind == "embedding":
+        return {"A": jnp.zeros(a_shape, jnp.float32), "B": jax.random.normal(key, b_shape, jnp.float32)}
+    bound = 1.0 / math.sqrt(max(fan_in(site.shape, site.in_axes), 1))
+    if init == "gaussian":
+        a = jax.random.normal(key, a_shape, jnp.float32) * jnp.float32(bound / math.sqrt(3.0))
+    else:
+        a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
+    return {"A": a, "B": jnp.zeros(b_shape, jnp.float32)}

@@ -1,0 +1,114 @@
+"""`y = x W + (x A) B` for any contraction, with a backward pass that forms no gradient of W."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jlora.axes import Labels, contract, expand
+
+
+class Spec(NamedTuple):
+    """The axes of one product, by label: static, so that it can be an argument of a `custom_vjp`."""
+
+    x: Labels
+    w: Labels
+    y: Labels
+    u: Labels  # of the factor that meets x first
+    v: Labels  # of the factor that meets the result of that
+    dimension_numbers: Any  # of the model's own `dot_general`
+    weight_first: bool  # whether the weight is its left operand
+    precision: Any
+    dtype: Any  # its preferred_element_type
+
+    @property
+    def inner(self) -> Labels:
+        """The labels of `x u`: what x and u have and the rest of the product still needs."""
+        needed = self.v + self.y
+        from_x = tuple(label for label in self.x if label in needed)
+        return from_x + tuple(label for label in self.u if label in needed and label not in from_x)
+
+
+def base_product(x: jax.Array, w: jax.Array, spec: Spec) -> jax.Array:
+    """`x W` as the model's own program has it, operand for operand, so that the bits agree."""
+    operands = (w, x) if spec.weight_first else (x, w)
+    return lax.dot_general(
+        *operands, spec.dimension_numbers, precision=spec.precision, preferred_element_type=spec.dtype
+    )
+
+
+def low_rank_product(x: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
+    """`(x u) v`, never the product of u and v, in the label order of `spec.y`."""
+    inner = contract(x, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
+    return contract(inner, spec.inner, v, spec.v, spec.y, spec.precision, spec.dtype)
+
+
+def plain_product(x: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
+    """`x W + (x u) v`, differentiable in both modes by autodiff."""
+    y = base_product(x, w, spec)
+    return y + low_rank_product(x, u, v, spec).astype(y.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def adapted_product(x: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
+    """`x W + (x u) v`, whose backward pass recomputes `x u` and shares `G = g v^T` between dx and du.
+
+    With the cotangent g:
+
+        G = g v^T,  dx = g W^T + G u^T,  du = x^T G,  dv = (x u)^T g
+
+    Autodiff of `plain_product` gives the same values. It keeps `x u` and, on the CPU, transposes the activations
+    where transposing a factor would do (measured in experiments/bench/step.py). There is no forward mode.
+
+    The gradient of W is formed where W itself is differentiated, and only there.
+    """
+    return plain_product(x, w, u, v, spec)
+
+
+@jax.tree_util.register_static
+class _Perturbed:
+    """Whether the base weight is differentiated: known while tracing, carried from the forward to the backward pass."""
+
+    def __init__(self, value: bool):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Perturbed) and other.value == self.value
+
+
+def _forward(x: Any, w: Any, u: Any, v: Any, spec: Spec) -> tuple[jax.Array, Any]:
+    operands = (x.value, w.value, u.value, v.value)
+    return plain_product(*operands, spec), (operands, _Perturbed(w.perturbed))
+
+
+def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...]:
+    (x, w, u, v), base_is_perturbed = residuals
+    if isinstance(g, SymbolicZero):
+        return None, None, None, None
+    g = g.astype(x.dtype)
+    inner = contract(x, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
+    into = functools.partial(_contract_into, precision=spec.precision)
+    inner_g = into(inner, spec.inner, g, spec.y, v, spec.v)
+    dx = into(x, spec.x, g, spec.y, w, spec.w) + into(x, spec.x, inner_g, spec.inner, u, spec.u)
+    du = into(u, spec.u, x, spec.x, inner_g, spec.inner)
+    dv = into(v, spec.v, inner, spec.inner, g, spec.y)
+    dw = into(w, spec.w, x, spec.x, g, spec.y) if base_is_perturbed.value else None
+    return dx, dw, du, dv
+
+
+def _contract_into(
+    target: jax.Array, labels: Labels, x: jax.Array, x_labels: Labels, y: jax.Array, y_labels: Labels, precision: Any
+) -> jax.Array:
+    """The product of x and y in the shape and dtype of `target`; axes that neither of them has are broadcast."""
+    out = tuple(label for label in labels if label in x_labels or label in y_labels)
+    product = contract(x, x_labels, y, y_labels, out, precision)
+    return jnp.broadcast_to(expand(product, out, labels), target.shape).astype(target.dtype)
+
+
+adapted_product.defvjp(_forward, _backward, symbolic_zeros=True)

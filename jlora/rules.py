@@ -1,0 +1,383 @@
+"""What each primitive does to a lazy weight: stay in the form, be multiplied, or (everything else) materialise.
+
+A primitive that is not listed here, or a case that the form cannot express, materialises the weight before the
+operation: slower, never wrong.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora import axes as ax
+from jlora.weight import RANK, NotSeparable, Weight, drop
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that reads a weight.
+
+    Attributes:
+      path: the weight.
+      op: the primitive's name.
+      in_axes, out_axes, stack_axes: the stored parameter's axes that this operation contracts, keeps, and runs over.
+      factored: whether the low-rank part stays apart; False where the weight is materialised.
+      rank: of the low-rank part, 0 for a weight that is only followed.
+      flops: multiply-adds times two of the low-rank part in one forward pass (of building the weight, if materialised).
+      line: the place in the model's own code, "file.py:12".
+      reason: why it is materialised, empty where it is not.
+    """
+
+    path: str
+    op: str
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    factored: bool
+    rank: int
+    flops: int
+    line: str = ""
+    reason: str = ""
+
+
+# -- operations that stay in the form: (weight, other operands, params) -> weight or weights ---------------------------
+
+
+def _split(weight: Weight, params: dict[str, Any]) -> list[Weight]:
+    axis, parts, at = params["axis"], [], 0
+    for size in params["sizes"]:
+        start = [0] * weight.ndim
+        limit = list(weight.shape)
+        start[axis], limit[axis] = at, at + int(size)
+        parts.append(weight.slice(start, limit, None))
+        at += int(size)
+    return parts
+
+
+def _convert(weight: Weight, params: dict[str, Any]) -> Weight:
+    if not jnp.issubdtype(params["new_dtype"], jnp.floating):
+        raise NotSeparable(f"cast to {params['new_dtype']}")
+    return weight.astype(params["new_dtype"])
+
+
+def _reshape(weight: Weight, params: dict[str, Any]) -> Weight:
+    if params.get("dimensions") is not None:
+        raise NotSeparable("reshape with an order of dimensions")
+    return weight.reshape(params["new_sizes"])
+
+
+def _squeeze(weight: Weight, params: dict[str, Any]) -> Weight:
+    gone = params["dimensions"]
+    return weight.reshape([n for i, n in enumerate(weight.shape) if i not in gone])
+
+
+def _constrain(weight: Weight, params: dict[str, Any]) -> Weight:
+    # The factors are small: where the compiler puts them is left to it.
+    return weight.replace(w=lax.with_sharding_constraint(weight.w, params["sharding"]))
+
+
+def _pad(weight: Weight, value: jax.Array, params: dict[str, Any]) -> Weight:
+    if not isinstance(value, np.ndarray) or value.item() != 0.0:  # a literal of the program, as lift passes it
+        raise NotSeparable("pad with something other than zero")
+    return weight.pad(value, params["padding_config"])
+
+
+UNARY: dict[str, Callable[[Weight, dict[str, Any]], Weight | list[Weight]]] = {
+    "convert_element_type": _convert,
+    "copy": lambda weight, params: weight,
+    "copy_p": lambda weight, params: weight,
+    "name": lambda weight, params: weight,
+    "neg": lambda weight, params: weight.negate(),
+    "reshape": _reshape,
+    "rev": lambda weight, params: weight.rev(params["dimensions"]),
+    "sharding_constraint": _constrain,
+    "slice": lambda weight, params: weight.slice(
+        params["start_indices"], params["limit_indices"], params["strides"]
+    ),  # fmt: skip
+    "split": _split,
+    "squeeze": _squeeze,
+    "transpose": lambda weight, params: weight.transpose(params["permutation"]),
+}
+
+
+def structural(primitive: str, values: Sequence[Any], params: dict[str, Any]) -> list[Weight] | None:
+    """The lazy result of an operation that stays in the form, or None if it is not such an operation.
+
+    Raises:
+      NotSeparable: if it is, but not for this weight.
+    """
+    first = values[0]
+    if primitive == "optimization_barrier":
+        return list(values)
+    if primitive in ("mul", "div") and len(values) == 2:
+        return _scaled(primitive, *values)
+    if not isinstance(first, Weight) or any(isinstance(v, Weight) for v in values[1:]):
+        return None
+    if primitive in UNARY and len(values) == 1:
+        out = UNARY[primitive](first, params)
+        return out if isinstance(out, list) else [out]
+    if primitive == "broadcast_in_dim" and len(values) == 1:
+        return [first.broadcast_in_dim(params["shape"], params["broadcast_dimensions"])]
+    if primitive == "dynamic_slice":
+        return [first.dynamic_slice(values[1:], params["slice_sizes"])]
+    if primitive == "pad":
+        return [_pad(first, values[1], params)]
+    return None
+
+
+def _scaled(primitive: str, left: Any, right: Any) -> list[Weight] | None:
+    weight, factor = (left, right) if isinstance(left, Weight) else (right, left)
+    if isinstance(factor, Weight) or (primitive == "div" and weight is right):
+        return None
+    if factor.ndim and any(n not in (1, m) for n, m in zip(factor.shape, weight.shape, strict=True)):
+        raise NotSeparable("product with a larger array")
+    return [weight.scale(factor, divide=primitive == "div")]
+
+
+# -- products: (weight, values, params, forward_mode) -> result, low-rank FLOPs, stored axes in, out, stack ------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A result, and what `Use` says of it."""
+
+    value: Any
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    flops: int
+
+
+def dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
+    """`lax.dot_general` with the weight as either operand."""
+    weight_first = values[0] is weight
+    x = values[1] if weight_first else values[0]
+    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    contracted, batch = (left, left_batch) if weight_first else (right, right_batch)
+    in_axes, stack_axes = _stored(weight, contracted), _stored(weight, batch) + weight.stack
+    out_axes = _stored(weight, [i for i in range(weight.ndim) if i not in contracted and i not in batch])
+    if weight.gathered and not (in_axes and out_axes):
+        raise NotSeparable("rows of a table")
+    if params.get("out_sharding") is not None:
+        raise NotSeparable("product with out_sharding")
+    value = weight.dot(
+        x,
+        params["dimension_numbers"],
+        weight_first,
+        params["precision"],
+        params["preferred_element_type"],
+        forward_mode,
+    )
+    flops = 2 * weight.rank * (x.size + value.size)
+    return Product(value, in_axes, out_axes, stack_axes + weight.gathered, flops)
+
+
+def conv_general_dilated(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
+    """A thin convolution to rank channels and a 1x1 map; or, for a transposed kernel, the map first."""
+    x, kernel = values
+    if kernel is not weight or params["batch_group_count"] != 1:
+        raise NotSeparable("convolution with the weight as its input, or with batch groups")
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    out_axis, in_axis, *spatial = numbers.rhs_spec
+    options = {k: v for k, v in params.items() if k in _CONV_OPTIONS}
+    channel_in, channel_out = numbers.lhs_spec[1], numbers.out_spec[1]
+    x_gain, y_gain = _conv_gains(weight, in_axis, out_axis, groups)
+    if x_gain is not None:
+        x = x * _on_axis(x_gain, x.ndim, channel_in).astype(x.dtype)
+    value = lax.conv_general_dilated(x, weight.w, feature_group_count=groups, **options)
+    flops = 0
+    if weight.rank:
+        branch = x if weight.key is None else drop(x, weight.key, weight.dropout)
+        delta, flops = _conv_delta(weight, branch, numbers, groups, options)
+        value = value + delta.astype(value.dtype)
+    if y_gain is not None:
+        value = value * _on_axis(y_gain, value.ndim, channel_out).astype(value.dtype)
+    inputs = _stored(weight, sorted((*spatial, in_axis)))
+    return Product(value, inputs, _stored(weight, [out_axis]), weight.stack, flops)
+
+
+_CONV_OPTIONS = (
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "dimension_numbers",
+    "precision",
+    "preferred_element_type",
+)
+
+
+def _conv_delta(weight: Weight, x: jax.Array, numbers: Any, groups: int, options: dict[str, Any]) -> Any:
+    out_axis, in_axis, *spatial = numbers.rhs_spec
+    window = [in_axis, *spatial]
+    a, b = weight.a, weight.b
+    assert a is not None and b is not None
+    spans = {id(p): {i for i in range(weight.ndim) if p.shape[i] > 1} for p in (a, b)}
+    if not spans[id(b)] & set(window) and out_axis not in spans[id(a)]:
+        thin, point = a, b
+    elif not spans[id(a)] & set(window) and out_axis not in spans[id(b)]:
+        thin, point = b, a
+    elif groups == 1:
+        return _transposed_conv_delta(weight, x, numbers, options, spans)
+    else:
+        raise NotSeparable("grouped convolution with a transposed kernel")
+    order = [i for i in range(weight.ndim) if i != out_axis]
+    kernel = _rank_to(thin.astype(x.dtype), out_axis)  # (*window, rank at the output axis)
+    if groups > 1:
+        kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
+    inner = lax.conv_general_dilated(x, kernel, feature_group_count=groups, **options)
+    channel = numbers.out_spec[1]
+    point = lax.reshape(point.astype(x.dtype), (groups, point.shape[out_axis] // groups, weight.rank))
+    split = inner.shape[:channel] + (groups, weight.rank) + inner.shape[channel + 1 :]
+    labels: list[int | str] = list(range(inner.ndim))
+    inner_labels = (*labels[:channel], "group", RANK, *labels[channel + 1 :])
+    out_labels = (*labels[:channel], "group", "out", *labels[channel + 1 :])
+    value = ax.contract(
+        lax.reshape(inner, split), inner_labels, point, ("group", "out", RANK), out_labels, options["precision"]
+    )
+    merged = value.shape[:channel] + (-1,) + value.shape[channel + 2 :]
+    flops = 2 * inner.size * (math.prod(weight.shape[i] for i in order) + point.shape[1])
+    return value.reshape(merged), flops
+
+
+def _transposed_conv_delta(weight: Weight, x: jax.Array, numbers: Any, options: dict[str, Any], spans: Any) -> Any:
+    """The kernel of a gradient convolution: its input channels are the low-rank map, its window the thin part."""
+    out_axis, in_axis, *_ = numbers.rhs_spec
+    a, b = weight.a, weight.b
+    assert a is not None and b is not None
+    thin, point = (a, b) if spans[id(b)] <= {in_axis} else (b, a)
+    if not spans[id(point)] <= {in_axis} or in_axis in spans[id(thin)]:
+        raise NotSeparable("convolution whose window is split between the factors")
+    channel = numbers.lhs_spec[1]
+    labels: list[int | str] = list(range(x.ndim))
+    inner_labels = (*labels[:channel], RANK, *labels[channel + 1 :])
+    flat = lax.reshape(point.astype(x.dtype), (point.shape[in_axis], weight.rank))
+    inner = ax.contract(x, tuple(labels), flat, (channel, RANK), inner_labels, options["precision"])
+    value = lax.conv_general_dilated(inner, _rank_to(thin.astype(x.dtype), in_axis), **options)
+    return value, 2 * (inner.size * point.shape[in_axis] + value.size * thin.size // max(thin.shape[out_axis], 1))
+
+
+def _rank_to(part: jax.Array, axis: int) -> jax.Array:
+    """Puts the rank, the last axis, where `part` has an axis of size 1."""
+    order = list(range(part.ndim - 1))
+    order[axis] = part.ndim - 1
+    return lax.squeeze(lax.transpose(part, (*order, axis)), (part.ndim - 1,))
+
+
+def _conv_gains(weight: Weight, in_axis: int, out_axis: int, groups: int) -> Any:
+    gain = weight.gain
+    if gain is None:
+        return None, None
+    spanned = {i for i in range(weight.ndim) if gain.shape[i] > 1}
+    if spanned <= {out_axis}:
+        return None, gain.reshape(-1)
+    if spanned <= {in_axis} and groups == 1:
+        return gain.reshape(-1), None
+    raise NotSeparable("convolution of a kernel whose gain spans its window")
+
+
+def _on_axis(vector: jax.Array, ndim: int, axis: int) -> jax.Array:
+    return lax.reshape(vector, tuple(vector.size if i == axis else 1 for i in range(ndim)))
+
+
+def ragged_dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
+    """`lax.ragged_dot`: rows (m, k) of several groups with one (k, n) kernel per group."""
+    x, kernel, sizes = values
+    numbers = params["ragged_dot_dimension_numbers"]
+    basic = tuple(map(tuple, numbers.dot_dimension_numbers[0])) == ((1,), (1,)) and not any(
+        numbers.dot_dimension_numbers[1]
+    )
+    grouped = tuple(numbers.rhs_group_dimensions) == (0,) and tuple(numbers.lhs_ragged_dimensions) == (0,)
+    if kernel is not weight or not (basic and grouped) or weight.gain is not None:
+        raise NotSeparable("ragged product of another form")
+    options = {"precision": params["precision"], "preferred_element_type": params["preferred_element_type"]}
+    value = lax.ragged_dot(x, weight.w, sizes, **options)
+    if weight.rank:
+        a, b = weight.a, weight.b
+        assert a is not None and b is not None
+        u, v = (a, b) if a.shape[1] > 1 or b.shape[2] > 1 else (b, a)
+        if u.shape[2] > 1 or v.shape[1] > 1 or u.shape[0] != weight.shape[0] or v.shape[0] != weight.shape[0]:
+            raise NotSeparable("ragged product whose factors are shared by the groups")
+        branch = x if weight.key is None else drop(x, weight.key, weight.dropout)
+        inner = lax.ragged_dot(branch, lax.squeeze(u, (2,)).astype(x.dtype), sizes, **options)  # (m, rank)
+        out = lax.transpose(lax.squeeze(v, (1,)), (0, 2, 1)).astype(x.dtype)  # (group, rank, n)
+        value = value + lax.ragged_dot(inner.astype(x.dtype), out, sizes, **options).astype(value.dtype)
+    flops = 2 * weight.rank * (x.size + value.size)
+    return Product(value, _stored(weight, [1]), _stored(weight, [2]), _stored(weight, [0]) + weight.stack, flops)
+
+
+def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
+    """A look-up: rows of `a` are gathered and meet `b`. Where both factors have the gathered axis (one kernel per row,
+    as an expert table) the result is a lazy weight again, and so it is where the weight is only followed."""
+    table, indices = values
+    if table is not weight:
+        raise NotSeparable("weight as an index")
+    numbers = params["dimension_numbers"]
+    batch_ndim = indices.ndim - 1
+    looked_up = tuple(i for i in numbers.start_index_map if params["slice_sizes"][i] != weight.shape[i])
+    if numbers.operand_batching_dims or any(params["slice_sizes"][i] != 1 for i in looked_up):
+        raise NotSeparable("gather with batching dimensions or windows")
+    rows = _gathered(weight, indices, params, looked_up, batch_ndim)
+    stored = _stored(weight, looked_up)
+    if batch_ndim == 0:
+        return Product(rows.replace(stack=weight.stack + stored), (), (), (), 0)
+    rows = rows.replace(gathered=weight.gathered + stored)
+    if not weight.rank or all(part.shape[i] > 1 for part in (weight.a, weight.b) for i in looked_up):  # type: ignore[union-attr]
+        return Product(rows, (), (), (), 0)
+    return table_rows(rows)
+
+
+def table_rows(rows: Weight) -> Product:
+    """The rows that a gather has looked up, as an array: the base's rows plus `a[ids] b`."""
+    out_axes = _stored(rows, range(rows.ndim))
+    value = rows.dense(precision=None)
+    return Product(value, rows.gathered, out_axes, rows.stack, 2 * rows.rank * value.size)
+
+
+def _gathered(weight: Weight, indices: Any, params: dict[str, Any], looked_up: Any, batch_ndim: int) -> Weight:
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    kept = [i for i in range(weight.ndim) if i not in numbers.collapsed_slice_dims]
+    out_ndim = batch_ndim + len(numbers.offset_dims)
+
+    def part(x: jax.Array, extra: int) -> jax.Array:
+        spanned = [x.shape[i] == weight.shape[i] for i in looked_up]
+        if not any(spanned):
+            shape = [1] * out_ndim
+            for position, axis in zip(numbers.offset_dims, kept, strict=True):
+                shape[position] = x.shape[axis]
+            return lax.reshape(x, tuple(shape) + x.shape[x.ndim - extra :])
+        if not all(spanned):
+            raise NotSeparable("gather over an input and an output axis at once")
+        return lax.gather(
+            x,
+            indices,
+            numbers._replace(offset_dims=(*numbers.offset_dims, *range(out_ndim, out_ndim + extra))),
+            tuple(min(n, m) for n, m in zip(sizes, x.shape[: weight.ndim], strict=True)) + x.shape[weight.ndim :],
+            unique_indices=params["unique_indices"],
+            indices_are_sorted=params["indices_are_sorted"],
+            mode=params["mode"],
+            fill_value=params["fill_value"],
+        )
+
+    origin: list[tuple[int, ...]] = [()] * out_ndim
+    for position, axis in zip(numbers.offset_dims, kept, strict=True):
+        origin[position] = weight.origin[axis] if axis not in looked_up else ()
+    return weight.map(part, origin=tuple(origin))
+
+
+PRODUCTS: dict[str, Callable[[Weight, Sequence[Any], dict[str, Any], bool], Product]] = {
+    "conv_general_dilated": conv_general_dilated,
+    "dot_general": dot_general,
+    "gather": gather,
+    "ragged_dot_general": ragged_dot_general,
+}
+
+
+def _stored(weight: Weight, axes: Any) -> tuple[int, ...]:
+    """The stored parameter's axes behind these axes of the value at hand."""
+    return tuple(sorted({i for axis in axes for i in weight.origin[axis]}))

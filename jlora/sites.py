@@ -1,0 +1,173 @@
+"""Which weights a function multiplies by, and along which of their axes: read from the program, not from names."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import tree
+from jlora.lift import Trace, trace_weights
+from jlora.rules import PRODUCTS, Use
+from jlora.weight import Weight
+
+ADAPTABLE = ("linear", "conv", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One parameter, and what it is used for.
+
+    Attributes:
+      path: "h_0/attn/query/kernel".
+      shape, dtype: of the stored parameter.
+      in_axes: the axes that a product contracts: A spans them.
+      out_axes: the axes that stay in the result: B spans them.
+      stack_axes: the axes along which there is one weight per index (scanned layers, experts): A and B both have them.
+      kind: "linear", "conv" or "embedding"; "unknown" where the axes cannot be told; "other" where no product has it.
+      uses: the operations that read it, in program order.
+      rank, alpha: set by `apply` on the sites that it adapts.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    kind: str
+    uses: tuple[str, ...] = ()
+    rank: int | None = None
+    alpha: float | None = None
+
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B in broadcast form: W's axes, size 1 where not spanned, and the rank."""
+        a = tuple(1 if i in self.out_axes else n for i, n in enumerate(self.shape))
+        b = tuple(1 if i in self.in_axes else n for i, n in enumerate(self.shape))
+        return (*a, rank), (*b, rank)
+
+
+def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
+    """Finds by dataflow what `fn(params, *args)` uses every parameter for.
+
+    The function is traced on shapes: nothing is computed, and `params` and `args` may be `jax.ShapeDtypeStruct`s. Each
+    leaf is followed through casts, reshapes, scans, remat and branches to the product that consumes it.
+
+    Args:
+      fn: a function of a parameter tree and further arguments.
+      params: the tree.
+      *args, **kwargs: the further arguments, as `fn` takes them.
+
+    Returns:
+      One `Site` per leaf, in tree order.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"w": jnp.ones((4, 3)), "bias": jnp.ones(4)}
+      >>> found = jlora.sites(lambda p, x: x @ p["w"].T + p["bias"], params, jnp.ones((2, 3)))
+      >>> [(site.path, site.kind, site.in_axes, site.out_axes) for site in found]
+      [('bias', 'other', (), ()), ('w', 'linear', (1,), (0,))]
+    """
+    named, structure = tree.leaves(params)
+    followed = [path for path, leaf in named.items() if _is_float(leaf)]
+    if not followed:
+        raise ValueError("sites: the tree of parameters holds no floating-point arrays")
+    leaves, rest = jax.tree.flatten((args, kwargs))
+    abstract = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    trace = Trace()
+
+    def run(weights: list[jax.Array], inputs: list[jax.Array]) -> None:
+        filled = list(leaves)
+        for i, value in zip(abstract, inputs, strict=True):
+            filled[i] = value
+        more, keywords = jax.tree.unflatten(rest, filled)
+
+        def of_weights(*arrays: jax.Array) -> Any:
+            values = {**named, **dict(zip(followed, arrays, strict=True))}
+            return fn(jax.tree.unflatten(structure, values.values()), *more, **keywords)
+
+        probes = [
+            Weight(w, path=path, origin=tuple((i,) for i in range(w.ndim)))
+            for path, w in zip(followed, weights, strict=True)
+        ]
+        trace_weights(of_weights, probes, trace)
+
+    jax.eval_shape(run, [_abstract(named[path]) for path in followed], [leaves[i] for i in abstract])
+    return tuple(_site(path, leaf, [u for u in trace.uses if u.path == path]) for path, leaf in named.items())
+
+
+def conventional(params: Any) -> tuple[Site, ...]:
+    """Sites by Flax's names and ranks, for `apply` without a function.
+
+    A 2-D `kernel` is (in, out); a 4-D or 5-D one whose leading axes are small is a convolution's (*window, in, out); the
+    3-D kernels of attention's query, key, value are (in, heads, width) and of its out (heads, width, in); a 2-D
+    `embedding` is (vocabulary, width). Any other kernel of three or more axes is "unknown".
+    """
+    named, _ = tree.leaves(params)
+    return tuple(_by_convention(path, leaf) for path, leaf in named.items())
+
+
+def _by_convention(path: str, leaf: Any) -> Site:
+    shape = tuple(jnp.shape(leaf)) if _is_array(leaf) else ()
+    dtype = str(leaf.dtype) if _is_array(leaf) else type(leaf).__name__
+    *parents, last = path.split("/")
+    attention = parents[-1] if parents and parents[-1] in ("query", "key", "value", "out") else ""
+    ndim = len(shape)
+
+    def site(kind: str, in_axes: tuple[int, ...] = (), out_axes: tuple[int, ...] = ()) -> Site:
+        return Site(path, shape, dtype, in_axes, out_axes, (), kind)
+
+    if not _is_float(leaf):
+        return site("other")
+    if last == "embedding" and ndim == 2:
+        return site("embedding", (0,), (1,))
+    if last != "kernel" or ndim < 2:
+        return site("other")
+    if ndim == 2:
+        return site("linear", (0,), (1,))
+    if ndim == 3 and attention:
+        return site("linear", (0, 1), (2,)) if attention == "out" else site("linear", (0,), (1, 2))
+    if ndim in (4, 5) and not attention and max(shape[:-2]) <= 16:
+        return site("conv", tuple(range(ndim - 1)), (ndim - 1,))
+    return site("unknown")
+
+
+def _site(path: str, leaf: Any, uses: Sequence[Use]) -> Site:
+    shape = tuple(jnp.shape(leaf)) if _is_array(leaf) else ()
+    dtype = str(leaf.dtype) if _is_array(leaf) else type(leaf).__name__
+    names = tuple(dict.fromkeys(use.op for use in uses))
+    products = [use for use in uses if use.factored and use.op in PRODUCTS]
+    products.sort(key=lambda use: use.op != "gather")  # a tied embedding is a table first
+    matrices = [use for use in products if use.in_axes and use.out_axes]
+    if not matrices:
+        return Site(path, shape, dtype, (), (), (), "other", names)
+    first = matrices[0]
+    kind = {"gather": "embedding", "conv_general_dilated": "conv"}.get(first.op, "linear")
+    ones = tuple(i for i, n in enumerate(shape) if n == 1)
+    partition = [set(first.in_axes), set(first.out_axes), set(first.stack_axes)]
+    partition[1] |= {i for i in ones if not any(i in part for part in partition)}
+    complete = sum(map(len, partition)) == len(shape) and set().union(*partition) == set(range(len(shape)))
+    if not complete or not all(_agrees(use, partition, ones) for use in matrices):
+        return Site(path, shape, dtype, (), (), (), "unknown", names)
+    in_axes, out_axes, stack_axes = (tuple(sorted(part)) for part in partition)
+    return Site(path, shape, dtype, in_axes, out_axes, stack_axes, kind, names)
+
+
+def _agrees(use: Use, partition: Sequence[set[int]], ones: Sequence[int]) -> bool:
+    """Whether another use splits the axes in the same way, or with inputs and outputs exchanged (a tied head)."""
+    mine = [set(axes) - set(ones) for axes in (use.in_axes, use.out_axes, use.stack_axes)]
+    theirs = [axes - set(ones) for axes in partition]
+    return mine == theirs or mine == [theirs[1], theirs[0], theirs[2]]
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _is_float(leaf: Any) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

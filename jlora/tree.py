@@ -1,0 +1,51 @@
+"""Paths of leaves: how jlora names the weights of any tree."""
+
+import zlib
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, tree_flatten_with_path
+
+# Boxes around a leaf (`nn.Partitioned`, `nnx.Variable`) are containers with one child: its name says nothing.
+_BOXES = ("value", "raw_value", "get_value()")
+
+
+def leaves(tree: Any) -> tuple[dict[str, Any], Any]:
+    """The leaves by path, "h_0/attn/query/kernel", in tree order, and the tree's structure.
+
+    Raises:
+      ValueError: if two leaves have the same path, as keys that contain "/" may bring about.
+    """
+    flat, structure = tree_flatten_with_path(tree)
+    named: dict[str, Any] = {}
+    for keys, leaf in flat:
+        path = name(keys)
+        if path in named:
+            raise ValueError(f"two leaves of the tree have the path {path!r}; rename one of the keys")
+        named[path] = leaf
+    return named, structure
+
+
+def name(keys: tuple[Any, ...]) -> str:
+    """The path of one leaf."""
+    parts = [_key(key) for key in keys]
+    if len(parts) > 1 and isinstance(keys[-1], GetAttrKey | FlattenedIndexKey) and parts[-1] in _BOXES:
+        parts = parts[:-1]
+    return "/".join(parts)
+
+
+def fold_path(key: jax.Array, path: str) -> jax.Array:
+    """A key of the leaf's own, which does not change when other leaves are added."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def _key(key: Any) -> str:
+    match key:
+        case DictKey(key=inner) | FlattenedIndexKey(key=inner):
+            return str(inner)
+        case GetAttrKey(name=inner):
+            return str(inner)
+        case SequenceKey(idx=inner):
+            return str(inner)
+        case _:
+            return str(key).strip("[]'.")

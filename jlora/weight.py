@@ -1,0 +1,321 @@
+"""The algebra of an adapted weight that is never built: `W_eff = gain * (w + sum over r of a[..., r] * b[..., r])`.
+
+`a` and `b` have W's axes plus a last rank axis, and size 1 on the axes that they do not span; `gain` is broadcast in
+the same way. Because the form is linear in W and separable by axis, what models do to a weight before they use it
+(cast, transpose, reshape, slice, index, scale) acts on the parts one by one and stays in the form.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import axes as ax
+from jlora.product import Spec, adapted_product, base_product, low_rank_product, plain_product
+
+RANK = "rank"  # the label of the last axis of a and b
+
+
+class NotSeparable(Exception):
+    """An operation that mixes axes in a way the form cannot express: the caller materialises instead."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """A lazy weight of shape `w.shape`.
+
+    Attributes:
+      w: the base weight, any number of axes.
+      a, b: the low-rank factors in broadcast form, the scale folded into `a`; None for a weight that is only followed.
+      gain: a factor in broadcast form without the rank axis, or None.
+      key: a dropout key per stacked weight, in broadcast form without the rank axis, or None.
+      dropout: the probability with which an input of the low-rank branch is dropped; used where `key` is there.
+      path: where the weight stands in the parameter tree.
+      origin: for each axis, the axes of the stored parameter that it comes from.
+      stack: axes of the stored parameter that scans and indexing have already consumed.
+      gathered: axes of the stored parameter that a batched gather has looked up (an embedding or an expert table).
+    """
+
+    w: jax.Array
+    a: jax.Array | None = None
+    b: jax.Array | None = None
+    gain: jax.Array | None = None
+    key: jax.Array | None = None
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    path: str = dataclasses.field(default="", metadata={"static": True})
+    origin: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
+    stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    gathered: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.w.ndim
+
+    @property
+    def rank(self) -> int:
+        """The width of the low-rank part, 0 where there is none."""
+        return 0 if self.a is None else self.a.shape[-1]
+
+    def replace(self, **changes: Any) -> "Weight":
+        return dataclasses.replace(self, **changes)
+
+    def map(self, parts: Callable[[jax.Array, int], jax.Array], **changes: Any) -> "Weight":
+        """Applies `parts(array, number of trailing axes that are not W's)` to w, a, b, gain and key."""
+        rest = {
+            name: None if part is None else parts(part, trailing)
+            for name, part, trailing in (
+                ("w", self.w, 0), ("a", self.a, 1), ("b", self.b, 1), ("gain", self.gain, 0), ("key", self.key, 0)
+            )
+        }  # fmt: skip
+        return self.replace(**rest, **changes)
+
+    # -- operations that stay in the form -----------------------------------------------------------------------------
+
+    def astype(self, dtype: Any) -> "Weight":
+        """Casts the base; the factors keep their own precision until they meet an input."""
+        return self.replace(w=self.w.astype(dtype))
+
+    def transpose(self, permutation: Sequence[int]) -> "Weight":
+        p = tuple(permutation)
+        return self.map(
+            lambda x, extra: lax.transpose(x, p + tuple(range(len(p), len(p) + extra))),
+            origin=tuple(self.origin[i] for i in p),
+        )
+
+    def reshape(self, shape: Sequence[int]) -> "Weight":
+        """Row-major reshape; every group of axes must be spanned wholly or not at all by each part."""
+        groups = ax.reshape_groups(self.shape, shape)
+        origin: list[tuple[int, ...]] = [()] * len(shape)
+        for old, new in groups:
+            source = tuple(sorted({i for axis in old for i in self.origin[axis]}))
+            for axis in new:
+                origin[axis] = source if shape[axis] != 1 or self.shape == () else ()
+
+        def part(x: jax.Array, extra: int) -> jax.Array:
+            sizes = [1] * len(shape)
+            for old, new in groups:
+                mine, whole = [x.shape[i] for i in old], [self.shape[i] for i in old]
+                if mine == whole:
+                    for axis in new:
+                        sizes[axis] = shape[axis]
+                elif any(size != 1 for size in mine):
+                    raise NotSeparable(f"reshape of {self.shape} to {tuple(shape)} merges an input with an output axis")
+            return lax.reshape(x, tuple(sizes) + x.shape[x.ndim - extra :])
+
+        return self.map(part, origin=tuple(origin))
+
+    def broadcast_in_dim(self, shape: Sequence[int], dimensions: Sequence[int]) -> "Weight":
+        """New axes are broadcast in the base and have size 1 in the other parts."""
+        origin: list[tuple[int, ...]] = [()] * len(shape)
+        for old, new in enumerate(dimensions):
+            origin[new] = self.origin[old]
+
+        def part(x: jax.Array, extra: int) -> jax.Array:
+            sizes = [1] * len(shape)
+            for old, new in enumerate(dimensions):
+                sizes[new] = x.shape[old]
+            return lax.reshape(x, tuple(sizes) + x.shape[x.ndim - extra :])
+
+        widened = self.map(part, origin=tuple(origin))
+        return widened.replace(w=jnp.broadcast_to(widened.w, tuple(shape)))
+
+    def along(self, act: Callable[[jax.Array, tuple[int, ...], int], jax.Array], axes: Sequence[int]) -> "Weight":
+        """Applies `act(part, the axes among `axes` that the part spans, trailing)`: for operations that act on some
+        axes and leave a part that has size 1 there as it is."""
+
+        def part(x: jax.Array, extra: int) -> jax.Array:
+            spanned = tuple(i for i in axes if x.shape[i] == self.shape[i])
+            return act(x, spanned, extra) if spanned else x
+
+        return self.map(part)
+
+    def slice(self, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> "Weight":
+        """A static slice. One row of a longer axis is a stacked weight: its axis joins `stack`."""
+        steps = strides or (1,) * self.ndim
+
+        def act(x: jax.Array, spanned: tuple[int, ...], extra: int) -> jax.Array:
+            bounds = [(start[i], limit[i], steps[i]) if i in spanned else (0, n, 1) for i, n in enumerate(x.shape)]
+            return lax.slice(x, *zip(*bounds, strict=True))
+
+        axes = [i for i in range(self.ndim) if (start[i], limit[i], steps[i]) != (0, self.shape[i], 1)]
+        return self.along(act, axes)._popped([i for i in axes if limit[i] - start[i] == 1])
+
+    def dynamic_slice(self, start: Sequence[Any], sizes: Sequence[int]) -> "Weight":
+        """A slice at traced positions; as `slice`."""
+
+        def act(x: jax.Array, spanned: tuple[int, ...], extra: int) -> jax.Array:
+            zero = jnp.zeros_like(start[0])
+            at = [start[i] if i in spanned else zero for i in range(self.ndim)] + [zero] * extra
+            return lax.dynamic_slice(
+                x, at, tuple(sizes[i] if i in spanned else n for i, n in enumerate(x.shape))
+            )  # fmt: skip
+
+        axes = [i for i in range(self.ndim) if sizes[i] != self.shape[i]]
+        return self.along(act, axes)._popped([i for i in axes if sizes[i] == 1])
+
+    def rev(self, dimensions: Sequence[int]) -> "Weight":
+        return self.along(lambda x, spanned, extra: lax.rev(x, spanned), dimensions)
+
+    def pad(self, zero: jax.Array, config: Sequence[tuple[int, int, int]]) -> "Weight":
+        """Padding with zeros: w and what spans a padded axis are padded; something must span it, or w has no mate."""
+        axes = [i for i, c in enumerate(config) if c != (0, 0, 0)]
+        if self.rank and any(self.a.shape[i] == self.b.shape[i] == 1 < self.shape[i] for i in axes):  # type: ignore[union-attr]
+            raise NotSeparable("pad of a broadcast axis")
+
+        def act(x: jax.Array, spanned: tuple[int, ...], extra: int) -> jax.Array:
+            mine = [config[i] if i in spanned else (0, 0, 0) for i in range(self.ndim)] + [(0, 0, 0)] * extra
+            return lax.pad(x, jnp.zeros((), x.dtype), mine)
+
+        if self.key is not None:
+            raise NotSeparable("pad of a weight with dropout")
+        return self.along(act, axes)
+
+    def scale(self, factor: jax.Array, divide: bool = False) -> "Weight":
+        """`factor * W_eff` or `W_eff / factor`, for a factor that is a scalar or in broadcast form."""
+        apply = jnp.divide if divide else jnp.multiply
+        if factor.ndim and all(n == m for n, m in zip(factor.shape, self.shape, strict=True) if m > 1):
+            if self.rank or self.ndim > 1:
+                raise NotSeparable("product with an array that spans the whole weight")
+        if not self.rank and self.gain is None:
+            return self.replace(w=apply(self.w, factor.astype(self.w.dtype)))
+        if factor.ndim == 0:
+            a = None if self.a is None else apply(self.a, factor.astype(self.a.dtype))
+            return self.replace(w=apply(self.w, factor.astype(self.w.dtype)), a=a)
+        one = jnp.ones((1,) * self.ndim, factor.dtype) if self.gain is None else self.gain
+        return self.replace(gain=apply(one, factor.astype(one.dtype)))
+
+    def negate(self) -> "Weight":
+        return self.replace(w=-self.w, a=None if self.a is None else -self.a)
+
+    def unstack(self) -> tuple["Weight", Callable[["Weight"], "Weight"]]:
+        """Splits the leading axis off, for `lax.scan`.
+
+        Returns:
+          What varies along the axis (parts that do not are None), and a function that completes one slice of it.
+        """
+        varies = self.map(lambda x, extra: x if x.shape[0] == self.shape[0] else None)  # type: ignore[arg-type,return-value]
+        stack = self.stack + self.origin[0]
+
+        def complete(row: "Weight") -> "Weight":
+            parts = {
+                name: getattr(self, name)[0]
+                for name in ("a", "b", "gain", "key")
+                if getattr(self, name) is not None and getattr(row, name) is None
+            }
+            return row.replace(**parts, origin=self.origin[1:], stack=stack)
+
+        return varies, complete
+
+    def restack(self, axis: tuple[int, ...]) -> "Weight":
+        """The inverse of one step of `unstack`, for a weight that a scan returns: `axis` is what was split off."""
+        rest = self.stack[: len(self.stack) - len(axis)]
+        return self.replace(origin=(axis,) + self.origin, stack=rest)
+
+    def _popped(self, axes: Sequence[int]) -> "Weight":
+        if not axes:
+            return self
+        popped = tuple(i for axis in axes for i in self.origin[axis])
+        origin = tuple(() if i in axes else o for i, o in enumerate(self.origin))
+        return self.replace(origin=origin, stack=self.stack + popped)
+
+    # -- where the weight is used -------------------------------------------------------------------------------------
+
+    def dense(self, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
+        """The materialised weight: summed in float32 (or the base's own precision, if higher), cast once."""
+        if self.rank == 0 and self.gain is None:
+            return self.w
+        wide = jnp.promote_types(self.w.dtype, jnp.float32)
+        value = self.w.astype(wide)
+        if self.rank:
+            value = value + self.delta(precision).astype(wide)
+        if self.gain is not None:
+            value = value * self.gain.astype(wide)
+        return value.astype(self.w.dtype)
+
+    def delta(self, precision: Any = None) -> jax.Array:
+        """`sum over r of a * b`, in a shape that broadcasts against W's."""
+        assert self.a is not None and self.b is not None
+        labels = tuple(range(self.ndim))
+        a, a_labels = ax.drop_ones(self.a, labels + (RANK,), keep=(RANK,))
+        b, b_labels = ax.drop_ones(self.b, labels + (RANK,), keep=(RANK,))
+        out = tuple(i for i in labels if i in a_labels or i in b_labels)
+        return ax.expand(ax.contract(a, a_labels, b, b_labels, out, precision), out, labels)
+
+    def dot(
+        self, x: jax.Array, dimension_numbers: Any, weight_first: bool, precision: Any, dtype: Any, forward_mode: bool
+    ) -> jax.Array:
+        """`dot_general` of x with the weight, factored: x meets one factor, then the other.
+
+        Raises:
+          NotSeparable: if `gain` spans both a contracted and a free axis.
+        """
+        spec = self._spec(x.ndim, dimension_numbers, weight_first, precision, dtype)
+        gain_in, gain_out = self._gains(spec)
+        if gain_in is not None:
+            x = x * gain_in.astype(x.dtype)
+        if not self.rank:
+            y = base_product(x, self.w, spec)
+        else:
+            y = self._low_rank_dot(x, spec, forward_mode)
+        return y if gain_out is None else y * gain_out.astype(y.dtype)
+
+    def _low_rank_dot(self, x: jax.Array, spec: Spec, forward_mode: bool) -> jax.Array:
+        a, a_labels = ax.drop_ones(self.a, spec.w + (RANK,), keep=(RANK,))  # type: ignore[arg-type]
+        b, b_labels = ax.drop_ones(self.b, spec.w + (RANK,), keep=(RANK,))  # type: ignore[arg-type]
+        contracted = [label for label in spec.w if label in spec.x and label not in spec.y]
+        if sum(n in a_labels for n in contracted) < sum(n in b_labels for n in contracted):
+            a, a_labels, b, b_labels = b, b_labels, a, a_labels
+        u, v = a.astype(x.dtype), b.astype(x.dtype)
+        spec = spec._replace(u=a_labels, v=b_labels)
+        if self.key is not None:
+            dropped = drop(x, self.key, self.dropout)
+            y = base_product(x, self.w, spec)
+            return y + low_rank_product(dropped, u, v, spec).astype(y.dtype)
+        product = plain_product if forward_mode else adapted_product
+        return product(x, self.w, u, v, spec)
+
+    def _spec(self, x_ndim: int, dimension_numbers: Any, weight_first: bool, precision: Any, dtype: Any) -> Spec:
+        (left, right), (left_batch, right_batch) = dimension_numbers
+        if weight_first:
+            left, right, left_batch, right_batch = right, left, right_batch, left_batch
+        w_labels: tuple[int | str, ...] = tuple(f"w{i}" for i in range(self.ndim))
+        x_labels: list[int | str] = [f"x{i}" for i in range(x_ndim)]
+        for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
+            x_labels[i] = w_labels[j]
+        batch = tuple(x_labels[i] for i in left_batch)
+        x_free = tuple(x_labels[i] for i in range(x_ndim) if i not in left and i not in left_batch)
+        w_free = tuple(w_labels[j] for j in range(self.ndim) if j not in right and j not in right_batch)
+        y_labels = batch + (w_free + x_free if weight_first else x_free + w_free)
+        return Spec(
+            tuple(x_labels), w_labels, y_labels, (), (), dimension_numbers, weight_first, precision, dtype
+        )  # fmt: skip
+
+    def _gains(self, spec: Spec) -> tuple[jax.Array | None, jax.Array | None]:
+        """The gain as a factor of x or of y, whichever has all the axes that it spans."""
+        if self.gain is None:
+            return None, None
+        gain, labels = ax.drop_ones(self.gain, spec.w)
+        if all(label in spec.y for label in labels):
+            return None, ax.expand(gain, labels, spec.y)
+        if all(label in spec.x for label in labels):
+            return ax.expand(gain, labels, spec.x), None
+        raise NotSeparable("product of a weight whose gain spans inputs and outputs")
+
+
+def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """Inverted dropout of the low-rank branch's input: zero with probability `rate`, else scaled by 1 / (1 - rate).
+
+    `key` has one key per stacked weight that x meets at once; x has that axis too, so one key draws them all.
+    """
+    if rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key.reshape(-1)[0], 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
