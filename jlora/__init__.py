@@ -1,5 +1,6 @@
 """LoRA and the methods around it, as pure functions on JAX pytrees."""
 
+from jlora import checkpoint as checkpoint
 from jlora import methods as methods
 from jlora.adapt import Adapted as Adapted
 from jlora.adapt import Count as Count
@@ -13,6 +14,8 @@ from jlora.adapt import partition as partition
 from jlora.adapt import summary as summary
 from jlora.adapt import unmerge as unmerge
 from jlora.adapt import with_key as with_key
+from jlora.checkpoint import load as load
+from jlora.checkpoint import save as save
 from jlora.explain import Explanation as Explanation
 from jlora.explain import explain as explain
 from jlora.lift import MaterialisedError as MaterialisedError
@@ -21,5 +24,8 @@ from jlora.methods import Method as Method
 from jlora.methods import dora as dora
 from jlora.methods import lora as lora
 from jlora.methods import rslora as rslora
+from jlora.optim import optimizer as optimizer
 from jlora.sites import Site as Site
 from jlora.sites import sites as sites
+from jlora.train import TrainState as TrainState
+from jlora.train import train_step as train_step

@@ -168,7 +168,9 @@ def apply(
     return Adapted(params, factors, {k: v for k, v in buffers.items() if v}, None, method, chosen, extra)
 
 
-def rebuild(params: Any, factors: Factors, method: Method, sites: tuple[Site, ...], extras: tuple[Extra, ...]) -> Adapted:
+def rebuild(
+    params: Any, factors: Factors, method: Method, sites: tuple[Site, ...], extras: tuple[Extra, ...]
+) -> Adapted:
     """An `Adapted` from parts that were stored: buffers are computed from the base again."""
     named, _ = tree.leaves(params)
     buffers = {site.path: method.buffers(named[site.path], site) for site in sites}
@@ -257,16 +259,22 @@ def summary(adapted: Adapted) -> str:
     """A table of what is trained: path, shape, axes, rank, parameters."""
     rows = [("weight", "shape", "in -> out (stack)", "rank", "parameters")]
     for site in adapted.sites:
-        axes = f"{list(site.in_axes)} -> {list(site.out_axes)}" + (f" ({list(site.stack_axes)})" if site.stack_axes else "")
+        axes = f"{list(site.in_axes)} -> {list(site.out_axes)}" + (
+            f" ({list(site.stack_axes)})" if site.stack_axes else ""
+        )
         size = _size(adapted.factors.get(site.path, {}))
         rows.append((site.path, str(site.shape), axes, str(site.rank), f"{size:,}"))
     for extra in adapted.extras:
         what = "whole" if extra.rows is None else f"{len(extra.rows)} rows"
-        rows.append((extra.path, "", f"trained as it is: {what}", "", f"{_size(adapted.factors.get(extra.path, {})):,}"))
+        rows.append(
+            (extra.path, "", f"trained as it is: {what}", "", f"{_size(adapted.factors.get(extra.path, {})):,}")
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = count(adapted)
-    lines.append(f"{adapted.method!r}: {total.trainable:,} of {total.total:,} parameters are trained ({total.percent:.4f} %)")
+    lines.append(
+        f"{adapted.method!r}: {total.trainable:,} of {total.total:,} parameters are trained ({total.percent:.4f} %)"
+    )
     return "\n".join(lines)
 
 
@@ -393,7 +401,8 @@ def _check_rows(extra: Extra, leaf: Any) -> None:
 def _no_match(pattern: str, paths: Sequence[str], argument: str) -> str:
     words = {path: path.split("/") + [path] for path in paths}
     score = {
-        path: max(difflib.SequenceMatcher(None, pattern, word).ratio() for word in parts) for path, parts in words.items()
+        path: max(difflib.SequenceMatcher(None, pattern, word).ratio() for word in parts)
+        for path, parts in words.items()
     }
     near = sorted(paths, key=lambda path: -score[path])[:3]
     return (
@@ -429,8 +438,17 @@ def _site_key(key: jax.Array, site: Site) -> jax.Array:
 def _check_finite(factors: Factors) -> None:
     for path, arrays in factors.items():
         for name, value in arrays.items():
-            if not isinstance(value, jax.core.Tracer) and not bool(jnp.isfinite(value).all()):
+            if not _is_known_finite(value):
                 raise ValueError(f"merge: factor {name!r} of {path!r} is not finite; the base is left as it is")
+
+
+def _is_known_finite(value: jax.Array) -> bool:
+    """True also under a transformation, where the value is not known."""
+    finite = jnp.isfinite(value).all()
+    try:
+        return bool(finite)
+    except jax.errors.ConcretizationTypeError:
+        return True
 
 
 def _same_bits(x: Any, y: Any) -> bool:

@@ -15,10 +15,20 @@ from jax.extend import core as jex
 from jax.sharding import PartitionSpec
 
 from jlora import rules
-from jlora.rules import NotSeparable, Product, Use
-from jlora.weight import Weight
+from jlora.rules import Product, Use
+from jlora.weight import NotSeparable, Weight
 
-_LIBRARIES = ("/jax/", "/jaxlib/", "/flax/", "/haiku/", "/equinox/", "/jlora/", "/optax/", "/contextlib.py", "/functools.py")
+_LIBRARIES = (
+    "/jax/",
+    "/jaxlib/",
+    "/flax/",
+    "/haiku/",
+    "/equinox/",
+    "/jlora/",
+    "/optax/",
+    "/contextlib.py",
+    "/functools.py",
+)
 
 
 class MaterialisedError(ValueError):
@@ -126,13 +136,14 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], trace: Trac
     """
     env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     if not any(isinstance(value, Weight) for value in env.values()):
-        return list(jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars]), []))(*env.values()))  # fmt: skip
+        plain = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+        return list(jex.jaxpr_as_fun(jex.ClosedJaxpr(plain, []))(*env.values()))
     last_use = _last_uses(jaxpr)
     materialised: dict[int, tuple[Weight, jax.Array]] = {}
 
     def read(atom: Any) -> Any:
         if isinstance(atom, jex.Literal):
-            return np.asarray(atom.val, dtype=atom.aval.dtype)
+            return np.asarray(atom.val, dtype=getattr(atom.aval, "dtype", None))
         value = env[atom]
         return materialised[id(value)][1] if id(value) in materialised else value
 
@@ -226,7 +237,9 @@ def _template() -> Any:
     return _open(jax.make_jaxpr(lambda: ())())[0]
 
 
-def _run_segment(jaxpr: Any, eqns: list[Any], env: dict[Any, Any], last_use: dict[Any, int], end: int) -> dict[Any, Any]:
+def _run_segment(
+    jaxpr: Any, eqns: list[Any], env: dict[Any, Any], last_use: dict[Any, int], end: int
+) -> dict[Any, Any]:
     """Runs equations that have no lazy operand; returns the values that are read at or after position `end`."""
     if not eqns:
         return {}
@@ -313,7 +326,10 @@ def _scan(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[An
     body_carry = jaxpr.invars[num_consts : num_consts + num_carry]
     # A carry that the body returns as it came is a constant; another lazy carry would change its type.
     fixed = {i: w for i, w in enumerate(carry) if isinstance(w, Weight) and jaxpr.outvars[i] is body_carry[i]}
-    carry = [make_dense(w, reason="carry of a scan") if isinstance(w, Weight) and i not in fixed else w for i, w in enumerate(carry)]  # fmt: skip
+    carry = [
+        make_dense(w, reason="carry of a scan") if isinstance(w, Weight) and i not in fixed else w
+        for i, w in enumerate(carry)
+    ]
     rows = [x.unstack() if isinstance(x, Weight) else (x, lambda row: row) for x in xs]
     passed = _forwarded(jaxpr, [None] * (num_consts + num_carry) + xs)
 
@@ -321,7 +337,7 @@ def _scan(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[An
         full = [fixed.get(i, m) for i, m in enumerate(moving)]
         complete = [rebuild(x) for x, (_, rebuild) in zip(row, rows, strict=True)]
         results = evaluate(jaxpr, jaxpr_consts, [*consts, *full, *complete], trace)
-        moved = [None if i in fixed else _plain(r, trace) for i, r in enumerate(results[:num_carry])]
+        moved = [None if i in fixed else _plain(r, eqn, trace) for i, r in enumerate(results[:num_carry])]
         return moved, [None if num_carry + i in passed else r for i, r in enumerate(results[num_carry:])]
 
     start = [None if i in fixed else _typed(c, v) for i, (c, v) in enumerate(zip(carry, body_carry, strict=True))]
@@ -341,7 +357,7 @@ def _scan(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[An
 def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"]  # JAX 0.12: nested tuples of constants, carry, xs
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12: flat trees of constants, carry, xs
     return len(consts), len(carry)
 
 
@@ -352,7 +368,10 @@ def _while(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[A
     cond_consts, body_consts, carry = _partition(values, params["cond_nconsts"], params["body_nconsts"])
     moving = body.invars[len(body_consts) :]
     fixed = {i: w for i, w in enumerate(carry) if isinstance(w, Weight) and body.outvars[i] is moving[i]}
-    carry = [make_dense(w, reason="carry of a while loop") if isinstance(w, Weight) and i not in fixed else w for i, w in enumerate(carry)]  # fmt: skip
+    carry = [
+        make_dense(w, reason="carry of a while loop") if isinstance(w, Weight) and i not in fixed else w
+        for i, w in enumerate(carry)
+    ]
 
     def complete(state: list[Any]) -> list[Any]:
         return [fixed.get(i, s) for i, s in enumerate(state)]
@@ -363,7 +382,7 @@ def _while(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[A
 
     def step(state: list[Any]) -> list[Any]:
         results = evaluate(body, body_closed, [*body_consts, *complete(state)], trace)
-        return [None if i in fixed else _plain(r, trace) for i, r in enumerate(results)]
+        return [None if i in fixed else _plain(r, eqn, trace) for i, r in enumerate(results)]
 
     start = [None if i in fixed else _typed(c, v) for i, (c, v) in enumerate(zip(carry, moving, strict=True))]
     return complete(lax.while_loop(condition, step, start))
@@ -374,11 +393,14 @@ def _cond(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[An
     branches = [_open(branch) for branch in eqn.params["branches"]]
     passed = [_forwarded(jaxpr, operands) for jaxpr, _ in branches]
     common = {i: w for i, w in passed[0].items() if all(other.get(i) is w for other in passed[1:])}
+    # What only some branches return is an array in all of them: built once, before the choice.
+    returned = {id(w) for some in passed for i, w in some.items() if i not in common}
+    operands = [make_dense(v, reason="result of a branch") if id(v) in returned else v for v in operands]
 
     def branch(jaxpr: Any, consts: Any) -> Callable[[], list[Any]]:
         def run() -> list[Any]:
             results = evaluate(jaxpr, consts, operands, trace)
-            return [None if i in common else _plain(r, trace) for i, r in enumerate(results)]
+            return [None if i in common else _plain(r, eqn, trace) for i, r in enumerate(results)]
 
         return run
 
@@ -391,14 +413,17 @@ def _shard_map(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> li
     jaxpr, consts = _open(params["jaxpr"])
     leaves, tree = jax.tree.flatten(list(values))
     specs = jax.tree.leaves(
-        [_part_specs(v, spec) if isinstance(v, Weight) else spec for v, spec in zip(values, params["in_specs"], strict=True)],
+        [
+            _part_specs(v, spec) if isinstance(v, Weight) else spec
+            for v, spec in zip(values, params["in_specs"], strict=True)
+        ],
         is_leaf=lambda s: isinstance(s, PartitionSpec),
     )  # fmt: skip
 
     def body(*args: Any) -> tuple[Any, ...]:
         with trace.in_forward_mode():
             results = evaluate(jaxpr, consts, jax.tree.unflatten(tree, args), trace)
-        return tuple(_plain(r, trace) for r in results)
+        return tuple(_plain(r, eqn, trace) for r in results)
 
     mapped = jax.shard_map(
         body,
@@ -427,8 +452,11 @@ def _partition(values: Sequence[Any], *counts: int) -> tuple[list[Any], ...]:
     return tuple(list(values[i:j]) for i, j in itertools.pairwise(edges))
 
 
-def _plain(value: Any, trace: Trace) -> Any:
-    return _dense(value, "return", "result of a loop or a branch", trace) if isinstance(value, Weight) else value
+def _plain(value: Any, eqn: Any, trace: Trace) -> Any:
+    """A result of a loop's or a branch's body."""
+    if not isinstance(value, Weight):
+        return value
+    return _dense(value, eqn.primitive.name, "result of a loop or a branch", trace)
 
 
 def _typed(value: Any, var: Any) -> Any:

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import optax
 
+from jlora import tree
 from jlora.adapt import Adapted
 
 PyTree = Any
+Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
 
 _HOW = (
     "Differentiate the factors alone: `factors, frozen = jlora.partition(adapted)`, then "
@@ -26,7 +28,7 @@ class OptimizerState:
     """State of the wrapped transformation, and the structure of the factors that it was made for."""
 
     inner: PyTree
-    structure: jax.tree_util.PyTreeDef = field(metadata={"static": True})
+    structure: Structure = field(metadata={"static": True})
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
@@ -48,29 +50,34 @@ def optimizer(tx: optax.GradientTransformation) -> Optimizer:
       ValueError: if there is nothing to train, if the gradients (or the params) contain the base or are any tree other
         than that of the factors of `init`, or if a gradient's shape is not its factor's.
 
-    >>> import jax.numpy as jnp, optax
-    >>> factors = {"dense/kernel": {"A": jnp.ones((3, 1, 2)), "B": jnp.zeros((1, 4, 2))}}
-    >>> tx = optimizer(optax.sgd(0.5))
-    >>> state = tx.init(factors)
-    >>> updates, state = tx.update(factors, state, factors)
-    >>> float(optax.apply_updates(factors, updates)["dense/kernel"]["A"][0, 0, 0])
-    0.5
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> factors = {"dense/kernel": {"A": jnp.ones((3, 1, 2)), "B": jnp.zeros((1, 4, 2))}}
+      >>> tx = optimizer(optax.sgd(0.5))
+      >>> state = tx.init(factors)
+      >>> updates, state = tx.update(factors, state, factors)
+      >>> float(optax.apply_updates(factors, updates)["dense/kernel"]["A"][0, 0, 0])
+      0.5
     """
     if isinstance(tx, Optimizer):
         return tx
     inner = optax.with_extra_args_support(tx)
 
-    def init(params: PyTree) -> OptimizerState:
+    def init(params: PyTree) -> PyTree:
         factors = _factors(params)
         if not jax.tree.leaves(factors):
             raise ValueError("there is nothing to train: no factors and no extras (see `targets=` of jlora.apply)")
         return OptimizerState(inner.init(factors), jax.tree.structure(factors))
 
-    def update(updates: PyTree, state: OptimizerState, params: PyTree = None, **extra: Any):
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple[PyTree, PyTree]:
         if isinstance(updates, Adapted):
             count = len(jax.tree.leaves(updates.base))
             raise ValueError(
                 f"the gradients are an Adapted, with {count} arrays of the base that would be updated too. {_HOW}"
+            )
+        if not isinstance(state, OptimizerState):
+            raise ValueError(
+                f"the optimizer's state is a {type(state).__name__}, not one that this optimizer's init made"
             )
         _check_structure("gradients", updates, state.structure)
         factors = None if params is None else _factors(params)
@@ -87,21 +94,22 @@ def _factors(params: PyTree) -> PyTree:
     return params.factors if isinstance(params, Adapted) else params
 
 
-def _paths(tree: PyTree) -> list[str]:
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+def _paths(of: PyTree) -> list[str]:
+    return [tree.name(keys) for keys, _ in jax.tree.leaves_with_path(of)]
 
 
-def _check_structure(what: str, tree: PyTree, structure: jax.tree_util.PyTreeDef) -> None:
-    if jax.tree.structure(tree) == structure:
+def _check_structure(what: str, got: PyTree, structure: Structure) -> None:
+    if jax.tree.structure(got) == structure:
         return
     expected = _paths(jax.tree.unflatten(structure, range(structure.num_leaves)))
-    got = _paths(tree)
-    foreign = [path for path in got if path not in set(expected)]
-    absent = [path for path in expected if path not in set(got)]
-    kind = "" if foreign or absent else f"; it came as {type(tree).__name__} with the same paths in other containers"
+    paths = _paths(got)
+    foreign = [path for path in paths if path not in set(expected)]
+    absent = [path for path in expected if path not in set(paths)]
+    if not (foreign or absent):
+        raise ValueError(f"the {what} are a {type(got).__name__} with the same paths in other containers. {_HOW}")
     raise ValueError(
-        f"the {what} have {len(got)} leaves and not the structure of the {len(expected)} factors that the optimizer was "
-        f"initialised with: unexpected {_some(foreign)}, missing {_some(absent)}{kind}. {_HOW}"
+        f"the {what} have {len(paths)} leaves and not the structure of the {len(expected)} factors that the optimizer "
+        f"was initialised with: unexpected {_some(foreign)}, missing {_some(absent)}. {_HOW}"
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jlora import axes as ax
@@ -81,25 +80,19 @@ def _constrain(weight: Weight, params: dict[str, Any]) -> Weight:
     return weight.replace(w=lax.with_sharding_constraint(weight.w, params["sharding"]))
 
 
-def _pad(weight: Weight, value: jax.Array, params: dict[str, Any]) -> Weight:
-    if not isinstance(value, np.ndarray) or value.item() != 0.0:  # a literal of the program, as lift passes it
-        raise NotSeparable("pad with something other than zero")
-    return weight.pad(value, params["padding_config"])
-
-
 UNARY: dict[str, Callable[[Weight, dict[str, Any]], Weight | list[Weight]]] = {
     "convert_element_type": _convert,
     "copy": lambda weight, params: weight,
     "copy_p": lambda weight, params: weight,
     "name": lambda weight, params: weight,
     "neg": lambda weight, params: weight.negate(),
+    "pvary": lambda weight, params: weight,  # products insert it where their operands need it
     "reshape": _reshape,
     "rev": lambda weight, params: weight.rev(params["dimensions"]),
     "sharding_constraint": _constrain,
-    "slice": lambda weight, params: weight.slice(
-        params["start_indices"], params["limit_indices"], params["strides"]
-    ),  # fmt: skip
+    "slice": lambda weight, params: weight.slice(params["start_indices"], params["limit_indices"], params["strides"]),
     "split": _split,
+    "stop_gradient": lambda weight, params: weight.map(lambda x, extra: lax.stop_gradient(x)),
     "squeeze": _squeeze,
     "transpose": lambda weight, params: weight.transpose(params["permutation"]),
 }
@@ -126,7 +119,7 @@ def structural(primitive: str, values: Sequence[Any], params: dict[str, Any]) ->
     if primitive == "dynamic_slice":
         return [first.dynamic_slice(values[1:], params["slice_sizes"])]
     if primitive == "pad":
-        return [_pad(first, values[1], params)]
+        return [first.pad(values[1], params["padding_config"])]
     return None
 
 
@@ -313,7 +306,8 @@ def ragged_dot_general(weight: Weight, values: Sequence[Any], params: dict[str, 
 
 def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
     """A look-up: rows of `a` are gathered and meet `b`. Where both factors have the gathered axis (one kernel per row,
-    as an expert table) the result is a lazy weight again, and so it is where the weight is only followed."""
+    as an expert table) the result is a lazy weight again, and so it is where the weight is only followed.
+    """
     table, indices = values
     if table is not weight:
         raise NotSeparable("weight as an index")
@@ -327,7 +321,7 @@ def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any], forwar
     if batch_ndim == 0:
         return Product(rows.replace(stack=weight.stack + stored), (), (), (), 0)
     rows = rows.replace(gathered=weight.gathered + stored)
-    if not weight.rank or all(part.shape[i] > 1 for part in (weight.a, weight.b) for i in looked_up):  # type: ignore[union-attr]
+    if not weight.rank or all(part.shape[i] > 1 for part in (weight.a, weight.b) for i in looked_up):
         return Product(rows, (), (), (), 0)
     return table_rows(rows)
 

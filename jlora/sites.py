@@ -100,8 +100,8 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
 def conventional(params: Any) -> tuple[Site, ...]:
     """Sites by Flax's names and ranks, for `apply` without a function.
 
-    A 2-D `kernel` is (in, out); a 4-D or 5-D one whose leading axes are small is a convolution's (*window, in, out); the
-    3-D kernels of attention's query, key, value are (in, heads, width) and of its out (heads, width, in); a 2-D
+    A 2-D `kernel` is (in, out); a 4-D or 5-D one whose leading axes are small is a convolution's (*window, in, out);
+    the 3-D kernels of attention's query, key, value are (in, heads, width) and of its out (heads, width, in); a 2-D
     `embedding` is (vocabulary, width). Any other kernel of three or more axes is "unknown".
     """
     named, _ = tree.leaves(params)
@@ -158,6 +158,8 @@ def _agrees(use: Use, partition: Sequence[set[int]], ones: Sequence[int]) -> boo
     """Whether another use splits the axes in the same way, or with inputs and outputs exchanged (a tied head)."""
     mine = [set(axes) - set(ones) for axes in (use.in_axes, use.out_axes, use.stack_axes)]
     theirs = [axes - set(ones) for axes in partition]
+    if use.op == "conv_general_dilated" and mine[2] == theirs[2] and mine[1] <= theirs[0] and theirs[1] <= mine[0]:
+        return True  # the window stays with the inputs when a gradient exchanges the channels
     return mine == theirs or mine == [theirs[1], theirs[0], theirs[2]]
 
 

@@ -8,7 +8,7 @@ state holds the same Python objects. Nothing is closed over, or the base would b
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -19,9 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jlora.adapt import Adapted, combine, partition, with_key
 from jlora.lift import lift
-from jlora.optim import Optimizer, OptimizerState, optimizer
+from jlora.optim import Optimizer, optimizer
 
 PyTree = Any
+Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
+Kept = tuple[jax.Array | np.ndarray | np.generic | None, ...]
 Metrics = dict[str, PyTree]
 
 _AXIS = "devices"
@@ -66,7 +68,7 @@ class TrainState:
             raise TypeError(f"TrainState.create takes an Adapted (from jlora.apply), got {type(adapted).__name__}")
         if isinstance(key, int):
             key = jax.random.key(key)
-        elif not (isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        elif not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
             raise TypeError(f"key is a seed or a typed key (jax.random.key, jax.random.wrap_key_data), got {key!r}")
         on_device = functools.partial(jax.tree.map, lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x)
         own = functools.partial(jax.tree.map, lambda x: jnp.array(x, copy=True))
@@ -98,7 +100,7 @@ class Carry(NamedTuple):
     """What a step changes; these buffers are donated."""
 
     factors: PyTree
-    opt_state: OptimizerState
+    opt_state: PyTree
     step: jax.Array
 
 
@@ -106,10 +108,10 @@ class Carry(NamedTuple):
 class Skeleton:
     """The static part of the frozen half of an Adapted: its structure, and the leaves that are no arrays."""
 
-    structure: jax.tree_util.PyTreeDef
+    structure: Structure
     leaves: tuple[Any, ...]
 
-    def fill(self, arrays: tuple[jax.Array | None, ...]) -> Adapted:
+    def fill(self, arrays: Kept) -> Adapted:
         leaves = [leaf if array is None else array for array, leaf in zip(arrays, self.leaves, strict=True)]
         return jax.tree.unflatten(self.structure, leaves)
 
@@ -118,7 +120,7 @@ class Arguments(NamedTuple):
     """The arguments of the compiled program. A leaf of the base that is no array (a module's function) is static."""
 
     carry: Carry
-    kept: tuple[jax.Array | None, ...]
+    kept: Kept
     key: jax.Array
     batch: PyTree
     skeleton: Skeleton
@@ -185,8 +187,8 @@ def train_step(
       loss_fn: params, batch -> a real scalar, the mean over the batch's examples; with `has_aux` a pair of it and a
         dict of further metrics.
       tx: any Optax transformation; `jlora.optimizer` is put around it. Its update is also given `value=loss`.
-      parallel: "jit": one program. Arrays of the base or the batch that lie on a mesh keep their shardings, and what has
-        none (factors, optimizer state) is replicated over it; a batch split over the mesh trains data-parallel.
+      parallel: "jit": one program. Arrays of the base or the batch that lie on a mesh keep their shardings, and what
+        has none (factors, optimizer state) is replicated over it; a batch split over the mesh trains data-parallel.
         "pmap": data-parallel over all local devices: the batch's leading axis is split, the gradients averaged, and the
         base and the state copied to each device, once.
       accumulate: number of micro-batches, one after the other, whose gradients are averaged. Micro-batch i is the rows
@@ -206,13 +208,17 @@ def train_step(
     tx = optimizer(tx)
     averaged = accumulate > 1 or parallel == "pmap"
     objective = _objective(loss_fn, has_aux=has_aux, pass_key=pass_key, averaged=averaged)
-    program = functools.partial(_program, objective, tx, accumulate, _AXIS if parallel == "pmap" else None)
+    axis = _AXIS if parallel == "pmap" else None
+
+    def program(carry: Carry, kept: Any, key: jax.Array, batch: PyTree, skeleton: Skeleton) -> Any:
+        return _program(objective, tx, accumulate, axis, Arguments(carry, kept, key, batch, skeleton))
+
     if parallel == "jit":
         return Step(tx, functools.partial(_arguments, accumulate), program, _jit(program, donate))
     return Step(tx, functools.partial(_pmap_arguments, accumulate), program, _pmap(program, donate))
 
 
-# -- the program --------------------------------------------------------------------------------------------------------
+# -- the program -------------------------------------------------------------------------------------------------------
 
 
 def _objective(loss_fn: Callable[..., Any], *, has_aux: bool, pass_key: bool, averaged: bool) -> Callable[..., Any]:
@@ -261,32 +267,29 @@ def _check_scalars(aux: Metrics) -> None:
         leaf = jnp.asarray(leaf)
         if leaf.shape != () or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
-                f"aux {jax.tree_util.keystr(path)} has shape {leaf.shape} and type {leaf.dtype}: over micro-batches and "
-                "devices only means can be averaged, so return real scalars"
+                f"aux {jax.tree_util.keystr(path)} has shape {leaf.shape} and type {leaf.dtype}: over micro-batches "
+                "and devices only means can be averaged, so return real scalars"
             )
 
 
 def _program(
-    objective: Callable[..., Any],
-    tx: Optimizer,
-    accumulate: int,
-    axis: str | None,
-    carry: Carry,
-    kept: tuple[jax.Array | None, ...],
-    key: jax.Array,
-    batch: PyTree,
-    skeleton: Skeleton,
+    objective: Callable[..., Any], tx: Optimizer, accumulate: int, axis: str | None, arguments: Arguments
 ) -> tuple[Carry, jax.Array, Metrics]:
     """One step as a pure function: (the new carry, the loss to remember, the metrics)."""
+    carry, kept, key, batch, skeleton = arguments
     _check_opt_state(tx, carry)
-    loss_of = functools.partial(_with_frozen, objective, skeleton.fill(kept))
+    frozen = skeleton.fill(kept)
+
+    def loss_of(factors: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        return objective(factors, frozen, batch, key)
+
     key = jax.random.fold_in(key, carry.step)
     if axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     (loss, aux), gradients = _value_and_gradient(loss_of, carry.factors, batch, key, accumulate)
     if axis is not None:
         loss, aux, gradients = jax.lax.pmean((loss, aux, gradients), axis)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = tx.update(gradients, carry.opt_state, carry.factors, value=loss)
     new = Carry(optax.apply_updates(carry.factors, updates), opt_state, carry.step)
@@ -295,12 +298,9 @@ def _program(
     return new._replace(step=carry.step + 1), remembered, {**aux, "loss": loss, "grad_norm": norm}
 
 
-def _with_frozen(objective: Callable[..., Any], frozen: Adapted, factors: PyTree, batch: PyTree, key: jax.Array) -> Any:
-    return objective(factors, frozen, batch, key)
-
-
 def _check_opt_state(tx: Optimizer, carry: Carry) -> None:
-    expected, got = jax.tree.structure(jax.eval_shape(tx.init, carry.factors)), jax.tree.structure(carry.opt_state)
+    expected: Structure = jax.tree.structure(jax.eval_shape(tx.init, carry.factors))
+    got: Structure = jax.tree.structure(carry.opt_state)
     if got != expected:
         raise ValueError(
             "the state's opt_state was made by another optimizer, or for other factors: make the state with "
@@ -331,22 +331,22 @@ def _value_and_gradient(
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), out), jax.tree.map(lambda x: x / accumulate, total)
 
 
-# -- arguments and compilation ------------------------------------------------------------------------------------------
+# -- arguments and compilation -----------------------------------------------------------------------------------------
 
 
 def _jit(program: Callable[..., Any], donate: bool) -> Callable[[Arguments], Any]:
     """Compiles with jit. On a mesh the carry comes back as it went in, or the second call would be compiled again."""
-    options = {"static_argnums": 4, "donate_argnums": (0,) if donate else ()}
-    plain = jax.jit(program, **options)
+    jit = functools.partial(jax.jit, program, static_argnums=4, donate_argnums=(0,) if donate else ())
+    plain = jit()
 
     @functools.lru_cache(maxsize=8)
-    def pinned(structure: jax.tree_util.PyTreeDef, shardings: tuple[Sharding, ...]) -> Any:
-        return jax.jit(program, out_shardings=(jax.tree.unflatten(structure, shardings), None, None), **options)
+    def pinned(structure: Structure, shardings: tuple[Sharding, ...]) -> Any:
+        return jit(out_shardings=(jax.tree.unflatten(structure, shardings), None, None))
 
     def compiled(arguments: Arguments) -> Any:
-        leaves, structure = jax.tree.flatten(arguments.carry)
-        if len(leaves[-1].sharding.device_set) == 1:
+        if len(arguments.carry.step.sharding.device_set) == 1:
             return plain
+        leaves, structure = jax.tree.flatten(arguments.carry)
         return pinned(structure, tuple(leaf.sharding for leaf in leaves))
 
     return compiled
@@ -365,7 +365,7 @@ def _pmap(program: Callable[..., Any], donate: bool) -> Callable[[Arguments], An
     return lambda arguments: mapped
 
 
-def _split(state: TrainState) -> tuple[Carry, tuple[jax.Array | None, ...], Skeleton]:
+def _split(state: TrainState) -> tuple[Carry, Kept, Skeleton]:
     factors, frozen = partition(state.adapted)
     leaves, structure = jax.tree.flatten(frozen)
     kept = tuple(leaf if isinstance(leaf, jax.Array | np.ndarray | np.generic) else None for leaf in leaves)
@@ -385,7 +385,7 @@ def _arguments(accumulate: int, state: TrainState, batch: PyTree) -> Arguments:
 
 
 def _home(leaves: list[Any]) -> Sharding | None:
-    """Where the state belongs: all over the mesh of the first sharded array, else on the first committed one's device."""
+    """Where the state belongs: all over the mesh of the first sharded array, else with the first committed one."""
     shardings = [x.sharding for x in leaves if isinstance(x, jax.Array) and x.committed]
     for sharding in shardings:
         if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1:
@@ -405,7 +405,9 @@ def _beside(home: Sharding | None, x: jax.Array) -> jax.Array:
 def _pmap_arguments(accumulate: int, state: TrainState, batch: PyTree) -> Arguments:
     """The arguments under pmap: the state replicated (nothing moves if it is), the batch as (devices, rows, ...)."""
     if jax.process_count() > 1:
-        raise ValueError("parallel='pmap' is for one process: with several, use 'jit' and a batch sharded over the mesh")
+        raise ValueError(
+            "parallel='pmap' is for one process: with several, use 'jit' and a batch sharded over the mesh"
+        )
     devices = jax.local_devices()
     parts = len(devices) * accumulate
     what = f"{len(devices)} devices" + (f" times {accumulate} micro-batches = {parts} parts" if accumulate > 1 else "")

@@ -129,7 +129,8 @@ class Weight:
 
     def along(self, act: Callable[[jax.Array, tuple[int, ...], int], jax.Array], axes: Sequence[int]) -> "Weight":
         """Applies `act(part, the axes among `axes` that the part spans, trailing)`: for operations that act on some
-        axes and leave a part that has size 1 there as it is."""
+        axes and leave a part that has size 1 there as it is.
+        """
 
         def part(x: jax.Array, extra: int) -> jax.Array:
             spanned = tuple(i for i in axes if x.shape[i] == self.shape[i])
@@ -164,33 +165,46 @@ class Weight:
     def rev(self, dimensions: Sequence[int]) -> "Weight":
         return self.along(lambda x, spanned, extra: lax.rev(x, spanned), dimensions)
 
-    def pad(self, zero: jax.Array, config: Sequence[tuple[int, int, int]]) -> "Weight":
-        """Padding with zeros: w and what spans a padded axis are padded; something must span it, or w has no mate."""
+    def pad(self, value: jax.Array, config: Sequence[tuple[int, int, int]]) -> "Weight":
+        """`lax.pad`: the base takes the value, the factors zeros, and the gain ones, where they span a padded axis.
+
+        Raises:
+          NotSeparable: if the factors or the gain do not span a padded axis, and so would act on the padding.
+        """
         axes = [i for i, c in enumerate(config) if c != (0, 0, 0)]
-        if self.rank and any(self.a.shape[i] == self.b.shape[i] == 1 < self.shape[i] for i in axes):  # type: ignore[union-attr]
-            raise NotSeparable("pad of a broadcast axis")
-
-        def act(x: jax.Array, spanned: tuple[int, ...], extra: int) -> jax.Array:
-            mine = [config[i] if i in spanned else (0, 0, 0) for i in range(self.ndim)] + [(0, 0, 0)] * extra
-            return lax.pad(x, jnp.zeros((), x.dtype), mine)
-
+        for i in axes:
+            acts = self.rank and self.a.shape[i] == self.b.shape[i] == 1  # type: ignore[union-attr]
+            if acts or (self.gain is not None and self.gain.shape[i] == 1):
+                raise NotSeparable("pad along an axis that the adapter is constant on")
         if self.key is not None:
             raise NotSeparable("pad of a weight with dropout")
-        return self.along(act, axes)
+        filling = {"w": value, "gain": jnp.ones((), jnp.float32)}
+
+        def part(x: jax.Array, name: str, extra: int) -> jax.Array:
+            mine = [c if x.shape[i] == self.shape[i] else (0, 0, 0) for i, c in enumerate(config)] + [(0, 0, 0)] * extra
+            return lax.pad(x, filling.get(name, jnp.zeros((), x.dtype)).astype(x.dtype), mine)
+
+        parts = {"w": (self.w, 0), "a": (self.a, 1), "b": (self.b, 1), "gain": (self.gain, 0)}
+        return self.replace(**{n: None if x is None else part(x, n, extra) for n, (x, extra) in parts.items()})
 
     def scale(self, factor: jax.Array, divide: bool = False) -> "Weight":
-        """`factor * W_eff` or `W_eff / factor`, for a factor that is a scalar or in broadcast form."""
+        """`factor * W_eff` or `W_eff / factor`, for a factor that is a scalar or in broadcast form.
+
+        The base is scaled as the model scales it, bit for bit; in the low-rank part, whichever of a and b has the axes
+        of `factor` takes it.
+        """
         apply = jnp.divide if divide else jnp.multiply
-        if factor.ndim and all(n == m for n, m in zip(factor.shape, self.shape, strict=True) if m > 1):
-            if self.rank or self.ndim > 1:
-                raise NotSeparable("product with an array that spans the whole weight")
-        if not self.rank and self.gain is None:
-            return self.replace(w=apply(self.w, factor.astype(self.w.dtype)))
-        if factor.ndim == 0:
-            a = None if self.a is None else apply(self.a, factor.astype(self.a.dtype))
-            return self.replace(w=apply(self.w, factor.astype(self.w.dtype)), a=a)
-        one = jnp.ones((1,) * self.ndim, factor.dtype) if self.gain is None else self.gain
-        return self.replace(gain=apply(one, factor.astype(one.dtype)))
+        factor = jnp.asarray(factor)
+        spanned = {i for i, n in enumerate(factor.shape) if n > 1}
+        scaled = self.replace(w=apply(self.w, factor.astype(self.w.dtype)))
+        for name in ("a", "b") if self.rank else ():
+            part = getattr(self, name)
+            if all(part.shape[i] > 1 for i in spanned):
+                wide = lax.reshape(factor, factor.shape + (1,)) if factor.ndim else factor
+                return scaled.replace(**{name: apply(part, wide.astype(part.dtype))})
+        if self.rank or len(spanned) == self.ndim > 0:
+            raise NotSeparable("product with an array that spans inputs and outputs")
+        return scaled
 
     def negate(self) -> "Weight":
         return self.replace(w=-self.w, a=None if self.a is None else -self.a)
@@ -220,10 +234,12 @@ class Weight:
         return self.replace(origin=(axis,) + self.origin, stack=rest)
 
     def _popped(self, axes: Sequence[int]) -> "Weight":
+        """One index was chosen along `axes`: what of the stored parameter no other axis comes from is a stack."""
         if not axes:
             return self
-        popped = tuple(i for axis in axes for i in self.origin[axis])
         origin = tuple(() if i in axes else o for i, o in enumerate(self.origin))
+        left = {i for o in origin for i in o}
+        popped = tuple(i for axis in axes for i in self.origin[axis] if i not in left)
         return self.replace(origin=origin, stack=self.stack + popped)
 
     # -- where the weight is used -------------------------------------------------------------------------------------

@@ -1,0 +1,31 @@
+"""Every test runs on eight fake CPU devices and under strict promotion."""
+
+import os
+
+# Before jax is imported: the number of devices is read once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+pytest.register_assert_rewrite("tests.conformance")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "loose_promotion: runs third-party code that mixes dtypes or ranks, so promotion is not strict"
+    )
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No implicit dtype promotion, no implicit broadcast over a missing axis."""
+    if request.node.get_closest_marker("loose_promotion"):
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

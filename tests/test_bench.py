@@ -1,0 +1,68 @@
+"""The benchmark runs, refuses to compare programs that compute different things, and keeps what it printed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.bench import step
+from experiments.bench.step import Variant
+
+# As a user runs it: the optimizer and the model are under the promotion that they were written for.
+pytestmark = pytest.mark.loose_promotion
+
+
+def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--preset", "smoke", "--rank", "2", "--method", "lora", "dora", "--rounds", "2", "--layers", "1"]
+    results = step.main([*options, "--form", "jlora", "--out", str(tmp_path)])
+    assert [(r.form, r.method, r.rank) for r in results] == [
+        ("full", None, None),
+        ("jlora", "lora", 2),
+        ("jlora", "dora", 2),
+    ]
+    full, lora, dora = results
+    assert (full.time_ratio, full.flops_ratio, full.temporary_ratio) == (1.0, 1.0, 1.0)
+    # kernels: query, key, value, out 32 x 32; fc 32 x 128; proj 128 x 32. DoRA adds one magnitude per output
+    assert lora.trainable == 2 * (4 * (32 + 32) + 2 * (32 + 128))
+    assert dora.trainable == lora.trainable + 5 * 32 + 128
+    assert lora.over_lora is None and dora.over_lora is not None and dora.over_lora > 0.0
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert [result["form"] for result in record["results"]] == ["full", "jlora", "jlora"]
+    table = step.table(results)
+    assert table.count("\n") == 4
+    assert table in capsys.readouterr().out and table in (tmp_path / "step.md").read_text()
+
+
+def test_all_forms_are_steps_of_one_function():
+    preset = step.preset_of("smoke", step.parser().parse_args(["--layers", "1"]))
+    variants = [Variant("full"), *(Variant(form, "lora", 2) for form in step.FORMS[1:])]
+    results = step.measure("smoke", preset, "float32", variants, rounds=0)
+    assert {r.milliseconds for r in results} == {r.time_ratio for r in results} == {None}
+    assert [r.losses[0] for r in results] == pytest.approx([results[0].losses[0]] * 5, rel=1e-6)
+    assert [r.losses[1] for r in results[1:]] == pytest.approx([results[1].losses[1]] * 4, rel=1e-4)
+    assert results[0].losses[1] != pytest.approx(results[1].losses[1], rel=1e-3)
+
+
+def test_another_function_is_seen():
+    variants = [Variant("full"), Variant("merged", "lora", 2), Variant("jlora", "lora", 2)]
+    step._check(variants, [(3.0, 2.0), (3.0, 2.5), (3.0, 2.5)], tolerance=1e-3)
+    with pytest.raises(
+        AssertionError, match=r"^jlora lora 2: losses of the first steps are 3.0, 2.6, expected 3.0, 2.5$"
+    ):
+        step._check(variants, [(3.0, 2.0), (3.0, 2.5), (3.0, 2.6)], tolerance=1e-3)
+    with pytest.raises(AssertionError, match=r"^merged lora 2: "):
+        step._check(variants, [(3.0, 2.0), (3.1, 2.5), (3.0, 2.5)], tolerance=1e-3)
+
+
+def test_options_replace_the_presets_shape():
+    options = step.parser().parse_args(["--batch", "4", "--length", "2048", "--vocab", "512", "--dtype", "float32"])
+    preset = step.preset_of("gpt2-medium", options)
+    assert (preset.batch, preset.length, preset.dtypes) == (4, 2048, ("float32",))
+    assert (preset.model.vocab_size, preset.model.context, preset.model.width, preset.model.layers) == (
+        512,
+        2048,
+        1024,
+        24,
+    )
+    assert step.SIZES["gpt2-medium"].batch * step.SIZES["gpt2-medium"].length == 8192
+    assert step.SIZES["gpt2-medium"].model.vocab_size == 50257

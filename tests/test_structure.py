@@ -1,0 +1,223 @@
+"""Who may import whom, what nothing may reach into, and where things may lie. Reads the source; imports none of it."""
+
+import ast
+import graphlib
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A module imports from the rows below its own (and, being a folder, from its own folder); never from its own row.
+LAYERS = (
+    ("tree", "axes"),
+    ("product",),
+    ("weight",),
+    ("rules",),
+    ("lift",),
+    ("sites",),
+    ("methods", "quant"),
+    ("adapt",),
+    ("explain", "optim", "sharding", "checkpoint", "serve", "analysis", "search"),
+    ("train", "plan"),
+    ("cli",),
+)
+ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
+APART = "models"  # imports nothing of the core, and the core nothing of it
+KNOWS_JAXPRS = ("lift", "rules")
+OUTER = ("experiments", "configs", "notebooks", "tests")
+VAGUE = ("utils", "util", "helpers", "helper", "common", "base", "misc")
+LONGEST = 600  # lines
+
+
+def modules(folder: str) -> dict[str, Path]:
+    """Dotted names of the modules below a folder of the repository, with their files."""
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+CORE = modules("jlora")
+WRITTEN = {name: path for folder in ("jlora", "experiments", "configs") for name, path in modules(folder).items()}
+
+
+def imports(module: str, source: str, *, package: bool = False) -> Iterator[str]:
+    """Everything that a module imports, at its top or inside a function, as dotted names: "jlora.axes.contract"."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: len(module.split(".")) - node.level + package] if node.level else []
+            origin = ".".join([*above, *filter(None, [node.module])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def reached(source: str) -> Iterator[str]:
+    """Dotted names that the code spells out, "jax.lax.scan", imports aside."""
+    for node in ast.walk(ast.parse(source)):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if isinstance(node, ast.Name) and parts:
+            yield ".".join([node.id, *reversed(parts)])
+
+
+def wrong_arrow(module: str, target: str) -> str | None:
+    """Why a module of jlora may not import a dotted name, or None."""
+    origin = target.split(".")[0]
+    if origin in OUTER:
+        return f"{module} imports {target}: nothing imports {origin}"
+    if origin != "jlora" or module == "jlora":
+        return None
+    mine, theirs = (f"{name}.".split(".")[1] for name in (module, target))
+    if theirs == mine:
+        return None
+    if APART in (mine, theirs):
+        return f"{module} imports {target}: jlora.{APART} and the core know nothing of each other"
+    if theirs not in ROW:
+        return f"{module} imports {target} from jlora itself: name the module that defines it"
+    if ROW[theirs] >= ROW[mine]:
+        return f"{module} imports {target}: {theirs} is not below {mine} in LAYERS"
+    return None
+
+
+def private(module: str, source: str) -> list[str]:
+    """What a module reaches in other packages' private parts, or in JAX's tracing machinery without being allowed to."""
+    found = []
+    for name in {*imports(module, source), *reached(source)}:
+        if re.match(r"jax\.(core|interpreters)\b|(jax|jaxlib|flax|optax|orbax|numpy)\.(\w+\.)*_[a-z]", name):
+            found.append(f"{module}: {name} is private")
+        if name.startswith("jax.extend") and module not in {f"jlora.{name}" for name in KNOWS_JAXPRS}:
+            found.append(f"{module}: {name} is for {' and '.join(KNOWS_JAXPRS)} alone")
+    return found
+
+
+def test_every_module_of_jlora_has_a_place():
+    names = {path.stem for path in (ROOT / "jlora").iterdir() if path.suffix == ".py" or path.is_dir()}
+    allowed = {*ROW, APART, "__init__", "__pycache__"}
+    assert names <= allowed, f"{sorted(names - allowed)} are not in design: give them a row in LAYERS"
+    assert {"axes", "weight", "rules", "lift", "sites", "methods", "adapt", "models", "__init__"} <= names
+
+
+def test_imports_point_down():
+    arrows = [(module, target) for module, path in CORE.items() for target in _imports(module, path)]
+    assert len([target for _, target in arrows if target.startswith("jlora.")]) > 50  # the walk saw the imports
+    assert [wrong for arrow in arrows if (wrong := wrong_arrow(*arrow))] == []
+
+
+def test_no_import_is_circular():
+    graph = {
+        module: {_defining(target) for target in _imports(module, path)} - {module} for module, path in CORE.items()
+    }
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("jlora.weight") < order.index("jlora.lift") < order.index("jlora")
+
+
+@pytest.mark.parametrize(
+    ("module", "target"),
+    [
+        ("jlora.weight", "jlora.lift.lift"),
+        ("jlora.rules", "jlora.adapt"),
+        ("jlora.sites", "jlora.methods.lora"),
+        ("jlora.optim", "jlora.checkpoint.save"),  # not each other
+        ("jlora.adapt", "jlora.apply"),  # the names of __init__
+        ("jlora.adapt", "jlora"),
+        ("jlora.models.gpt2.modeling", "jlora.weight.Weight"),
+        ("jlora.lift", "jlora.models.gpt2.GPT2"),
+        ("jlora.train", "experiments.config"),
+        ("jlora", "experiments"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(module: str, target: str):
+    assert wrong_arrow(module, target)
+
+
+@pytest.mark.parametrize(
+    ("module", "target"),
+    [
+        ("jlora.lift", "jlora.rules"),
+        ("jlora.methods.dora", "jlora.methods.lora.lora"),
+        ("jlora.models.gpt2.params", "jlora.models.gpt2.modeling.GPT2Config"),
+        ("jlora", "jlora.train.train_step"),
+        ("jlora.train", "jax.numpy"),
+    ],
+)
+def test_a_right_arrow_is_let_through(module: str, target: str):
+    assert wrong_arrow(module, target) is None
+
+
+def test_only_declared_dependencies_are_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w-]", line)[0].split("-")[0] for line in project["dependencies"]}
+    allowed = declared | set(sys.stdlib_module_names) | {"jlora"}
+    used = {(module, target.split(".")[0]) for module, path in CORE.items() for target in _imports(module, path)}
+    assert {(module, origin) for module, origin in used if origin not in allowed} == set()
+
+
+def test_nothing_private_is_reached():
+    assert [found for module, path in WRITTEN.items() for found in private(module, path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "seen"),
+    [
+        ("jlora.lift", "from jax._src import core", True),
+        ("jlora.lift", "from jax import core", True),
+        ("jlora.lift", "import jax.core as c", True),
+        ("jlora.adapt", "import jax\ndef f(x):\n    return isinstance(x, jax.core.Tracer)", True),
+        ("jlora.adapt", "import jax._src.api", True),
+        ("jlora.adapt", "from jax.interpreters import ad", True),
+        ("jlora.adapt", "def f():\n    from jax.extend import core", True),
+        ("jlora.weight", "import jax\njax.extend.core.Primitive('p')", True),
+        ("jlora.optim", "from optax._src import base", True),
+        ("jlora.lift", "from jax.extend import core as jex\njex.Jaxpr", False),
+        ("jlora.rules", "import jax.extend.core", False),
+        ("jlora.adapt", "import jax\nfrom jax.custom_derivatives import SymbolicZero\njax.__version__", False),
+    ],
+)
+def test_what_is_private(module: str, source: str, seen: bool):
+    assert bool(private(module, source)) == seen
+
+
+def test_relative_imports_are_read():
+    assert list(imports("jlora.methods.dora", "from .lora import lora\nfrom ..weight import Weight\nfrom . import eva")) == [
+        "jlora.methods.lora.lora", "jlora.weight.Weight", "jlora.methods.eva",
+    ]  # fmt: skip
+    assert list(imports("jlora.methods", "from .lora import lora", package=True)) == ["jlora.methods.lora.lora"]
+
+
+def test_names_say_something():
+    vague = [str(path) for folder in ("jlora", *OUTER) for path in (ROOT / folder).rglob("*") if path.stem in VAGUE]
+    assert vague == []
+
+
+def test_modules_are_small():
+    lines = {name: path.read_text().count("\n") for name, path in WRITTEN.items()}
+    assert {name: count for name, count in lines.items() if count > LONGEST} == {}
+
+
+def test_python_lies_in_its_folders():
+    """No module beside the five folders. Virtual environments, and what begins with a dot, are nobody's business."""
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))]
+    mine = {path.name for path in folders if not (path / "pyvenv.cfg").exists() and any(path.rglob("*.py"))}
+    assert mine <= {"jlora", *OUTER, "build"}
+    assert list(ROOT.glob("*.py")) == []
+
+
+def test_the_wheel_is_typed():
+    assert (ROOT / "jlora" / "py.typed").exists()
+
+
+def _imports(module: str, path: Path) -> list[str]:
+    return list(imports(module, path.read_text(), package=path.stem == "__init__"))
+
+
+def _defining(target: str) -> str:
+    """The module of jlora that an imported name comes from; other packages are one node."""
+    while target and target not in CORE:
+        target = target.rpartition(".")[0]
+    return target or "elsewhere"

@@ -1,0 +1,638 @@
+"""`train_step` and `TrainState`: the same numbers as a loop written by hand, under jit, pmap, micro-batches and meshes."""
+
+import functools
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from jlora.train import Step, TrainState, train_step
+
+IN, HIDDEN, OUT, BATCH = 20, 28, 12, 16
+# Sums in another order (over micro-batches, devices, factors instead of merged weights): a few float32 roundings.
+CLOSE = {"rtol": 2e-5, "atol": 1e-6}
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+PARAMS = {
+    "up": {"kernel": random(1, IN, HIDDEN) / 4, "bias": random(2, HIDDEN) / 4},
+    "down": {"kernel": random(3, HIDDEN, OUT) / 4, "bias": random(4, OUT) / 4},
+}
+DATA = {"x": random(5, BATCH, IN), "y": random(6, BATCH, OUT)}
+TX = optax.sgd(0.1, momentum=0.9)
+
+
+def predict(params, x):
+    hidden = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"][None])  # (batch, hidden)
+    return hidden @ params["down"]["kernel"] + params["down"]["bias"][None]  # (batch, out)
+
+
+def loss_fn(params, batch):
+    return jnp.mean(jnp.square(predict(params, batch["x"]) - batch["y"]))
+
+
+@functools.cache
+def adapt(*, method: jlora.Method | None = None, extras: str = "up/bias") -> jlora.Adapted:
+    """LoRA of rank 4 and a trained bias; B is random, as after some steps, so that every factor has a gradient."""
+    adapted = jlora.apply(jax.tree.map(jnp.asarray, PARAMS), method=method or jlora.lora(4, 8), extras=extras)
+    factors = {path: dict(arrays) for path, arrays in adapted.factors.items()}
+    for site in adapted.sites:
+        factors[site.path]["B"] = jnp.asarray(random(len(site.path), *factors[site.path]["B"].shape)) / 4
+    return adapted.replace(factors=factors)
+
+
+def merged(factors):
+    """`W0 + (alpha/r) B A`, written out."""
+
+    def weight(name):
+        a, b = factors[f"{name}/kernel"]["A"][:, 0, :], factors[f"{name}/kernel"]["B"][0].T  # (in, r), (r, out)
+        return PARAMS[name]["kernel"] + 8 / 4 * a @ b
+
+    return {
+        "up": {"kernel": weight("up"), "bias": factors["up/bias"]["value"]},
+        "down": {"kernel": weight("down"), "bias": PARAMS["down"]["bias"]},
+    }
+
+
+def by_hand(factors, tx, steps, loss=lambda factors: loss_fn(merged(factors), DATA)):
+    @jax.jit
+    def update(factors, opt_state):
+        value, gradient = jax.value_and_grad(loss)(factors)
+        updates, opt_state = tx.update(gradient, opt_state, factors)
+        norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient)))
+        return optax.apply_updates(factors, updates), opt_state, value, norm
+
+    opt_state, losses, norms = tx.init(factors), [], []
+    for _ in range(steps):
+        factors, opt_state, value, norm = update(factors, opt_state)
+        losses.append(float(value))
+        norms.append(float(norm))
+    return factors, losses, norms
+
+
+@functools.cache
+def expected(steps):
+    """What training of `adapt()` with `TX` on `DATA` gives."""
+    return by_hand(adapt().factors, TX, steps)
+
+
+@functools.cache
+def shared_step(**options: Any) -> Step:
+    """The step of `loss_fn` and `TX`, so that the tests compile it once for each set of options."""
+    return train_step(loss_fn, TX, **options)
+
+
+def train(step, state, steps, batch=DATA):
+    losses, norms = [], []
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    return state, losses, norms
+
+
+# -- the same numbers as by hand ---------------------------------------------------------------------------------------
+
+
+WAYS = [
+    {},
+    {"accumulate": 4},
+    {"parallel": "pmap"},
+    {"parallel": "pmap", "accumulate": 2},
+    {"donate": False},
+]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_trains_as_a_loop_by_hand_on_merged_weights(options):
+    adapted = adapt()
+    factors, losses, norms = expected(4)
+    step = shared_step(**options)
+    state, got_losses, got_norms = train(step, TrainState.create(adapted, step.tx), 4)
+    state.check()
+    chex.assert_trees_all_close(state.adapted.factors, factors, **CLOSE)
+    np.testing.assert_allclose(got_losses, losses, rtol=1e-5)
+    np.testing.assert_allclose(got_norms, norms, rtol=1e-5)
+    assert int(state.step) == 4
+    assert float(state.loss) == got_losses[-1]
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, TrainState.create(adapted, step.tx))
+
+
+@pytest.mark.loose_promotion  # optax multiplies integers and floats
+def test_trains_with_adamw():
+    adapted, tx = adapt(), optax.adamw(optax.linear_schedule(1e-2, 0.0, 10), weight_decay=0.1)
+    factors, losses, _ = by_hand(adapted.factors, tx, 4)
+    step = train_step(loss_fn, tx)
+    state, got, _ = train(step, TrainState.create(adapted, tx), 4)  # the bare tx is wrapped as the step's is
+    chex.assert_trees_all_close(state.adapted.factors, factors, **CLOSE)
+    np.testing.assert_allclose(got, losses, rtol=1e-5)
+
+
+def test_full_fine_tuning_is_plain_training():
+    adapted = jlora.apply(jax.tree.map(jnp.asarray, PARAMS), targets=(), extras=".*")
+    params, losses, norms = by_hand(jax.tree.map(jnp.asarray, PARAMS), TX, 4, lambda params: loss_fn(params, DATA))
+    step = shared_step()
+    state, got_losses, got_norms = train(step, TrainState.create(adapted, step.tx), 4)
+    chex.assert_trees_all_close(jlora.merge(state.adapted), params, **CLOSE)
+    np.testing.assert_allclose(got_losses, losses, rtol=1e-5)
+    np.testing.assert_allclose(got_norms, norms, rtol=1e-5)
+    chex.assert_trees_all_equal(state.adapted.base, PARAMS)
+
+
+def test_dora_keeps_its_buffers():
+    step = shared_step()
+    before = TrainState.create(adapt(method=jlora.dora(2)), step.tx)
+    after, losses, _ = train(step, before, 8)
+    assert losses[-1] < losses[0]
+    for path, arrays in before.adapted.buffers.items():
+        for name, array in arrays.items():
+            assert after.adapted.buffers[path][name] is array
+
+
+def test_a_bf16_base_trains_float32_factors():
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
+    data = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), DATA)
+    step = shared_step()
+    state, losses, _ = train(step, TrainState.create(jlora.apply(params, rank=4), step.tx), 8, data)
+    assert losses[-1] < losses[0]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapted.base)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapted.factors)} == {"float32"}
+    assert state.loss.dtype == jnp.float32
+
+
+def test_a_module_with_functions_as_leaves():
+    def loss(model, batch):
+        return jnp.mean(jnp.square(jax.vmap(model)(batch["x"]) - batch["y"]))
+
+    model = eqx.nn.MLP(IN, OUT, HIDDEN, 1, activation=jnp.tanh, key=jax.random.key(0))
+    assert any(callable(leaf) for leaf in jax.tree.leaves(model))
+    sites = jlora.sites(loss, model, jax.tree.map(jnp.asarray, DATA))
+    adapted = jlora.apply(model, rank=4, sites=[site for site in sites if site.kind == "linear"])
+    assert [site.path for site in adapted.sites] == ["layers/0/weight", "layers/1/weight"]
+    for options in ({}, {"parallel": "pmap"}):
+        step = train_step(loss, TX, **options)
+        state, losses, _ = train(step, TrainState.create(adapted, step.tx), 8)
+        assert losses[-1] < losses[0]
+        assert jlora.merge(state.adapted).activation is model.activation
+
+
+# -- what is differentiated, donated, compiled -------------------------------------------------------------------------
+
+
+def is_jaxpr(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr and of those inside it."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for param in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr):
+            if is_jaxpr(param):
+                yield from equations(param)
+
+
+def shapes_made(jaxpr: Any) -> set[tuple[int, ...]]:
+    """Shapes of all that is computed, axes sorted, as a transposed gradient is one too. stop_gradient computes nothing."""
+    made = [var.aval for eqn in equations(jaxpr) if eqn.primitive.name != "stop_gradient" for var in eqn.outvars]
+    return {tuple(sorted(aval.shape)) for aval in made if hasattr(aval, "shape")}
+
+
+def constants(jaxpr: Any) -> list[Any]:
+    """The arrays that a jaxpr, or one inside it, has closed over."""
+    inner = [leaf for eqn in equations(jaxpr) for leaf in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr)]
+    return [const for one in (jaxpr, *inner) for const in getattr(one, "consts", ())]
+
+
+def trace(step: Any, adapted: jlora.Adapted) -> Any:
+    arguments = step.arguments(TrainState.create(adapted, step.tx), DATA)
+    return jax.make_jaxpr(step.program, static_argnums=4)(*arguments)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("method", [jlora.lora(4), jlora.dora(4)], ids=["lora", "dora"])
+def test_no_gradient_of_the_base_is_formed(method, accumulate):
+    kernels = {tuple(sorted(PARAMS[name]["kernel"].shape)) for name in PARAMS}
+    step = shared_step(accumulate=accumulate)
+    assert not kernels & shapes_made(trace(step, adapt(method=method)))
+    # The same look at full fine-tuning does find them.
+    assert kernels <= shapes_made(trace(step, jlora.apply(PARAMS, targets=(), extras=".*")))
+
+
+def test_the_base_is_an_argument_and_no_output():
+    kernels = {PARAMS[name]["kernel"].shape for name in PARAMS}
+    closed = jnp.ones((IN, HIDDEN))
+    leaky = train_step(lambda params, batch: loss_fn(params, batch) + jnp.sum(closed), TX)
+    assert kernels & {const.shape for const in constants(trace(leaky, adapt()))}  # so that the next line can fail
+    program = trace(shared_step(), adapt())
+    assert not kernels & {const.shape for const in constants(program)}
+    assert kernels <= {aval.shape for aval in program.in_avals}
+    assert not kernels & {aval.shape for aval in program.out_avals}
+
+
+def test_donates_the_trained_part_and_never_the_base():
+    step = shared_step()
+    adapted = adapt(method=jlora.dora(2))
+    first = TrainState.create(adapted, step.tx)
+    second, metrics = step(first, DATA)
+    third, _ = step(second, DATA)
+    for old, new in ((first, second), (second, third)):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.adapted.factors, old.opt_state)))
+        for one, other in zip(jax.tree.leaves(old.adapted.base), jax.tree.leaves(new.adapted.base), strict=True):
+            assert one is other and not one.is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((third, metrics, first.key, second.loss)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(adapted)), "the caller's factors were copied"
+    assert isinstance(second.adapted.base, dict) and second.adapted.key is None
+
+
+def test_full_fine_tuning_leaves_the_base_alone():
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    step = shared_step()
+    state = TrainState.create(jlora.apply(params, targets=(), extras=".*"), step.tx)
+    train(step, state, 2)
+    chex.assert_trees_all_equal(params, PARAMS)
+
+
+def test_without_donation_the_old_state_stays():
+    step = shared_step(donate=False)
+    state = TrainState.create(adapt(), step.tx)
+    one, other = step(state, DATA), step(state, DATA)
+    chex.assert_trees_all_equal(one[0].adapted.factors, other[0].adapted.factors)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def compilations(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+
+
+def mesh(**axes: int) -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(tuple(axes.values())), tuple(axes))
+
+
+def on_mesh(base: P, batch: P) -> tuple[jlora.Adapted, Any]:
+    """The kernels and the batch on a mesh of 2 x 4 devices, the factors wherever `apply` left them."""
+    axes = mesh(data=2, model=4)
+    adapted = adapt()
+    placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(axes, base if x.ndim == 2 else P())), adapted.base)
+    return adapted.replace(base=placed), jax.device_put(DATA, NamedSharding(axes, batch))
+
+
+def single() -> tuple[jlora.Adapted, Any]:
+    return adapt(), DATA
+
+
+PLACES = {
+    "single": single,
+    "committed": lambda: (adapt(), jax.device_put(DATA, jax.devices()[3])),
+    "data-parallel": lambda: on_mesh(P(), P(("data", "model"))),
+    "tensor-sharded": lambda: on_mesh(P(None, "model"), P("data")),
+    "rows-sharded": lambda: on_mesh(P("model", None), P()),
+    "sharded-batch-alone": lambda: (adapt(), jax.device_put(DATA, NamedSharding(mesh(data=8), P("data")))),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "accumulate"), [*((place, 1) for place in PLACES), ("data-parallel", 2), ("tensor-sharded", 2)]
+)
+def test_meshes_give_the_same_numbers_and_compile_once(place, accumulate, caplog):
+    adapted, batch = PLACES[place]()
+    if place == "sharded-batch-alone":
+        adapted = adapted.replace(base=jax.device_put(adapted.base, NamedSharding(batch["x"].sharding.mesh, P())))
+    if place == "committed":
+        adapted = adapted.replace(base=jax.device_put(adapted.base, jax.devices()[3]))
+    factors, losses, _ = expected(3)
+    traces = []
+
+    def counted(params, batch):
+        traces.append(1)
+        return loss_fn(params, batch)
+
+    step = train_step(counted, TX, accumulate=accumulate)
+    state, first, _ = train(step, TrainState.create(adapted, step.tx), 1, batch)
+    placed = [leaf.sharding for leaf in jax.tree.leaves((state.adapted.factors, state.opt_state, state.step))]
+    count = len(traces)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING), jax.transfer_guard("disallow"):
+        for _ in range(2):
+            state, metrics = step(state, batch)
+    assert compilations(caplog) == []
+    assert len(traces) == count
+    chex.assert_trees_all_close(jax.device_get(state.adapted.factors), factors, **CLOSE)
+    np.testing.assert_allclose([first[0], metrics["loss"]], [losses[0], losses[2]], rtol=1e-5)
+    assert [leaf.sharding for leaf in jax.tree.leaves((state.adapted.factors, state.opt_state, state.step))] == placed
+    for one, other in zip(jax.tree.leaves(state.adapted.base), jax.tree.leaves(adapted.base), strict=True):
+        assert one is other
+
+
+def test_a_new_shape_of_the_batch_does_compile(caplog):
+    step = shared_step()
+    state, _ = step(TrainState.create(adapt(), step.tx), DATA)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        step(state, jax.tree.map(lambda x: x[:8], DATA))
+    assert len(compilations(caplog)) == 1  # so that the count above can fail
+
+
+def test_sharded_factors_stay_sharded():
+    adapted, batch = on_mesh(P(None, "model"), P("data"))
+    sharding = NamedSharding(adapted.base["up"]["kernel"].sharding.mesh, P(None, "model", None))
+    arrays = adapted.factors["up/kernel"]
+    up = {"up/kernel": arrays | {"B": jax.device_put(arrays["B"], sharding)}}
+    adapted = adapted.replace(factors=adapted.factors | up)
+    step = shared_step()
+    state, _, _ = train(step, TrainState.create(adapted, step.tx), 2, batch)
+    assert state.adapted.factors["up/kernel"]["B"].sharding == sharding
+
+
+def test_pmap_moves_the_state_once(caplog):
+    step = shared_step(parallel="pmap")
+    adapted = adapt()
+    state, _ = step(TrainState.create(adapted, step.tx), DATA)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING), jax.transfer_guard_device_to_device("disallow"):
+        again, _ = step(state, DATA)
+    assert compilations(caplog) == []
+    for one, other in zip(jax.tree.leaves(state.adapted.base), jax.tree.leaves(again.adapted.base), strict=True):
+        assert one is other and one.sharding.is_fully_replicated and len(one.sharding.device_set) == 8
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.adapted.factors, state.opt_state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(adapted))
+    chex.assert_trees_all_equal(jlora.merge(again.adapted)["down"]["bias"], PARAMS["down"]["bias"])
+
+
+def test_a_state_goes_from_pmap_to_jit_and_back():
+    factors, losses, _ = expected(3)
+    steps = [shared_step(parallel=parallel) for parallel in ("pmap", "jit", "pmap")]
+    state = TrainState.create(adapt(), TX)
+    for step, loss in zip(steps, losses, strict=True):
+        state, metrics = step(state, DATA)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(state.adapted.factors), factors, **CLOSE)
+
+
+def test_a_numpy_base_is_sent_to_the_device_once():
+    step = shared_step()
+    state = TrainState.create(jlora.apply(PARAMS, rank=4), step.tx)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    state, _ = step(state, DATA)
+    with jax.transfer_guard("disallow"):
+        state, _ = step(state, DATA)
+        state.check()
+
+
+def test_lower_gives_the_cost_of_the_compiled_step():
+    for parallel in ("jit", "pmap"):
+        step = shared_step(parallel=parallel)
+        compiled = step.lower(TrainState.create(adapt(), step.tx), DATA).compile()
+        assert compiled.cost_analysis()["flops"] > 0
+        assert compiled.memory_analysis().temp_size_in_bytes >= 0
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_has_a_mask_of_its_own_at_every_step():
+    adapted = adapt(method=jlora.lora(4, 8, dropout=0.5))
+    step = train_step(loss_fn, optax.set_to_zero())  # the factors stay: only the masks differ
+    _, losses, _ = train(step, TrainState.create(adapted, step.tx, key=7), 3)
+    _, again, _ = train(step, TrainState.create(adapted, step.tx, key=jax.random.key(7)), 3)
+    _, other, _ = train(step, TrainState.create(adapted, step.tx, key=8), 3)
+    assert losses == again
+    assert len({*losses, *other}) == 6
+    np.testing.assert_raises(AssertionError, np.testing.assert_allclose, losses[0], expected(1)[1], rtol=1e-3)
+
+
+def test_micro_batches_and_devices_have_masks_of_their_own():
+    adapted = adapt(method=jlora.lora(4, 8, dropout=0.5))
+    same = jax.tree.map(lambda x: np.repeat(x[:1], BATCH, 0), DATA)
+
+    def first_of(params, batch):
+        return loss_fn(params, jax.tree.map(lambda x: x[:1], batch))
+
+    losses = []
+    for options in ({}, {"accumulate": 2}, {"parallel": "pmap"}):
+        step = train_step(first_of, TX, **options)
+        losses.append(float(step(TrainState.create(adapted, step.tx), same)[1]["loss"]))
+    assert len(set(losses)) == 3  # with one mask for all, the mean over equal micro-batches would be that of one
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 2}, {"parallel": "pmap"}, {"parallel": "pmap", "accumulate": 2}], ids=str
+)
+def test_the_loss_gets_a_key_of_step_device_and_micro_batch(options):
+    def loss(params, batch, key):
+        return loss_fn(params, batch), {"draw": jax.random.uniform(key)}
+
+    step = train_step(loss, TX, has_aux=True, pass_key=True, **options)
+    state = TrainState.create(adapt(), step.tx, key=3)
+    for t in range(2):
+        state, metrics = step(state, DATA)
+        keys = [jax.random.fold_in(jax.random.key(3), t)]
+        if options.get("parallel") == "pmap":
+            keys = [jax.random.fold_in(key, device) for key in keys for device in range(8)]
+        keys = [jax.random.fold_in(key, i) for key in keys for i in range(options.get("accumulate", 1))]
+        draws = [float(jax.random.uniform(jax.random.split(key)[1])) for key in keys]
+        assert len(set(draws)) == len(keys)
+        np.testing.assert_allclose(metrics["draw"], np.mean(draws), rtol=1e-6)
+    assert bool(jnp.array_equal(jax.random.key_data(state.key), jax.random.key_data(jax.random.key(3))))
+
+
+def test_an_optimizer_with_random_state_and_hyperparameters(caplog):
+    tx = optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(optax.sgd(learning_rate), optax.add_noise(0.1, 0.5, 0))
+    )
+    step = train_step(loss_fn, tx(0.1))
+    with jax.numpy_dtype_promotion("standard"):
+        state, _ = step(TrainState.create(adapt(), step.tx), DATA)
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            step(state, DATA)
+    assert compilations(caplog) == []
+
+
+@pytest.mark.loose_promotion  # optax multiplies integers and floats
+def test_an_optimizer_that_reads_the_loss():
+    step = train_step(loss_fn, optax.chain(optax.sgd(0.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1)))
+    state, _, _ = train(step, TrainState.create(adapt(), step.tx), 4)
+    assert (
+        float(optax.tree.get(state.opt_state, "scale")) == 0.125
+    )  # the loss stays the same: halved at every step but the first
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", WAYS[:-1], ids=str)
+def test_aux_joins_the_metrics(options):
+    def loss(params, batch):
+        error = jnp.abs(predict(params, batch["x"]) - batch["y"])
+        return jnp.mean(jnp.square(error)), {"error": {"mean": jnp.mean(error)}}
+
+    step = train_step(loss, TX, has_aux=True, **options)
+    _, metrics = step(TrainState.create(adapt(), step.tx), DATA)
+    assert set(metrics) == {"loss", "grad_norm", "error"}
+    expected = np.mean(np.abs(predict(merged(adapt().factors), DATA["x"]) - DATA["y"]))
+    np.testing.assert_allclose(metrics["error"]["mean"], expected, rtol=1e-5)
+
+
+def test_aux_of_any_kind_without_micro_batches():
+    step = train_step(lambda p, b: (loss_fn(p, b), {"rows": jnp.arange(3)}), TX, has_aux=True)
+    _, metrics = step(TrainState.create(adapt(), step.tx), DATA)
+    assert metrics["rows"].tolist() == [0, 1, 2]
+
+
+# -- what is not finite ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_loss_that_is_not_finite_stops_training_and_says_where(options):
+    bad = DATA | {"x": np.where(np.arange(BATCH)[:, None] == 5, np.float32(np.nan), DATA["x"])}
+    step = shared_step(**options)
+    state, _, _ = train(step, TrainState.create(adapt(), step.tx), 2)
+    before = jax.device_get((state.adapted.factors, state.opt_state))
+    state, metrics = step(state, bad)
+    assert np.isnan(metrics["loss"])
+    message = (
+        "loss is nan at step 3 (nan also where the gradient alone is not finite): that update was not applied, the "
+        "factors are those before it. Lower the learning rate, clip the gradient (optax.clip_by_global_norm), or look "
+        "at this step's batch; jax.config.update('jax_debug_nans', True) names the operation."
+    )
+    for _ in range(2):  # it stays stopped, and the state stays whole
+        with pytest.raises(FloatingPointError, match=f"^{re.escape(message)}$"):
+            step(state, DATA)
+    with pytest.raises(FloatingPointError, match=f"^{re.escape(message)}$"):
+        state.check()
+    chex.assert_trees_all_equal(jax.device_get((state.adapted.factors, state.opt_state)), before)
+
+
+def test_an_infinite_loss_is_named():
+    step = train_step(lambda p, b: loss_fn(p, b) / 0.0, TX)
+    state, _ = step(TrainState.create(adapt(), step.tx), DATA)
+    with pytest.raises(FloatingPointError, match="^loss is inf at step 1 "):
+        state.check()
+
+
+def test_a_gradient_that_is_not_finite_stops_training_too():
+    def loss(params, batch):
+        return jnp.sqrt(loss_fn(params, batch) * 0.0)  # 0, with the gradient inf * 0
+
+    step = train_step(loss, TX)
+    state = TrainState.create(adapt(), step.tx)
+    before = jax.device_get(state.adapted.factors)
+    state, metrics = step(state, DATA)
+    assert float(metrics["loss"]) == 0.0 and not np.isfinite(metrics["grad_norm"])
+    with pytest.raises(FloatingPointError, match="^loss is nan at step 1 "):
+        step(state, DATA)
+    chex.assert_trees_all_equal(jax.device_get(state.adapted.factors), before)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallel": "xmap"}, "parallel='xmap' is unknown: choose 'jit' or 'pmap'"),
+        ({"accumulate": 0}, "accumulate is the number of micro-batches, an integer of at least 1, got 0"),
+        ({"accumulate": 2.0}, "accumulate is the number of micro-batches, an integer of at least 1, got 2.0"),
+        ({"accumulate": True}, "accumulate is the number of micro-batches, an integer of at least 1, got True"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        train_step(loss_fn, TX, **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "error", "message"),
+    [
+        (lambda p, b: predict(p, b["x"]), {}, ValueError,
+         f"loss_fn returns a scalar, got an array of shape ({BATCH}, {OUT}): take its mean"),
+        (lambda p, b: loss_fn(p, b).astype(jnp.int32), {}, TypeError, "loss_fn returns a real scalar, got one of type int32"),
+        (lambda p, b: loss_fn(p, b).astype(jnp.complex64), {}, TypeError, "loss_fn returns a real scalar, got one of type complex64"),
+        (lambda p, b: {"loss": loss_fn(p, b)}, {}, TypeError, "loss_fn returns a real scalar, got dict"),
+        (lambda p, b: (loss_fn(p, b), {}), {}, TypeError,
+         "loss_fn returns a real scalar, got a tuple of 2; pass has_aux=True for a pair of loss and metrics"),
+        (loss_fn, {"has_aux": True}, TypeError, "has_aux=True: loss_fn returns (loss, dict of metrics), got"),
+        (lambda p, b: (loss_fn(p, b), loss_fn(p, b)), {"has_aux": True}, TypeError,
+         "has_aux=True: loss_fn returns (loss, dict of metrics), got a tuple of 2"),
+        (lambda p, b: (loss_fn(p, b), {"loss": loss_fn(p, b)}), {"has_aux": True}, ValueError,
+         "the aux of loss_fn has ['loss'], which the metrics hold already: rename them"),
+        (lambda p, b: (loss_fn(p, b), {"all": jnp.mean(predict(p, b["x"]), 1)}), {"has_aux": True, "accumulate": 2}, ValueError,
+         "aux ['all'] has shape (8,) and type float32: over micro-batches and devices only means can be averaged"),
+        (lambda p, b: (loss_fn(p, b), {"n": jnp.sum(b["x"] > 0.0)}), {"has_aux": True, "parallel": "pmap"}, ValueError,
+         "aux ['n'] has shape () and type int32: over micro-batches and devices only means can be averaged"),
+    ],
+)  # fmt: skip
+def test_losses_are_checked(loss, options, error, message):
+    step = train_step(loss, TX, **options)
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        step(TrainState.create(adapt(), step.tx), DATA)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "message"),
+    [
+        ({"parallel": "pmap"}, {"x": np.ones((12, IN))},
+         "the batch has 12 examples (batch['x'] (12, 20)), which 8 devices do not divide"),
+        ({"parallel": "pmap", "accumulate": 3}, DATA,
+         "the batch has 16 examples (batch['x'] (16, 20)), which 8 devices times 3 micro-batches = 24 parts do not divide"),
+        ({"accumulate": 3}, DATA,
+         "the batch has 16 examples (batch['x'] (16, 20)), which 3 micro-batches (accumulate=3) do not divide"),
+        ({"accumulate": 2}, DATA | {"at": np.arange(IN)},
+         "the leaves of the batch have different leading axes: batch['at'] (20,), batch['x'] (16, 20); all are divided"),
+        ({"accumulate": 2}, DATA | {"scale": np.float32(1)},
+         "batch['scale'] has no leading axis to divide over 2 micro-batches (accumulate=2)"),
+        ({"parallel": "pmap"}, {}, "the batch has no arrays to divide over 8 devices"),
+    ],
+)  # fmt: skip
+def test_batches_are_checked(options, batch, message):
+    step = shared_step(**options)
+    state = TrainState.create(adapt(), step.tx)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        step(state, batch)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    step = shared_step()
+    message = (
+        "the state's opt_state was made by another optimizer, or for other factors: make the state with "
+        "TrainState.create(adapted, step.tx). Expected"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        step(TrainState.create(adapt(), optax.adam(0.1)), DATA)
+    state = TrainState.create(adapt(), step.tx)
+    other = TrainState.create(adapt(extras="bias"), step.tx)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        step(TrainState(other.adapted, state.opt_state, state.step, state.key, state.loss), DATA)
+
+
+def test_create_is_checked():
+    with pytest.raises(TypeError, match=r"^TrainState.create takes an Adapted \(from jlora.apply\), got dict$"):
+        TrainState.create(PARAMS, TX)  # ty: ignore
+    with pytest.raises(
+        TypeError, match=r"^key is a seed or a typed key \(jax.random.key, jax.random.wrap_key_data\), got"
+    ):
+        TrainState.create(adapt(), TX, key=jax.random.PRNGKey(0))
+    with pytest.raises(ValueError, match="^there is nothing to train: no factors and no extras"):
+        TrainState.create(jlora.apply(PARAMS, targets=()), TX)
+
+
+def test_pmap_refuses_a_sharded_base():
+    adapted, _ = on_mesh(P(None, "model"), P())
+    step = shared_step(parallel="pmap")
+    with pytest.raises(
+        ValueError, match=r"^an array of shape \(28, 12\) is sharded as .*: parallel='pmap' keeps a whole copy"
+    ):
+        step(TrainState.create(adapted, step.tx), DATA)
