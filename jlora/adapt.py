@@ -68,7 +68,9 @@ class Adapted:
         for site in self.sites:
             buffers = self.buffers.get(site.path, {})
             weight = self.method.weight(named[site.path], site, self.factors[site.path], buffers)
-            filled[site.path] = weight.replace(key=None if self.key is None else _site_key(self.key, site))
+            if self.key is not None and weight.dropout > 0:
+                weight = weight.replace(key=_site_key(self.key, site))
+            filled[site.path] = weight
         for extra in self.extras:
             filled[extra.path] = _with_extra(named[extra.path], extra, self.factors[extra.path])
         return jax.tree.unflatten(structure, filled.values())

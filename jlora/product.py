@@ -1,4 +1,4 @@
-"""`y = x W + (x A) B` for any contraction, with a backward pass that forms no gradient of W."""
+"""`y = x W + (z A) B` for any contraction, with a backward pass that forms no gradient of W. z is x, or x dropped."""
 
 import functools
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class Spec(NamedTuple):
     x: Labels
     w: Labels
     y: Labels
-    u: Labels  # of the factor that meets x first
+    u: Labels  # of the factor that meets z first
     v: Labels  # of the factor that meets the result of that
     dimension_numbers: Any  # of the model's own `dot_general`
     weight_first: bool  # whether the weight is its left operand
@@ -26,7 +26,7 @@ class Spec(NamedTuple):
 
     @property
     def inner(self) -> Labels:
-        """The labels of `x u`: what x and u have and the rest of the product still needs."""
+        """The labels of `z u`: what z and u have and the rest of the product still needs."""
         needed = self.v + self.y
         from_x = tuple(label for label in self.x if label in needed)
         return from_x + tuple(label for label in self.u if label in needed and label not in from_x)
@@ -40,34 +40,34 @@ def base_product(x: jax.Array, w: jax.Array, spec: Spec) -> jax.Array:
     )
 
 
-def low_rank_product(x: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
-    """`(x u) v`, never the product of u and v, in the label order of `spec.y`."""
-    inner = contract(x, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
+def low_rank_product(z: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
+    """`(z u) v`, never the product of u and v, in the label order of `spec.y`."""
+    inner = contract(z, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
     out = tuple(label for label in spec.y if label in spec.inner or label in spec.v)
     y = contract(inner, spec.inner, v, spec.v, out, spec.precision, spec.dtype)
     return expand(y, out, spec.y)  # a weight's axis of size 1 is in no factor
 
 
-def plain_product(x: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
-    """`x W + (x u) v`, differentiable in both modes by autodiff."""
+def plain_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
+    """`x W + (z u) v`, differentiable in both modes by autodiff."""
     y = base_product(x, w, spec)
-    return y + low_rank_product(x, u, v, spec).astype(y.dtype)
+    return y + low_rank_product(z, u, v, spec).astype(y.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def adapted_product(x: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
-    """`x W + (x u) v`, whose backward pass recomputes `x u` and shares `G = g v^T` between dx and du.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def adapted_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
+    """`x W + (z u) v`, whose backward pass recomputes `z u` and shares `G = g v^T` between dz and du.
 
-    With the cotangent g:
+    z is x itself, or x after dropout. With the cotangent g:
 
-        G = g v^T,  dx = g W^T + G u^T,  du = x^T G,  dv = (x u)^T g
+        G = g v^T,  dx = g W^T,  dz = G u^T,  du = z^T G,  dv = (z u)^T g
 
-    Autodiff of `plain_product` gives the same values. It keeps `x u` and, on the CPU, transposes the activations
+    Autodiff of `plain_product` gives the same values. It keeps `z u` and, on the CPU, transposes the activations
     where transposing a factor would do (measured in experiments/bench/step.py). There is no forward mode.
 
     The gradient of W is formed where W itself is differentiated, and only there.
     """
-    return plain_product(x, w, u, v, spec)
+    return plain_product(x, z, w, u, v, spec)
 
 
 @jax.tree_util.register_static
@@ -84,13 +84,14 @@ class _Perturbed:
         return isinstance(other, _Perturbed) and other.value == self.value
 
 
-def _forward(x: Any, w: Any, u: Any, v: Any, spec: Spec) -> tuple[jax.Array, Any]:
-    operands = (x.value, w.value, u.value, v.value)
-    base = base_product(operands[0], operands[1], spec)
-    delta = low_rank_product(operands[0], operands[2], operands[3], spec).astype(base.dtype)
-    some = operands[3][(0,) * operands[3].ndim]
+def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
+    *operands, spec = arguments
+    x, z, w, u, v = (operand.value for operand in operands)
+    base = base_product(x, w, spec)
+    delta = low_rank_product(z, u, v, spec).astype(base.dtype)
+    some = v[(0,) * v.ndim]
     y = lax.platform_dependent(base, delta, some, cpu=_fenced_sum, default=lambda x, y, _: x + y)
-    return y, (operands, _Perturbed(w.perturbed))
+    return y, ((x, z, w, u, v), _Perturbed(operands[2].perturbed))
 
 
 def _fenced_sum(x: jax.Array, y: jax.Array, some: jax.Array) -> jax.Array:
@@ -102,20 +103,21 @@ def _fenced_sum(x: jax.Array, y: jax.Array, some: jax.Array) -> jax.Array:
 
 
 def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...]:
-    (x, w, u, v), base_is_perturbed = residuals
+    (x, z, w, u, v), base_is_perturbed = residuals
     if isinstance(g, SymbolicZero):
-        return None, None, None, None
+        return None, None, None, None, None
     g = g.astype(x.dtype)
-    inner = contract(x, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
+    inner = contract(z, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
     into = functools.partial(_contract_into, precision=spec.precision)
     inner_g = into(inner, spec.inner, g, spec.y, v, spec.v)
-    dx = into(x, spec.x, g, spec.y, w, spec.w) + into(x, spec.x, inner_g, spec.inner, u, spec.u)
+    dx = into(x, spec.x, g, spec.y, w, spec.w)
+    dz = into(z, spec.x, inner_g, spec.inner, u, spec.u)
     # The thin operand comes first: the CPU backend transposes its left operand to contract a leading axis, and a
     # transposed activation costs more than a transposed factor (0.89 against 0.76 of full fine-tuning's time).
-    du = into(u, spec.u, inner_g, spec.inner, x, spec.x)
+    du = into(u, spec.u, inner_g, spec.inner, z, spec.x)
     dv = into(v, spec.v, inner, spec.inner, g, spec.y)
     dw = into(w, spec.w, x, spec.x, g, spec.y) if base_is_perturbed.value else None
-    return dx, dw, du, dv
+    return dx, dz, dw, du, dv
 
 
 def _contract_into(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import axes as ax
-from jlora.product import Spec, adapted_product, base_product, low_rank_product, plain_product
+from jlora.product import Spec, adapted_product, base_product, plain_product
 
 RANK = "rank"  # the label of the last axis of a and b
 
@@ -291,12 +291,9 @@ class Weight:
             a, a_labels, b, b_labels = b, b_labels, a, a_labels
         u, v = a.astype(x.dtype), b.astype(x.dtype)
         spec = spec._replace(u=a_labels, v=b_labels)
-        if self.key is not None:
-            dropped = drop(x, self.key, self.dropout)
-            y = base_product(x, self.w, spec)
-            return y + low_rank_product(dropped, u, v, spec).astype(y.dtype)
+        z = x if self.key is None else drop(x, self.key, self.dropout)
         product = plain_product if forward_mode else adapted_product
-        return product(x, self.w, u, v, spec)
+        return product(x, z, self.w, u, v, spec)
 
     def _spec(self, x_ndim: int, dimension_numbers: Any, weight_first: bool, precision: Any, dtype: Any) -> Spec:
         (left, right), (left_batch, right_batch) = dimension_numbers

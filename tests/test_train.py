@@ -413,6 +413,15 @@ def test_dropout_has_a_mask_of_its_own_at_every_step():
     np.testing.assert_raises(AssertionError, np.testing.assert_allclose, losses[0], expected(1)[1], rtol=1e-3)
 
 
+def test_without_dropout_no_random_number_is_drawn():
+    def drawn(dropout):
+        jaxpr = trace(train_step(loss_fn, optax.sgd(0.1)), adapt(method=jlora.lora(4, dropout=dropout)))
+        return [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "random_bits"]
+
+    assert len(drawn(0.5)) >= 2
+    assert drawn(0.0) == []
+
+
 def test_micro_batches_and_devices_have_masks_of_their_own():
     adapted = adapt(method=jlora.lora(4, 8, dropout=0.5))
     same = jax.tree.map(lambda x: np.repeat(x[:1], BATCH, 0), DATA)
