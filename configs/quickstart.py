@@ -14,7 +14,7 @@ def config() -> Experiment:
     """The main job."""
     return Experiment(
         name="quickstart",
-        model=GPT2Config(vocab_size=256, context=128, width=128, layers=4, heads=4),
+        model=GPT2Config(vocab_size=256, context=128, width=256, layers=3, heads=4),
         data=Data(old=python_docs, new=python_source),
         pretrain=Pretrain(steps=900, batch=8, evaluate_every=100, weight_decay=0.1, learning_rate=3e-3),
         train=Train(steps=250, batch=8, evaluate_every=25),

@@ -82,4 +82,4 @@ class Live:
     def say(self, line: str) -> None:
         """Prints a line above the bars, with the time since the start."""
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
-        self.console.print(f"[dim]{minutes:d}:{seconds:02d}[/]  {line}", highlight=False)
+        self.console.print(f"[dim]{minutes:d}:{seconds:02d}[/]  {line}", highlight=False, soft_wrap=True)
