@@ -288,9 +288,9 @@ def _known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site] | 
         return conventional(params)
     known = tuple(sites)
     for site in known:
-        leaf = named.get(site.path)
-        if leaf is None or tuple(leaf.shape) != site.shape:
-            found = "no such leaf" if leaf is None else f"shape {tuple(leaf.shape)}"
+        shape = tuple(getattr(named.get(site.path), "shape", ()))  # a leaf may be a function, which has none
+        if site.path not in named or shape != site.shape:
+            found = f"shape {shape}" if site.path in named else "no such leaf"
             raise ValueError(f"sites= are those of another tree: {site.path!r} has shape {site.shape}, params: {found}")
     return known
 

@@ -1,7 +1,7 @@
 """Which weights a function multiplies by, and along which of their axes: read from the program, not from names."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jlora.rules import PRODUCTS, Use
 from jlora.weight import Weight
 
 ADAPTABLE = ("linear", "conv", "embedding")
+_ATTENTION = ("query", "key", "value", "out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,19 +101,21 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
 def conventional(params: Any) -> tuple[Site, ...]:
     """Sites by Flax's names and ranks, for `apply` without a function.
 
-    A 2-D `kernel` is (in, out); a 4-D or 5-D one whose leading axes are small is a convolution's (*window, in, out);
-    the 3-D kernels of attention's query, key, value are (in, heads, width) and of its out (heads, width, in); a 2-D
-    `embedding` is (vocabulary, width). Any other kernel of three or more axes is "unknown".
+    A 2-D `kernel` is (in, out); a 2-D `embedding` (vocabulary, width). The 3-D kernels of attention are (in, heads,
+    width) for query, key and value and (heads, width, in) for out, if those of one module fit together. A 4-D or 5-D
+    one is a convolution's (*window, in, out), if there is a 1-D bias beside it, or none and an odd square window. Any
+    other kernel of three or more axes, as those of stacked layers, is "unknown".
     """
     named, _ = tree.leaves(params)
-    return tuple(_by_convention(path, leaf) for path, leaf in named.items())
+    shapes = {path: tuple(leaf.shape) for path, leaf in named.items() if _is_array(leaf)}
+    return tuple(_by_convention(path, leaf, shapes) for path, leaf in named.items())
 
 
-def _by_convention(path: str, leaf: Any) -> Site:
+def _by_convention(path: str, leaf: Any, shapes: Mapping[str, tuple[int, ...]]) -> Site:
     shape = tuple(jnp.shape(leaf)) if _is_array(leaf) else ()
     dtype = str(leaf.dtype) if _is_array(leaf) else type(leaf).__name__
-    *parents, last = path.split("/")
-    attention = parents[-1] if parents and parents[-1] in ("query", "key", "value", "out") else ""
+    folder, _, last = path.rpartition("/")
+    module, _, part = folder.rpartition("/")
     ndim = len(shape)
 
     def site(kind: str, in_axes: tuple[int, ...] = (), out_axes: tuple[int, ...] = ()) -> Site:
@@ -126,11 +129,25 @@ def _by_convention(path: str, leaf: Any) -> Site:
         return site("other")
     if ndim == 2:
         return site("linear", (0,), (1,))
-    if ndim == 3 and attention:
-        return site("linear", (0, 1), (2,)) if attention == "out" else site("linear", (0,), (1, 2))
-    if ndim in (4, 5) and not attention and max(shape[:-2]) <= 16:
+    if ndim == 3 and part in _ATTENTION and _is_attention(f"{module}/" if module else "", shapes):
+        return site("linear", (0, 1), (2,)) if part == "out" else site("linear", (0,), (1, 2))
+    if ndim in (4, 5) and _is_convolution(shape, shapes.get(f"{folder}/bias" if folder else "bias")):
         return site("conv", tuple(range(ndim - 1)), (ndim - 1,))
     return site("unknown")
+
+
+def _is_attention(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether query (in, heads, width) and out (heads, width, in) fit together; kernels of stacked layers do not."""
+    query, *others, out = (shapes.get(f"{prefix}{name}/kernel", ()) for name in _ATTENTION)
+    return all(len(shape) == 3 and shape[1] == query[1] for shape in (query, *others)) and query[1:] == out[:2]
+
+
+def _is_convolution(shape: tuple[int, ...], bias: tuple[int, ...] | None) -> bool:
+    """A stacked kernel of two more axes has a stacked bias; without a bias the window has to look like one."""
+    if bias is not None:
+        return bias == shape[-1:]
+    window = set(shape[:-2])
+    return len(window) == 1 and window <= {1, 3, 5, 7}
 
 
 def _site(path: str, leaf: Any, uses: Sequence[Use]) -> Site:
