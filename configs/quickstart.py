@@ -20,7 +20,7 @@ def config() -> Experiment:
         train=Train(steps=250, batch=8, evaluate_every=25),
         # The learning rates are the best of configs/quickstart_sweep.py, by bits per byte of Python (validation).
         runs=(
-            Run("full", "full fine-tuning", learning_rate=1e-3),
+            Run("full", "full fine-tuning", learning_rate=3e-3),
             Run("lora_r4", "LoRA r=4", learning_rate=1e-2, rank=4),
             Run("lora_r16", "LoRA r=16", learning_rate=1e-2, rank=16),
         ),

@@ -79,7 +79,7 @@ def learned_forgotten(path: Path, results: Results) -> None:
                 (forgotten[-1], f"{outcome.run.label}\nlearned {learned[-1]:.2f}, forgot {forgotten[-1]:.2f}", colour)
             )
         ax.plot(0, 0, color=_FAINT, marker="o", markersize=10, markeredgecolor="white")
-        ax.annotate("base", (0, 0), xytext=(0, 11), textcoords="offset points", ha="center", color=_FAINT)
+        ax.annotate("base", (0, 0), xytext=(10, -4), textcoords="offset points", va="center", color=_FAINT)
         ax.set(
             title="Learned and forgotten, from the base to the last step",
             xlabel=f"learned: bits per byte less on {results.new}  →",

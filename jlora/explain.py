@@ -4,10 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from jlora.adapt import Adapted
-from jlora.lift import Trace, run
+from jlora.lift import Trace, on_shapes, run, shapes_of
 from jlora.rules import Use
 
 
@@ -45,7 +43,7 @@ def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any)
     Args:
       fn: a function of parameters and further arguments.
       adapted: its parameters, from `apply`.
-      *args, **kwargs: the further arguments.
+      *args, **kwargs: the further arguments; a `jax.ShapeDtypeStruct` stands for an array.
 
     Returns:
       An `Explanation`: per use the weight, the operation, the stored axes that it contracts and keeps, whether the
@@ -63,7 +61,7 @@ def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any)
       [('kernel', 'dot_general', (0,), (1,), True)]
     """
     trace = Trace()
-    jax.eval_shape(lambda adapted: run(fn, (adapted, *args), kwargs, trace), adapted)
+    on_shapes(lambda *args, **kwargs: run(fn, args, kwargs, trace), shapes_of(adapted), *args, **kwargs)
     sizes = {path: sum(a.size for a in arrays.values()) for path, arrays in adapted.factors.items()}
     return Explanation(tuple(Explained(**vars(use), parameters=sizes[use.path]) for use in trace.uses))
 

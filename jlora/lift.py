@@ -126,6 +126,26 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
     return jax.tree.unflatten(out_tree, _all_dense(evaluate(jaxpr, consts, weights, trace), trace))
 
 
+def on_shapes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Traces `fn(*args, **kwargs)`: a `jax.ShapeDtypeStruct` among the arguments stands for an array."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    abstract = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+    def traced(arrays: list[jax.Array]) -> None:
+        filled = list(leaves)
+        for i, array in zip(abstract, arrays, strict=True):
+            filled[i] = array
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        fn(*args, **kwargs)
+
+    jax.eval_shape(traced, [leaves[i] for i in abstract])
+
+
+def shapes_of(tree: Any) -> Any:
+    """The tree with a `jax.ShapeDtypeStruct` for each of its arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, tree)
+
+
 # -- the interpreter --------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.lift import Trace, trace_weights
+from jlora.lift import Trace, on_shapes, shapes_of, trace_weights
 from jlora.rules import PRODUCTS, Use
 from jlora.weight import Weight
 
@@ -74,19 +74,12 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
     followed = [path for path, leaf in named.items() if _is_float(leaf)]
     if not followed:
         raise ValueError("sites: the tree of parameters holds no floating-point arrays")
-    leaves, rest = jax.tree.flatten((args, kwargs))
-    abstract = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
     trace = Trace()
 
-    def run(weights: list[jax.Array], inputs: list[jax.Array]) -> None:
-        filled = list(leaves)
-        for i, value in zip(abstract, inputs, strict=True):
-            filled[i] = value
-        more, keywords = jax.tree.unflatten(rest, filled)
-
+    def run(weights: Sequence[jax.Array], *args: Any, **kwargs: Any) -> None:
         def of_weights(*arrays: jax.Array) -> Any:
             values = {**named, **dict(zip(followed, arrays, strict=True))}
-            return fn(jax.tree.unflatten(structure, values.values()), *more, **keywords)
+            return fn(jax.tree.unflatten(structure, values.values()), *args, **kwargs)
 
         probes = [
             Weight(w, path=path, origin=tuple((i,) for i in range(w.ndim)))
@@ -94,7 +87,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
         ]
         trace_weights(of_weights, probes, trace)
 
-    jax.eval_shape(run, [_abstract(named[path]) for path in followed], [leaves[i] for i in abstract])
+    on_shapes(run, shapes_of([named[path] for path in followed]), *args, **kwargs)
     return tuple(_site(path, leaf, [u for u in trace.uses if u.path == path]) for path, leaf in named.items())
 
 
@@ -186,7 +179,3 @@ def _is_array(leaf: Any) -> bool:
 
 def _is_float(leaf: Any) -> bool:
     return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -248,7 +248,7 @@ class Weight:
         """The materialised weight: summed in float32 (or the base's own precision, if higher), cast once."""
         if self.rank == 0 and self.gain is None:
             return self.w
-        wide = jnp.promote_types(self.w.dtype, jnp.float32)
+        wide = jnp.float32 if jnp.finfo(self.w.dtype).bits < 32 else self.w.dtype
         value = self.w.astype(wide)
         if self.rank:
             value = value + self.delta(precision).astype(wide)

@@ -1,0 +1,362 @@
+"""`apply` and what one does with its result; and every error of it, by its text."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from tests.conformance import close, normal, randomised
+
+
+def params() -> dict:
+    return {
+        "embed": {"embedding": normal(10, 6)},
+        "up": {"kernel": normal(6, 8), "bias": normal(8)},
+        "down": {"kernel": normal(8, 6), "bias": normal(6)},
+    }
+
+
+def predict(params, x):
+    h = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"][None])
+    return h @ params["down"]["kernel"] + params["down"]["bias"][None]
+
+
+X = normal(5, 6)
+
+
+# -- apply -------------------------------------------------------------------------------------------------------------
+
+
+def test_all_linear_layers_are_adapted_and_the_base_is_untouched():
+    base = params()
+    adapted = jlora.apply(base, rank=2)
+    assert {path: {n: x.shape for n, x in f.items()} for path, f in adapted.factors.items()} == {
+        "down/kernel": {"A": (8, 1, 2), "B": (1, 6, 2)},
+        "up/kernel": {"A": (6, 1, 2), "B": (1, 8, 2)},
+    }
+    assert all(x is y for x, y in zip(jax.tree.leaves(adapted.base), jax.tree.leaves(base), strict=True))
+    chex.assert_trees_all_equal(base, params())
+
+
+def test_the_same_call_gives_the_same_bits_and_another_key_others():
+    some, same, other = (jlora.apply(params(), rank=2, key=key) for key in (0, jax.random.key(0), 1))
+    chex.assert_trees_all_equal(some, same)
+    for path in some.factors:
+        assert not (some.factors[path]["A"] == other.factors[path]["A"]).all()
+
+
+def test_another_target_changes_no_factor():
+    one, both = (jlora.apply(params(), rank=2, targets=t) for t in ("up", ["up", "down", "embed"]))
+    assert set(both.factors) == {"down/kernel", "embed/embedding", "up/kernel"}
+    chex.assert_trees_all_equal(one.factors["up/kernel"], both.factors["up/kernel"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "paths"),
+    [
+        (None, ["down/kernel", "up/kernel"]),
+        ("up", ["up/kernel"]),
+        ("^d.*kernel$", ["down/kernel"]),
+        (["up", "embedding"], ["embed/embedding", "up/kernel"]),
+        (lambda site: site.shape == (8, 6), ["down/kernel"]),
+    ],
+)
+def test_targets_choose(targets, paths):
+    assert sorted(jlora.apply(params(), rank=2, targets=targets).factors) == paths
+
+
+def test_the_first_rule_wins():
+    adapted = jlora.apply(params(), rank=2, ranks={"up": 3, "kernel": 5}, alphas={"down": 7.0, ".": 1.0})
+    assert {s.path: (s.rank, s.alpha) for s in adapted.sites} == {"down/kernel": (5, 7.0), "up/kernel": (3, 1.0)}
+
+
+def test_extras_are_trained_as_they_are():
+    adapted = jlora.apply(params(), rank=2, extras={"bias": None, "embedding": [1, 7]})
+    trained = randomised(adapted)
+    merged = jlora.merge(trained)
+    chex.assert_trees_all_equal(merged["up"]["bias"], trained.factors["up/bias"]["value"])
+    rows = np.delete(np.arange(10), [1, 7])
+    chex.assert_trees_all_equal(merged["embed"]["embedding"][rows], params()["embed"]["embedding"][rows])
+    chex.assert_trees_all_equal(
+        merged["embed"]["embedding"][jnp.asarray([1, 7])], trained.factors["embed/embedding"]["rows"]
+    )
+
+
+def test_full_fine_tuning_is_the_same_interface():
+    adapted = jlora.apply(params(), targets=(), extras=".*")
+    assert jlora.count(adapted) == (6 * 10 + 6 * 8 * 2 + 14, 60 + 96 + 14) and jlora.count(adapted).percent == 100
+    chex.assert_trees_all_equal(jlora.lift(predict)(adapted, X), predict(params(), X))
+
+
+# -- merge, unmerge, partition -----------------------------------------------------------------------------------------
+
+
+def test_merge_and_unmerge_are_inverse_bit_for_bit():
+    trained = randomised(jlora.apply(params(), rank=2, extras="bias"))
+    merged = jlora.merge(trained)
+    close(predict(merged, X), jlora.lift(predict)(trained, X))
+    again = jlora.unmerge(merged, trained)
+    chex.assert_trees_all_equal(again, trained)
+
+
+def test_unmerge_refuses_what_is_not_the_merged_weight():
+    trained = randomised(jlora.apply(params(), rank=2))
+    merged = jlora.merge(trained)
+    with pytest.raises(ValueError, match=r"^unmerge: 'down/kernel' is not the merged weight of this adapter$"):
+        jlora.unmerge(params(), trained)
+    with pytest.raises(ValueError, match=r"^unmerge: the parameters have another tree structure than the adapter's base$"):
+        jlora.unmerge(merged["up"], trained)
+
+
+def test_merge_works_under_jit_and_casts_once():
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    trained = randomised(jlora.apply(base, rank=2))
+    merged = jax.jit(jlora.merge)(trained)
+    factors = trained.factors["up/kernel"]
+    wide = base["up"]["kernel"].astype(jnp.float32) + jnp.sum(factors["A"] * factors["B"], axis=-1)
+    chex.assert_trees_all_equal(merged["up"]["kernel"], wide.astype(jnp.bfloat16))
+
+
+def test_partition_and_combine_are_inverse():
+    adapted = jlora.apply(params(), method=jlora.dora(2))
+    factors, frozen = jlora.partition(adapted)
+    assert frozen.factors == {} and factors is adapted.factors
+    chex.assert_trees_all_equal(jlora.combine(factors, frozen), adapted)
+
+
+def test_mask_is_true_at_what_is_trained():
+    mask = jlora.mask(jlora.apply(params(), method=jlora.dora(2)))
+    assert all(jax.tree.leaves(mask.factors)) and not any(jax.tree.leaves((mask.base, mask.buffers)))
+
+
+def test_count_needs_no_arrays():
+    abstract = jax.eval_shape(params)
+    adapted = jax.eval_shape(lambda p: jlora.apply(p, rank=2, extras="bias"), abstract)
+    assert jlora.count(adapted) == (2 * (2 * 14) + 14, 170 + 56)
+
+
+def test_summary_is_a_table():
+    text = jlora.summary(jlora.apply(params(), rank=2, extras={"embedding": [3]}))
+    assert text == (
+        "weight           shape   in -> out (stack)         rank  parameters\n"
+        "down/kernel      (8, 6)  [0] -> [1]                2     28\n"
+        "up/kernel        (6, 8)  [0] -> [1]                2     28\n"
+        "embed/embedding          trained as it is: 1 rows        6\n"
+        "lora(rank=2, alpha=None, init='gaussian', dropout=0.0): 62 of 226 parameters are trained (27.4336 %)"
+    )
+
+
+# -- as a pytree -------------------------------------------------------------------------------------------------------
+
+
+def test_stacked_factors_under_vmap_share_the_base_product():
+    """Per-example adapters: one product with the base for the whole batch, and two thin ones per adapter."""
+    adapters = [randomised(jlora.apply(params(), rank=2, key=i)) for i in range(5)]
+    adapters = [a.replace(factors=jax.tree.map(lambda x, i=i: x + i, a.factors)) for i, a in enumerate(adapters)]
+    factors = jax.tree.map(lambda *x: jnp.stack(x), *(a.factors for a in adapters))
+    lifted = jlora.lift(predict)
+
+    def batched(factors, frozen, x):
+        one = lambda factors, x: lifted(jlora.combine(factors, frozen), x[None])[0]  # noqa: E731
+        return jax.vmap(one)(factors, x)
+
+    _, frozen = jlora.partition(adapters[0])
+    expected = jnp.stack([predict(jlora.merge(a), x[None])[0] for a, x in zip(adapters, X, strict=True)])
+    close(batched(factors, frozen, X), expected)
+    shapes = [sorted(v.aval.shape for v in eqn.invars) for eqn in dots(jax.make_jaxpr(batched)(factors, frozen, X).jaxpr)]
+    for kernel in ((6, 8), (8, 6)):
+        assert sum(kernel in shape for shape in shapes) == 1  # W once, and never with a leading axis
+    assert not any((5, *kernel) in shape for shape in shapes for kernel in ((6, 8), (8, 6)))
+
+
+def dots(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for param in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = getattr(param, "jaxpr", param)
+            if hasattr(inner, "eqns") and eqn.primitive.name != "custom_vjp_call":
+                yield from dots(inner)
+            elif hasattr(inner, "eqns") and param is eqn.params.get("call_jaxpr"):
+                yield from dots(inner)
+
+
+# -- dropout -----------------------------------------------------------------------------------------------------------
+
+
+def dropping(rate: float = 0.5) -> jlora.Adapted:
+    return randomised(jlora.apply(params(), method=jlora.lora(2, dropout=rate)))
+
+
+def test_dropout_needs_a_key_and_acts_on_the_low_rank_branch_alone():
+    adapted, key = dropping(), jax.random.key(0)
+    lifted = jlora.lift(predict)
+    close(lifted(adapted, X), predict(jlora.merge(adapted), X))
+    assert not np.allclose(lifted(jlora.with_key(adapted, key), X), lifted(adapted, X))
+    start = jlora.apply(params(), method=jlora.lora(2, dropout=0.5))  # B is zero
+    chex.assert_trees_all_equal(lifted(jlora.with_key(start, key), X), predict(params(), X))
+
+
+def test_dropout_is_a_function_of_the_key():
+    adapted, lifted = dropping(), jlora.lift(predict)
+    some, same, other = (lifted(jlora.with_key(adapted, jax.random.key(k)), X) for k in (0, 0, 1))
+    assert (some == same).all() and not (some == other).all()
+
+
+def test_dropout_keeps_the_mean():
+    adapted = dropping(0.3)
+    linear = jlora.lift(lambda p, x: x @ p["up"]["kernel"])
+    one = adapted.replace(sites=adapted.sites[1:], factors={"up/kernel": adapted.factors["up/kernel"]})
+    mean = jax.vmap(lambda key: linear(jlora.with_key(one, key), X))(jax.random.split(jax.random.key(0), 4000)).mean(0)
+    np.testing.assert_allclose(mean, linear(one, X), atol=0.03)
+
+
+def test_dropout_has_a_mask_per_site_and_per_stacked_layer():
+    """Equal weights, factors and inputs: what differs is the mask."""
+    base = {"a": jnp.zeros((3, 6, 6)), "b": jnp.zeros((3, 6, 6))}
+
+    def fn(params, x):
+        def layer(_, w):
+            return None, (x @ w[0], x @ w[1])
+
+        return jax.lax.scan(layer, None, (params["a"], params["b"]))[1]
+
+    sites = jlora.sites(fn, base, X)
+    assert all(site.stack_axes == (0,) for site in sites)
+    adapted = jlora.apply(base, method=jlora.lora(2, dropout=0.5), sites=sites)
+    adapted = adapted.replace(factors=jax.tree.map(jnp.ones_like, adapted.factors))
+    a, b = jlora.lift(fn)(jlora.with_key(adapted, jax.random.key(0)), X)
+    assert len({np.asarray(layer).tobytes() for layer in (*a, *b)}) == 6
+    a, b = jlora.lift(fn)(adapted, X)
+    assert len({np.asarray(layer).tobytes() for layer in (*a, *b)}) == 1
+
+
+def test_gradients_through_dropout_are_those_of_its_mask():
+    adapted = jlora.with_key(dropping(), jax.random.key(3))
+    loss = lambda f, mode: jnp.sum(jnp.sin(jlora.lift(predict, forward_mode=mode)(adapted.replace(factors=f), X)))  # noqa: E731
+    close(jax.grad(loss)(adapted.factors, False), jax.grad(loss)(adapted.factors, True))
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+BOTH = "'down/kernel', 'up/kernel'"
+ERRORS = {
+    "rank zero": (lambda p: jlora.apply(p, rank=0), "rank must be at least 1, not 0"),
+    "rank a float": (lambda p: jlora.apply(p, rank=2.0), "rank must be an integer of at least 1, not 2.0"),
+    "rank a bool": (lambda p: jlora.apply(p, rank=True), "rank must be an integer of at least 1, not True"),
+    "no rank": (lambda p: jlora.apply(p), "apply: give a rank, or a method such as jlora.rslora(16)"),
+    "rank and method": (
+        lambda p: jlora.apply(p, rank=2, method=jlora.rslora(2)),
+        "apply: rank and alpha belong to the method: write method=rslora(rank, alpha)",
+    ),
+    "rank of a rule": (
+        lambda p: jlora.apply(p, rank=2, ranks={"up": 0}), "ranks['up'] must be at least 1, not 0"
+    ),
+    "no match": (
+        lambda p: jlora.apply(p, rank=2, targets="kernle"),
+        "targets='kernle' matches none of the 5 weights; the closest are 'down/kernel', 'up/kernel', 'embed/embedding'",
+    ),
+    "no match of one of a list": (
+        lambda p: jlora.apply(p, rank=2, targets=["up", "quer"]), "targets='quer' matches none of the 5 weights; the clo"
+    ),
+    "no match of a predicate": (
+        lambda p: jlora.apply(p, rank=2, targets=lambda site: False), "targets= (a predicate) matches none of the 5 weights: 'd"
+    ),
+    "no match of ranks": (
+        lambda p: jlora.apply(p, rank=2, ranks={"upp": 3}), "ranks='upp' matches none of the 2 weights; the closest are"
+    ),
+    "no match of extras": (
+        lambda p: jlora.apply(p, rank=2, extras="bais"), "extras='bais' matches none of the 5 weights; the closest are"
+    ),
+    "a bias as a target": (
+        lambda p: jlora.apply(p, rank=2, targets="up/bias"),
+        "targets='up/bias' matches 'up/bias' of shape (8,), which no product contracts with an input: it has no low-rank form; "
+        "train it as it is with extras=",
+    ),
+    "matched twice": (
+        lambda p: jlora.apply(p, rank=2, extras="up/kernel"),
+        "contradicting rules: 'up/kernel' is matched by targets= (train factors of it) and by extras= (train the weight "
+        "itself); keep one of them",
+    ),
+    "rows twice": (
+        lambda p: jlora.apply(p, rank=2, extras={"embedding": [1], "embed": [2]}),
+        "contradicting rules: extras= matches 'embed/embedding' twice, with different rows",
+    ),
+    "rows outside": (
+        lambda p: jlora.apply(p, rank=2, extras={"embedding": [1, 10]}),
+        "extras: rows [1, 10] of 'embed/embedding' must be distinct and within (10, 6)",
+    ),
+    "rows repeated": (
+        lambda p: jlora.apply(p, rank=2, extras={"embedding": [1, 1]}), "extras: rows [1, 1] of 'embed/embedding' must be d"
+    ),
+    "no arrays": (lambda p: jlora.apply({"a": None, "b": "c"}, rank=2), "apply: the tree of parameters holds no arrays"),
+    "empty": (lambda p: jlora.apply({}, rank=2), "apply: the tree of parameters holds no arrays"),
+    "integer weights": (
+        lambda p: jlora.apply({"kernel": jnp.ones((3, 4), jnp.int8)}, rank=2, targets="kernel"),
+        "targets='kernel' matches 'kernel', whose dtype is int8: only floating-point weights can be adapted",
+    ),
+    "complex weights": (
+        lambda p: jlora.apply({"kernel": jnp.ones((3, 4), jnp.complex64)}, rank=2, targets="kernel"),
+        "targets='kernel' matches 'kernel', whose dtype is complex64: only floating-point weights can be adapted",
+    ),
+    "three axes": (
+        lambda p: jlora.apply({"dense": {"kernel": jnp.ones((3, 4, 5))}}, rank=2),
+        "'dense/kernel' of shape (3, 4, 5) is ambiguous: its name and rank do not tell which axes are contracted; pass "
+        "sites=jlora.sites(fn, params, *args), or leave it out with targets=",
+    ),
+    "no kernels": (
+        lambda p: jlora.apply({"w": jnp.ones((3, 4))}, rank=2),
+        "apply: none of the leaves is a linear layer by Flax's conventions (a 'kernel'); pass sites=jlora.sites(fn, params, "
+        "*args) to read them from the program. Leaves: 'w' (3, 4)",
+    ),
+    "sites of another tree": (
+        lambda p: jlora.apply({"up": p["up"]}, rank=2, sites=jlora.sites(predict, p, X)),
+        "sites= are those of another tree: 'down/bias' has shape (6,), params: no such leaf",
+    ),
+    "two leaves of one path": (
+        lambda p: jlora.apply({"a": {"b": X}, "a/b": X}, rank=2),
+        "two leaves of the tree have the path 'a/b'; rename one of the keys",
+    ),
+    "never read": (
+        lambda p: jlora.lift(lambda p, x: x @ p["up"]["kernel"])(jlora.apply(p, rank=2), X),
+        "1 of 2 adapted weights are never read by '<lambda>': 'down/kernel'. They would not be trained: leave them out with "
+        "targets=, or lift the function that reads them",
+    ),
+    "never read, explained": (
+        lambda p: jlora.explain(lambda p, x: x @ p["up"]["kernel"], jlora.apply(p, rank=2), X), "1 of 2 adapted weights are n"
+    ),
+    "factors of another tree": (
+        lambda p: jlora.merge(
+            jlora.combine(jlora.apply({"up": p["up"]}, rank=2).factors, jlora.partition(jlora.apply(p, rank=2))[1])
+        ),
+        "the factors are those of another tree: 1 paths do not agree, first 'down/kernel'; combine factors with the frozen "
+        "part that they were split from",
+    ),
+    "base of another shape": (
+        lambda p: jlora.lift(predict)(jlora.apply(p, rank=2).replace(base=p | {"up": {"kernel": X, "bias": X[0]}}), X),
+        "the factors are those of another tree: 'up/kernel' has shape (5, 6) in the base, and its factors were made for (6, 8)",
+    ),
+    "NaN": (
+        lambda p: jlora.merge(spoilt(p, jnp.nan)), "merge: factor 'A' of 'up/kernel' is not finite; the base is left as it is"
+    ),
+    "infinity": (
+        lambda p: jlora.merge(spoilt(p, -jnp.inf)), "merge: factor 'A' of 'up/kernel' is not finite; the base is left as it is"
+    ),
+}  # fmt: skip
+
+
+def spoilt(params, value) -> jlora.Adapted:
+    adapted = jlora.apply(params, rank=2)
+    factors = adapted.factors["up/kernel"]
+    return adapted.replace(factors=adapted.factors | {"up/kernel": factors | {"A": factors["A"].at[0].set(value)}})
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_is_wrong_is_said(name):
+    wrong, message = ERRORS[name]
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        wrong(params())

@@ -1,0 +1,324 @@
+"""Laws that hold for every method, and the constants of each, pinned to its paper."""
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.methods import from_json, to_json
+from jlora.methods.lora import low_rank_init
+from tests.conformance import close, normal, randomised
+
+METHODS = {
+    "lora": lambda: jlora.lora(3, alpha=6.0),
+    "lora, kaiming_uniform": lambda: jlora.lora(3, init="kaiming_uniform"),
+    "rslora": lambda: jlora.rslora(4, alpha=3.0),
+    "dora": lambda: jlora.dora(3),
+    "dora of rslora": lambda: jlora.dora(jlora.rslora(2, alpha=5.0)),
+}
+L, D, F, H, K, V = 3, 16, 24, 4, 4, 10
+
+
+def params() -> dict:
+    return {
+        "embed": normal(V, D),
+        "stack": normal(L, D, F),
+        "back": normal(L, D, F, seed=1),  # kept (out, in)
+        "heads": normal(D, H, K),
+        "conv": normal(3, D, D),
+        "scale": 1 + normal(D),
+    }
+
+
+def predict(params, ids):
+    h = params["embed"][ids] * params["scale"][None, None]  # (batch, time, D)
+
+    def layer(h, kernels):
+        up, down = kernels
+        return h + jnp.einsum("btf,df->btd", jnp.tanh(h @ up), down), None
+
+    h, _ = jax.lax.scan(layer, h, (params["stack"], params["back"]))
+    h = jnp.tanh(jnp.einsum("btd,dhk->bthk", h, params["heads"])).reshape(h.shape)
+    return jax.lax.conv_general_dilated(h, params["conv"], (1,), "SAME", dimension_numbers=("NTC", "TIO", "NTC"))
+
+
+IDS = jnp.asarray([[1, 9, 0, 4], [2, 2, 3, 7]])
+
+
+def adapted(name: str, dtype=jnp.float32) -> jlora.Adapted:
+    base = jax.tree.map(lambda x: x.astype(dtype), params())
+    everything = lambda site: site.kind in ("linear", "conv", "embedding")  # noqa: E731
+    sites = jlora.sites(predict, base, IDS)
+    return jlora.apply(base, method=METHODS[name](), sites=sites, targets=everything, extras="scale", key=3)
+
+
+@pytest.fixture(params=METHODS)
+def name(request):
+    return request.param
+
+
+# -- laws --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_start_is_the_base_bit_for_bit(name):
+    start = adapted(name)
+    assert set(start.factors) == {"embed", "stack", "back", "heads", "conv", "scale"}
+    lifted = jax.jit(jlora.lift(predict))(start, IDS)
+    if name.startswith("dora"):  # |W| / |W| is 1 up to a rounding
+        close(lifted, jax.jit(predict)(params(), IDS), 1e-6)
+    else:
+        chex.assert_trees_all_equal(lifted, jax.jit(predict)(params(), IDS))
+
+
+def test_merged_equals_lifted(name):
+    trained = randomised(adapted(name), 0.2)
+    close(jlora.lift(predict)(trained, IDS), predict(jlora.merge(trained), IDS))
+    assert jlora.explain(predict, trained, IDS).materialised == ()
+
+
+def test_unmerge_restores_the_base(name):
+    trained = randomised(adapted(name), 0.2)
+    chex.assert_trees_all_equal(jlora.unmerge(jlora.merge(trained), trained), trained)
+
+
+def test_gradients_are_those_of_the_merged_weights_and_of_the_factors_alone(name):
+    trained = randomised(adapted(name), 0.2)
+    factors, frozen = jlora.partition(trained)
+
+    def lifted(factors):
+        return jnp.mean(jlora.lift(predict)(jlora.combine(factors, frozen), IDS) ** 2)
+
+    def merged(factors):
+        return jnp.mean(predict(jlora.merge(jlora.combine(factors, frozen)), IDS) ** 2)
+
+    gradients = jax.jit(jax.grad(lifted))(factors)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradients, factors)
+    close(gradients, jax.jit(jax.grad(merged))(factors), 2e-5)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradients))
+
+
+def test_a_method_made_anew_is_the_same_and_compiles_nothing_again(name):
+    assert METHODS[name]() == METHODS[name]() and hash(METHODS[name]()) == hash(METHODS[name]())
+    traced = []
+
+    @jax.jit
+    def forward(adapted, ids):
+        traced.append(1)
+        return jlora.lift(predict)(adapted, ids)
+
+    forward(adapted(name), IDS)
+    forward(randomised(adapted(name)), IDS)
+    assert traced == [1]
+
+
+def test_json_and_back(name):
+    method = METHODS[name]()
+    data = to_json(method)
+    assert from_json(data) == method and data["name"] == method.name
+    assert from_json(data).alpha == method.alpha
+
+
+def test_the_methods_differ():
+    assert len({METHODS[name]() for name in METHODS}) == len(METHODS)
+
+
+def test_the_same_numbers_under_remat_vmap_and_jit(name):
+    trained = randomised(adapted(name), 0.2)
+    lifted = jlora.lift(predict)
+    expected = lifted(trained, IDS)
+    close(jax.jit(lifted)(trained, IDS), expected)
+    close(jax.checkpoint(lifted)(trained, IDS), expected)
+    close(jlora.lift(jax.checkpoint(predict))(trained, IDS), expected)
+    close(jax.vmap(lambda ids: lifted(trained, ids[None])[0])(IDS), expected)
+
+
+def test_a_bf16_base_keeps_float32_factors(name):
+    trained = randomised(adapted(name, jnp.bfloat16), 0.2)
+    assert {x.dtype for x in jax.tree.leaves(trained.factors)} == {jnp.dtype("float32")}
+    # Each side rounds activations to 8 bits at every layer: a few units of 2**-8 after five of them.
+    close(jlora.lift(predict)(trained, IDS), predict(jlora.merge(trained), IDS), 2**-4)
+    assert {x.dtype for x in jax.tree.leaves(jlora.merge(trained))} == {jnp.dtype("bfloat16")}
+
+
+# -- constants ---------------------------------------------------------------------------------------------------------
+
+
+def one(method: jlora.Method, shape=(D, F), in_axes=(0,), out_axes=(1,), kind="linear", **options) -> jlora.Adapted:
+    """A single weight with factors that are not zero."""
+    stack = tuple(i for i in range(len(shape)) if i not in (*in_axes, *out_axes))
+    site = jlora.Site("w", shape, "float32", in_axes, out_axes, stack, kind)
+    return jlora.apply({"w": normal(*shape)}, method=method, sites=[site], targets="w", **options)
+
+
+def numbers(adapted: jlora.Adapted) -> tuple[np.ndarray, ...]:
+    """W, A (in, r), B (r, out) of a matrix, in float64."""
+    factors = adapted.factors["w"]
+    a, b = np.asarray(factors["A"], np.float64)[:, 0, :], np.asarray(factors["B"], np.float64)[0].T
+    return np.asarray(adapted.base["w"], np.float64), a, b
+
+
+@pytest.mark.parametrize(
+    ("method", "scale"),
+    [
+        (jlora.lora(4), 1.0),  # alpha is the rank
+        (jlora.lora(4, alpha=8), 2.0),  # alpha / r: LoRA, section 4.1
+        (jlora.lora(8, alpha=1), 1 / 8),
+        (jlora.rslora(4), 2.0),  # alpha / sqrt(r) with alpha = r
+        (jlora.rslora(16, alpha=2), 0.5),  # rsLoRA, eq. 5
+    ],
+    ids=repr,
+)
+def test_the_scale_is_the_papers(method, scale):
+    trained = randomised(one(method))
+    w, a, b = numbers(trained)
+    np.testing.assert_allclose(jlora.merge(trained)["w"], w + scale * (a @ b), rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_or_alpha_of_one_site_changes_its_scale():
+    trained = randomised(one(jlora.lora(4, alpha=8), ranks={"w": 2}, alphas={"w": 3.0}))
+    w, a, b = numbers(trained)
+    assert a.shape == (D, 2)
+    np.testing.assert_allclose(jlora.merge(trained)["w"], w + 1.5 * (a @ b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "in_axes", "out_axes", "fan_in"),
+    [
+        ((300, 40), (0,), (1,), 300),
+        ((40, 300), (1,), (0,), 300),
+        ((3, 3, 30, 8), (0, 1, 2), (3,), 270),
+        ((30, 4, 6), (0,), (1, 2), 30),
+        ((4, 60, 8), (0, 1), (2,), 240),
+        ((5, 100, 8), (1,), (2,), 100),
+    ],
+)
+@pytest.mark.parametrize("init", ["gaussian", "kaiming_uniform"])
+def test_a_starts_with_the_spread_of_loralib_and_b_at_zero(init, shape, in_axes, out_axes, fan_in):
+    """loralib draws A by kaiming_uniform_(a=sqrt(5)): U(-1/sqrt(n), 1/sqrt(n)), variance 1 / (3 n)."""
+    factors = one(jlora.lora(16, init=init), shape, in_axes, out_axes).factors["w"]
+    a = np.asarray(factors["A"])
+    assert not np.asarray(factors["B"]).any()
+    deviation = 1 / math.sqrt(3 * fan_in)
+    assert abs(a.mean()) < 5 * deviation / math.sqrt(a.size)
+    assert a.std() == pytest.approx(deviation, rel=5 / math.sqrt(2 * a.size))
+    if init == "kaiming_uniform":
+        bound = 1 / math.sqrt(fan_in)
+        assert np.abs(a).max() <= bound and np.abs(a).max() > 0.95 * bound
+    else:
+        assert np.abs(a).max() > 1.2 / math.sqrt(fan_in)
+
+
+def test_an_embedding_starts_with_a_at_zero_and_b_normal():
+    """As loralib's Embedding."""
+    factors = one(jlora.lora(16), (50, 200), kind="embedding").factors["w"]
+    b = np.asarray(factors["B"])
+    assert not np.asarray(factors["A"]).any()
+    assert b.std() == pytest.approx(1.0, rel=5 / math.sqrt(2 * b.size)) and abs(b.mean()) < 5 / math.sqrt(b.size)
+
+
+def test_stacked_layers_start_apart():
+    a = one(jlora.lora(4), (3, D, F), (1,), (2,)).factors["w"]["A"]
+    assert a.shape == (3, D, 1, 4) and len({np.asarray(layer).tobytes() for layer in a}) == 3
+
+
+def dora_by_hand(w, a, b, m, scale):
+    """`m V / |V|`, V = W + scale A B, the norm over the inputs: eq. 5 of the paper."""
+    v = w + scale * (a @ b)
+    return m * v / np.sqrt((v**2).sum(0))
+
+
+def test_dora_is_the_papers():
+    trained = randomised(one(jlora.dora(jlora.lora(4, alpha=6))))
+    w, a, b = numbers(trained)
+    m = np.asarray(trained.factors["w"]["magnitude"], np.float64)
+    np.testing.assert_allclose(jlora.merge(trained)["w"], dora_by_hand(w, a, b, m[0], 1.5), rtol=1e-4, atol=1e-5)
+
+
+def test_doras_magnitude_starts_as_the_norm_of_the_base():
+    start = one(jlora.dora(4))
+    np.testing.assert_allclose(start.factors["w"]["magnitude"][0], np.linalg.norm(start.base["w"], axis=0), rtol=1e-6)
+    np.testing.assert_allclose(jlora.merge(start)["w"], start.base["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "in_axes", "out_axes"),
+    [((D, F), (0,), (1,)), ((F, D), (1,), (0,)), ((L, D, F), (1,), (2,)), ((3, D, F), (0, 1), (2,)), ((D, H, K), (0,), (1, 2))],
+)
+def test_doras_norm_is_over_the_inputs_of_each_output(shape, in_axes, out_axes):
+    trained = randomised(one(jlora.dora(4), shape, in_axes, out_axes))
+    norms = np.sqrt((np.asarray(jlora.merge(trained)["w"], np.float64) ** 2).sum(in_axes, keepdims=True))
+    np.testing.assert_allclose(norms, np.abs(trained.factors["w"]["magnitude"]), rtol=1e-4)
+
+
+def test_doras_norm_is_not_differentiated():
+    """Section 4.3: gradients flow through V alone. With the norm differentiated they would be others."""
+    trained = randomised(one(jlora.dora(jlora.lora(4, alpha=6))))
+    x, target = normal(5, D), normal(5, F)
+
+    def by_hand(factors, stop):
+        a, b, m = factors["A"][:, 0, :], factors["B"][0].T, factors["magnitude"]
+        v = trained.base["w"] + 1.5 * (a @ b)
+        return jnp.sum(target * (x @ (m * v / stop(jnp.linalg.norm(v, axis=0, keepdims=True)))))
+
+    def lifted(factors):
+        return jnp.sum(target * jlora.lift(lambda p: x @ p["w"])(trained.replace(factors={"w": factors})))
+
+    gradient = jax.grad(lifted)(trained.factors["w"])
+    close(gradient, jax.grad(by_hand)(trained.factors["w"], jax.lax.stop_gradient))
+    through = jax.grad(by_hand)(trained.factors["w"], lambda norm: norm)
+    assert float(jnp.abs(gradient["A"] - through["A"]).max()) > 0.01 * float(jnp.abs(through["A"]).max())
+
+
+def test_a_column_of_zeros_stays_finite():
+    start = one(jlora.dora(2))
+    start = jlora.apply({"w": start.base["w"].at[:, 3].set(0)}, method=jlora.dora(2), sites=start.sites, targets="w")
+    f = lambda factors: jnp.sum(jlora.lift(lambda p: normal(2, D) @ p["w"])(start.replace(factors=factors)))  # noqa: E731
+    value, gradient = jax.value_and_grad(f)(start.factors)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((value, gradient, jlora.merge(start))))
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jlora.lora(0), "rank must be at least 1, not 0"),
+        (lambda: jlora.lora(-2), "rank must be at least 1, not -2"),
+        (lambda: jlora.rslora(2.0), "rank must be an integer of at least 1, not 2.0"),
+        (lambda: jlora.dora(True), "rank must be an integer of at least 1, not True"),
+        (lambda: jlora.lora("4"), "rank must be an integer of at least 1, not '4'"),
+        (lambda: jlora.lora(2, init="zeros"), "init must be one of 'gaussian', 'kaiming_uniform', not 'zeros'"),
+        (lambda: jlora.lora(2, dropout=1.0), "dropout must be at least 0 and below 1, not 1.0"),
+        (lambda: jlora.lora(2, dropout=-0.1), "dropout must be at least 0 and below 1, not -0.1"),
+        (lambda: jlora.lora(2, alpha=math.inf), "alpha must be finite, not inf"),
+        (
+            lambda: jlora.dora(jlora.dora(2)),
+            "dora(inner): inner must be an additive low-rank method such as lora(8), not dora itself",
+        ),
+        (lambda: from_json({"name": "lorra"}), "unknown method 'lorra'; the nearest is 'lora' of dora, lora, rslora"),
+        (
+            lambda: from_json({"name": "lora", "rank": 2, "beta": 1}),
+            "method 'lora': lora() got an unexpected keyword argument 'beta'",
+        ),
+    ],
+)
+def test_wrong_options_are_refused(make, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011: the text is compared as a whole
+        make()
+    assert str(caught.value) == message
+
+
+def test_a_method_is_shown_as_it_was_written():
+    assert repr(jlora.rslora(8, alpha=2)) == "rslora(rank=8, alpha=2, init='gaussian', dropout=0.0)"
+
+
+def test_the_initial_factors_are_a_function_of_the_key():
+    site = dataclasses.replace(one(jlora.lora(2)).sites[0])
+    some, same, other = (low_rank_init(jax.random.key(k), site, "gaussian")["A"] for k in (0, 0, 1))
+    assert (some == same).all() and not (some == other).all()
