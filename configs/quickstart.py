@@ -1,6 +1,8 @@
 """A byte-level GPT learns English prose, then Python: full fine-tuning, LoRA r=4 and LoRA r=16 side by side.
 
 Command:   python -m experiments.train configs/quickstart.py
+Hardware:  2 CPU cores; 4:16 minutes
+Score:     bits per byte of Python, test: base 3.603, full 2.928, LoRA r=4 3.116, r=16 3.042
 """
 
 import dataclasses

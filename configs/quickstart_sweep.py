@@ -1,6 +1,7 @@
 """The learning rates of configs/quickstart.py: each run at each of the grid, compared on the validation split.
 
 Command:   python -m experiments.train configs/quickstart_sweep.py
+Hardware:  2 CPU cores; 14 minutes
 """
 
 import dataclasses
