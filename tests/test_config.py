@@ -73,7 +73,7 @@ def test_an_override_sets_one_field(item, path, value):
         ),
         ("runs.full.learning_rate=fast", "runs.full.learning_rate is of type float, got 'fast'"),
         ("runs.full.method=lora", "runs.full.method is a function: set it in the config file"),
-        ("model.heads=3", "width=128 is not a multiple of heads=3"),
+        ("model.heads=3", "width=256 is not a multiple of heads=3"),
     ],
 )
 def test_a_wrong_override_is_explained(item, message):
