@@ -200,15 +200,23 @@ def _apply(eqn: Any, values: list[Any], trace: Trace, make_dense: Callable[..., 
         if kept is not None:
             return list(kept)
         if name in rules.PRODUCTS:
-            for other in lazy[1:]:
-                values = [make_dense(v, reason="product of two adapted weights") if v is other else v for v in values]
-            product = rules.PRODUCTS[name](lazy[0], values, eqn.params, trace.forward_mode)
+            matrix = min(lazy, key=_is_rather_an_input)
+            for other in lazy:
+                if other is not matrix:
+                    dense = make_dense(other, reason="product of two adapted weights")
+                    values = [dense if v is other else v for v in values]
+            product = rules.PRODUCTS[name](matrix, values, eqn.params, trace.forward_mode)
             if not isinstance(product.value, Weight):
-                trace.note(lazy[0], name, product)
+                trace.note(matrix, name, product)
             return [product.value]
     except NotSeparable as error:
         reason = str(error)
     return _bind(eqn, [make_dense(v, reason=reason) if isinstance(v, Weight) else v for v in values])
+
+
+def _is_rather_an_input(weight: Weight) -> tuple[bool, int]:
+    """Of two weights in a product, rows of a table come first, then what has fewer axes (a norm's scale)."""
+    return bool(weight.gathered), -len({axis for axes in weight.origin for axis in axes})
 
 
 def _dense(weight: Weight, op: str, reason: str, trace: Trace) -> jax.Array:

@@ -127,7 +127,8 @@ def _scaled(primitive: str, left: Any, right: Any) -> list[Weight] | None:
     weight, factor = (left, right) if isinstance(left, Weight) else (right, left)
     if isinstance(factor, Weight) or (primitive == "div" and weight is right):
         return None
-    if factor.ndim and any(n not in (1, m) for n, m in zip(factor.shape, weight.shape, strict=True)):
+    fits = factor.ndim == weight.ndim and all(n in (1, m) for n, m in zip(factor.shape, weight.shape, strict=True))
+    if factor.ndim and not fits:
         raise NotSeparable("product with a larger array")
     return [weight.scale(factor, divide=primitive == "div")]
 

@@ -94,17 +94,25 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
 def conventional(params: Any) -> tuple[Site, ...]:
     """Sites by Flax's names and ranks, for `apply` without a function.
 
-    A 2-D `kernel` is (in, out); a 2-D `embedding` (vocabulary, width). The 3-D kernels of attention are (in, heads,
-    width) for query, key and value and (heads, width, in) for out, if those of one module fit together. A 4-D or 5-D
-    one is a convolution's (*window, in, out), if there is a 1-D bias beside it, or none and an odd square window. Any
-    other kernel of three or more axes, as those of stacked layers, is "unknown".
+    A 2-D `kernel` is (in, out), unless a bias somewhere in the tree shows that kernels are kept (out, in); a 2-D
+    `embedding` (vocabulary, width). The 3-D kernels of attention are (in, heads, width) for query, key and value and
+    (heads, width, in) for out, if those of one module fit together. A 4-D or 5-D one is a convolution's (*window, in,
+    out), if a bias of (out,) is beside it. Any other kernel, as those of stacked layers, is "unknown".
     """
     named, _ = tree.leaves(params)
     shapes = {path: tuple(leaf.shape) for path, leaf in named.items() if _is_array(leaf)}
-    return tuple(_by_convention(path, leaf, shapes) for path, leaf in named.items())
+    out_in = any(_is_out_in(path, shapes) for path in shapes)
+    return tuple(_by_convention(path, leaf, shapes, out_in) for path, leaf in named.items())
 
 
-def _by_convention(path: str, leaf: Any, shapes: Mapping[str, tuple[int, ...]]) -> Site:
+def _is_out_in(path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a 2-D kernel's bias has the length of its first axis alone."""
+    folder, _, last = path.rpartition("/")
+    shape, bias = shapes[path], shapes.get(f"{folder}/bias" if folder else "bias")
+    return last == "kernel" and len(shape) == 2 and shape[0] != shape[1] and bias == shape[:1]
+
+
+def _by_convention(path: str, leaf: Any, shapes: Mapping[str, tuple[int, ...]], out_in: bool) -> Site:
     shape = tuple(jnp.shape(leaf)) if _is_array(leaf) else ()
     dtype = str(leaf.dtype) if _is_array(leaf) else type(leaf).__name__
     folder, _, last = path.rpartition("/")
@@ -121,7 +129,7 @@ def _by_convention(path: str, leaf: Any, shapes: Mapping[str, tuple[int, ...]]) 
     if last != "kernel" or ndim < 2:
         return site("other")
     if ndim == 2:
-        return site("linear", (0,), (1,))
+        return site("unknown") if out_in else site("linear", (0,), (1,))
     if ndim == 3 and part in _ATTENTION and _is_attention(f"{module}/" if module else "", shapes):
         return site("linear", (0, 1), (2,)) if part == "out" else site("linear", (0,), (1, 2))
     if ndim in (4, 5) and _is_convolution(shape, shapes.get(f"{folder}/bias" if folder else "bias")):
@@ -136,11 +144,8 @@ def _is_attention(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _is_convolution(shape: tuple[int, ...], bias: tuple[int, ...] | None) -> bool:
-    """A stacked kernel of two more axes has a stacked bias; without a bias the window has to look like one."""
-    if bias is not None:
-        return bias == shape[-1:]
-    window = set(shape[:-2])
-    return len(window) == 1 and window <= {1, 3, 5, 7}
+    """A bias of (out,) tells; with as many inputs, a window of even size may be a transposed convolution's."""
+    return bias == shape[-1:] and (shape[-2] != shape[-1] or all(size % 2 for size in shape[:-2]))
 
 
 def _site(path: str, leaf: Any, uses: Sequence[Use]) -> Site:

@@ -1,5 +1,6 @@
 """Paths of leaves: how jlora names the weights of any tree."""
 
+import collections
 import zlib
 from typing import Any
 
@@ -17,9 +18,11 @@ def leaves(tree: Any) -> tuple[dict[str, Any], Any]:
       ValueError: if two leaves have the same path, as keys that contain "/" may bring about.
     """
     flat, structure = tree_flatten_with_path(tree)
+    children = collections.Counter(keys[:-1] for keys, _ in flat)
     named: dict[str, Any] = {}
     for keys, leaf in flat:
-        path = name(keys)
+        # An attribute called value that has siblings is no box.
+        path = name(keys) if children[keys[:-1]] == 1 else "/".join(map(_key, keys))
         if path in named:
             raise ValueError(f"two leaves of the tree have the path {path!r}; rename one of the keys")
         named[path] = leaf

@@ -1,6 +1,7 @@
 """How parameters lie in real models: every layout that was met in them, by dataflow and by name alone."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax import lax
-from tests.conformance import Case, adapt, check, check_uses, close, merged_by_hand, normal, randomised
 
 import jlora
 from jlora import tree
+from tests.conformance import Case, adapt, check, check_uses, close, merged_by_hand, normal, randomised
 
 Row = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # kind, in_axes, out_axes, stack_axes
 OTHER: Row = ("other", (), (), ())
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
 # Model width above 16, heads and layers below: as in real models, where a rule by size would draw its line.
 # Batch, time, width, hidden, heads, head width (N H = D), key heads, layers, experts, vocabulary.
 B, T, D, F, N, H, K, L, E, V = 8, 4, 20, 24, 4, 5, 2, 3, 4, 30
-LETTERS = dict(B=B, T=T, D=D, F=F, N=N, H=H, K=K, L=L, E=E, C=2, S=3, I=6, G=2)
+LETTERS = {"B": B, "T": T, "D": D, "F": F, "N": N, "H": H, "K": K, "L": L, "E": E, "C": 2, "S": 3, "G": 2}
 IDS = jnp.asarray([[1, 29, 0, 1], [2, 2, 3, 17]], jnp.int32)
 
 
@@ -110,7 +111,7 @@ def linen(module: nn.Module, x: Any, sites: Mapping[str, Row], named: Any, **opt
     """A linen module under the name "layer"; an `x` of shape becomes numbers."""
     x = normal(*x, seed=1) if isinstance(x, tuple) else x
     params = filled(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
-    apply = lambda p, x: module.apply({"params": p["layer"]}, x)  # noqa: E731
+    apply = lambda p, x: module.apply({"params": p["layer"]}, x)
     return Layout(
         Case(apply, {"layer": params}, (x,), **options), {f"layer/{path}": row for path, row in sites.items()}, named
     )
@@ -152,7 +153,7 @@ def out_in(p: Any, x: jax.Array) -> jax.Array:
 
 
 def gpt2(p: Any, ids: jax.Array) -> jax.Array:
-    h = p["wte"]["embedding"][ids]
+    h = p["wte"]["embedding"][ids] + p["wpe"]["embedding"][jnp.arange(T)][None]
     for block in (p["h"]["0"], p["h"]["1"]):
         q, k, v = jnp.split(out_in(block["c_attn"], h), 3, axis=-1)
         h = h + out_in(block["c_proj"], jnp.tanh(q) * k + v)
@@ -164,7 +165,12 @@ def conv1d(seed: int) -> Any:
     return {k: {"kernel": normal(*s, seed=seed), "bias": normal(s[0], seed=seed)} for k, s in block.items()}
 
 
-GPT2 = {"wte": {"embedding": normal(V, D)}, "h": {"0": conv1d(1), "1": conv1d(2)}, "score": kernel(D, 2)}
+GPT2 = {
+    "wte": {"embedding": normal(V, D)},
+    "wpe": {"embedding": normal(T, D)},
+    "h": {"0": conv1d(1), "1": conv1d(2)},
+    "score": kernel(D, 2),
+}
 GPT2_SITES = {
     **{
         f"h/{i}/{k}/{w}": row
@@ -174,17 +180,19 @@ GPT2_SITES = {
     },
     "score/bias": OTHER,
     "score/kernel": MATRIX,
+    "wpe/embedding": TABLE,
     "wte/embedding": TABLE,
 }
 
 
 def equinox_mlp() -> Layout:
     """Attribute keys; a None where there is no bias, and where a function was filtered out."""
-    model = eqx.nn.MLP(D, T, F, 1, use_bias=False, final_activation=jnp.tanh, key=jax.random.key(0))
+    model = eqx.nn.MLP(D, F, 0, depth=0, use_final_bias=False, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_array)
-    fn = lambda p, x: jax.vmap(eqx.combine(p, static))(x)  # noqa: E731
-    sites = {f"mlp/layers/{i}/weight": OUT_IN for i in (0, 1)}
-    return Layout(Case(lambda p, x: fn(p["mlp"], x), {"mlp": params}, (normal(B, D),)), sites, None)
+    fn = lambda p, x: jax.vmap(eqx.combine(p, static))(x)
+    return Layout(
+        Case(lambda p, x: fn(p["mlp"], x), {"mlp": params}, (normal(B, D),)), {"mlp/layers/0/weight": OUT_IN}, None
+    )
 
 
 def transposed_dense_in_attention(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -233,7 +241,7 @@ def t5x_reshaped(p: Any, x: jax.Array) -> jax.Array:
 
 def fused_kv(w: jax.Array, x: jax.Array) -> jax.Array:
     kv = jnp.einsum("btd,dcnh->btcnh", x, w)
-    return jnp.tanh(kv[:, :, 0]) * kv[:, :, 1]
+    return jnp.einsum("btnh,bsnh->bnts", kv[:, :, 0], kv[:, :, 1])
 
 
 ATTENTION = {
@@ -258,7 +266,10 @@ FUSED = {
     "gemma attention": Layout(
         Case(
             gemma_attention,
-            {k: {"w": normal(*sized(s))} for k, s in dict(q_einsum="NDH", kv_einsum="CKDH", attn_vec_einsum="NHD").items()},
+            {
+                "q_einsum": {"w": normal(N, D, H)}, "kv_einsum": {"w": normal(2, K, D, H)},
+                "attn_vec_einsum": {"w": normal(N, H, D)},
+            },
             (normal(B, T, D),),
         ),
         {
@@ -455,7 +466,7 @@ def unrolled(p: Any, x: jax.Array) -> jax.Array:
 
 def layers_in_groups(w: jax.Array, x: jax.Array) -> jax.Array:
     """(groups, layers, in, out): a scan in a scan."""
-    inner = lambda h, group: (lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, group)[0], None)  # noqa: E731
+    inner = lambda h, group: (lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, group)[0], None)
     return lax.scan(inner, x, w)[0]
 
 
@@ -508,10 +519,17 @@ STACKED = {
         {"blocks/kernel": ("linear", (0,), (2,), (1,))}, "blocks/kernel",
     ),
     "layers of conv (L, k, k, in, out)": one(
-        "blocks/conv/kernel", (L, 3, 3, D, D), conv_layers, (2, T, T, D), ("conv", (1, 2, 3), (4,), (0,)), "blocks/conv/kernel"
+        "conv/kernel", (4, 3, 3, D, D), conv_layers, (2, T, T, D), ("conv", (1, 2, 3), (4,), (0,)), "conv/kernel"
     ),
     "layers of conv (L, k, in, out)": one(
-        "blocks/conv/kernel", (L, 3, D, D), conv_layers, (B, T, D), ("conv", (1, 2), (3,), (0,)), "blocks/conv/kernel"
+        "conv/kernel", (4, 3, D, D), conv_layers, (B, T, D), ("conv", (1, 2), (3,), (0,)), "conv/kernel"
+    ),
+    "layers of conv, as many as the window is wide": one(
+        "conv/kernel", (3, 3, D, D), conv_layers, (B, T, D), ("conv", (1, 2), (3,), (0,)), "conv/kernel"
+    ),
+    "qkv of three heads": one(
+        "qkv_einsum/kernel", (3, 3, D, H), lambda w, x: jnp.einsum("btd,sndh->sbtnh", x, w), (B, T, D),
+        ("linear", (2,), (0, 1, 3), ()), "qkv_einsum/kernel",
     ),
     "norms and biases (L, D)": Layout(
         Case(stacked_vectors(0), {"kernel": normal(L, D, D), "scale": normal(L, D), "bias": normal(L, D, seed=1)}, (normal(B, D),)),
@@ -530,7 +548,7 @@ def unet_attention(p: Any, x: jax.Array, text: jax.Array) -> jax.Array:
     """diffusers: proj_in and proj_out are 1x1 convolutions, to_k and to_v take the text's width."""
     conv = lambda p, x: lax.conv_general_dilated(
         x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )  # noqa: E731
+    )
     h = conv(p["proj_in"], x).reshape(2, T * T, D)
     q, k, v = h @ p["to_q"]["kernel"], text @ p["to_k"]["kernel"], text @ p["to_v"]["kernel"]
     mix = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k), axis=-1)
@@ -593,10 +611,17 @@ IMAGE = (2, 8, 8, D)
 CONVS = {
     "conv 2-D": conv(F, (3, 3), IMAGE, CONV, ("layer/kernel",)),
     "conv 2-D with bias": linen(nn.Conv(F, (3, 3)), IMAGE, {"bias": OTHER, "kernel": CONV}, ("layer/kernel",)),
-    "conv of patches": conv(F, (4, 4), (2, 8, 8, 3), CONV, ("layer/kernel",), strides=(4, 4), padding="VALID"),
+    "conv of patches": linen(
+        nn.Conv(F, (4, 4), strides=(4, 4), padding="VALID"), (2, 8, 8, 3), {"bias": OTHER, "kernel": CONV}, ("layer/kernel",)
+    ),
+    "conv of patches, no bias": conv(F, (4, 4), (2, 8, 8, 3), CONV, "layer/kernel", strides=(4, 4), padding="VALID"),
     "conv 1x1": conv(F, (1, 1), IMAGE, CONV, ("layer/kernel",)),
     "conv 1-D": conv(F, (3,), (B, T, D), ("conv", (0, 1), (2,), ()), "layer/kernel"),
-    "conv 3-D": conv(F, (3, 2, 2), (1, 4, 4, 4, D), ("conv", (0, 1, 2, 3), (4,), ()), ("layer/kernel",)),
+    "conv 3-D": conv(F, (3, 3, 3), (1, 4, 4, 4, D), ("conv", (0, 1, 2, 3), (4,), ()), ("layer/kernel",)),
+    "conv 3-D of tubelets": linen(
+        nn.Conv(F, (2, 4, 4), strides=(2, 4, 4)), (1, 4, 8, 8, 3),
+        {"bias": OTHER, "kernel": ("conv", (0, 1, 2, 3), (4,), ())}, ("layer/kernel",),
+    ),
     "conv in groups": conv(F, (3, 3), IMAGE, CONV, ("layer/kernel",), feature_group_count=4),
     "conv 1-D, depthwise": conv(F, (4,), (B, T, F), ("conv", (0, 1), (2,), ()), "layer/kernel", feature_group_count=F),
     "conv 2-D, depthwise": conv(D, (3, 3), IMAGE, CONV, ("layer/kernel",), feature_group_count=D),
@@ -604,6 +629,10 @@ CONVS = {
     "conv, transposed, (out, in)": linen(
         nn.ConvTranspose(F, (3, 3), use_bias=False, transpose_kernel=True), IMAGE,
         {"kernel": ("conv", (0, 1, 3), (2,), ())}, "layer/kernel",
+    ),
+    "conv, transposed, (out, in), as many out as in": linen(
+        nn.ConvTranspose(D, (4, 4), transpose_kernel=True), IMAGE,
+        {"bias": OTHER, "kernel": ("conv", (0, 1, 3), (2,), ())}, "layer/kernel",
     ),
     "conv, a kernel per place": linen(
         nn.ConvLocal(F, (2, 2), strides=(2, 2), use_bias=False), (2, 4, 4, D), {"kernel": ("linear", (2,), (3,), (0, 1))},
@@ -687,7 +716,7 @@ class Whisper(nn.Module):
 def bart(p: Any, ids: jax.Array) -> jax.Array:
     """One table for the encoder, the decoder and the head."""
     table = p["shared"]["embedding"]
-    encoded = jnp.tanh(dense(p["encoder"], table[ids])).mean(axis=1, keepdims=True)
+    encoded = jnp.tanh(dense(p["encoder"], jnp.sin(table[ids]))).mean(axis=1, keepdims=True)
     return jnp.einsum("btd,vd->btv", jnp.tanh(table[ids[:, ::-1]] + encoded), table)
 
 
@@ -698,6 +727,11 @@ class Albert(nn.Module):
         for _ in range(3):
             h = jnp.tanh(layer(h))
         return h
+
+
+def albert_table(p: Any, ids: jax.Array) -> jax.Array:
+    """A table and a projection of its rows, with nothing between them."""
+    return dense(p["embedding_hidden_mapping_in"], p["word_embeddings"]["embedding"][ids])
 
 
 def albert_scan(p: Any, x: jax.Array) -> jax.Array:
@@ -773,6 +807,14 @@ TABLES = {
         ),
         {"cls": OTHER, "head/bias": OTHER, "head/kernel": MATRIX, "pos_embedding": OTHER}, ("head/kernel",),
     ),
+    "ALBERT's factorised table": Layout(
+        Case(albert_table, {"word_embeddings": {"embedding": normal(V, H)}, "embedding_hidden_mapping_in": kernel(H, D)}, (IDS,)),
+        {
+            "embedding_hidden_mapping_in/bias": OTHER, "embedding_hidden_mapping_in/kernel": MATRIX,
+            "word_embeddings/embedding": TABLE,
+        },
+        ("embedding_hidden_mapping_in/kernel",),
+    ),
     "ALBERT, linen": linen(Albert(), (B, D), SHARED_LAYER, ("layer/layer/kernel",)),
     "ALBERT by a scan": Layout(Case(albert_scan, LAYER, (normal(B, D),)), SHARED_LAYER, ("layer/kernel",)),
     "ALBERT by a fori_loop": Layout(Case(albert_fori, LAYER, (normal(B, D),)), SHARED_LAYER, ("layer/kernel",)),
@@ -793,8 +835,8 @@ def norm(name: str, x: tuple[int, ...], offset: float = 0.0) -> Layout:
 
 
 def clip(p: Any, image: jax.Array, text: jax.Array) -> jax.Array:
-    logits = dense(p["visual"], image) @ dense(p["text"], text).T
-    return jnp.exp(p["logit_scale"]) * logits
+    image, text = dense(p["visual"], image), dense(p["text"], text)
+    return jnp.exp(p["logit_scale"]) * jnp.einsum("bd,cd->bc", jnp.tanh(image), jnp.tanh(text))
 
 
 def scalar_gate(p: Any, x: jax.Array) -> jax.Array:
@@ -1059,6 +1101,10 @@ def found(layout: Layout) -> tuple[jlora.Site, ...]:
     return jlora.sites(layout.case.fn, layout.case.params, *layout.case.args)
 
 
+def exactly(text: str) -> str:
+    return f"^{re.escape(text)}$"
+
+
 def row(site: jlora.Site) -> Row:
     return site.kind, site.in_axes, site.out_axes, site.stack_axes
 
@@ -1080,42 +1126,49 @@ def test_names_alone_are_right_or_refused(name):
     """The law: without sites, `apply` either refuses or has exactly the axes of the program."""
     layout = LAYOUTS[name]
     case, truth = layout.case, {**layout.sites, **layout.dense}
+    refusal = ""
     try:
         adapted = jlora.apply(case.params, rank=2)
     except ValueError as error:
-        assert "pass sites=jlora.sites(fn, params, *args)" in str(error)
         refusal = str(error)
-    else:
-        unread = {site.path for site in found(layout) if not site.uses}
+    if not refusal:
+        unread = [site.path for site in adapted.sites if truth[site.path] == OTHER]
         wrong = [
             (s.path, row(s)[1:]) for s in adapted.sites if s.path not in unread and row(s)[1:] != truth[s.path][1:]
         ]
         assert not wrong, f"silently wrong; the program has {[truth[path] for path, _ in wrong]}"
         assert tuple(site.path for site in adapted.sites) == layout.named
-        if unread & set(adapted.factors):
-            with pytest.raises(ValueError, match="adapted weights are never read"):
+        if unread:
+            with pytest.raises(
+                ValueError, match=f"adapted weights are never read by .*: {', '.join(map(repr, unread))}"
+            ):
                 jlora.lift(case.fn)(adapted, *case.args)
         return
+    assert "pass sites=jlora.sites(fn, params, *args)" in refusal
     if layout.named is None:
         assert refusal.startswith(NOT_NAMED)
         assert all(f"{path!r} " in refusal for path in list(layout.sites)[:12])
     else:
         leaves, _ = tree.leaves(case.params)
-        assert refusal == AMBIGUOUS.format(layout.named, leaves[layout.named].shape)
+        path = layout.named
+        if not isinstance(path, str):  # of what Flax's names do tell, a convolution without a bias is refused
+            path = next(
+                p for p in layout.named if leaves[p].ndim > 3 and f"{p.rpartition('kernel')[0]}bias" not in leaves
+            )
+        assert refusal == AMBIGUOUS.format(path, leaves[path].shape)
 
 
 @pytest.mark.parametrize("name", CONTRADICTING)
 def test_contradicting_uses_are_refused(name):
     case, (site,) = CONTRADICTING[name].case, found(CONTRADICTING[name])
     for targets in (None, site.path, lambda _: True):
-        with pytest.raises(ValueError) as refusal:
+        with pytest.raises(ValueError, match=exactly(CONTRADICTION.format(site.path, site.shape))):
             jlora.apply(case.params, rank=2, sites=(site,), targets=targets)
-        assert str(refusal.value) == CONTRADICTION.format(site.path, site.shape)
 
 
 def test_what_contradicts_can_be_left_out():
     params = {"w": normal(N, D, H), "kernel": normal(D, F)}
-    fn = lambda p, x: (jnp.einsum("bd,ndh->bnh", x, p["w"]) * (x @ p["w"][0])[:, None], x @ p["kernel"])  # noqa: E731
+    fn = lambda p, x: (jnp.einsum("bd,ndh->bnh", x, p["w"]) * (x @ p["w"][0])[:, None], x @ p["kernel"])
     check(Case(fn, params, (normal(B, D),)))
     sites = jlora.sites(fn, params, normal(B, D))
     assert [site.path for site in jlora.apply(params, 2, sites=sites, targets="kernel").sites] == ["kernel"]
@@ -1124,27 +1177,23 @@ def test_what_contradicts_can_be_left_out():
 
 
 def test_a_refusal_lists_the_leaves():
-    with pytest.raises(ValueError) as refusal:
-        jlora.apply(
-            {"mlp": {"gating_einsum": normal(2, D, F), "linear": normal(F, D)}, "norm": {"scale": normal(D)}}, 2
-        )
-    assert str(refusal.value) == (
-        NOT_NAMED + "'mlp/gating_einsum' (2, 20, 24), 'mlp/linear' (24, 20), 'norm/scale' (20,)"
-    )
+    params = {"mlp": {"gating_einsum": normal(2, D, F), "linear": normal(F, D)}, "norm": {"scale": normal(D)}}
+    leaves = "'mlp/gating_einsum' (2, 20, 24), 'mlp/linear' (24, 20), 'norm/scale' (20,)"
+    with pytest.raises(ValueError, match=exactly(NOT_NAMED + leaves)):
+        jlora.apply(params, 2)
 
 
 @pytest.mark.parametrize(
-    "params",
-    [{"a/b": W, "a": {"b": W}}, {"a": [W], "a/0": W}, {"a": {"": W}, "a/": W}],
+    ("params", "path"),
+    [({"a/b": W, "a": {"b": W}}, "a/b"), ({"a": [W], "a/0": W}, "a/0"), ({"a": {"": W}, "a/": W}, "a/")],
     ids=["nested", "list", "empty"],
 )
-def test_two_leaves_of_one_path_are_refused(params):
-    path = {1: "a/0", 0: "a/b"}.get(isinstance(params["a"], list), "a/b") if "" not in params["a"] else "a/"
-    text = f"two leaves of the tree have the path '{path}'; rename one of the keys"
+def test_two_leaves_of_one_path_are_refused(params, path):
     for refuse in (lambda: jlora.apply(params, 2), lambda: jlora.sites(lambda p, x: x, params, X[0])):
-        with pytest.raises(ValueError) as refusal:
+        with pytest.raises(
+            ValueError, match=exactly(f"two leaves of the tree have the path '{path}'; rename one of the keys")
+        ):
             refuse()
-        assert str(refusal.value) == text
 
 
 # -- dtypes ------------------------------------------------------------------------------------------------------------
