@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from tests.conformance import close
 
 from jlora.weight import NotSeparable, Weight, drop
+from tests.conformance import close
 
 R = 3
 # Most of the time goes into compiling programs that run once.
