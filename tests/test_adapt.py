@@ -108,7 +108,9 @@ def test_unmerge_refuses_what_is_not_the_merged_weight():
     merged = jlora.merge(trained)
     with pytest.raises(ValueError, match=r"^unmerge: 'down/kernel' is not the merged weight of this adapter$"):
         jlora.unmerge(params(), trained)
-    with pytest.raises(ValueError, match=r"^unmerge: the parameters have another tree structure than the adapter's base$"):
+    with pytest.raises(
+        ValueError, match=r"^unmerge: the parameters have another tree structure than the adapter's base$"
+    ):
         jlora.unmerge(merged["up"], trained)
 
 
@@ -167,7 +169,9 @@ def test_stacked_factors_under_vmap_share_the_base_product():
     _, frozen = jlora.partition(adapters[0])
     expected = jnp.stack([predict(jlora.merge(a), x[None])[0] for a, x in zip(adapters, X, strict=True)])
     close(batched(factors, frozen, X), expected)
-    shapes = [sorted(v.aval.shape for v in eqn.invars) for eqn in dots(jax.make_jaxpr(batched)(factors, frozen, X).jaxpr)]
+    shapes = [
+        sorted(v.aval.shape for v in eqn.invars) for eqn in dots(jax.make_jaxpr(batched)(factors, frozen, X).jaxpr)
+    ]
     for kernel in ((6, 8), (8, 6)):
         assert sum(kernel in shape for shape in shapes) == 1  # W once, and never with a leading axis
     assert not any((5, *kernel) in shape for shape in shapes for kernel in ((6, 8), (8, 6)))

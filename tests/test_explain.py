@@ -73,7 +73,9 @@ def test_the_table_is_text(adapted):
 
 
 def test_strict_names_weight_operation_and_line(adapted):
-    message = r"strict: 'norm' would be materialised by `mul` at test_explain.py:\d+.*; leave it out with targets=, or lift"
+    message = (
+        r"strict: 'norm' would be materialised by `mul` at test_explain.py:\d+.*; leave it out with targets=, or lift"
+    )
     with pytest.raises(jlora.MaterialisedError, match=message):
         jlora.lift(predict, strict=True)(adapted, IDS)
 
@@ -83,7 +85,10 @@ def test_a_tied_embedding_has_two_rows():
     base = {"table": normal(9, 6)}
     adapted = jlora.apply(base, rank=2, sites=jlora.sites(fn, base, IDS), targets="table")
     rows = jlora.explain(fn, adapted, IDS).rows
-    assert [(row.op, row.in_axes, row.out_axes) for row in rows] == [("gather", (0,), (1,)), ("dot_general", (1,), (0,))]
+    assert [(row.op, row.in_axes, row.out_axes) for row in rows] == [
+        ("gather", (0,), (1,)),
+        ("dot_general", (1,), (0,)),
+    ]
 
 
 def test_nothing_is_computed(adapted):

@@ -247,7 +247,13 @@ def test_doras_magnitude_starts_as_the_norm_of_the_base():
 
 @pytest.mark.parametrize(
     ("shape", "in_axes", "out_axes"),
-    [((D, F), (0,), (1,)), ((F, D), (1,), (0,)), ((L, D, F), (1,), (2,)), ((3, D, F), (0, 1), (2,)), ((D, H, K), (0,), (1, 2))],
+    [
+        ((D, F), (0,), (1,)),
+        ((F, D), (1,), (0,)),
+        ((L, D, F), (1,), (2,)),
+        ((3, D, F), (0, 1), (2,)),
+        ((D, H, K), (0,), (1, 2)),
+    ],
 )
 def test_doras_norm_is_over_the_inputs_of_each_output(shape, in_axes, out_axes):
     trained = randomised(one(jlora.dora(4), shape, in_axes, out_axes))
