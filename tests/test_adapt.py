@@ -163,7 +163,7 @@ def test_stacked_factors_under_vmap_share_the_base_product():
     lifted = jlora.lift(predict)
 
     def batched(factors, frozen, x):
-        one = lambda factors, x: lifted(jlora.combine(factors, frozen), x[None])[0]  # noqa: E731
+        one = lambda factors, x: lifted(jlora.combine(factors, frozen), x[None])[0]
         return jax.vmap(one)(factors, x)
 
     _, frozen = jlora.partition(adapters[0])
@@ -183,9 +183,9 @@ def dots(jaxpr):
             yield eqn
         for param in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
             inner = getattr(param, "jaxpr", param)
-            if hasattr(inner, "eqns") and eqn.primitive.name != "custom_vjp_call":
-                yield from dots(inner)
-            elif hasattr(inner, "eqns") and param is eqn.params.get("call_jaxpr"):
+            if (hasattr(inner, "eqns") and eqn.primitive.name != "custom_vjp_call") or (
+                hasattr(inner, "eqns") and param is eqn.params.get("call_jaxpr")
+            ):
                 yield from dots(inner)
 
 
@@ -241,7 +241,7 @@ def test_dropout_has_a_mask_per_site_and_per_stacked_layer():
 
 def test_gradients_through_dropout_are_those_of_its_mask():
     adapted = jlora.with_key(dropping(), jax.random.key(3))
-    loss = lambda f, mode: jnp.sum(jnp.sin(jlora.lift(predict, forward_mode=mode)(adapted.replace(factors=f), X)))  # noqa: E731
+    loss = lambda f, mode: jnp.sum(jnp.sin(jlora.lift(predict, forward_mode=mode)(adapted.replace(factors=f), X)))
     close(jax.grad(loss)(adapted.factors, False), jax.grad(loss)(adapted.factors, True))
 
 

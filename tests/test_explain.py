@@ -66,7 +66,20 @@ def test_lines_are_the_models_own(adapted):
 
 def test_the_table_is_text(adapted):
     head, *rows, last = str(jlora.explain(predict, adapted, IDS)).splitlines()
-    assert head.split() == "weight operation in -> out (stack) how rank parameters extra FLOPs line".split()
+    assert head.split() == [
+        "weight",
+        "operation",
+        "in",
+        "->",
+        "out",
+        "(stack)",
+        "how",
+        "rank",
+        "parameters",
+        "extra",
+        "FLOPs",
+        "line",
+    ]
     assert rows[1].startswith("stack   dot_general  [1] -> [2] ([0])   factored")
     assert "materialised: " in rows[2]
     assert last == "2 uses factored, 1 materialised"
@@ -81,7 +94,7 @@ def test_strict_names_weight_operation_and_line(adapted):
 
 
 def test_a_tied_embedding_has_two_rows():
-    fn = lambda p, ids: p["table"][ids] @ p["table"].T  # noqa: E731
+    fn = lambda p, ids: p["table"][ids] @ p["table"].T
     base = {"table": normal(9, 6)}
     adapted = jlora.apply(base, rank=2, sites=jlora.sites(fn, base, IDS), targets="table")
     rows = jlora.explain(fn, adapted, IDS).rows

@@ -52,7 +52,7 @@ IDS = jnp.asarray([[1, 9, 0, 4], [2, 2, 3, 7]])
 
 def adapted(name: str, dtype=jnp.float32) -> jlora.Adapted:
     base = jax.tree.map(lambda x: x.astype(dtype), params())
-    everything = lambda site: site.kind in ("linear", "conv", "embedding")  # noqa: E731
+    everything = lambda site: site.kind in ("linear", "conv", "embedding")
     sites = jlora.sites(predict, base, IDS)
     return jlora.apply(base, method=METHODS[name](), sites=sites, targets=everything, extras="scale", key=3)
 
@@ -283,7 +283,7 @@ def test_doras_norm_is_not_differentiated():
 def test_a_column_of_zeros_stays_finite():
     start = one(jlora.dora(2))
     start = jlora.apply({"w": start.base["w"].at[:, 3].set(0)}, method=jlora.dora(2), sites=start.sites, targets="w")
-    f = lambda factors: jnp.sum(jlora.lift(lambda p: normal(2, D) @ p["w"])(start.replace(factors=factors)))  # noqa: E731
+    f = lambda factors: jnp.sum(jlora.lift(lambda p: normal(2, D) @ p["w"])(start.replace(factors=factors)))
     value, gradient = jax.value_and_grad(f)(start.factors)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((value, gradient, jlora.merge(start))))
 
@@ -315,7 +315,7 @@ def test_a_column_of_zeros_stays_finite():
     ],
 )
 def test_wrong_options_are_refused(make, message):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011: the text is compared as a whole
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
         make()
     assert str(caught.value) == message
 
