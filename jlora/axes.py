@@ -24,6 +24,8 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[i
       >>> reshape_groups((4, 6, 5), (4, 2, 3, 5))
       [((0,), (0,)), ((1,), (1, 2)), ((2,), (3,))]
     """
+    if 0 in old and tuple(old) != tuple(new):  # products do not tell the axes of an array without elements apart
+        return [(tuple(range(len(old))), tuple(range(len(new))))]
     groups: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     i = j = 0
     while i < len(old) or j < len(new):

@@ -31,6 +31,9 @@ _LIBRARIES = (
 )
 
 
+UNTOUCHED = "returned as it is by the function"  # why a weight is materialised that nothing has read
+
+
 class MaterialisedError(ValueError):
     """Raised by `lift(fn, strict=True)` where a weight would be materialised."""
 
@@ -123,7 +126,7 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
 
     closed = jax.make_jaxpr(flat)(*[weight.w for weight in weights])
     jaxpr, consts = _open(closed)
-    return jax.tree.unflatten(out_tree, _all_dense(evaluate(jaxpr, consts, weights, trace), trace))
+    return jax.tree.unflatten(out_tree, _all_dense(evaluate(jaxpr, consts, weights, trace), weights, trace))
 
 
 def on_shapes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -201,10 +204,11 @@ def _apply(eqn: Any, values: list[Any], trace: Trace, make_dense: Callable[..., 
             return list(kept)
         if name in rules.PRODUCTS:
             matrix = min(lazy, key=_is_rather_an_input)
-            for other in lazy:
-                if other is not matrix:
-                    dense = make_dense(other, reason="product of two adapted weights")
-                    values = [dense if v is other else v for v in values]
+            kept_at = max(i for i, v in enumerate(values) if v is matrix)
+            values = [
+                make_dense(v, reason="product of two adapted weights") if isinstance(v, Weight) and i != kept_at else v
+                for i, v in enumerate(values)
+            ]
             product = rules.PRODUCTS[name](matrix, values, eqn.params, trace.forward_mode)
             if not isinstance(product.value, Weight):
                 trace.note(matrix, name, product)
@@ -229,9 +233,14 @@ def _dense(weight: Weight, op: str, reason: str, trace: Trace) -> jax.Array:
     return weight.dense()
 
 
-def _all_dense(values: Sequence[Any], trace: Trace) -> list[Any]:
+def _all_dense(values: Sequence[Any], arguments: Sequence[Weight], trace: Trace) -> list[Any]:
     """Results of the lifted function are arrays: a weight that it returns is materialised."""
-    return [_dense(v, "return", "returned by the function", trace) if isinstance(v, Weight) else v for v in values]
+    untouched = {id(weight) for weight in arguments}
+
+    def result(value: Weight) -> jax.Array:
+        return _dense(value, "return", UNTOUCHED if id(value) in untouched else "returned by the function", trace)
+
+    return [result(value) if isinstance(value, Weight) else value for value in values]
 
 
 def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -573,7 +582,7 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
 
     weights = [leaves[i] for i in at]
     result = trace_weights(of_weights, weights, trace)
-    read = {use.path for use in trace.uses if use.op != "return"}
+    read = {use.path for use in trace.uses if use.reason != UNTOUCHED}
     unread = [weight.path for weight in weights if weight.path not in read]
     if unread:
         raise ValueError(

@@ -79,7 +79,8 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
     def run(weights: Sequence[jax.Array], *args: Any, **kwargs: Any) -> None:
         def of_weights(*arrays: jax.Array) -> Any:
             values = {**named, **dict(zip(followed, arrays, strict=True))}
-            return fn(jax.tree.unflatten(structure, values.values()), *args, **kwargs)
+            fresh = jax.tree.map(lambda x: x, (args, kwargs))  # NNX forbids updates of variables made outside a trace
+            return fn(jax.tree.unflatten(structure, values.values()), *fresh[0], **fresh[1])
 
         probes = [
             Weight(w, path=path, origin=tuple((i,) for i in range(w.ndim)))

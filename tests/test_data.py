@@ -39,8 +39,9 @@ def test_the_domains_are_what_they_say():
     prose, code = python_docs(), python_source()
     assert len(prose.bytes("train")) > 200_000 and len(code.bytes("train")) > 5_000_000
     assert all(document.name.endswith(".py") for document in code.train)
-    words = lambda corpus: bytes(corpus.bytes("test")).count(b" the ") / len(corpus.bytes("test"))
-    assert words(prose) > 4 * words(code)
+    often = lambda word, corpus: bytes(corpus.bytes("test")).count(word) / len(corpus.bytes("test"))
+    assert often(b" the ", prose) > 2 * often(b" the ", code)
+    assert often(b"self.", code) > 10 * often(b"self.", prose)
 
 
 def test_an_epoch_shows_every_window_once():

@@ -51,7 +51,9 @@ def build_equinox(
     make: Callable[..., Any], args: tuple[Any, ...], run: Callable[..., Any], dense: tuple[str, ...]
 ) -> Case:
     params, static = eqx.partition(make(key=KEY), eqx.is_inexact_array)
-    return Case(lambda params, *args: run(eqx.combine(params, static), *args), filled(params), args, dense)
+    fn = lambda params, *args: run(eqx.combine(params, static), *args)
+    # vmap of W x gives (out, batch): XLA turns the product around, or does not, by what follows (JAX 0.12, CPU).
+    return Case(fn, filled(params), args, dense, op_by_op=True)
 
 
 class Layer(eqx.Module):

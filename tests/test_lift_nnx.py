@@ -30,6 +30,7 @@ def build(
     run: Callable[..., Any] = lambda model, *args: model(*args),
     state: Any = None,
     passed: bool = False,
+    op_by_op: bool = False,
 ) -> Case:
     """The case, with parameters no two of which are equal; `run(model, *args)` is what the function does.
 
@@ -44,8 +45,8 @@ def build(
         return out if state is None else (out, nnx.to_pure_dict(nnx.state(model, state)))
 
     if passed:
-        return Case(fn, filled(params), (rest, *args), dense)
-    return Case(lambda params, *args: fn(params, rest, *args), filled(params), args, dense)
+        return Case(fn, filled(params), (rest, *args), dense, op_by_op=op_by_op)
+    return Case(lambda params, *args: fn(params, rest, *args), filled(params), args, dense, op_by_op=op_by_op)
 
 
 def filled(params: Any) -> Any:
@@ -272,7 +273,7 @@ MODELS = {
     "vmap, an ensemble": row(stacked(linear(I, O), E), X, run=every_row),
     "vmap, each its own input": row(stacked(Layer, E), normal(E, B, I), run=each_its_own),
     "fori_loop": row(Layer, X, run=updated_in_a_loop),
-    "grad of the input": row(Layer, X, run=force),
+    "grad of the input": row(Layer, X, run=force, op_by_op=True),
     "cond": row(
         Layer, X, jnp.bool_(True), run=lambda m, x, p: nnx.cond(p, lambda m, x: m(x), lambda m, x: -m(x), m, x)
     ),
