@@ -118,8 +118,19 @@ def _prepare(experiment: Experiment, folder: Path, resume: bool) -> Work:
         for split, count in (("validation", amount.validation), ("test", amount.test))
     }
     model = GPT2(experiment.model)
+    _check_runs(model, experiment)
     evaluator = Evaluator(model, windows, amount.batch)
     return Work(experiment, model, old, new, evaluator, folder, folder.parent / "bases" / base_key, resume)
+
+
+def _check_runs(model: GPT2, experiment: Experiment) -> None:
+    """Splits the abstract parameters as every run will: a mistake is found before hours of pretraining."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    for run in experiment.runs:
+        try:
+            _with_factors(shapes, run, experiment.seed)
+        except ValueError as error:
+            raise ConfigError(f"runs.{run.name}: {error}") from error
 
 
 def _pretrained(work: Work, live: Live) -> tuple[Params, Curve]:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jlora.adapt import Adapted
 from jlora.lift import Trace, on_shapes, run, shapes_of
 from jlora.rules import Use
@@ -18,9 +20,10 @@ class Explained(Use):
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The uses in program order; `str` gives a table."""
+    """The uses in program order, and the extras that the function never reads; `str` gives a table."""
 
     rows: tuple[Explained, ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def materialised(self) -> tuple[Explained, ...]:
@@ -34,6 +37,8 @@ class Explanation:
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         dense = len(self.materialised)
         lines.append(f"{len(self.rows) - dense} uses factored, {dense} materialised")
+        if self.unread:
+            lines.append(f"trained as they are, but never read: {', '.join(map(repr, self.unread))}")
         return "\n".join(lines)
 
 
@@ -60,10 +65,15 @@ def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any)
       >>> [(row.path, row.op, row.in_axes, row.out_axes, row.factored) for row in explanation.rows]
       [('kernel', 'dot_general', (0,), (1,), True)]
     """
+    if not isinstance(adapted, Adapted):
+        raise TypeError(f"explain takes an Adapted (from jlora.apply) after the function, got {type(adapted).__name__}")
     trace = Trace()
     on_shapes(lambda *args, **kwargs: run(fn, args, kwargs, trace), shapes_of(adapted), *args, **kwargs)
-    sizes = {path: sum(a.size for a in arrays.values()) for path, arrays in adapted.factors.items()}
-    return Explanation(tuple(Explained(**vars(use), parameters=sizes[use.path]) for use in trace.uses))
+    given = jax.tree.leaves((adapted, args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
+    factors = {path: f for part in given if isinstance(part, Adapted) for path, f in part.factors.items()}
+    sizes = {path: sum(a.size for a in arrays.values()) for path, arrays in factors.items()}
+    rows = tuple(Explained(**vars(use), parameters=sizes[use.path]) for use in trace.uses)
+    return Explanation(rows, tuple(path for path, is_read in trace.extras.items() if not is_read))
 
 
 def _cells(row: Explained) -> tuple[str, ...]:

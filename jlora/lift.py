@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,16 +21,14 @@ from jlora.rules import Product, Use
 from jlora.weight import NotSeparable, Weight
 
 _LIBRARIES = (
-    "/jax/",
-    "/jaxlib/",
-    "/flax/",
-    "/haiku/",
-    "/equinox/",
-    "/jlora/",
-    "/optax/",
-    "/contextlib.py",
-    "/functools.py",
-)
+    contextlib.__file__,
+    functools.__file__,
+    *(
+        os.path.dirname(spec.origin) + os.sep
+        for name in ("jax", "jaxlib", "flax", "haiku", "equinox", "jlora", "optax")
+        if (spec := importlib.util.find_spec(name)) and spec.origin
+    ),
+)  # whose lines are not the model's own
 
 
 UNTOUCHED = "returned as it is by the function"  # why a weight is materialised that nothing has read
@@ -48,6 +48,7 @@ class Trace:
       uses: every operation that read a weight, in program order.
       repeat: how often the code at hand runs: the product of the lengths of the scans around it.
       around: the equations being evaluated, outermost first.
+      extras: of the leaves trained as they are, by path: whether an operation reads them.
     """
 
     strict: bool = False
@@ -55,6 +56,7 @@ class Trace:
     uses: list[Use] = dataclasses.field(default_factory=list)
     repeat: int = 1
     around: list[Any] = dataclasses.field(default_factory=list)
+    extras: dict[str, bool] = dataclasses.field(default_factory=dict)
 
     @property
     def line(self) -> str:
@@ -72,6 +74,8 @@ class Trace:
     def note_dense(self, weight: Weight, op: str, reason: str) -> None:
         """A use that materialises the weight."""
         line = self.line
+        if weight.key is not None:
+            reason = f"{reason or f'`{op}` has no factored form'}; dropout is not applied"
         if self.strict:
             raise MaterialisedError(
                 f"strict: {weight.path!r} would be materialised by `{op}` at {line}"
@@ -102,15 +106,6 @@ class Trace:
         finally:
             self.repeat //= times
 
-    @contextlib.contextmanager
-    def in_forward_mode(self) -> Iterator[None]:
-        """Inside `shard_map` a custom_vjp would have to sum the cotangents of replicated operands itself."""
-        before, self.forward_mode = self.forward_mode, True
-        try:
-            yield
-        finally:
-            self.forward_mode = before
-
 
 def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trace) -> Any:
     """`fn(*weights)` for a function of plain arrays, evaluated on lazy weights.
@@ -126,7 +121,11 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
 
     closed = jax.make_jaxpr(flat)(*[weight.w for weight in weights])
     jaxpr, consts = _open(closed)
-    return jax.tree.unflatten(out_tree, _all_dense(evaluate(jaxpr, consts, weights, trace), weights, trace))
+    operands = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
+    pairs = list(zip(jaxpr.invars, weights, strict=True))
+    trace.extras |= {weight.path: variable in operands for variable, weight in pairs if weight.trained}
+    arguments = [weight.w if weight.trained else weight for weight in weights]
+    return jax.tree.unflatten(out_tree, _all_dense(evaluate(jaxpr, consts, arguments, trace), arguments, trace))
 
 
 def on_shapes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -233,7 +232,7 @@ def _dense(weight: Weight, op: str, reason: str, trace: Trace) -> jax.Array:
     return weight.dense()
 
 
-def _all_dense(values: Sequence[Any], arguments: Sequence[Weight], trace: Trace) -> list[Any]:
+def _all_dense(values: Sequence[Any], arguments: Sequence[Any], trace: Trace) -> list[Any]:
     """Results of the lifted function are arrays: a weight that it returns is materialised."""
     untouched = {id(weight) for weight in arguments}
 
@@ -317,7 +316,7 @@ def _line(eqn: Any) -> str:
     if traceback is None:
         return ""
     for frame in traceback.frames:
-        if not any(part in frame.file_name for part in _LIBRARIES):
+        if not frame.file_name.startswith(_LIBRARIES):
             return f"{frame.file_name.rsplit('/', 1)[-1]}:{frame.line_num}"
     return ""
 
@@ -426,6 +425,9 @@ def _while(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[A
 
 
 def _cond(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[Any]:
+    if eqn.params.get("branches_platforms"):
+        reason = "branches by platform, of which this one cannot lower all"
+        return _bind(eqn, [make_dense(v, reason=reason) if isinstance(v, Weight) else v for v in values])
     index, *operands = values
     branches = [_open(branch) for branch in eqn.params["branches"]]
     passed = [_forwarded(jaxpr, operands) for jaxpr, _ in branches]
@@ -458,17 +460,17 @@ def _shard_map(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> li
     )  # fmt: skip
 
     def body(*args: Any) -> tuple[Any, ...]:
-        with trace.in_forward_mode():
-            results = evaluate(jaxpr, consts, jax.tree.unflatten(tree, args), trace)
+        results = evaluate(jaxpr, consts, jax.tree.unflatten(tree, args), trace)
         return tuple(_plain(r, eqn, trace) for r in results)
 
+    name = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"  # JAX 0.10.0
     mapped = jax.shard_map(
         body,
         mesh=params["mesh"],
         in_specs=tuple(specs),
         out_specs=tuple(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=params["newly_manual_axes"],
+        axis_names=params[name],
     )
     return list(mapped(*leaves))
 
@@ -583,7 +585,9 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
     weights = [leaves[i] for i in at]
     result = trace_weights(of_weights, weights, trace)
     read = {use.path for use in trace.uses if use.reason != UNTOUCHED}
-    unread = [weight.path for weight in weights if weight.path not in read]
+    unread = [weight.path for weight in weights if not weight.trained and weight.path not in read]
+    if not read and not any(trace.extras.values()):  # one that is not read among others is as in full fine-tuning
+        unread = [weight.path for weight in weights]
     if unread:
         raise ValueError(
             f"{len(unread)} of {len(weights)} adapted weights are never read by {getattr(fn, '__name__', fn)!r}: "

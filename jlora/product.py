@@ -1,5 +1,6 @@
 """`y = x W + (z A) B` for any contraction, with a backward pass that forms no gradient of W. z is x, or x dropped."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 
 from jlora.axes import Labels, contract, expand
 
@@ -42,10 +44,31 @@ def base_product(x: jax.Array, w: jax.Array, spec: Spec) -> jax.Array:
 
 def low_rank_product(z: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
     """`(z u) v`, never the product of u and v, in the label order of `spec.y`."""
-    inner = contract(z, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
+    return _outer_product(contract(z, spec.x, u, spec.u, spec.inner, spec.precision), v, spec)
+
+
+def _outer_product(inner: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
+    """`(z u) v` from `z u`, (..., rank)."""
     out = tuple(label for label in spec.y if label in spec.inner or label in spec.v)
     y = contract(inner, spec.inner, v, spec.v, out, spec.precision, spec.dtype)
     return expand(y, out, spec.y)  # a weight's axis of size 1 is in no factor
+
+
+def compute_dtype(x: jax.Array, w: jax.Array) -> jnp.dtype:
+    """The dtype in which an input meets the factors: the wider of its own and W's; no integer's, none of 8 bits."""
+    floating = [y.dtype for y in (x, w) if jnp.issubdtype(y.dtype, jnp.floating)]
+    widest = max(floating, key=lambda dtype: jnp.finfo(dtype).bits)
+    return widest if jnp.finfo(widest).bits > 8 else jnp.dtype(jnp.float32)
+
+
+def is_placed(x: jax.Array) -> bool:
+    """Whether the type of x says where it lies: on explicit axes of a mesh, or inside `shard_map`.
+
+    There a backward pass by hand would have to say so of every product, too; autodiff does.
+    """
+    sharding = jax.typeof(x).sharding
+    kinds = sharding.mesh.axis_types
+    return AxisType.Manual in kinds or (AxisType.Explicit in kinds and any(sharding.spec))
 
 
 def plain_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
@@ -71,27 +94,39 @@ def adapted_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: j
 
 
 @jax.tree_util.register_static
-class _Perturbed:
-    """Whether the base weight is differentiated: known while tracing, carried from the forward to the backward pass."""
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What is known while tracing, carried from the forward to the backward pass.
 
-    def __init__(self, value: bool) -> None:
-        self.value = value
+    Attributes:
+      x, z: shapes and dtypes.
+      w_moves, u_moves: whether the base weight, and the first factor, are differentiated.
+    """
 
-    def __hash__(self) -> int:
-        return hash(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Perturbed) and other.value == self.value
+    x: jax.ShapeDtypeStruct
+    z: jax.ShapeDtypeStruct
+    w_moves: bool
+    u_moves: bool
 
 
 def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
     *operands, spec = arguments
     x, z, w, u, v = (operand.value for operand in operands)
+    known = _Known(_like(x), _like(z), operands[2].perturbed, operands[3].perturbed)
     base = base_product(x, w, spec)
-    delta = low_rank_product(z, u, v, spec).astype(base.dtype)
-    some = v[(0,) * v.ndim]
-    y = lax.platform_dependent(base, delta, some, cpu=_fenced_sum, default=lambda x, y, _: x + y)
-    return y, ((x, z, w, u, v), _Perturbed(operands[2].perturbed))
+    inner = contract(z, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
+    delta = _outer_product(inner, v, spec).astype(base.dtype)
+    y = base + delta
+    if v.size:
+        y = lax.platform_dependent(
+            base, delta, v[(0,) * v.ndim], cpu=_fenced_sum, default=lambda x, y, _: x + y
+        )  # fmt: skip
+    # The gradient of u needs the whole input; without it (LoRA-FA) r numbers per row do.
+    return y, (x if known.w_moves else None, z if known.u_moves else inner, w, u, v, known)
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _fenced_sum(x: jax.Array, y: jax.Array, some: jax.Array) -> jax.Array:
@@ -103,25 +138,35 @@ def _fenced_sum(x: jax.Array, y: jax.Array, some: jax.Array) -> jax.Array:
 
 
 def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...]:
-    (x, z, w, u, v), base_is_perturbed = residuals
+    x, z_or_inner, w, u, v, known = residuals
     if isinstance(g, SymbolicZero):
         return None, None, None, None, None
-    g = g.astype(x.dtype)
-    inner = contract(z, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
+    g = g.astype(known.z.dtype)
+    if known.u_moves:
+        inner = contract(z_or_inner, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
+    else:
+        inner = z_or_inner
     into = functools.partial(_contract_into, precision=spec.precision)
     inner_g = into(inner, spec.inner, g, spec.y, v, spec.v)
-    dx = into(x, spec.x, g, spec.y, w, spec.w)
-    dz = into(z, spec.x, inner_g, spec.inner, u, spec.u)
+    # An integer input has no gradient.
+    dx = into(known.x, spec.x, g, spec.y, w, spec.w) if jnp.issubdtype(known.x.dtype, jnp.floating) else None
+    dz = into(known.z, spec.x, inner_g, spec.inner, u, spec.u)
     # The thin operand comes first: the CPU backend transposes its left operand to contract a leading axis, and a
     # transposed activation costs more than a transposed factor (0.89 against 0.76 of full fine-tuning's time).
-    du = into(u, spec.u, inner_g, spec.inner, z, spec.x)
+    du = into(u, spec.u, inner_g, spec.inner, z_or_inner, spec.x) if known.u_moves else None
     dv = into(v, spec.v, inner, spec.inner, g, spec.y)
-    dw = into(w, spec.w, x, spec.x, g, spec.y) if base_is_perturbed.value else None
+    dw = into(w, spec.w, x, spec.x, g, spec.y) if known.w_moves else None
     return dx, dz, dw, du, dv
 
 
 def _contract_into(
-    target: jax.Array, labels: Labels, x: jax.Array, x_labels: Labels, y: jax.Array, y_labels: Labels, precision: Any
+    target: jax.Array | jax.ShapeDtypeStruct,
+    labels: Labels,
+    x: jax.Array,
+    x_labels: Labels,
+    y: jax.Array,
+    y_labels: Labels,
+    precision: Any,
 ) -> jax.Array:
     """The product of x and y in the shape and dtype of `target`; axes that neither of them has are broadcast."""
     out = tuple(label for label in labels if label in x_labels or label in y_labels)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import axes as ax
-from jlora.weight import RANK, NotSeparable, Weight, drop
+from jlora.product import compute_dtype
+from jlora.weight import RANK, NotSeparable, Weight, amplify, drop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ def conv_general_dilated(weight: Weight, values: Sequence[Any], params: dict[str
     channel_in, channel_out = numbers.lhs_spec[1], numbers.out_spec[1]
     x_gain, y_gain = _conv_gains(weight, in_axis, out_axis, groups)
     if x_gain is not None:
-        x = x * _on_axis(x_gain, x.ndim, channel_in).astype(x.dtype)
+        x = amplify(x, _on_axis(x_gain, x.ndim, channel_in), x.dtype)
     value = lax.conv_general_dilated(x, weight.w, feature_group_count=groups, **options)
     flops = 0
     if weight.rank:
@@ -190,7 +191,7 @@ def conv_general_dilated(weight: Weight, values: Sequence[Any], params: dict[str
         delta, flops = _conv_delta(weight, branch, numbers, groups, options)
         value = value + delta.astype(value.dtype)
     if y_gain is not None:
-        value = value * _on_axis(y_gain, value.ndim, channel_out).astype(value.dtype)
+        value = amplify(value, _on_axis(y_gain, value.ndim, channel_out), value.dtype)
     inputs = _stored(weight, sorted((*spatial, in_axis)))
     return Product(value, inputs, _stored(weight, [out_axis]), weight.stack, flops)
 
@@ -297,10 +298,11 @@ def ragged_dot_general(weight: Weight, values: Sequence[Any], params: dict[str, 
         u, v = (a, b) if a.shape[1] > 1 or b.shape[2] > 1 else (b, a)
         if u.shape[2] > 1 or v.shape[1] > 1 or u.shape[0] != weight.shape[0] or v.shape[0] != weight.shape[0]:
             raise NotSeparable("ragged product whose factors are shared by the groups")
-        branch = x if weight.key is None else drop(x, weight.key, weight.dropout)
-        inner = lax.ragged_dot(branch, lax.squeeze(u, (2,)).astype(x.dtype), sizes, **options)  # (m, rank)
-        out = lax.transpose(lax.squeeze(v, (1,)), (0, 2, 1)).astype(x.dtype)  # (group, rank, n)
-        value = value + lax.ragged_dot(inner.astype(x.dtype), out, sizes, **options).astype(value.dtype)
+        dtype = compute_dtype(x, weight.w)
+        branch = x.astype(dtype) if weight.key is None else drop(x.astype(dtype), weight.key, weight.dropout)
+        inner = lax.ragged_dot(branch, lax.squeeze(u, (2,)).astype(dtype), sizes, **options)  # (m, rank)
+        out = lax.transpose(lax.squeeze(v, (1,)), (0, 2, 1)).astype(dtype)  # (group, rank, n)
+        value = value + lax.ragged_dot(inner.astype(dtype), out, sizes, **options).astype(value.dtype)
     flops = 2 * weight.rank * (x.size + value.size)
     return Product(value, _stored(weight, [1]), _stored(weight, [2]), _stored(weight, [0]) + weight.stack, flops)
 
@@ -338,6 +340,9 @@ def _gathered(weight: Weight, indices: Any, params: dict[str, Any], looked_up: A
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     kept = [i for i in range(weight.ndim) if i not in numbers.collapsed_slice_dims]
     out_ndim = batch_ndim + len(numbers.offset_dims)
+    fill = params["fill_value"]  # of the rows that are out of bounds: the base takes it, and nothing changes it
+    if weight.gain is not None and fill not in (None, 0) and all(weight.gain.shape[i] == 1 for i in looked_up):
+        raise NotSeparable("gather that fills rows, of a weight with a gain")
 
     def part(x: jax.Array, extra: int) -> jax.Array:
         spanned = [x.shape[i] == weight.shape[i] for i in looked_up]
@@ -356,7 +361,7 @@ def _gathered(weight: Weight, indices: Any, params: dict[str, Any], looked_up: A
             unique_indices=params["unique_indices"],
             indices_are_sorted=params["indices_are_sorted"],
             mode=params["mode"],
-            fill_value=params["fill_value"],
+            fill_value=fill if x is weight.w else 1 if x is weight.gain else None if x is weight.key else 0,
         )
 
     origin: list[tuple[int, ...]] = [()] * out_ndim

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jlora import tree
 from jlora.adapt import Adapted, combine, partition, with_key
 from jlora.lift import lift
 from jlora.optim import Optimizer, optimizer
@@ -58,7 +59,7 @@ class TrainState:
         Args:
           adapted: from `jlora.apply` or `jlora.load`.
           tx: the step's optimizer (`step.tx`, or the transformation that `train_step` was given).
-          key: seed, or a typed key.
+          key: seed or key.
 
         Raises:
           TypeError: if `adapted` is no `Adapted`, or `key` neither a seed nor a typed key.
@@ -66,10 +67,9 @@ class TrainState:
         """
         if not isinstance(adapted, Adapted):
             raise TypeError(f"TrainState.create takes an Adapted (from jlora.apply), got {type(adapted).__name__}")
-        if isinstance(key, int):
-            key = jax.random.key(key)
-        elif not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-            raise TypeError(f"key is a seed or a typed key (jax.random.key, jax.random.wrap_key_data), got {key!r}")
+        if not isinstance(tx, optax.GradientTransformation):
+            raise TypeError(f"tx is an Optax transformation, such as optax.adamw(2e-4), got {tx!r}")
+        key = tree.as_key(key)
         on_device = functools.partial(jax.tree.map, lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x)
         own = functools.partial(jax.tree.map, lambda x: jnp.array(x, copy=True))
         factors = own(adapted.factors)
@@ -154,6 +154,7 @@ class Step:
             next step is started, so that it costs no more than the start of one program.
           ValueError: if the batch does not divide, or if `state` was made for another optimizer.
         """
+        _check_usable(state)
         arguments = self.arguments(state, batch)
         state.check()
         carry, loss, metrics = self.compiled(arguments)(*arguments)
@@ -205,6 +206,8 @@ def train_step(
         raise ValueError(f"parallel={parallel!r} is unknown: choose 'jit' or 'pmap'")
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate is the number of micro-batches, an integer of at least 1, got {accumulate!r}")
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(f"tx is an Optax transformation, such as optax.adamw(2e-4), got {tx!r}")
     tx = optimizer(tx)
     averaged = accumulate > 1 or parallel == "pmap"
     objective = _objective(loss_fn, has_aux=has_aux, pass_key=pass_key, averaged=averaged)
@@ -216,6 +219,20 @@ def train_step(
     if parallel == "jit":
         return Step(tx, functools.partial(_arguments, accumulate), program, _jit(program, donate))
     return Step(tx, functools.partial(_pmap_arguments, accumulate), program, _pmap(program, donate))
+
+
+def _check_usable(state: TrainState) -> None:
+    try:
+        used_up = state.step.is_deleted()
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            "the step is compiled already: call it outside of jit, vmap and scan, or use `step.program`"
+        ) from error
+    if used_up:
+        raise ValueError(
+            "this state was used up: a step donates the buffers of the state that it is given. Go on with the state "
+            "that it returned, or pass train_step(donate=False)"
+        )
 
 
 # -- the program -------------------------------------------------------------------------------------------------------

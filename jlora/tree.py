@@ -1,10 +1,12 @@
 """Paths of leaves: how jlora names the weights of any tree."""
 
 import collections
+import numbers
 import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, tree_flatten_with_path
 
 # Boxes around a leaf (`nn.Partitioned`, `nnx.Variable`) are containers with one child: its name says nothing.
@@ -40,6 +42,21 @@ def name(keys: tuple[Any, ...]) -> str:
 def fold_path(key: jax.Array, path: str) -> jax.Array:
     """A key of the leaf's own, which does not change when other leaves are added."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def as_key(key: Any) -> jax.Array:
+    """A typed key from a seed, a typed key, or one of the old kind (`jax.random.PRNGKey`).
+
+    Raises:
+      TypeError: if it is none of these.
+    """
+    if isinstance(key, numbers.Integral):
+        return jax.random.key(int(key))
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    if hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.ndim == 1:
+        return jax.random.wrap_key_data(key)
+    raise TypeError(f"key is a seed or a key (jax.random.key, jax.random.PRNGKey), got {key!r}")
 
 
 def _key(key: Any) -> str:

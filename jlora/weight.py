@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import axes as ax
-from jlora.product import Spec, adapted_product, base_product, plain_product
+from jlora.product import Spec, adapted_product, base_product, compute_dtype, is_placed, plain_product
 
 RANK = "rank"  # the label of the last axis of a and b
 
@@ -37,6 +37,7 @@ class Weight:
       path: where the weight stands in the parameter tree.
       origin: for each axis, the axes of the stored parameter that it comes from.
       stack: axes of the stored parameter that scans and indexing have already consumed.
+      trained: a leaf that is trained as it is: an array to the function, noted only if it is read.
       gathered: axes of the stored parameter that a batched gather has looked up (an embedding or an expert table).
     """
 
@@ -50,6 +51,7 @@ class Weight:
     origin: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
     stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     gathered: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    trained: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -276,12 +278,9 @@ class Weight:
         spec = self._spec(x.ndim, dimension_numbers, weight_first, precision, dtype)
         gain_in, gain_out = self._gains(spec)
         if gain_in is not None:
-            x = x * gain_in.astype(x.dtype)
-        if not self.rank:
-            y = base_product(x, self.w, spec)
-        else:
-            y = self._low_rank_dot(x, spec, forward_mode)
-        return y if gain_out is None else y * gain_out.astype(y.dtype)
+            x = amplify(x, gain_in, compute_dtype(x, self.w))
+        y = self._low_rank_dot(x, spec, forward_mode) if self.rank else base_product(x, self.w, spec)
+        return y if gain_out is None else amplify(y, gain_out, y.dtype)
 
     def _low_rank_dot(self, x: jax.Array, spec: Spec, forward_mode: bool) -> jax.Array:
         a, a_labels = ax.drop_ones(self.a, spec.w + (RANK,), keep=(RANK,))  # type: ignore[arg-type]
@@ -289,10 +288,13 @@ class Weight:
         contracted = [label for label in spec.w if label in spec.x and label not in spec.y]
         if sum(n in a_labels for n in contracted) < sum(n in b_labels for n in contracted):
             a, a_labels, b, b_labels = b, b_labels, a, a_labels
-        u, v = a.astype(x.dtype), b.astype(x.dtype)
+        dtype = compute_dtype(x, self.w)
+        z, u, v = x.astype(dtype), a.astype(dtype), b.astype(dtype)
         spec = spec._replace(u=a_labels, v=b_labels)
-        z = x if self.key is None else drop(x, self.key, self.dropout)
-        product = plain_product if forward_mode else adapted_product
+        if self.key is not None:
+            z = drop(z, self.key, self.dropout)
+        placed = forward_mode or any(map(is_placed, (x, self.w, u, v)))
+        product = plain_product if placed else adapted_product
         return product(x, z, self.w, u, v, spec)
 
     def _spec(self, x_ndim: int, dimension_numbers: Any, weight_first: bool, precision: Any, dtype: Any) -> Spec:
@@ -321,6 +323,12 @@ class Weight:
         if all(label in spec.x for label in labels):
             return ax.expand(gain, labels, spec.x), None
         raise NotSeparable("product of a weight whose gain spans inputs and outputs")
+
+
+def amplify(x: jax.Array, gain: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x * gain` in float32 at least, cast once: 8 bits of bf16 would swallow a small change of the gain."""
+    wide = dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+    return (x.astype(wide) * gain.astype(wide)).astype(dtype)
 
 
 def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:

@@ -1,5 +1,6 @@
 """`apply` and what one does with its result; and every error of it, by its text."""
 
+import pickle
 import re
 
 import chex
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jlora
 from tests.conformance import close, normal, randomised
@@ -262,10 +264,10 @@ ERRORS = {
     ),
     "no match": (
         lambda p: jlora.apply(p, rank=2, targets="kernle"),
-        "targets='kernle' matches none of the 5 weights; the closest are 'down/kernel', 'up/kernel', 'embed/embedding'",
+        "targets='kernle' matches none of the 3 weights; the closest are 'down/kernel', 'up/kernel', 'embed/embedding'",
     ),
     "no match of one of a list": (
-        lambda p: jlora.apply(p, rank=2, targets=["up", "quer"]), "targets='quer' matches none of the 5 weights; the clo"
+        lambda p: jlora.apply(p, rank=2, targets=["up", "quer"]), "targets='quer' matches none of the 3 weights; the clo"
     ),
     "no match of a predicate": (
         lambda p: jlora.apply(p, rank=2, targets=lambda site: False), "targets= (a predicate) matches none of the 5 weights: 'd"
@@ -344,6 +346,51 @@ ERRORS = {
         lambda p: jlora.lift(predict)(jlora.apply(p, rank=2).replace(base=p | {"up": {"kernel": X, "bias": X[0]}}), X),
         "the factors are those of another tree: 'up/kernel' has shape (5, 6) in the base, and its factors were made for (6, 8)",
     ),
+    "factors of another rank": (
+        lambda p: jlora.merge(jlora.combine(jlora.apply(p, rank=4).factors, jlora.partition(jlora.apply(p, rank=2))[1])),
+        "the factors are those of another tree: 'down/kernel' has A (8, 1, 4), B (1, 6, 4), and this adapter A (8, 1, 2), B ",
+    ),
+    "factors that would broadcast": (
+        lambda p: jlora.merge(jlora.combine(
+            jlora.apply(p, rank=2, extras="up/bias").factors | {"up/bias": {"value": jnp.ones(1)}},
+            jlora.partition(jlora.apply(p, rank=2, extras="up/bias"))[1],
+        )),
+        "the factors are those of another tree: 'up/bias' has value (1,), and this adapter value (8,)",
+    ),
+    "a site twice": (
+        lambda p: jlora.apply(p, rank=2, sites=[site("up/kernel", (0,), (1,)), site("up/kernel", (1,), (0,))]),
+        "sites=: 'up/kernel' is there twice, with axes of its own each; keep one of them",
+    ),
+    "a site without an axis": (
+        lambda p: jlora.apply(p, rank=2, sites=[site("up/kernel", (0,), ())]),
+        "sites=: the axes of 'up/kernel' ([0] -> [], stack []) are not each axis of its shape (6, 8) once",
+    ),
+    "a site with a negative axis": (
+        lambda p: jlora.apply(p, rank=2, sites=[site("up/kernel", (0,), (-1,))]), "sites=: the axes of 'up/kernel' ([0] -> [-1]"
+    ),
+    "no products": (
+        lambda p: jlora.apply(p, rank=2, sites=jlora.sites(lambda p, x: jnp.tanh(p["up"]["kernel"]), p, X)),
+        "apply: the program contracts none of the leaves with an input: 'down/bias' (6,), ",
+    ),
+    "complex weights alone": (
+        lambda p: jlora.apply({"kernel": jnp.ones((3, 4), jnp.complex64)}, rank=2, targets=lambda site: True),
+        "'kernel' has dtype complex64: only floating-point weights can be adapted",
+    ),
+    "a pattern that is none": (
+        lambda p: jlora.apply(p, rank=2, targets="*kernel"),
+        "targets='*kernel' is no regular expression: nothing to repeat at position 0",
+    ),
+    "alpha zero": (
+        lambda p: jlora.apply(p, rank=2, alpha=0), "alpha must not be 0: the factors would have no effect and no gradient"
+    ),
+    "alpha a string": (lambda p: jlora.apply(p, rank=2, alpha="16"), "alpha must be a finite number, not '16'"),
+    "alpha of a rule": (
+        lambda p: jlora.apply(p, rank=2, alphas={"up": jnp.nan}), "alphas['up'] must be a finite number, not nan"
+    ),
+    "nothing is read": (
+        lambda p: jlora.lift(predict)(jlora.apply(p, targets=(), extras="embedding"), X),
+        "1 of 1 adapted weights are never read by 'predict': 'embed/embedding'. They would not be trained",
+    ),
     "NaN": (
         lambda p: jlora.merge(spoilt(p, jnp.nan)), "merge: factor 'A' of 'up/kernel' is not finite; the base is left as it is"
     ),
@@ -351,6 +398,10 @@ ERRORS = {
         lambda p: jlora.merge(spoilt(p, -jnp.inf)), "merge: factor 'A' of 'up/kernel' is not finite; the base is left as it is"
     ),
 }  # fmt: skip
+
+
+def site(path: str, in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> jlora.Site:
+    return jlora.Site(path, (6, 8), "float32", in_axes, out_axes, (), "linear")
 
 
 def spoilt(params, value) -> jlora.Adapted:
@@ -364,3 +415,101 @@ def test_what_is_wrong_is_said(name):
     wrong, message = ERRORS[name]
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         wrong(params())
+
+
+WRONG_TYPES = {
+    "a method that was not called": (
+        lambda p: jlora.apply(p, method=jlora.lora), "apply: method is a Method such as jlora.rslora(16), not <function lora"
+    ),
+    "a method's name": (lambda p: jlora.apply(p, method="dora"), "apply: method is a Method such as jlora.rslora(16), not 'd"),
+    "adapted twice": (
+        lambda p: jlora.apply(jlora.apply(p, rank=2), rank=2), "apply: the parameters are adapted already; merge(adapted) first"
+    ),
+    "merge of plain parameters": (jlora.merge, "merge takes an Adapted (from jlora.apply or jlora.load), got dict"),
+    "explain of plain parameters": (
+        lambda p: jlora.explain(predict, p, X), "explain takes an Adapted (from jlora.apply) after the function, got dict"
+    ),
+    "rows that are none": (
+        lambda p: jlora.apply(p, rank=2, extras={"embedding": 3}), "extras['embedding'] is None or a sequence of row numbers, "
+    ),
+    "extras by a function": (
+        lambda p: jlora.apply(p, rank=2, extras=lambda path: True), "extras= takes patterns, or {pattern: row numbers}, not a f"
+    ),
+    "a key that is none": (lambda p: jlora.apply(p, rank=2, key="0"), "key is a seed or a key (jax.random.key, "),
+    "an NNX module with other state": (
+        lambda p: jlora.apply(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), rank=2),
+        "apply: BatchNorm holds BatchStat beside its Params, whose updates would be lost; split it: graph, params, rest = nnx.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_what_has_a_wrong_type_is_said(name):
+    wrong, message = WRONG_TYPES[name]
+    with pytest.raises(TypeError, match="^" + re.escape(message)):
+        wrong(params())
+
+
+# -- small things that are easily lost ---------------------------------------------------------------------------------
+
+
+def test_keys_of_every_kind_are_the_same_key():
+    draws = [jlora.apply(params(), rank=2, key=k) for k in (3, np.int64(3), jax.random.key(3), jax.random.PRNGKey(3))]
+    for other in draws[1:]:
+        chex.assert_trees_all_equal(draws[0].factors, other.factors)
+    masked = [
+        jlora.with_key(jlora.apply(params(), method=jlora.lora(2, dropout=0.5)), k) for k in (3, jax.random.PRNGKey(3))
+    ]
+    chex.assert_trees_all_equal(*(jlora.lift(predict)(adapted, X) for adapted in masked))
+
+
+def test_numbers_of_numpy_and_jax_are_taken():
+    adapted = jlora.apply(params(), np.int64(2), alpha=np.float32(3.0))
+    assert adapted.sites[0].rank == 2 and adapted.method == jlora.lora(2, alpha=3.0)
+    assert jlora.lora(2, alpha=jnp.float32(4), dropout=np.float32(0.5)) == jlora.lora(2, alpha=4.0, dropout=0.5)
+
+
+def test_patterns_may_be_compiled():
+    assert [s.path for s in jlora.apply(params(), 2, targets=re.compile("^UP", re.IGNORECASE)).sites] == ["up/kernel"]
+
+
+@pytest.mark.parametrize("method", [jlora.lora(2), jlora.dora(2)], ids=lambda method: method.name)
+def test_adapted_can_be_pickled(method):
+    adapted = jlora.apply(params(), method=method, extras="up/bias")
+    again = pickle.loads(pickle.dumps(adapted))
+    chex.assert_trees_all_equal(again, adapted)
+    assert again.method == adapted.method and again.sites == adapted.sites
+
+
+@pytest.mark.parametrize("method", [jlora.lora(2), jlora.dora(2)], ids=lambda method: method.name)
+def test_abstract_parameters_are_adapted_abstractly(method):
+    """Counts and memory of a model that was never allocated."""
+    options = {"method": method, "extras": {"embedding": (1, 2)}}
+    abstract = jlora.apply(jax.eval_shape(params), **options)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, jlora.apply(params(), **options))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
+
+
+def test_the_summary_names_what_is_frozen():
+    text = jlora.summary(jlora.apply(params(), 2, targets="up"))
+    assert "frozen, of two axes or more: 'down/kernel' (8, 6), 'embed/embedding' (10, 6)" in text
+
+
+def test_an_extra_that_is_not_read_is_explained():
+    explanation = jlora.explain(predict, jlora.apply(params(), 2, extras=["embedding", "bias"]), X)
+    assert explanation.unread == ("embed/embedding",)
+    assert "trained as they are, but never read: 'embed/embedding'" in str(explanation)
+
+
+def test_two_adapted_trees_in_one_function():
+    both = lambda p, q, x: predict(p, x) + predict(q, x)
+    one, other = jlora.apply(params(), 2), jlora.apply({"net": params()}, 3)
+    explanation = jlora.explain(lambda p, q, x: both(p, q["net"], x), one, other, X)
+    assert {row.path for row in explanation.rows} == {s.path for s in (*one.sites, *other.sites)}
+
+
+@pytest.mark.parametrize("method", [jlora.lora(2), jlora.dora(2)], ids=lambda method: method.name)
+def test_what_was_merged_under_jit_is_unmerged(method):
+    adapted = randomised(jlora.apply(params(), method=method))
+    back = jlora.unmerge(jax.jit(jlora.merge)(adapted), adapted)
+    chex.assert_trees_all_equal(back, adapted)

@@ -251,6 +251,32 @@ def test_what_is_wrong_is_named_and_nothing_loaded(name, tmp_path):
         jlora.load(tmp_path, base(params()))
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a: a.replace(factors=jax.tree.map(lambda x: x * jnp.nan, a.factors)), "has values that are not finite"),
+        (
+            lambda a: a.replace(factors=jax.tree.map(lambda x: x.astype(jnp.bfloat16), a.factors)),
+            "is bfloat16 of shape",
+        ),
+        (lambda a: jlora.partition(a)[1], "'down/kernel/A' is missing"),
+    ],
+    ids=["not finite", "bfloat16", "no factors"],
+)
+def test_what_could_not_be_loaded_is_not_saved_over_what_can(spoil, message, tmp_path):
+    good, *_ = saved(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        jlora.save(tmp_path, spoil(good))
+    chex.assert_trees_all_equal(jlora.load(tmp_path, params()), good)
+
+
+def test_files_of_others_stay(tmp_path):
+    (tmp_path / "factors-mine.safetensors").write_text("mine")
+    saved(tmp_path)
+    jlora.save(tmp_path, adapter("rslora"))
+    assert len(list(tmp_path.glob("factors-*"))) == 2 and (tmp_path / "factors-mine.safetensors").exists()
+
+
 def test_a_folder_without_an_adapter(tmp_path):
     saved(tmp_path / "mine")
     with pytest.raises(
@@ -381,6 +407,17 @@ def test_a_state_is_refused_where_it_does_not_belong(tmp_path):
         sgd = jlora.train_step(loss_fn, optax.sgd(0.1))
         with pytest.raises(ValueError, match="checkpoint of step 1 in .* was written with another optimizer"):
             checkpoints.restore(state(step=sgd))
+        # The leaves of its state are the same: weight decay has none.
+        decay = jlora.train_step(loss_fn, optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1e-2, momentum=0.9)))
+        with pytest.raises(ValueError, match="checkpoint of step 1 in .* was written with another optimizer"):
+            checkpoints.restore(state(step=decay))
+
+
+def test_a_position_that_is_no_json_is_refused_at_once(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="^position is JSON .* int64 is not JSON serializable"):
+            checkpoints.save(trained(state(), 1), {"row": np.int64(3)})
+        assert checkpoints.latest is None
 
 
 def test_a_state_that_is_not_finite_is_not_kept(tmp_path):

@@ -866,7 +866,7 @@ VECTORS = {
     "RMSNorm's scale, one token": norm("scale", (1, 1, D)),
     "RMSNorm's scale, one vector": norm("scale", (D,)),
     "ViT's norm and head, one image": Layout(
-        Case(vit_head, {"norm": {"scale": normal(D)}, "head": kernel(D, F)}, (normal(1, T, D),)),
+        Case(vit_head, {"norm": {"scale": normal(D)}, "head": kernel(D, F)}, (normal(1, T, D),), op_by_op=True),
         {"head/bias": OTHER, "head/kernel": MATRIX, "norm/scale": OTHER}, ("head/kernel",),
     ),
     "CLIP's logit_scale ()": Layout(

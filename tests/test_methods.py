@@ -302,7 +302,7 @@ def test_a_column_of_zeros_stays_finite():
         (lambda: jlora.lora(2, init="zeros"), "init must be one of 'gaussian', 'kaiming_uniform', not 'zeros'"),
         (lambda: jlora.lora(2, dropout=1.0), "dropout must be at least 0 and below 1, not 1.0"),
         (lambda: jlora.lora(2, dropout=-0.1), "dropout must be at least 0 and below 1, not -0.1"),
-        (lambda: jlora.lora(2, alpha=math.inf), "alpha must be finite, not inf"),
+        (lambda: jlora.lora(2, alpha=math.inf), "alpha must be a finite number, not inf"),
         (
             lambda: jlora.dora(jlora.dora(2)),
             "dora(inner): inner must be an additive low-rank method such as lora(8), not dora itself",

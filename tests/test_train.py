@@ -129,7 +129,7 @@ def test_trains_as_a_loop_by_hand_on_merged_weights(options):
     np.testing.assert_allclose(got_norms, norms, rtol=1e-5)
     assert int(state.step) == 4
     assert float(state.loss) == got_losses[-1]
-    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, TrainState.create(adapted, step.tx))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, TrainState.create(adapted, step.tx))
 
 
 @pytest.mark.loose_promotion  # optax multiplies integers and floats
@@ -630,12 +630,31 @@ def test_a_state_of_another_optimizer_is_refused():
 def test_create_is_checked():
     with pytest.raises(TypeError, match=r"^TrainState.create takes an Adapted \(from jlora.apply\), got dict$"):
         TrainState.create(PARAMS, TX)  # ty: ignore
-    with pytest.raises(
-        TypeError, match=r"^key is a seed or a typed key \(jax.random.key, jax.random.wrap_key_data\), got"
-    ):
-        TrainState.create(adapt(), TX, key=jax.random.PRNGKey(0))
+    with pytest.raises(TypeError, match=r"^key is a seed or a key \(jax.random.key, jax.random.PRNGKey\), got 'seed'$"):
+        TrainState.create(adapt(), TX, key="seed")
+    with pytest.raises(TypeError, match=r"^tx is an Optax transformation, such as optax.adamw\(2e-4\), got 0.001$"):
+        TrainState.create(adapt(), 1e-3)
     with pytest.raises(ValueError, match="^there is nothing to train: no factors and no extras"):
         TrainState.create(jlora.apply(PARAMS, targets=()), TX)
+
+
+def test_a_state_that_was_used_up_is_refused():
+    step = shared_step()
+    state = TrainState.create(adapt(), step.tx)
+    step(state, DATA)
+    with pytest.raises(ValueError, match="^this state was used up: a step donates the buffers of the state"):
+        step(state, DATA)
+
+
+def test_a_step_inside_jit_is_refused():
+    step = shared_step()
+    with pytest.raises(ValueError, match="^the step is compiled already: call it outside of jit, vmap and scan"):
+        jax.jit(lambda state, batch: step(state, batch))(TrainState.create(adapt(), step.tx), DATA)
+
+
+def test_the_step_takes_an_optimizer():
+    with pytest.raises(TypeError, match=r"^tx is an Optax transformation, such as optax.adamw\(2e-4\), got 0.001$"):
+        train_step(loss_fn, 1e-3)
 
 
 def test_pmap_refuses_a_sharded_base():

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialise
 
 from jlora import tree
-from jlora.adapt import Adapted, Extra, rebuild
+from jlora.adapt import Adapted, Extra, extra_shapes, rebuild
 from jlora.checkpoint.fingerprint import fingerprint
 from jlora.methods import Method, from_json, to_json
 from jlora.sites import Site
@@ -39,7 +40,8 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
 
     Raises:
       OSError: if the disk is full or the folder cannot be written; what was there stays.
-      ValueError: if the factors are spread over several processes.
+      ValueError: if the factors are not those of this adapter, not float32, not finite, or spread over several
+        processes; what was there stays.
 
     Example:
       >>> import jax.numpy as jnp, jlora, tempfile
@@ -50,9 +52,13 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
       1
     """
     folder = Path(folder)
-    content = serialise(_host(adapted.factors))
+    named, _ = tree.leaves(adapted.base)
+    tensors = _host(adapted.factors)
+    _check_tensors(folder, tensors, _expected(named, adapted.method, adapted.sites, adapted.extras))
+    content = serialise(tensors)
     digest = hashlib.sha256(content).hexdigest()
     file = f"factors-{digest[:16]}.safetensors"
+    replaced = _tensor_file(folder)
     text = json.dumps(describe(adapted) | {"tensors": {"file": file, "sha256": digest}}, indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,9 +67,8 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
     except OSError as error:
         kept = "the adapter that was there is unchanged" if (folder / NAME).exists() else "no adapter was written"
         raise OSError(error.errno, f"saving the adapter: {error.strerror}; {kept}", str(folder)) from error
-    for old in folder.glob("factors-*.safetensors"):
-        if old.name != file:
-            old.unlink(missing_ok=True)
+    if replaced not in (None, file):
+        (folder / replaced).unlink(missing_ok=True)
 
 
 def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False) -> Adapted:
@@ -163,7 +168,7 @@ def _tensors(folder: Path, record: Mapping[str, Any]) -> Tensors:
         raise ValueError(f"'{file}' is damaged: it is not the file that '{folder / NAME}' was written with (sha256)")
     try:
         return parse(content)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:
         raise ValueError(f"'{file}' is no safetensors file: {error}") from error
 
 
@@ -195,11 +200,8 @@ def _expected(
         arrays = jax.eval_shape(lambda key, w, site=site: method.init(key, w, site), key, w)
         expected |= {f"{site.path}/{name}": (a.shape, str(a.dtype)) for name, a in arrays.items()}
     for extra in extras:
-        shape = tuple(np.shape(named[extra.path]))
-        if extra.rows is None:
-            expected[f"{extra.path}/value"] = (shape, "float32")
-        else:
-            expected[f"{extra.path}/rows"] = ((len(extra.rows), *shape[1:]), "float32")
+        shapes = extra_shapes(extra, named[extra.path])
+        expected |= {f"{extra.path}/{name}": (shape, "float32") for name, shape in shapes.items()}
     return expected
 
 
@@ -218,6 +220,15 @@ def _check_tensors(file: Path, tensors: Tensors, expected: Mapping[str, tuple[tu
 
 def _some(wrong: list[str], limit: int = 6) -> str:
     return "; ".join(wrong[:limit]) + (f"; and {len(wrong) - limit} more" if len(wrong) > limit else "")
+
+
+def _tensor_file(folder: Path) -> Any:
+    """The name of the tensors' file of the adapter that is in the folder, None if there is none."""
+    try:
+        name = json.loads((folder / NAME).read_text())["tensors"]["file"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) and re.fullmatch(r"factors-[0-9a-f]{16}\.safetensors", name) else None
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -240,5 +251,11 @@ def _write(file: Path, content: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(file)
+        if os.name == "posix":  # the name is on the disk when its folder is
+            descriptor = os.open(file.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The state of a training run on disk, kept by Orbax: asynchronous, atomic, and without the base."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -61,11 +62,16 @@ class Checkpoints:
 
         Raises:
           FloatingPointError: if the state's last loss was not finite: it would never train again.
-          ValueError: if there is a checkpoint of this step already.
+          ValueError: if there is a checkpoint of this step already, or `position` is no JSON.
         """
         state.check()
         step = int(state.step)
-        record = {"adapter": self._describe(state.adapted), "position": position}
+        try:
+            json.dumps(position)
+        except TypeError as error:
+            raise ValueError(f"position is JSON (numbers, strings, lists, dicts) to be written: {error}") from error
+        optimizer = str(jax.tree.structure(state.opt_state))
+        record = {"adapter": self._describe(state.adapted), "position": position, "optimizer": optimizer}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.map(jnp.copy, _arrays(state))), record=ocp.args.JsonSave(record)
         )
@@ -90,6 +96,12 @@ class Checkpoints:
             raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in '{self._folder}'")
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
         self._check(record["adapter"], self._describe(state.adapted))
+        expected = str(jax.tree.structure(state.opt_state))
+        if record["optimizer"] != expected:
+            raise ValueError(
+                f"the checkpoint of step {step} in '{self._folder}' was written with another optimizer: its state is "
+                f"{record['optimizer']:.300}, that of this one {expected:.300}"
+            )
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(state))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         try:

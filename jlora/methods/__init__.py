@@ -1,5 +1,6 @@
 """Methods in weight space: one paper per file."""
 
+import copyreg
 import difflib
 from typing import Any
 
@@ -40,3 +41,7 @@ def from_json(data: dict[str, Any]) -> Method:
         return METHODS[name](**options)
     except TypeError as error:
         raise ValueError(f"method {name!r}: {error}") from error
+
+
+# A method's functions are closures: it is pickled as its config.
+copyreg.pickle(Method, lambda method: (from_json, (to_json(method),)))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.axes import fan_in
-from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.methods.method import Arrays, Config, Method, check_alpha, check_number, check_rank
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -42,25 +42,26 @@ def lora(rank: int, alpha: float | None = None, *, init: str = "gaussian", dropo
 
 def scaled(name: str, scale: Any, rank: int, alpha: float | None, init: str, dropout: float) -> Method:
     """The method `W + scale(alpha, r) * B A`."""
-    check_rank(rank)
+    rank, alpha, dropout = check_rank(rank), check_alpha(alpha), check_number(dropout, "dropout")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, not {init!r}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, not {dropout!r}")
-    if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"alpha must be finite, not {alpha!r}")
     config: Config = (("name", name), ("rank", rank), ("alpha", alpha), ("init", init), ("dropout", dropout))
 
     def initialise(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
         return low_rank_init(key, site, init)
 
     def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-        assert site.rank is not None and site.alpha is not None
         a = factors["A"] * jnp.asarray(scale(site.alpha, site.rank), factors["A"].dtype)
-        origin = tuple((i,) for i in range(w.ndim))
-        return Weight(w, a, factors["B"], dropout=dropout, path=site.path, origin=origin)
+        return low_rank(w, site, a, factors["B"]).replace(dropout=dropout)
 
     return Method(config, rank, alpha, initialise, weight)
+
+
+def low_rank(w: jax.Array, site: Site, a: jax.Array | None = None, b: jax.Array | None = None) -> Weight:
+    """The lazy weight `w + a b` of a site; `w` alone without factors."""
+    return Weight(w, a, b, path=site.path, origin=tuple((i,) for i in range(w.ndim)))
 
 
 def low_rank_init(key: jax.Array, site: Site, init: str) -> Arrays:

@@ -1,15 +1,21 @@
 """What a weight-space method is: data, as an optimizer is in Optax."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import optax
 
 from jlora.sites import Site
 from jlora.weight import Weight
 
 Arrays = dict[str, jax.Array]
+Factors = dict[str, Arrays]
 Config = tuple[tuple[str, Any], ...]
+Rows: TypeAlias = tuple[int, ...] | None
+Transformation: TypeAlias = optax.GradientTransformation
 
 
 def no_buffers(w: jax.Array, site: Site) -> Arrays:
@@ -17,19 +23,42 @@ def no_buffers(w: jax.Array, site: Site) -> Arrays:
     return {}
 
 
+class Data(NamedTuple):
+    """How a data-driven method starts.
+
+    Attributes:
+      statistic: what it needs of each weight: "covariance", the sum of x x^T over its inputs x, or "gradient", that of
+        the loss with respect to the weight.
+      fit: (key, weights by path, sites, statistics by path as (stack, inputs, inputs or outputs)) -> the sites, whose
+        ranks it may change, and the initial arrays of each.
+    """
+
+    statistic: str
+    fit: Callable[
+        [jax.Array, Mapping[str, jax.Array], Sequence[Site], Mapping[str, jax.Array]], tuple[tuple[Site, ...], Factors]
+    ]
+
+
 class Method(NamedTuple):
-    """A way to adapt one weight, as pure functions.
+    """A way to adapt weights, as pure functions.
 
     Two methods are equal if their `config` is, so that a method made anew (by `load`, in another call) does not
     recompile a program.
 
     Attributes:
       config: hashable pairs from which the method can be built again, the first of them ("name", ...).
-      rank: r where `apply(ranks=)` says nothing else.
+      rank: r where `apply(ranks=)` says nothing else; 0 for a method that has none.
       alpha: the numerator of the scale; the site's rank when None.
-      init: (key, w, site) -> the trainable factors, float32.
+      init: (key, w, site) -> the initial arrays, float32: what is trained, and what is `frozen`.
       weight: (w, site, factors, buffers) -> the lazy weight.
       buffers: (w, site) -> frozen arrays that `weight` needs and that can be computed from the base at any time.
+      frozen: names of the arrays of `init` that are not trained: kept among the buffers, and in an adapter's file.
+      extras: (leaves by path, sites) -> the leaves, or rows of them, to train as they are; None for a method that
+        adapts weights.
+      data: how a data-driven method starts instead of `init`.
+      sample: (key, factors) -> the factors of one training step, for a method that draws at random.
+      regulariser: (factors, sites) -> a scalar that `train_step` adds to the loss.
+      wrap: (optimizer, sites) -> the optimizer that the method trains with.
     """
 
     config: Config
@@ -38,6 +67,12 @@ class Method(NamedTuple):
     init: Callable[[jax.Array, jax.Array, Site], Arrays]
     weight: Callable[[jax.Array, Site, Arrays, Arrays], Weight]
     buffers: Callable[[jax.Array, Site], Arrays] = no_buffers
+    frozen: tuple[str, ...] = ()
+    extras: Callable[[Mapping[str, Any], Sequence[Site]], dict[str, Rows]] | None = None
+    data: Data | None = None
+    sample: Callable[[jax.Array, Factors], Factors] | None = None
+    regulariser: Callable[[Factors, Sequence[Site]], jax.Array] | None = None
+    wrap: Callable[[Transformation, Sequence[Site]], Transformation] | None = None
 
     @property
     def name(self) -> str:
@@ -64,8 +99,37 @@ def check_rank(rank: Any, where: str = "rank") -> int:
     Raises:
       ValueError: if it is not an integer of at least 1.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int):
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
         raise ValueError(f"{where} must be an integer of at least 1, not {rank!r}")
     if rank < 1:
         raise ValueError(f"{where} must be at least 1, not {rank}")
-    return rank
+    return int(rank)
+
+
+def check_number(value: Any, where: str) -> float:
+    """Returns a finite number, as Python has it (a JAX or NumPy scalar is neither hashable nor JSON).
+
+    Raises:
+      ValueError: if it is none.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, str | bool) or not math.isfinite(number):
+        raise ValueError(f"{where} must be a finite number, not {value!r}")
+    return int(number) if isinstance(value, int) else number
+
+
+def check_alpha(alpha: Any, where: str = "alpha") -> float | None:
+    """Returns a valid numerator of the scale.
+
+    Raises:
+      ValueError: if it is neither None nor a finite number other than 0, which would train nothing.
+    """
+    if alpha is None:
+        return None
+    number = check_number(alpha, where)
+    if number == 0:
+        raise ValueError(f"{where} must not be 0: the factors would have no effect and no gradient")
+    return number
