@@ -10,6 +10,7 @@ the same model, data and pretraining.
 
 import argparse
 import dataclasses
+import functools
 import os
 import platform
 import shutil
@@ -108,6 +109,8 @@ class Work:
 
 
 def _prepare(experiment: Experiment, folder: Path, resume: bool) -> Work:
+    model = GPT2(experiment.model)
+    _check_runs(model, experiment)
     old, new = experiment.data.old(), experiment.data.new()
     digests = {"old": old.digest(), "new": new.digest()}
     claim(folder, {"config": config.describe(experiment), "data": digests}, resume=resume)
@@ -117,8 +120,6 @@ def _prepare(experiment: Experiment, folder: Path, resume: bool) -> Work:
         split: (spread(new.bytes(split), context, count), spread(old.bytes(split), context, count))
         for split, count in (("validation", amount.validation), ("test", amount.test))
     }
-    model = GPT2(experiment.model)
-    _check_runs(model, experiment)
     evaluator = Evaluator(model, windows, amount.batch)
     return Work(experiment, model, old, new, evaluator, folder, folder.parent / "bases" / base_key, resume)
 
@@ -128,7 +129,7 @@ def _check_runs(model: GPT2, experiment: Experiment) -> None:
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     for run in experiment.runs:
         try:
-            _with_factors(shapes, run, experiment.seed)
+            jax.eval_shape(functools.partial(_with_factors, run=run, seed=experiment.seed), shapes)
         except ValueError as error:
             raise ConfigError(f"runs.{run.name}: {error}") from error
 

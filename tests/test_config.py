@@ -173,3 +173,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_there_is_nothing_to_resume(tmp_path):
     with pytest.raises(ConfigError, match="--resume: there is no run in '.*'; start it without --resume"):
         claim(tmp_path / "run", {"a": 1}, resume=True)
+
+
+def test_a_run_that_cannot_be_is_found_before_the_base_is_pretrained(tmp_path, capsys):
+    for override, message in (
+        ("runs.lora_r4.rank=0", "runs.lora_r4: rank must be at least 1, not 0"),
+        ("runs.lora_r4.targets=nothing", "runs.lora_r4: targets='nothing' matches none of the"),
+    ):
+        assert main(["configs/quickstart.py", "--small", "--folder", str(tmp_path / "run"), override]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "bases").exists()
