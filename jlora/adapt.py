@@ -1,10 +1,7 @@
 """`apply` and what one does with its result: a frozen base, trainable factors, and the way back to plain parameters."""
 
-import collections
 import dataclasses
-import difflib
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,20 +12,11 @@ from flax import nnx
 
 from jlora import tree
 from jlora.methods import Method, lora
-from jlora.methods.method import Arrays, check_alpha, check_rank
-from jlora.sites import ADAPTABLE, Site, conventional
+from jlora.methods.method import Arrays, Factors
+from jlora.select import Extra, Pattern, known_sites, resolve, select, select_extras
+from jlora.sites import Site
+from jlora.statistics import statistics
 from jlora.weight import Weight
-
-Pattern = str | Sequence[str] | Callable[[Site], bool]
-Factors = dict[str, Arrays]
-
-
-@dataclasses.dataclass(frozen=True)
-class Extra:
-    """A leaf that is trained as it is, beside the factors: wholly, or some of its rows."""
-
-    path: str
-    rows: tuple[int, ...] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -68,9 +56,12 @@ class Adapted:
         named, structure = tree.leaves(self.base)
         self._check(named)
         filled: dict[str, Any] = dict(named)
+        factors = self.factors
+        if self.key is not None and self.method.sample is not None:
+            factors = self.method.sample(tree.fold_path(self.key, ""), factors)
         for site in self.sites:
             buffers = self.buffers.get(site.path, {})
-            weight = self.method.weight(named[site.path], site, self.factors[site.path], buffers)
+            weight = self.method.weight(named[site.path], site, factors[site.path], buffers)
             if self.key is not None and weight.dropout > 0:
                 weight = weight.replace(key=_site_key(self.key, site))
             filled[site.path] = weight
@@ -149,6 +140,8 @@ def apply(
     alphas: Mapping[str, float] | None = None,
     extras: str | Sequence[str] | Mapping[str, Sequence[int] | None] = (),
     key: int | jax.Array = 0,
+    fn: Callable[..., Any] | None = None,
+    batches: Iterable[Any] | None = None,
 ) -> Adapted:
     """Splits parameters into a frozen base and trainable low-rank factors.
 
@@ -164,6 +157,8 @@ def apply(
       extras: leaves to train as they are (biases, norms, a new head): patterns, or {pattern: row numbers} for some rows
         of an embedding.
       key: seed or key of the factors' initial values. Each site's own is folded from it by path.
+      fn, batches: for the methods that start from data (eva, corda, lora_ga): `fn(params, batch)`, a loss or any other
+        function of the model, and some batches of the task. Progress is shown on a terminal.
 
     Returns:
       An `Adapted`.
@@ -191,9 +186,16 @@ def apply(
     named, _ = tree.leaves(params)
     if not any(hasattr(leaf, "dtype") for leaf in named.values()):
         raise ValueError("apply: the tree of parameters holds no arrays")
-    known = _known_sites(params, named, sites)
-    chosen = _resolve(_select(known, targets, read_from_program=sites is not None), method, ranks or {}, alphas or {})
-    extra = _select_extras(named, extras)
+    known = known_sites(params, named, sites)
+    if method.extras is not None and targets is not None and targets != ():
+        raise ValueError(f"apply: {method.name} trains leaves as they are and adapts none: leave targets= out")
+    targets = targets if method.extras is None else ()
+    chosen = resolve(select(known, targets, read_from_program=sites is not None), method, ranks or {}, alphas or {})
+    extra = select_extras(named, extras)
+    if method.extras is not None:
+        own = {path: Extra(path, rows) for path, rows in method.extras(named, known).items()}
+        own |= {e.path: e for e in extra}
+        extra = tuple(own[path] for path in named if path in own)
     both = [e.path for e in extra if e.path in {site.path for site in chosen}]
     if both:
         raise ValueError(
@@ -201,19 +203,48 @@ def apply(
             "weight itself); keep one of them"
         )
     root = tree.as_key(key)
-    factors = {s.path: _initial(method, tree.fold_path(root, s.path), named[s.path], s) for s in chosen}
-    factors |= {e.path: _initial_extra(named[e.path], e) for e in extra}
-    buffers = {site.path: _buffers(method, named[site.path], site) for site in chosen}
-    return Adapted(params, factors, {k: v for k, v in buffers.items() if v}, None, method, chosen, extra)
+    if method.data is None:
+        arrays = {s.path: _initial(method, tree.fold_path(root, s.path), named[s.path], s) for s in chosen}
+    else:
+        if fn is None or batches is None:
+            raise ValueError(f"apply: {method.name} starts from data: pass fn= (of params and a batch) and batches=")
+        measured = statistics(method.data.statistic, fn, params, batches, chosen, method.name)
+        chosen, arrays = method.data.fit(root, named, chosen, measured)
+    arrays |= {e.path: _initial_extra(named[e.path], e) for e in extra}
+    return rebuild(params, arrays, method, chosen, extra)
 
 
 def rebuild(
-    params: Any, factors: Factors, method: Method, sites: tuple[Site, ...], extras: tuple[Extra, ...]
+    params: Any, arrays: Factors, method: Method, sites: tuple[Site, ...], extras: tuple[Extra, ...]
 ) -> Adapted:
-    """An `Adapted` from parts that were stored: buffers are computed from the base again."""
+    """An `Adapted` from what `stored` gives: the method's other buffers are computed from the base."""
     named, _ = tree.leaves(params)
-    buffers = {site.path: method.buffers(named[site.path], site) for site in sites}
+    frozen = {s.path: {name: arrays[s.path][name] for name in method.frozen if name in arrays[s.path]} for s in sites}
+    buffers = {site.path: frozen[site.path] | _buffers(method, named[site.path], site) for site in sites}
+    factors = {
+        path: {name: array for name, array in part.items() if name not in frozen.get(path, {})}
+        for path, part in arrays.items()
+    }
     return Adapted(params, factors, {k: v for k, v in buffers.items() if v}, None, method, sites, extras)
+
+
+def stored(adapted: Adapted) -> Factors:
+    """What an adapter's file holds: the factors, and the initial arrays that the method keeps frozen."""
+    frozen = {
+        path: {name: part[name] for name in adapted.method.frozen if name in part}
+        for path, part in adapted.buffers.items()
+    }
+    return {path: part | frozen.get(path, {}) for path, part in adapted.factors.items()}
+
+
+def rebuilt(adapted: Adapted, arrays: Factors) -> Adapted:
+    """`adapted` with other stored arrays; buffers that the base determines are kept, not computed again."""
+    keep = lambda path: adapted.buffers.get(path, {})
+    factors = {path: {n: part[n] for n in adapted.factors[path]} for path, part in arrays.items()}
+    buffers = {
+        path: keep(path) | {n: a for n, a in arrays[path].items() if n in keep(path)} for path in adapted.buffers
+    }
+    return adapted.replace(factors=factors, buffers=buffers)
 
 
 def merge(adapted: Adapted) -> Any:
@@ -327,170 +358,6 @@ def summary(adapted: Adapted) -> str:
         f"{adapted.method!r}: {total.trainable:,} of {total.total:,} parameters are trained ({total.percent:.4f} %)"
     )
     return "\n".join(lines)
-
-
-# -- selection ---------------------------------------------------------------------------------------------------------
-
-
-def _known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site] | None) -> tuple[Site, ...]:
-    if sites is None:
-        return conventional(params)
-    known = tuple(sites)
-    twice = [path for path, n in collections.Counter(site.path for site in known).items() if n > 1]
-    if twice:
-        raise ValueError(f"sites=: {twice[0]!r} is there twice, with axes of its own each; keep one of them")
-    for site in known:
-        axes = sorted((*site.in_axes, *site.out_axes, *site.stack_axes))
-        if site.kind in ADAPTABLE and axes != list(range(len(site.shape))):
-            raise ValueError(
-                f"sites=: the axes of {site.path!r} ({list(site.in_axes)} -> {list(site.out_axes)}, stack "
-                f"{list(site.stack_axes)}) are not each axis of its shape {site.shape} once"
-            )
-        shape = tuple(getattr(named.get(site.path), "shape", ()))  # a leaf may be a function, which has none
-        if site.path not in named or shape != site.shape:
-            found = f"shape {shape}" if site.path in named else "no such leaf"
-            raise ValueError(f"sites= are those of another tree: {site.path!r} has shape {site.shape}, params: {found}")
-    return known
-
-
-def _select(known: Sequence[Site], targets: Pattern | None, *, read_from_program: bool) -> list[Site]:
-    if targets is None:
-        chosen = [site for site in known if site.kind in ("linear", "conv", "unknown")]
-        if not chosen:
-            if read_from_program:
-                raise ValueError(f"apply: the program contracts none of the leaves with an input: {_listing(known)}")
-            raise ValueError(
-                "apply: none of the leaves is a linear layer by Flax's conventions (a 'kernel'); pass "
-                f"sites=jlora.sites(fn, params, *args) to read them from the program. Leaves: {_listing(known)}"
-            )
-    elif callable(targets):
-        chosen = [site for site in known if targets(site)]
-        if not chosen:
-            raise ValueError(f"targets= (a predicate) matches none of the {len(known)} weights: {_listing(known)}")
-    else:
-        patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
-        hits = {pattern: _matches(pattern, known, "targets") for pattern in patterns}
-        paths = {site.path for found in hits.values() for site in found}
-        chosen = [site for site in known if site.path in paths]
-    return [site for site in chosen if _check_site(site)]
-
-
-def _matches(pattern: str, known: Sequence[Site], argument: str) -> list[Site]:
-    found = [site for site in known if _search(pattern, site.path, argument)]
-    if not found:
-        able = [site.path for site in known if site.kind in (*ADAPTABLE, "unknown")]
-        raise ValueError(_no_match(pattern, able or [site.path for site in known], argument))
-    fit = [site for site in found if site.kind in (*ADAPTABLE, "unknown")]
-    if fit:
-        return fit
-    site = found[0]
-    if not site.dtype.startswith(("float", "bfloat")):
-        raise ValueError(
-            f"{argument}={pattern!r} matches {site.path!r}, whose dtype is {site.dtype}: only floating-point weights "
-            "can be adapted"
-        )
-    used = f" (used by {', '.join(site.uses)})" if site.uses else ""
-    raise ValueError(
-        f"{argument}={pattern!r} matches {site.path!r} of shape {site.shape}{used}, which no product contracts with an "
-        "input: it has no low-rank form; train it as it is with extras="
-    )
-
-
-def _check_site(site: Site) -> bool:
-    if not site.dtype.startswith(("float", "bfloat")):
-        raise ValueError(f"{site.path!r} has dtype {site.dtype}: only floating-point weights can be adapted")
-    if site.kind == "unknown":
-        how = (
-            f"the program uses its axes in ways that contradict each other ({', '.join(site.uses)})"
-            if site.uses
-            else "its name and rank do not tell which axes are contracted; pass sites=jlora.sites(fn, params, *args)"
-        )
-        raise ValueError(f"{site.path!r} of shape {site.shape} is ambiguous: {how}, or leave it out with targets=")
-    if site.kind not in ADAPTABLE:
-        raise ValueError(f"{site.path!r} of shape {site.shape} has no low-rank form; train it with extras=")
-    return True
-
-
-def _resolve(
-    chosen: Sequence[Site], method: Method, ranks: Mapping[str, int], alphas: Mapping[str, float]
-) -> tuple[Site, ...]:
-    for argument, rules in (("ranks", ranks), ("alphas", alphas)):
-        for pattern, value in rules.items():
-            if argument == "ranks":
-                check_rank(value, f"ranks[{pattern!r}]")
-            else:
-                check_alpha(value, f"alphas[{pattern!r}]")
-            if not any(_search(pattern, site.path, argument) for site in chosen):
-                raise ValueError(_no_match(pattern, [site.path for site in chosen], argument))
-
-    def first(rules: Mapping[str, Any], path: str, default: Any) -> Any:
-        return next((value for pattern, value in rules.items() if _search(pattern, path, "")), default)
-
-    resolved = []
-    for site in chosen:
-        rank = first(ranks, site.path, method.rank)
-        alpha = first(alphas, site.path, method.alpha)
-        resolved.append(dataclasses.replace(site, rank=rank, alpha=float(rank if alpha is None else alpha)))
-    return tuple(resolved)
-
-
-def _select_extras(named: Mapping[str, Any], extras: Any) -> tuple[Extra, ...]:
-    rules = {extras: None} if isinstance(extras, str | re.Pattern) else extras
-    if callable(rules):
-        raise TypeError("extras= takes patterns, or {pattern: row numbers}, not a function")
-    rules = rules if isinstance(rules, Mapping) else dict.fromkeys(rules)
-    chosen: dict[str, Extra] = {}
-    for pattern, rows in rules.items():
-        found = [path for path in named if _search(pattern, path, "extras")]
-        if not found:
-            raise ValueError(_no_match(pattern, list(named), "extras"))
-        trainable = [p for p in found if jnp.issubdtype(getattr(named[p], "dtype", np.int32), jnp.floating)]
-        if not trainable:
-            dtype = getattr(named[found[0]], "dtype", type(named[found[0]]).__name__)
-            raise ValueError(f"extras={pattern!r} matches {found[0]!r}, whose dtype is {dtype}: it cannot be trained")
-        for path in trainable:
-            if not (rows is None or isinstance(rows, Iterable)):
-                raise TypeError(f"extras[{pattern!r}] is None or a sequence of row numbers, not {rows!r}")
-            extra = Extra(path, None if rows is None else tuple(int(row) for row in rows))
-            _check_rows(extra, named[path])
-            if path in chosen and chosen[path] != extra:
-                raise ValueError(f"contradicting rules: extras= matches {path!r} twice, with different rows")
-            chosen[path] = extra
-    return tuple(chosen[path] for path in named if path in chosen)
-
-
-def _check_rows(extra: Extra, leaf: Any) -> None:
-    if extra.rows is None:
-        return
-    bad = [row for row in extra.rows if not 0 <= row < leaf.shape[0]] if leaf.ndim else list(extra.rows)
-    if bad or not extra.rows or len(set(extra.rows)) != len(extra.rows):
-        raise ValueError(f"extras: rows {list(extra.rows)} of {extra.path!r} must be distinct and within {leaf.shape}")
-
-
-def _search(pattern: Any, path: str, argument: str) -> bool:
-    try:
-        return re.search(pattern, path) is not None
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{argument}={pattern!r} is no regular expression: {error}") from error
-
-
-def _no_match(pattern: Any, paths: Sequence[str], argument: str) -> str:
-    pattern = getattr(pattern, "pattern", pattern)
-    words = {path: path.split("/") + [path] for path in paths}
-    score = {
-        path: max(difflib.SequenceMatcher(None, pattern, word).ratio() for word in parts)
-        for path, parts in words.items()
-    }
-    near = sorted(paths, key=lambda path: -score[path])[:3]
-    return (
-        f"{argument}={pattern!r} matches none of the {len(paths)} weights; the closest are {', '.join(map(repr, near))}"
-    )
-
-
-def _listing(known: Sequence[Site]) -> str:
-    odd = lambda site: "" if site.dtype.startswith(("float", "bfloat")) else f" {site.dtype}"
-    shown = [f"{site.path!r} {site.shape}{odd(site)}" for site in known[:12]]
-    return ", ".join(shown) + (f", ... ({len(known) - 12} more)" if len(known) > 12 else "")
 
 
 def _check_modules(params: Any) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
+from jlora import tree
 from jlora.adapt import Adapted
-from jlora.lift import Trace, on_shapes, run, shapes_of
+from jlora.lift import Trace, run
 from jlora.rules import Use
 
 
@@ -68,7 +69,7 @@ def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any)
     if not isinstance(adapted, Adapted):
         raise TypeError(f"explain takes an Adapted (from jlora.apply) after the function, got {type(adapted).__name__}")
     trace = Trace()
-    on_shapes(lambda *args, **kwargs: run(fn, args, kwargs, trace), shapes_of(adapted), *args, **kwargs)
+    tree.on_shapes(lambda *args, **kwargs: run(fn, args, kwargs, trace), tree.shapes_of(adapted), *args, **kwargs)
     given = jax.tree.leaves((adapted, args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
     factors = {path: f for part in given if isinstance(part, Adapted) for path, f in part.factors.items()}
     sizes = {path: sum(a.size for a in arrays.values()) for path, arrays in factors.items()}

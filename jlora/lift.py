@@ -128,26 +128,6 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
     return jax.tree.unflatten(out_tree, _all_dense(evaluate(jaxpr, consts, arguments, trace), arguments, trace))
 
 
-def on_shapes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Traces `fn(*args, **kwargs)`: a `jax.ShapeDtypeStruct` among the arguments stands for an array."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    abstract = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
-
-    def traced(arrays: list[jax.Array]) -> None:
-        filled = list(leaves)
-        for i, array in zip(abstract, arrays, strict=True):
-            filled[i] = array
-        args, kwargs = jax.tree.unflatten(structure, filled)
-        fn(*args, **kwargs)
-
-    jax.eval_shape(traced, [leaves[i] for i in abstract])
-
-
-def shapes_of(tree: Any) -> Any:
-    """The tree with a `jax.ShapeDtypeStruct` for each of its arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, tree)
-
-
 # -- the interpreter --------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +183,8 @@ def _apply(eqn: Any, values: list[Any], trace: Trace, make_dense: Callable[..., 
             return list(kept)
         if name in rules.PRODUCTS:
             matrix = min(lazy, key=_is_rather_an_input)
+            if matrix.observed and name != "dot_general":
+                raise NotSeparable("not a product of rows with a matrix")
             kept_at = max(i for i, v in enumerate(values) if v is matrix)
             values = [
                 make_dense(v, reason="product of two adapted weights") if isinstance(v, Weight) and i != kept_at else v

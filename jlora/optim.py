@@ -90,6 +90,13 @@ def optimizer(tx: optax.GradientTransformation) -> Optimizer:
     return Optimizer(init, update)
 
 
+def of_method(tx: optax.GradientTransformation, adapted: Adapted) -> Optimizer:
+    """`optimizer(tx)` with what the method adds to it: LoRA+'s rates, AdaLoRA's budget."""
+    tx = optimizer(tx)
+    wrap = adapted.method.wrap
+    return tx if wrap is None else optimizer(wrap(tx, adapted.sites))
+
+
 def _factors(params: PyTree) -> PyTree:
     return params.factors if isinstance(params, Adapted) else params
 

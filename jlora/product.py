@@ -159,6 +159,35 @@ def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...
     return dx, dz, dw, du, dv
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def observed_product(x: jax.Array, w: jax.Array, total: jax.Array, one: jax.Array, spec: Spec) -> jax.Array:
+    """`x W`, whose gradient with respect to `total` is the sum of x x^T over all rows, whatever the cotangent is.
+
+    So a sum over all uses of a weight, in loops and branches too, is read off with `jax.grad`. `total` has W's input
+    axes and one for all of them together (spec.u); `one` (spec.v) is the identity between these. No other gradient is
+    passed on, but that of x as zeros, so that the uses before it are reached.
+    """
+    return base_product(x, w, spec)
+
+
+def _observed_forward(x: jax.Array, w: jax.Array, total: jax.Array, one: jax.Array, spec: Spec) -> Any:
+    return base_product(x, w, spec), (x, total, one)
+
+
+def _observed_backward(spec: Spec, residuals: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, total, one = residuals
+    z = x.astype(total.dtype)
+    rows = tuple(label for label in spec.x if label in spec.y)
+    flat = tuple(label for label in spec.v if label not in spec.x)
+    inner = contract(z, spec.x, one, spec.v, (*rows, *flat), lax.Precision.HIGHEST)  # x with its input axes as one
+    sum_of_squares = _contract_into(total, spec.u, z, spec.x, inner, (*rows, *flat), lax.Precision.HIGHEST)
+    dx = jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else None
+    return dx, None, sum_of_squares, None
+
+
+observed_product.defvjp(_observed_forward, _observed_backward)
+
+
 def _contract_into(
     target: jax.Array | jax.ShapeDtypeStruct,
     labels: Labels,

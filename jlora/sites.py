@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.lift import Trace, on_shapes, shapes_of, trace_weights
+from jlora.lift import Trace, trace_weights
 from jlora.rules import PRODUCTS, Use
 from jlora.weight import Weight
 
@@ -88,7 +88,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
         ]
         trace_weights(of_weights, probes, trace)
 
-    on_shapes(run, shapes_of([named[path] for path in followed]), *args, **kwargs)
+    tree.on_shapes(run, tree.shapes_of([named[path] for path in followed]), *args, **kwargs)
     return tuple(_site(path, leaf, [u for u in trace.uses if u.path == path]) for path, leaf in named.items())
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jlora import tree
 from jlora.adapt import Adapted, combine, partition, with_key
 from jlora.lift import lift
-from jlora.optim import Optimizer, optimizer
+from jlora.optim import Optimizer, of_method, optimizer
 
 PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
@@ -75,7 +75,7 @@ class TrainState:
         factors = own(adapted.factors)
         return cls(
             adapted=adapted.replace(base=on_device(adapted.base), buffers=on_device(adapted.buffers), factors=factors),
-            opt_state=own(optimizer(tx).init(factors)),
+            opt_state=own(of_method(tx, adapted).init(factors)),
             step=jnp.zeros((), jnp.int32),
             key=key,
             loss=jnp.zeros((), jnp.float32),
@@ -247,6 +247,9 @@ def _objective(loss_fn: Callable[..., Any], *, has_aux: bool, pass_key: bool, av
         params = with_key(combine(factors, frozen), dropout)
         out = lifted(params, batch, user) if pass_key else lifted(params, batch)
         loss, aux = _loss_and_aux(out, has_aux)
+        if frozen.method.regulariser is not None:
+            regulariser = frozen.method.regulariser(factors, frozen.sites)
+            loss, aux = loss + regulariser, {**aux, "regulariser": regulariser}
         if averaged:
             _check_scalars(aux)
         return loss, aux
@@ -259,7 +262,7 @@ def _loss_and_aux(out: Any, has_aux: bool) -> tuple[jax.Array, Metrics]:
         if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)):
             raise TypeError(f"has_aux=True: loss_fn returns (loss, dict of metrics), got {_kind(out)}")
         loss, aux = out
-        taken = sorted({"loss", "grad_norm"} & set(aux))
+        taken = sorted({"loss", "grad_norm", "regulariser"} & set(aux))
         if taken:
             raise ValueError(f"the aux of loss_fn has {taken}, which the metrics hold already: rename them")
     else:
@@ -294,8 +297,9 @@ def _program(
 ) -> tuple[Carry, jax.Array, Metrics]:
     """One step as a pure function: (the new carry, the loss to remember, the metrics)."""
     carry, kept, key, batch, skeleton = arguments
-    _check_opt_state(tx, carry)
     frozen = skeleton.fill(kept)
+    tx = of_method(tx, frozen)
+    _check_opt_state(tx, carry)
 
     def loss_of(factors: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, Metrics]:
         return objective(factors, frozen, batch, key)

@@ -1,8 +1,9 @@
-"""Paths of leaves: how jlora names the weights of any tree."""
+"""Trees: the paths of leaves, by which jlora names the weights, their shapes, their keys."""
 
 import collections
 import numbers
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,26 @@ def name(keys: tuple[Any, ...]) -> str:
 def fold_path(key: jax.Array, path: str) -> jax.Array:
     """A key of the leaf's own, which does not change when other leaves are added."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def on_shapes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Traces `fn(*args, **kwargs)`: a `jax.ShapeDtypeStruct` among the arguments stands for an array."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    abstract = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+    def traced(arrays: list[jax.Array]) -> None:
+        filled = list(leaves)
+        for i, array in zip(abstract, arrays, strict=True):
+            filled[i] = array
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        fn(*args, **kwargs)
+
+    jax.eval_shape(traced, [leaves[i] for i in abstract])
+
+
+def shapes_of(tree: Any) -> Any:
+    """The tree with a `jax.ShapeDtypeStruct` for each of its arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, tree)
 
 
 def as_key(key: Any) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import axes as ax
-from jlora.product import Spec, adapted_product, base_product, compute_dtype, is_placed, plain_product
+from jlora.product import Spec, adapted_product, base_product, compute_dtype, is_placed, observed_product, plain_product
 
 RANK = "rank"  # the label of the last axis of a and b
 
@@ -38,6 +38,7 @@ class Weight:
       origin: for each axis, the axes of the stored parameter that it comes from.
       stack: axes of the stored parameter that scans and indexing have already consumed.
       trained: a leaf that is trained as it is: an array to the function, noted only if it is read.
+      observed: `a` is no part of the weight: its cotangent is the sum of x x^T over the inputs x; `b` is the identity.
       gathered: axes of the stored parameter that a batched gather has looked up (an embedding or an expert table).
     """
 
@@ -51,6 +52,7 @@ class Weight:
     origin: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
     stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     gathered: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    observed: bool = dataclasses.field(default=False, metadata={"static": True})
     trained: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -199,6 +201,8 @@ class Weight:
         factor = jnp.asarray(factor)
         spanned = {i for i, n in enumerate(factor.shape) if n > 1}
         scaled = self.replace(w=apply(self.w, factor.astype(self.w.dtype)))
+        if self.observed:
+            return scaled
         for name in ("a", "b") if self.rank else ():
             part = getattr(self, name)
             if all(part.shape[i] > 1 for i in spanned):
@@ -209,7 +213,7 @@ class Weight:
         return scaled
 
     def negate(self) -> "Weight":
-        return self.replace(w=-self.w, a=None if self.a is None else -self.a)
+        return self.replace(w=-self.w, a=self.a if self.observed or self.a is None else -self.a)
 
     def unstack(self) -> tuple["Weight", Callable[["Weight"], "Weight"]]:
         """Splits the leading axis off, for `lax.scan`.
@@ -248,7 +252,7 @@ class Weight:
 
     def dense(self, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
         """The materialised weight: summed in float32 (or the base's own precision, if higher), cast once."""
-        if self.rank == 0 and self.gain is None:
+        if self.observed or (self.rank == 0 and self.gain is None):
             return self.w
         wide = jnp.float32 if jnp.finfo(self.w.dtype).bits < 32 else self.w.dtype
         value = self.w.astype(wide)
@@ -288,6 +292,10 @@ class Weight:
         contracted = [label for label in spec.w if label in spec.x and label not in spec.y]
         if sum(n in a_labels for n in contracted) < sum(n in b_labels for n in contracted):
             a, a_labels, b, b_labels = b, b_labels, a, a_labels
+        if self.observed:
+            if not set(b_labels) - {RANK} <= set(contracted):
+                raise NotSeparable("product along other axes than the inputs")
+            return observed_product(x, self.w, a, b, spec._replace(u=a_labels, v=b_labels))
         dtype = compute_dtype(x, self.w)
         z, u, v = x.astype(dtype), a.astype(dtype), b.astype(dtype)
         spec = spec._replace(u=a_labels, v=b_labels)

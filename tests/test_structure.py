@@ -21,8 +21,9 @@ LAYERS = (
     ("lift",),
     ("sites",),
     ("methods", "quant"),
+    ("select", "statistics"),
     ("adapt",),
-    ("explain", "optim", "sharding", "checkpoint", "serve", "analysis", "search"),
+    ("convert", "explain", "optim", "sharding", "checkpoint", "serve", "analysis", "search"),
     ("train", "plan"),
     ("cli",),
 )

@@ -17,9 +17,10 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialise
 
 from jlora import tree
-from jlora.adapt import Adapted, Extra, extra_shapes, rebuild
+from jlora.adapt import Adapted, extra_shapes, rebuild, stored
 from jlora.checkpoint.fingerprint import fingerprint
 from jlora.methods import Method, from_json, to_json
+from jlora.select import Extra
 from jlora.sites import Site
 
 FORMAT, VERSION = "jlora adapter", 1
@@ -53,7 +54,7 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
     """
     folder = Path(folder)
     named, _ = tree.leaves(adapted.base)
-    tensors = _host(adapted.factors)
+    tensors = _host(stored(adapted))
     _check_tensors(folder, tensors, _expected(named, adapted.method, adapted.sites, adapted.extras))
     content = serialise(tensors)
     digest = hashlib.sha256(content).hexdigest()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jlora.adapt import Adapted
+from jlora.adapt import Adapted, rebuilt, stored
 from jlora.checkpoint.adapter import describe
 
 Position = Any
@@ -146,7 +146,7 @@ class Checkpoints:
 def _arrays(state: Any) -> dict[str, Any]:
     """What is written: all but the base and the method's buffers. A key as its data."""
     return {
-        "factors": state.adapted.factors,
+        "factors": stored(state.adapted),
         "opt_state": jax.tree.leaves(state.opt_state),
         "step": state.step,
         "key": jax.random.key_data(state.key),
@@ -157,7 +157,7 @@ def _arrays(state: Any) -> dict[str, Any]:
 def _filled(state: Any, arrays: dict[str, Any]) -> Any:
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), arrays["opt_state"])
     return type(state)(
-        adapted=state.adapted.replace(factors=arrays["factors"]),
+        adapted=rebuilt(state.adapted, arrays["factors"]),
         opt_state=opt_state,
         step=arrays["step"],
         key=jax.random.wrap_key_data(arrays["key"], impl=jax.random.key_impl(state.key)),

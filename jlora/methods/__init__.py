@@ -4,24 +4,67 @@ import copyreg
 import difflib
 from typing import Any
 
+from jlora.methods.adalora import adalora
+from jlora.methods.corda import corda
 from jlora.methods.dora import dora
+from jlora.methods.dylora import dylora
+from jlora.methods.eva import eva
+from jlora.methods.ia3 import ia3
+from jlora.methods.loha import loha
+from jlora.methods.lokr import lokr
 from jlora.methods.lora import lora
+from jlora.methods.lora_fa import lora_fa
+from jlora.methods.lora_ga import lora_ga
+from jlora.methods.loraplus import loraplus
 from jlora.methods.method import Method
+from jlora.methods.oft import oft
+from jlora.methods.olora import olora
+from jlora.methods.pissa import pissa
 from jlora.methods.rslora import rslora
+from jlora.methods.selective import bitfit, full, norms, top_layers
+from jlora.methods.vera import vera
 
-__all__ = ["METHODS", "Method", "dora", "from_json", "lora", "rslora", "to_json"]
+METHODS = {
+    constructor.__name__: constructor
+    for constructor in (
+        lora, rslora, loraplus, lora_fa, dora, adalora, pissa, olora, eva, lora_ga, corda, vera, loha, lokr, ia3, oft,
+        dylora, bitfit, norms, full, top_layers,
+    )
+}  # fmt: skip
 
-METHODS = {constructor.__name__: constructor for constructor in (lora, rslora, dora)}
+__all__ = [
+    "METHODS",
+    "Method",
+    "adalora",
+    "bitfit",
+    "corda",
+    "dora",
+    "dylora",
+    "eva",
+    "from_json",
+    "full",
+    "ia3",
+    "loha",
+    "lokr",
+    "lora",
+    "lora_fa",
+    "lora_ga",
+    "loraplus",
+    "norms",
+    "oft",
+    "olora",
+    "pissa",
+    "rslora",
+    "to_json",
+    "top_layers",
+    "vera",
+]
 
 
 def to_json(method: Method) -> dict[str, Any]:
     """The method as JSON-able data: its name and options, nested methods likewise."""
-    return {key: to_json_value(value) for key, value in method.config}
-
-
-def to_json_value(value: Any) -> Any:
-    """One option; a nested method's config is a tuple of pairs."""
-    return {key: to_json_value(inner) for key, inner in value} if isinstance(value, tuple) else value
+    config = dict(method.config)
+    return {key: to_json(value) if isinstance(value, Method) else value for key, value in config.items()}
 
 
 def from_json(data: dict[str, Any]) -> Method:

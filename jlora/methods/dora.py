@@ -9,6 +9,8 @@ from jlora.methods.method import Arrays, Method
 from jlora.sites import Site
 from jlora.weight import RANK, Weight
 
+ADDITIVE = ("lora", "rslora", "loraplus", "lora_fa", "dylora")
+
 
 def dora(inner: Method | int) -> Method:
     """Weight-decomposed LoRA: `m * V / |V|` with `V = W + alpha / r * B A`, and m trained beside A and B.
@@ -32,8 +34,10 @@ def dora(inner: Method | int) -> Method:
       'dora'
     """
     inner = inner if isinstance(inner, Method) else lora(inner)
-    if inner.name == "dora":
-        raise ValueError("dora(inner): inner must be an additive low-rank method such as lora(8), not dora itself")
+    if inner.name not in ADDITIVE:
+        raise ValueError(
+            f"dora(inner): inner must be an additive low-rank method ({', '.join(ADDITIVE)}), not {inner.name}"
+        )
 
     def initialise(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
         return {**inner.init(key, w, site), "magnitude": jnp.sqrt(buffers(w, site)["square"])}
@@ -50,8 +54,8 @@ def dora(inner: Method | int) -> Method:
         gain = jnp.where(norm == 0, jnp.ones_like(norm), factors["magnitude"] / safe)
         return v.replace(gain=gain)
 
-    config = (("name", "dora"), ("inner", inner.config))
-    return Method(config, inner.rank, inner.alpha, initialise, weight, buffers)
+    config = (("name", "dora"), ("inner", inner))
+    return inner._replace(config=config, init=initialise, weight=weight, buffers=buffers)
 
 
 def squared_norm(v: Weight, square: jax.Array, site: Site) -> jax.Array:

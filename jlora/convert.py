@@ -1,0 +1,74 @@
+"""One adapter as another: any additive method as plain LoRA, and fewer ranks of it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import tree
+from jlora.adapt import Adapted, rebuild
+from jlora.methods import lora
+from jlora.methods.method import Arrays, Factors, check_rank
+from jlora.sites import Site
+
+
+def to_lora(adapted: Adapted) -> Adapted:
+    """The same function as a plain LoRA: `W + A B` with the scale, and all that the method trains, folded into A and B.
+
+    PiSSA, OLoRA, CorDA and LoRA-GA double their rank, on the base as it was (`[A, -A0]` and `[B, B0]`); AdaLoRA drops
+    the triplets that did not survive; VeRA and LoHa are written out. Ranks whose column of A or row of B is zero are
+    dropped, and weights without any left are no longer adapted.
+
+    Args:
+      adapted: with concrete factors.
+
+    Raises:
+      ValueError: if a weight is not the base plus a low-rank product (DoRA's and (IA)^3's gains, OFT's rotation).
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.apply({"kernel": jnp.eye(6)}, method=jlora.pissa(2))
+      >>> jlora.to_lora(adapted).sites[0].rank
+      4
+    """
+    named, _ = tree.leaves(adapted.base)
+    factors: Factors = {e.path: adapted.factors[e.path] for e in adapted.extras}
+    chosen = []
+    for site in adapted.sites:
+        w = named[site.path]
+        weight = adapted.method.weight(w, site, adapted.factors[site.path], adapted.buffers.get(site.path, {}))
+        if weight.gain is not None or weight.w is not w:
+            raise ValueError(f"to_lora: {adapted.method.name} is not W plus a low-rank product at {site.path!r}")
+        assert weight.a is not None and weight.b is not None
+        axes = tuple(range(w.ndim))
+        alive = np.asarray(jnp.any(weight.a != 0, axis=axes) & jnp.any(weight.b != 0, axis=axes))
+        if not alive.any():
+            continue
+        factors[site.path] = {"A": weight.a[..., alive], "B": weight.b[..., alive]}
+        rank = int(alive.sum())
+        chosen.append(dataclasses.replace(site, rank=rank, alpha=float(rank)))
+    method = lora(max((site.rank or 1 for site in chosen), default=1))
+    return rebuild(adapted.base, factors, method, tuple(chosen), adapted.extras)
+
+
+def truncate(adapted: Adapted, rank: int) -> Adapted:
+    """The first ranks of a DyLoRA as a plain LoRA, `W + alpha / b * A[:, :b] B[:b]`.
+
+    Args:
+      adapted: trained with `jlora.dylora`.
+      rank: b; weights of a smaller rank keep theirs.
+
+    Raises:
+      ValueError: if the method is another (the columns of a plain LoRA are in no order), or for a rank below 1.
+    """
+    check_rank(rank)
+    if adapted.method.name != "dylora":
+        raise ValueError(f"truncate: the first ranks are worth most with dylora alone, not with {adapted.method.name}")
+    sites = tuple(dataclasses.replace(site, rank=min(rank, site.rank or rank)) for site in adapted.sites)
+    factors = adapted.factors | {site.path: _first(adapted.factors[site.path], site) for site in sites}
+    return rebuild(adapted.base, factors, lora(rank, adapted.method.alpha), sites, adapted.extras)
+
+
+def _first(arrays: Arrays, site: Site) -> Arrays:
+    return jax.tree.map(lambda x: x[..., : site.rank], arrays)

@@ -1,0 +1,62 @@
+"""CorDA: the weight decomposed in the light of its inputs' covariance."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jlora.methods.matrix import check_fits, matrices
+from jlora.methods.method import Config, Data, Factors, Method
+from jlora.methods.pissa import pissa
+from jlora.methods.residual import started
+from jlora.sites import Site
+
+MODES = ("instruction", "knowledge")
+_DAMPING = 1e-2  # times the mean of the covariance's diagonal
+
+
+def corda(rank: int, alpha: float | None = None, *, mode: str = "instruction") -> Method:
+    """LoRA that starts from the SVD of `C W`, C being the covariance of the weight's inputs.
+
+    With C W = U S V^T (inputs by outputs), A0 = C^-1 U_r sqrt(S_r / s) and B0 = sqrt(S_r / s) V_r^T, s = alpha / r, and
+    s A0 B0 is taken out of the base as in `pissa`. C is scaled to a mean diagonal of 1 and gets 0.01 added to it.
+
+    Args:
+      rank: r, at most the smaller side of the weight.
+      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      mode: "instruction" trains the r largest components, on inputs of the task to learn ("instruction-previewed");
+        "knowledge" the r smallest, on inputs of what is to be kept ("knowledge-preserved").
+
+    Raises:
+      ValueError: if `mode` is unknown, and as in `pissa`; in `apply` without `fn=` and `batches=`.
+
+    Source: Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models", arXiv 2406.05223,
+    section 3.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
+    plain = pissa(rank, alpha)
+    config: Config = (("name", "corda"), ("rank", rank), ("alpha", alpha), ("mode", mode))
+
+    def fit(
+        key: jax.Array,
+        named: Mapping[str, jax.Array],
+        sites: Sequence[Site],
+        covariances: Mapping[str, jax.Array],
+    ) -> tuple[tuple[Site, ...], Factors]:
+        arrays = {}
+        for site in sites:
+            assert site.rank is not None and site.alpha is not None
+            check_fits(site.rank, site, "corda")
+            c = covariances[site.path]
+            one = jnp.eye(c.shape[-1])
+            c = c / jnp.trace(c, axis1=1, axis2=2)[:, None, None] * c.shape[-1] + _DAMPING * one[None]
+            u, s, vt = jnp.linalg.svd(c @ matrices(named[site.path].astype(jnp.float32), site), full_matrices=False)
+            part = slice(0, site.rank) if mode == "instruction" else slice(s.shape[1] - site.rank, s.shape[1])
+            root = jnp.sqrt(s[:, part] * (site.rank / site.alpha))
+            arrays[site.path] = started(
+                jnp.linalg.solve(c, u[:, :, part]) * root[:, None, :], root[:, :, None] * vt[:, part], site
+            )
+        return tuple(sites), arrays
+
+    return plain._replace(config=config, data=Data("covariance", fit))

@@ -1,0 +1,45 @@
+"""DyLoRA: one training run for all ranks up to r."""
+
+import jax
+import jax.numpy as jnp
+
+from jlora.methods.lora import lora
+from jlora.methods.method import Config, Factors, Method, check_rank
+
+
+def dylora(rank: int, alpha: float | None = None, *, minimum: int = 1, init: str = "gaussian") -> Method:
+    """LoRA whose first b ranks work for every b up to r: each step trains `W + alpha / b * A[:, :b] B[:b]`.
+
+    b is uniform from `minimum` to r, one for all weights, drawn where a key is passed (`train_step` does); without one
+    all ranks are used. `truncate(adapted, b)` gives the adapter of rank b.
+
+    Args:
+      rank: r, the largest rank.
+      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      minimum: the smallest rank that is drawn.
+      init: of A, as in `lora`.
+
+    Raises:
+      ValueError: if `minimum` is no integer from 1 to `rank`, and as in `lora`.
+
+    Source: Valipour et al., "DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low Rank
+    Adaptation", arXiv 2210.07558, algorithm 1, without its "frozen" variant.
+    """
+    plain = lora(rank, alpha, init=init)
+    if check_rank(minimum, "minimum") > rank:
+        raise ValueError(f"minimum must be at most the rank, {rank}, not {minimum}")
+    config: Config = (("name", "dylora"), ("rank", rank), ("alpha", alpha), ("minimum", minimum), ("init", init))
+
+    def sample(key: jax.Array, factors: Factors) -> Factors:
+        drawn = jax.random.randint(key, (), minimum, rank + 1)
+        return {path: nested(arrays, drawn) if "A" in arrays else arrays for path, arrays in factors.items()}
+
+    return plain._replace(config=config, sample=sample)
+
+
+def nested(arrays: dict[str, jax.Array], rank: jax.Array) -> dict[str, jax.Array]:
+    """The first `rank` columns of A, times r / rank, so that the scale alpha / r becomes alpha / rank."""
+    whole = arrays["A"].shape[-1]
+    used = jnp.minimum(rank, whole)
+    mask = jnp.where(jnp.arange(whole) < used, whole / used.astype(jnp.float32), 0.0)
+    return arrays | {"A": arrays["A"] * mask[(None,) * (arrays["A"].ndim - 1)]}

@@ -1,0 +1,86 @@
+"""EVA: A starts from what the weight's inputs look like, and ranks go where they explain most."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.methods.lora import lora
+from jlora.methods.matrix import a_form, b_form, check_fits, sizes
+from jlora.methods.method import Config, Data, Factors, Method
+from jlora.sites import Site
+
+
+def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: float = 0.0) -> Method:
+    """LoRA whose A starts as the principal components of the weight's inputs on the data, and B at zero.
+
+    The components are the eigenvectors of the sum of x x^T over the batches (the right singular vectors of all inputs).
+    The total of the ranks is then given anew: of the `rho * r` first components of each weight, those that explain the
+    largest share of their weight's variance are taken, over all weights. A weight may end with up to `rho * r` ranks,
+    or with none, and then is not adapted; alpha grows with r, so that the scale stays. The layers of a stacked weight
+    keep one rank, by the mean of their shares.
+
+    Args:
+      rank: r, the mean over all weights.
+      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      rho: how many times r a weight may get; 1 for the same rank everywhere.
+      dropout: of the low-rank branch's input, as in `lora`.
+
+    Raises:
+      ValueError: if `rho` < 1, and as in `lora`; in `apply` without `fn=` and `batches=`.
+
+    Source: Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv
+    2410.07170, section 3.
+    """
+    if not (math.isfinite(rho) and rho >= 1):
+        raise ValueError(f"rho must be finite and at least 1, not {rho!r}")
+    plain = lora(rank, alpha, dropout=dropout)
+    config: Config = (("name", "eva"), ("rank", rank), ("alpha", alpha), ("rho", rho), ("dropout", dropout))
+
+    def fit(
+        key: jax.Array,
+        named: Mapping[str, jax.Array],
+        sites: Sequence[Site],
+        covariances: Mapping[str, jax.Array],
+    ) -> tuple[tuple[Site, ...], Factors]:
+        components, shares = {}, {}
+        for site in sites:
+            assert site.rank is not None
+            check_fits(site.rank, site, "eva")
+            values, vectors = jnp.linalg.eigh(covariances[site.path])  # ascending; (stack, n), (stack, n, n)
+            most = min(round(site.rank * rho), sizes(site)[1])
+            components[site.path] = vectors[:, :, ::-1][:, :, :most]
+            ratio = values[:, ::-1] / jnp.sum(values, axis=1, keepdims=True)
+            shares[site.path] = np.asarray(jnp.mean(ratio[:, :most], axis=0))
+        given = redistributed(sites, shares)
+        chosen = tuple(site for site in given if site.rank)
+        return chosen, {
+            site.path: {
+                "A": a_form(components[site.path][:, :, : site.rank], site),
+                "B": b_form(jnp.zeros((sizes(site)[0], site.rank, sizes(site)[2])), site),
+            }
+            for site in chosen
+        }
+
+    return plain._replace(config=config, data=Data("covariance", fit))
+
+
+def redistributed(sites: Sequence[Site], shares: Mapping[str, np.ndarray]) -> list[Site]:
+    """The sites with the ranks that the largest shares of all give them; the total stays."""
+    total = sum(site.rank or 0 for site in sites)
+    everyone = sorted(
+        ((share, -i, site.path) for site in sites for i, share in enumerate(shares[site.path])), reverse=True
+    )
+    ranks = dict.fromkeys((site.path for site in sites), 0)
+    for _, _, path in everyone[:total]:
+        ranks[path] += 1
+    return [dataclasses.replace(site, rank=ranks[site.path], alpha=_alpha(site, ranks[site.path])) for site in sites]
+
+
+def _alpha(site: Site, rank: int) -> float:
+    """The numerator that keeps the scale."""
+    assert site.rank is not None and site.alpha is not None
+    return site.alpha * rank / site.rank

@@ -1,0 +1,44 @@
+"""(IA)^3: one trained factor per output, or per input."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+from jlora.methods.lora import low_rank
+from jlora.methods.method import Arrays, Config, Method
+from jlora.sites import Site
+from jlora.weight import Weight
+
+
+def ia3(feedforward: str | None = None) -> Method:
+    """(IA)^3: `W diag(l)`, or `diag(l) W` for the weights whose input is rescaled; l is trained and starts at 1.
+
+    The paper rescales keys, values (their outputs) and the hidden layer of each feed-forward block, which is the input
+    of its second weight: `apply(params, method=ia3(feedforward="mlp/out"), targets=["key", "value", "mlp/out"])`. A
+    bias that is added after the product is not rescaled (the paper's T5 has none); PEFT does rescale it.
+
+    Args:
+      feedforward: a pattern, searched in the path, of the weights whose inputs are rescaled.
+
+    Raises:
+      ValueError: if `feedforward` is no regular expression.
+
+    Source: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv
+    2205.05638, section 3.3.
+    """
+    try:
+        pattern = None if feedforward is None else re.compile(feedforward)
+    except re.error as error:
+        raise ValueError(f"feedforward={feedforward!r} is no regular expression: {error}") from error
+    config: Config = (("name", "ia3"), ("feedforward", feedforward))
+
+    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
+        a_shape, b_shape = site.factor_shapes(1)
+        inputs = pattern is not None and pattern.search(site.path)
+        return {"scale": jnp.ones((a_shape if inputs else b_shape)[:-1], jnp.float32)}
+
+    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
+        return low_rank(w, site).replace(gain=factors["scale"])
+
+    return Method(config, 0, None, init, weight)

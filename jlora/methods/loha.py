@@ -1,0 +1,52 @@
+"""LoHa: the Hadamard product of two low-rank matrices."""
+
+import jax
+import jax.numpy as jnp
+
+from jlora.methods.lora import low_rank
+from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.sites import Site
+from jlora.weight import Weight
+
+
+def loha(rank: int, alpha: float | None = None) -> Method:
+    """LoHa: `W + alpha / r * (A1 B1) * (A2 B2)`, the product of the two taken entry by entry: a rank of up to r^2.
+
+    The product is never formed: its factors are the Khatri-Rao products, `a[i, (k, l)] = A1[i, k] A2[i, l]`.
+
+    As in LyCORIS and PEFT, A1 and A2 are normal with deviation 1, B1 with 0.1, and B2 is zero.
+
+    Args:
+      rank: r of each of the two matrices.
+      alpha: numerator of the scale, dimensionless. The site's rank when None.
+
+    Raises:
+      ValueError: if `rank` < 1 or is no integer.
+
+    Source: Hyeon-Woo et al., "FedPara", arXiv 2108.06098, prop. 1; Yeh et al. (LyCORIS), arXiv 2309.14859, section 3.2.
+    """
+    check_rank(rank)
+    config: Config = (("name", "loha"), ("rank", rank), ("alpha", alpha))
+
+    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
+        assert site.rank is not None
+        a_shape, b_shape = site.factor_shapes(site.rank)
+        one, two, three = jax.random.split(key, 3)
+        return {
+            "A1": jax.random.normal(one, a_shape, jnp.float32),
+            "B1": jax.random.normal(two, b_shape, jnp.float32) * 0.1,
+            "A2": jax.random.normal(three, a_shape, jnp.float32),
+            "B2": jnp.zeros(b_shape, jnp.float32),
+        }
+
+    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
+        assert site.rank is not None and site.alpha is not None
+        a = khatri_rao(factors["A1"] * (site.alpha / site.rank), factors["A2"])
+        return low_rank(w, site, a, khatri_rao(factors["B1"], factors["B2"]))
+
+    return Method(config, rank, alpha, init, weight)
+
+
+def khatri_rao(x: jax.Array, y: jax.Array) -> jax.Array:
+    """All products of a column of x with one of y: (..., r), (..., r) -> (..., r * r)."""
+    return (x[..., :, None] * y[..., None, :]).reshape(*x.shape[:-1], -1)

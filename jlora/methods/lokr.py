@@ -1,0 +1,93 @@
+"""LoKr: a Kronecker product of a small matrix and a low-rank one."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jlora.methods.lora import low_rank
+from jlora.methods.matrix import a_form, b_form, sizes
+from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.sites import Site
+from jlora.weight import Weight
+
+
+class Sides(NamedTuple):
+    """Inputs and outputs of the two matrices: `inner` is the small one."""
+
+    inner: tuple[int, int]
+    outer: tuple[int, int]
+
+
+def lokr(rank: int, alpha: float | None = None, *, factor: int = -1) -> Method:
+    """LoKr: `W + alpha / r * kron(C, A B)`, C small and whole, A B of rank r (whole, too, where r is not small).
+
+    Inputs and outputs are split into two factors, the smaller of which is C's side: the largest divisor up to `factor`
+    that is no larger than its cofactor. In the lazy weight's form the rank is r times C's smaller side.
+
+    As in LyCORIS and PEFT, C starts at zero; A and B are uniform with variance 1 / (3 n) for n inputs.
+
+    Args:
+      rank: r of the second matrix. From half its larger side on, that matrix is kept whole.
+      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      factor: the largest side of C; -1 for no bound, which makes both matrices nearly square.
+
+    Raises:
+      ValueError: if `rank` < 1 or is no integer, or `factor` is neither -1 nor at least 1.
+
+    Source: Yeh et al. (LyCORIS), arXiv 2309.14859, section 3.2; Edalati et al. (KronA), arXiv 2212.10650.
+    """
+    check_rank(rank)
+    if isinstance(factor, bool) or not isinstance(factor, int) or not (factor == -1 or factor >= 1):
+        raise ValueError(f"factor must be -1 or an integer of at least 1, not {factor!r}")
+    config: Config = (("name", "lokr"), ("rank", rank), ("alpha", alpha), ("factor", factor))
+
+    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
+        assert site.rank is not None
+        stack = sizes(site)[0]
+        (i1, o1), (i2, o2) = sides(site, factor)
+        one, two = jax.random.split(key)
+        arrays = {"C": jnp.zeros((stack, i1, o1), jnp.float32)}
+        if site.rank < max(i2, o2) / 2:
+            return arrays | {
+                "A": _uniform(one, (stack, i2, site.rank), i2),
+                "B": _uniform(two, (stack, site.rank, o2), site.rank),
+            }
+        return arrays | {"D": _uniform(one, (stack, i2, o2), i2)}
+
+    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
+        assert site.rank is not None and site.alpha is not None
+        c1, c2 = _split(factors["C"] * (site.alpha / site.rank))  # (stack, i1, k), (stack, k, o1)
+        a, b = (factors["A"], factors["B"]) if "A" in factors else _split(factors["D"])
+        _, inputs, outputs = sizes(site)
+        left = jnp.einsum("nik,njr->nijkr", c1, a).reshape(len(a), inputs, -1)  # (stack, i1 i2, k r)
+        right = jnp.einsum("nko,nrp->nkrop", c2, b).reshape(len(a), -1, outputs)  # (stack, k r, o1 o2)
+        return low_rank(w, site, a_form(left, site), b_form(right, site))
+
+    return Method(config, rank, alpha, init, weight)
+
+
+def sides(site: Site, factor: int) -> Sides:
+    """The sides of the two matrices of the Kronecker product."""
+    _, inputs, outputs = sizes(site)
+    i1, o1 = (small_side(n, factor) for n in (inputs, outputs))
+    return Sides((i1, o1), (inputs // i1, outputs // o1))
+
+
+def small_side(n: int, factor: int) -> int:
+    """The largest divisor of n that is at most `factor` (-1: any) and at most n over it."""
+    bound = math.isqrt(n) if factor == -1 else min(factor, math.isqrt(n))
+    return max(d for d in range(1, bound + 1) if n % d == 0)
+
+
+def _split(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A whole matrix (stack, n, k) as a product over its smaller side, with the identity."""
+    n, k = m.shape[1:]
+    one = jnp.broadcast_to(jnp.eye(min(n, k), dtype=m.dtype), (len(m), min(n, k), min(n, k)))
+    return (one, m) if n <= k else (m, one)
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    bound = 1.0 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -1,0 +1,107 @@
+"""A weight of any number of axes as a stack of matrices (inputs, outputs), and factors of those in broadcast form."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jlora.sites import Site
+
+
+def matrices(w: jax.Array, site: Site) -> jax.Array:
+    """`w` as (stack, inputs, outputs), each of them one axis; the stack is 1 where the site has none."""
+    order = (*site.stack_axes, *site.in_axes, *site.out_axes)
+    return jnp.transpose(w, order).reshape(sizes(site))
+
+
+def sizes(site: Site) -> tuple[int, int, int]:
+    """Numbers of stacked matrices, of inputs and of outputs."""
+    stack, inputs, outputs = (
+        math.prod(site.shape[i] for i in axes) for axes in (site.stack_axes, site.in_axes, site.out_axes)
+    )
+    return stack, inputs, outputs
+
+
+def restore(stacked: jax.Array, site: Site) -> jax.Array:
+    """The inverse of `matrices`."""
+    order = (*site.stack_axes, *site.in_axes, *site.out_axes)
+    return jnp.transpose(stacked.reshape([site.shape[i] for i in order]), _inverse(order))
+
+
+def a_form(a: jax.Array, site: Site) -> jax.Array:
+    """(stack, inputs, r) in broadcast form: W's axes plus the rank, size 1 on the outputs."""
+    return _form(a, site, (*site.stack_axes, *site.in_axes))
+
+
+def b_form(b: jax.Array, site: Site) -> jax.Array:
+    """(stack, r, outputs) in broadcast form: W's axes plus the rank, size 1 on the inputs."""
+    return _form(jnp.swapaxes(b, -1, -2), site, (*site.stack_axes, *site.out_axes))
+
+
+def a_matrix(a: jax.Array, site: Site) -> jax.Array:
+    """The inverse of `a_form`: (stack, inputs, r)."""
+    return _matrix(a, site, site.in_axes)
+
+
+def b_matrix(b: jax.Array, site: Site) -> jax.Array:
+    """The inverse of `b_form`: (stack, r, outputs)."""
+    return jnp.swapaxes(_matrix(b, site, site.out_axes), -1, -2)
+
+
+def without_stack(site: Site) -> Site:
+    """The site of one of its stacked weights, with the same number of axes."""
+    return dataclasses.replace(site, shape=tuple(1 if i in site.stack_axes else n for i, n in enumerate(site.shape)))
+
+
+def check_fits(rank: int, site: Site, method: str) -> None:
+    """A rank that the weight's own matrices have.
+
+    Raises:
+      ValueError: if it exceeds the number of inputs or of outputs.
+    """
+    _, inputs, outputs = sizes(site)
+    if rank > min(inputs, outputs):
+        raise ValueError(
+            f"{method}: rank {rank} exceeds {min(inputs, outputs)}, the rank of {site.path!r} ({inputs} inputs, "
+            f"{outputs} outputs); lower it with ranks={{{site.path!r}: r}}"
+        )
+
+
+def check_finite(w: jax.Array, site: Site, method: str) -> None:
+    """A weight whose decomposition exists (not checked under a transformation, where values are not known).
+
+    Raises:
+      ValueError: if a value is not finite.
+    """
+    try:
+        finite = bool(jnp.isfinite(w).all())
+    except jax.errors.ConcretizationTypeError:
+        return
+    if not finite:
+        raise ValueError(f"{method}: {site.path!r} has values that are not finite, so that its SVD does not exist")
+
+
+def _form(part: jax.Array, site: Site, kept: Sequence[int]) -> jax.Array:
+    rank = part.shape[-1]
+    spread = part.reshape([*(site.shape[i] for i in kept), rank])
+    ordered = jnp.transpose(spread, (*_inverse(tuple(_ranks(kept))), len(kept)))
+    return ordered.reshape([n if i in kept else 1 for i, n in enumerate(site.shape)] + [rank])
+
+
+def _matrix(part: jax.Array, site: Site, axes: Sequence[int]) -> jax.Array:
+    ones = tuple(i for i in range(len(site.shape)) if i not in (*site.stack_axes, *axes))
+    order = (*site.stack_axes, *axes, len(site.shape), *ones)
+    stack = math.prod(site.shape[i] for i in site.stack_axes)
+    return jnp.transpose(part, order).reshape(stack, -1, part.shape[-1])
+
+
+def _ranks(values: Sequence[int]) -> list[int]:
+    """For each value, its position in ascending order."""
+    ascending = sorted(values)
+    return [ascending.index(value) for value in values]
+
+
+def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    return tuple(permutation.index(i) for i in range(len(permutation)))

@@ -1,0 +1,37 @@
+"""OLoRA: an orthonormal start, by a QR decomposition of the weight."""
+
+import jax
+import jax.numpy as jnp
+
+from jlora.methods.matrix import check_finite, check_fits, matrices
+from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.methods.residual import START, centred, started
+from jlora.sites import Site
+
+
+def olora(rank: int, alpha: float | None = None) -> Method:
+    """LoRA that starts from the QR decomposition of the weight: `W - s A0 B0 + s A B`, s = alpha / r.
+
+    With W^T = Q R (outputs by inputs), B0 is the first r columns of Q, transposed, and A0 the first r rows of R. A base
+    that is stored (in, out) and one that is stored (out, in) start alike.
+
+    Args:
+      rank: r, at most the smaller side of the weight.
+      alpha: numerator of the scale, dimensionless. The site's rank when None.
+
+    Raises:
+      ValueError: if `rank` < 1, no integer or larger than a weight has, or a weight is not finite.
+
+    Source: Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv 2406.01775, section 3.
+    """
+    check_rank(rank)
+    config: Config = (("name", "olora"), ("rank", rank), ("alpha", alpha))
+
+    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
+        assert site.rank is not None
+        check_fits(site.rank, site, "olora")
+        check_finite(w, site, "olora")
+        q, r = jnp.linalg.qr(jnp.swapaxes(matrices(w.astype(jnp.float32), site), 1, 2))
+        return started(jnp.swapaxes(r[:, : site.rank], 1, 2), jnp.swapaxes(q[:, :, : site.rank], 1, 2), site)
+
+    return Method(config, rank, alpha, init, centred, frozen=START)

@@ -1,0 +1,63 @@
+"""PiSSA: the principal singular values are trained, the rest is frozen."""
+
+import jax
+import jax.numpy as jnp
+
+from jlora.methods.matrix import check_finite, check_fits, matrices
+from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.methods.residual import START, centred, started
+from jlora.sites import Site
+
+_OVERSAMPLING = 10  # columns more than the rank in the randomised range finder
+
+
+def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = None) -> Method:
+    """LoRA that starts from the r largest singular values: `W - s A0 B0 + s A B`, s = alpha / r.
+
+    With W = U S V^T (inputs by outputs), A0 = U_r sqrt(S_r / s) and B0 = sqrt(S_r / s) V_r^T, so that s A0 B0 is W's
+    best approximation of rank r. The frozen A0 and B0 are in the adapter's file; `to_lora` gives a plain LoRA of rank
+    2r.
+
+    Args:
+      rank: r, at most the smaller side of the weight.
+      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      iterations: power iterations of a randomised SVD (the paper's fast SVD; 4 to 16); None for the exact one.
+
+    Raises:
+      ValueError: if `rank` < 1, no integer or larger than a weight has, `iterations` < 0, or a weight is not finite.
+
+    Source: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+    arXiv 2404.02948, eq. 2 to 4; Halko et al., arXiv 0909.4061, algorithm 4.4.
+    """
+    check_rank(rank)
+    if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0):
+        raise ValueError(f"iterations must be None or an integer of at least 0, not {iterations!r}")
+    config: Config = (("name", "pissa"), ("rank", rank), ("alpha", alpha), ("iterations", iterations))
+
+    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
+        assert site.rank is not None and site.alpha is not None
+        check_fits(site.rank, site, "pissa")
+        check_finite(w, site, "pissa")
+        stacked = matrices(w.astype(jnp.float32), site)
+        keys = jax.random.split(key, len(stacked))
+        decompose = lambda key, m: principal(m, site.rank, iterations, key)
+        u, s, vt = jax.vmap(decompose)(keys, stacked)
+        root = jnp.sqrt(s * (site.rank / site.alpha))
+        return started(u * root[:, None, :], root[:, :, None] * vt, site)
+
+    return Method(config, rank, alpha, init, centred, frozen=START)
+
+
+def principal(
+    m: jax.Array, rank: int, iterations: int | None, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The r largest singular triplets of a matrix: (n, r), (r,), (r, k)."""
+    if iterations is None or rank + _OVERSAMPLING >= min(m.shape):
+        u, s, vt = jnp.linalg.svd(m, full_matrices=False)
+        return u[:, :rank], s[:rank], vt[:rank]
+    q, _ = jnp.linalg.qr(m @ jax.random.normal(key, (m.shape[1], rank + _OVERSAMPLING), m.dtype))
+    for _ in range(iterations):
+        q, _ = jnp.linalg.qr(m.T @ q)
+        q, _ = jnp.linalg.qr(m @ q)
+    u, s, vt = jnp.linalg.svd(q.T @ m, full_matrices=False)
+    return q @ u[:, :rank], s[:rank], vt[:rank]

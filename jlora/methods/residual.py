@@ -1,0 +1,31 @@
+"""Methods that start A and B from the weight itself and take their product out of it: PiSSA, OLoRA, CorDA, LoRA-GA."""
+
+import jax
+import jax.numpy as jnp
+
+from jlora.methods.lora import low_rank
+from jlora.methods.matrix import a_form, b_form
+from jlora.methods.method import Arrays
+from jlora.sites import Site
+from jlora.weight import Weight
+
+START = ("A0", "B0")  # the names of the frozen copies
+
+
+def centred(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
+    """`W + alpha / r * (A B - A0 B0)`, A0 and B0 being the initial A and B: rank 2r on the base as it is.
+
+    The papers store `W - alpha / r * A0 B0` as the base. In this form the base stays what it was, shared with other
+    adapters and untouched by a rounding of the residual, and the adapter is a plain LoRA of rank 2r all along.
+    """
+    assert site.rank is not None and site.alpha is not None
+    scale = jnp.asarray(site.alpha / site.rank, factors["A"].dtype)
+    a = jnp.concatenate([factors["A"] * scale, buffers["A0"] * -scale], axis=-1)
+    b = jnp.concatenate([factors["B"], buffers["B0"]], axis=-1)
+    return low_rank(w, site, a, b)
+
+
+def started(a: jax.Array, b: jax.Array, site: Site) -> Arrays:
+    """The initial arrays from A (stack, inputs, r) and B (stack, r, outputs)."""
+    a, b = a_form(a.astype(jnp.float32), site), b_form(b.astype(jnp.float32), site)
+    return {"A": a, "B": b, "A0": jnp.array(a, copy=True), "B0": jnp.array(b, copy=True)}

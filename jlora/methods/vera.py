@@ -1,0 +1,64 @@
+"""VeRA: shared random projections, and two trained vectors per weight."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jlora.methods.lora import low_rank
+from jlora.methods.matrix import a_form, b_form, sizes, without_stack
+from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.sites import Site
+from jlora.weight import Weight
+
+
+def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:
+    """VeRA: `W + (A diag(d)) (B diag(b))`, with A and B random, frozen and shared, and the vectors d and b trained.
+
+    A and B are drawn from the seed row by row, so that weights of any two shapes share the rows (A's per input, B's per
+    output) that both have; a weight with fewer inputs or outputs has the first ones. They are no part of the adapter's
+    file: rank and seed bring them back. Both are Kaiming uniform: A, which sums over n inputs, with variance 2 / n, B,
+    which sums over r, with 2 / r. d starts at `start`, b at 0. There is no alpha: the scale is 1. Stacked layers share
+    A and B, too.
+
+    Args:
+      rank: r, the number of columns of A: some hundreds, since the trained parameters are r plus the outputs.
+      seed: of the projections.
+      start: the initial value of every entry of d.
+
+    Raises:
+      ValueError: if `rank` < 1 or is no integer, or `seed` is no integer of at least 0.
+
+    Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454, eq. 2 and section 3.3.
+    """
+    check_rank(rank)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0, not {seed!r}")
+    config: Config = (("name", "vera"), ("rank", rank), ("seed", seed), ("start", start))
+
+    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
+        assert site.rank is not None
+        stack = [n if i in site.stack_axes else 1 for i, n in enumerate(site.shape)]
+        _, b_shape = site.factor_shapes(1)
+        return {"d": jnp.full((*stack, site.rank), start, jnp.float32), "b": jnp.zeros(b_shape, jnp.float32)}
+
+    def buffers(w: jax.Array, site: Site) -> Arrays:
+        assert site.rank is not None
+        _, inputs, outputs = sizes(site)
+        one = without_stack(site)
+        a_key, b_key = jax.random.split(jax.random.key(seed))
+        return {
+            "A": a_form(rows(a_key, inputs, site.rank, inputs)[None], one),
+            "B": b_form(rows(b_key, outputs, site.rank, site.rank).T[None], one),
+        }
+
+    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
+        return low_rank(w, site, buffers["A"] * factors["d"], buffers["B"] * factors["b"])
+
+    return Method(config, rank, None, init, weight, buffers)
+
+
+def rows(key: jax.Array, count: int, rank: int, fan_in: int) -> jax.Array:
+    """(count, rank) uniform numbers of variance 2 / fan_in; but for that factor, the same rows for any count."""
+    draw = lambda i: jax.random.uniform(jax.random.fold_in(key, i), (rank,), jnp.float32, -1.0, 1.0)
+    return jax.vmap(draw)(jnp.arange(count)) * jnp.float32(math.sqrt(6.0 / fan_in))

@@ -1,0 +1,192 @@
+"""Which leaves are adapted or trained: patterns on paths, and every refusal of a rule that says nothing or too much."""
+
+import collections
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.methods import Method
+from jlora.methods.method import check_alpha, check_rank
+from jlora.sites import ADAPTABLE, Site, conventional
+
+Pattern = str | Sequence[str] | Callable[[Site], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """A leaf that is trained as it is, beside the factors: wholly, or some of its rows."""
+
+    path: str
+    rows: tuple[int, ...] | None = None
+
+
+def known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site] | None) -> tuple[Site, ...]:
+    """What `sites=` says, checked against the tree; else Flax's conventions."""
+    if sites is None:
+        return conventional(params)
+    known = tuple(sites)
+    twice = [path for path, n in collections.Counter(site.path for site in known).items() if n > 1]
+    if twice:
+        raise ValueError(f"sites=: {twice[0]!r} is there twice, with axes of its own each; keep one of them")
+    for site in known:
+        axes = sorted((*site.in_axes, *site.out_axes, *site.stack_axes))
+        if site.kind in ADAPTABLE and axes != list(range(len(site.shape))):
+            raise ValueError(
+                f"sites=: the axes of {site.path!r} ({list(site.in_axes)} -> {list(site.out_axes)}, stack "
+                f"{list(site.stack_axes)}) are not each axis of its shape {site.shape} once"
+            )
+        shape = tuple(getattr(named.get(site.path), "shape", ()))  # a leaf may be a function, which has none
+        if site.path not in named or shape != site.shape:
+            found = f"shape {shape}" if site.path in named else "no such leaf"
+            raise ValueError(f"sites= are those of another tree: {site.path!r} has shape {site.shape}, params: {found}")
+    return known
+
+
+def select(known: Sequence[Site], targets: Pattern | None, *, read_from_program: bool) -> list[Site]:
+    """The sites that `targets=` names, each of which can be adapted."""
+    if targets is None:
+        chosen = [site for site in known if site.kind in ("linear", "conv", "unknown")]
+        if not chosen:
+            if read_from_program:
+                raise ValueError(f"apply: the program contracts none of the leaves with an input: {_listing(known)}")
+            raise ValueError(
+                "apply: none of the leaves is a linear layer by Flax's conventions (a 'kernel'); pass "
+                f"sites=jlora.sites(fn, params, *args) to read them from the program. Leaves: {_listing(known)}"
+            )
+    elif callable(targets):
+        chosen = [site for site in known if targets(site)]
+        if not chosen:
+            raise ValueError(f"targets= (a predicate) matches none of the {len(known)} weights: {_listing(known)}")
+    else:
+        patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
+        hits = {pattern: _matches(pattern, known, "targets") for pattern in patterns}
+        paths = {site.path for found in hits.values() for site in found}
+        chosen = [site for site in known if site.path in paths]
+    return [site for site in chosen if _check_site(site)]
+
+
+def _matches(pattern: str, known: Sequence[Site], argument: str) -> list[Site]:
+    found = [site for site in known if _search(pattern, site.path, argument)]
+    if not found:
+        able = [site.path for site in known if site.kind in (*ADAPTABLE, "unknown")]
+        raise ValueError(_no_match(pattern, able or [site.path for site in known], argument))
+    fit = [site for site in found if site.kind in (*ADAPTABLE, "unknown")]
+    if fit:
+        return fit
+    site = found[0]
+    if not site.dtype.startswith(("float", "bfloat")):
+        raise ValueError(
+            f"{argument}={pattern!r} matches {site.path!r}, whose dtype is {site.dtype}: only floating-point weights "
+            "can be adapted"
+        )
+    used = f" (used by {', '.join(site.uses)})" if site.uses else ""
+    raise ValueError(
+        f"{argument}={pattern!r} matches {site.path!r} of shape {site.shape}{used}, which no product contracts with an "
+        "input: it has no low-rank form; train it as it is with extras="
+    )
+
+
+def _check_site(site: Site) -> bool:
+    if not site.dtype.startswith(("float", "bfloat")):
+        raise ValueError(f"{site.path!r} has dtype {site.dtype}: only floating-point weights can be adapted")
+    if site.kind == "unknown":
+        how = (
+            f"the program uses its axes in ways that contradict each other ({', '.join(site.uses)})"
+            if site.uses
+            else "its name and rank do not tell which axes are contracted; pass sites=jlora.sites(fn, params, *args)"
+        )
+        raise ValueError(f"{site.path!r} of shape {site.shape} is ambiguous: {how}, or leave it out with targets=")
+    if site.kind not in ADAPTABLE:
+        raise ValueError(f"{site.path!r} of shape {site.shape} has no low-rank form; train it with extras=")
+    return True
+
+
+def resolve(
+    chosen: Sequence[Site], method: Method, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> tuple[Site, ...]:
+    """The sites with their rank and alpha; the first pattern that matches wins."""
+    if method.rank == 0 and (ranks or alphas):
+        raise ValueError(f"apply: {method.name} has no rank: leave ranks= and alphas= out")
+    for argument, rules in (("ranks", ranks), ("alphas", alphas)):
+        for pattern, value in rules.items():
+            if argument == "ranks":
+                check_rank(value, f"ranks[{pattern!r}]")
+            else:
+                check_alpha(value, f"alphas[{pattern!r}]")
+            if not any(_search(pattern, site.path, argument) for site in chosen):
+                raise ValueError(_no_match(pattern, [site.path for site in chosen], argument))
+
+    def first(rules: Mapping[str, Any], path: str, default: Any) -> Any:
+        return next((value for pattern, value in rules.items() if _search(pattern, path, "")), default)
+
+    resolved = []
+    for site in chosen:
+        rank = first(ranks, site.path, method.rank)
+        alpha = first(alphas, site.path, method.alpha)
+        resolved.append(dataclasses.replace(site, rank=rank, alpha=float(rank if alpha is None else alpha)))
+    return tuple(resolved)
+
+
+def select_extras(named: Mapping[str, Any], extras: Any) -> tuple[Extra, ...]:
+    """The leaves that `extras=` names, in tree order."""
+    rules = {extras: None} if isinstance(extras, str | re.Pattern) else extras
+    if callable(rules):
+        raise TypeError("extras= takes patterns, or {pattern: row numbers}, not a function")
+    rules = rules if isinstance(rules, Mapping) else dict.fromkeys(rules)
+    chosen: dict[str, Extra] = {}
+    for pattern, rows in rules.items():
+        found = [path for path in named if _search(pattern, path, "extras")]
+        if not found:
+            raise ValueError(_no_match(pattern, list(named), "extras"))
+        trainable = [p for p in found if jnp.issubdtype(getattr(named[p], "dtype", np.int32), jnp.floating)]
+        if not trainable:
+            dtype = getattr(named[found[0]], "dtype", type(named[found[0]]).__name__)
+            raise ValueError(f"extras={pattern!r} matches {found[0]!r}, whose dtype is {dtype}: it cannot be trained")
+        for path in trainable:
+            if not (rows is None or isinstance(rows, Iterable)):
+                raise TypeError(f"extras[{pattern!r}] is None or a sequence of row numbers, not {rows!r}")
+            extra = Extra(path, None if rows is None else tuple(int(row) for row in rows))
+            _check_rows(extra, named[path])
+            if path in chosen and chosen[path] != extra:
+                raise ValueError(f"contradicting rules: extras= matches {path!r} twice, with different rows")
+            chosen[path] = extra
+    return tuple(chosen[path] for path in named if path in chosen)
+
+
+def _check_rows(extra: Extra, leaf: Any) -> None:
+    if extra.rows is None:
+        return
+    bad = [row for row in extra.rows if not 0 <= row < leaf.shape[0]] if leaf.ndim else list(extra.rows)
+    if bad or not extra.rows or len(set(extra.rows)) != len(extra.rows):
+        raise ValueError(f"extras: rows {list(extra.rows)} of {extra.path!r} must be distinct and within {leaf.shape}")
+
+
+def _search(pattern: Any, path: str, argument: str) -> bool:
+    try:
+        return re.search(pattern, path) is not None
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{argument}={pattern!r} is no regular expression: {error}") from error
+
+
+def _no_match(pattern: Any, paths: Sequence[str], argument: str) -> str:
+    pattern = getattr(pattern, "pattern", pattern)
+    words = {path: path.split("/") + [path] for path in paths}
+    score = {
+        path: max(difflib.SequenceMatcher(None, pattern, word).ratio() for word in parts)
+        for path, parts in words.items()
+    }
+    near = sorted(paths, key=lambda path: -score[path])[:3]
+    return (
+        f"{argument}={pattern!r} matches none of the {len(paths)} weights; the closest are {', '.join(map(repr, near))}"
+    )
+
+
+def _listing(known: Sequence[Site]) -> str:
+    odd = lambda site: "" if site.dtype.startswith(("float", "bfloat")) else f" {site.dtype}"
+    shown = [f"{site.path!r} {site.shape}{odd(site)}" for site in known[:12]]
+    return ", ".join(shown) + (f", ... ({len(known) - 12} more)" if len(known) > 12 else "")
