@@ -39,7 +39,20 @@ PyTree = Any
 Loss = Callable[[PyTree, jax.Array], jax.Array]
 
 FORMS = ("full", "merged", "plain", "jlora", "train_step")
-METHODS: dict[str, Callable[[int], jlora.Method]] = {"lora": jlora.lora, "rslora": jlora.rslora, "dora": jlora.dora}
+METHODS: dict[str, Callable[[int], jlora.Method]] = {
+    "lora": jlora.lora,
+    "rslora": jlora.rslora,
+    "dora": jlora.dora,
+    "adalora": lambda rank: jlora.adalora(
+        rank, max(1, 2 * rank // 3), total_steps=1000
+    ),  # its budget: train_step alone
+    "lora_fa": jlora.lora_fa,
+    "lokr": jlora.lokr,
+    "loha": lambda rank: jlora.loha(max(1, round(rank**0.5))),  # of the same rank in the lazy form
+    "oft": jlora.oft,  # blocks of this side
+    "pissa": lambda rank: jlora.pissa(rank, iterations=2),
+    "vera": jlora.vera,
+}
 MEGA, GIGA = 1e6, 1e9
 
 
@@ -195,7 +208,7 @@ def _train_step(
 
     def step(state: PyTree) -> tuple[PyTree, jax.Array]:
         state, metrics = take(state, tokens)
-        return state, metrics["loss"]
+        return state, metrics["loss"] - metrics.get("regulariser", 0.0)  # AdaLoRA's
 
     return Program(variant, compiled, step, state, jlora.count(adapted).trainable)
 
