@@ -1,0 +1,312 @@
+"""What each paper fixes: initial values, schedules, budgets, scales; and every option that is refused, by its text."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+from jlora.methods.adalora import Schedule, budget, lowest
+from jlora.methods.lokr import small_side
+from jlora.methods.oft import cayley
+from jlora.methods.selective import BIAS, LAYER, NORM
+from tests.conformance import close, normal, randomised
+
+D, F, L = 16, 24, 3
+X, Y = normal(10, D), normal(10, F, seed=1)
+
+
+def one(method: jlora.Method, shape=(D, F), axes=((0,), (1,), ()), kind="linear", **options) -> jlora.Adapted:
+    site = jlora.Site("w", shape, "float32", *axes, kind)
+    return jlora.apply({"w": normal(*shape)}, method=method, sites=[site], targets="w", **options)
+
+
+def factor(adapted: jlora.Adapted, name: str) -> np.ndarray:
+    return np.asarray(
+        adapted.factors["w"][name] if name in adapted.factors["w"] else adapted.buffers["w"][name], np.float64
+    )
+
+
+def forward(params, x):
+    return x @ params["w"]
+
+
+def loss_fn(params, batch):
+    return jnp.mean((batch[0] @ params["w"] - batch[1]) ** 2)
+
+
+def trained(adapted: jlora.Adapted, tx, steps: int = 5) -> tuple[jlora.Adapted, list[float]]:
+    step = jlora.train_step(loss_fn, tx)
+    state, losses = jlora.TrainState.create(adapted, step.tx), []
+    for _ in range(steps):
+        state, metrics = step(state, (X, Y))
+        losses.append(float(metrics["loss"]))
+    return state.adapted, losses
+
+
+# -- where learning rates differ ---------------------------------------------------------------------------------------
+
+
+def test_loraplus_trains_b_with_a_multiple_of_the_learning_rate():
+    start = one(jlora.loraplus(2, ratio=16.0))
+    plain = one(jlora.lora(2))
+    (fast, _), (slow, _) = (trained(adapted, optax.sgd(1e-3), 1) for adapted in (start, plain))
+    moved = lambda after, name: after.factors["w"][name] - start.factors["w"][name]
+    close(moved(fast, "B"), 16 * moved(slow, "B"))
+    fast, slow = (trained(randomised(adapted), optax.sgd(1e-3), 1)[0] for adapted in (start, plain))
+    close(fast.factors["w"]["A"], slow.factors["w"]["A"])
+
+
+def test_lora_fa_trains_b_alone_and_keeps_x_a_in_place_of_x():
+    start = one(jlora.lora_fa(2))
+    assert set(start.factors["w"]) == {"B"} and set(start.buffers["w"]) == {"A"}
+    factors, frozen = jlora.partition(start)
+    _, backward = jax.vjp(lambda factors: jlora.lift(forward)(jlora.combine(factors, frozen), X), factors)
+    kept = {leaf.shape for leaf in jax.tree.leaves(backward) if hasattr(leaf, "shape")}
+    assert X.shape not in kept and (len(X), 2) in kept
+
+
+@pytest.mark.loose_promotion  # optax multiplies integers and floats
+@pytest.mark.parametrize(("p", "q"), [(2.0, 4.0), (0.5, 8.0)])
+def test_lora_has_two_degrees_of_freedom_fewer_than_hyperparameters(p, q):
+    """Under Adam without eps, (alpha / (p q), p init_A, p lr_A, q lr_B) trains alike ("LoRA Without Regret")."""
+
+    def run(alpha, scale_a, rate_a, rate_b):
+        start = one(jlora.lora(2, alpha=alpha), key=1)
+        start = start.replace(factors={"w": start.factors["w"] | {"A": start.factors["w"]["A"] * scale_a}})
+        adam = lambda rate: optax.adam(rate, eps=1e-20)  # at 0, the first gradient of A, 0 / 0
+        name = lambda path, _: path[-1].key
+        groups = optax.multi_transform(
+            {"A": adam(rate_a), "B": adam(rate_b)}, lambda factors: jax.tree.map_with_path(name, factors)
+        )
+        return trained(start, groups)[1]
+
+    assert run(4.0 / (p * q), p, p * 1e-2, q * 1e-2) == pytest.approx(run(4.0, 1.0, 1e-2, 1e-2), rel=1e-4)
+
+
+# -- AdaLoRA -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_falls_as_a_cubic():
+    """`b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_f - t_i))^3`, rounded down: continuous at t_i, unlike eq. 12."""
+    schedule = Schedule(total=100, warmup=10, final=20, interval=1)
+    at = [int(budget(jnp.int32(t), 24, 16, schedule)) for t in (0, 10, 11, 45, 80, 81, 100)]
+    assert at == [24, 24, math.floor(16 + 8 * (1 - 1 / 70) ** 3), math.floor(16 + 8 * 0.5**3), 16, 16, 16]
+
+
+def test_the_lowest_scores_are_pruned_and_none_without_need():
+    values = jnp.asarray([3.0, 1.0, 2.0, 5.0])
+    for count, expected in ((0, [1, 1, 1, 1]), (-1, [1, 1, 1, 1]), (1, [1, 0, 1, 1]), (3, [0, 0, 0, 1])):
+        assert lowest(values, jnp.int32(count)).tolist() == [bool(e) for e in expected]
+
+
+@pytest.mark.loose_promotion
+def test_adalora_ends_with_its_budget_and_scores_that_stand_still():
+    start = one(jlora.adalora(6, 2, total_steps=12, warmup=2, final=4), (L, D, F), ((1,), (2,), (0,)))
+    stack_loss = lambda params, batch: sum(
+        jnp.mean((batch[0] @ w - batch[1]) ** 2) * (i + 1) for i, w in enumerate(params["w"])
+    )
+    step = jlora.train_step(stack_loss, optax.adam(1e-2))
+    state, alive, scores = jlora.TrainState.create(start, step.tx), [], []
+    for _ in range(12):
+        state, metrics = step(state, (X, Y))
+        alive.append(int((state.adapted.factors["w"]["E"] != 0).sum()))
+        scores.append(np.asarray(state.opt_state.inner.importance["w"]["E"]))
+    assert alive[1] == 18 and alive[-4:] == [6, 6, 6, 6] and alive == sorted(alive, reverse=True)
+    np.testing.assert_array_equal(scores[7], scores[-1])
+    assert float(metrics["regulariser"]) > 0
+    survivors = jlora.to_lora(state.adapted)
+    assert survivors.sites[0].rank <= 6
+    close(jlora.merge(survivors), jlora.merge(state.adapted))
+
+
+def test_adalora_starts_small_and_scales_by_alpha_over_the_first_rank():
+    start = one(jlora.adalora(64, 8, alpha=32.0, total_steps=10))
+    for name in "AB":
+        assert factor(start, name).std() == pytest.approx(0.02, rel=0.1)
+    assert not factor(start, "E").any()
+    moved = randomised(start)
+    a, b, e = factor(moved, "A")[:, 0], factor(moved, "B")[0], factor(moved, "E")[0, 0]
+    expected = np.asarray(start.base["w"], np.float64) + 32 / (64 + 1e-5) * (a * e) @ b.T
+    np.testing.assert_allclose(jlora.merge(moved)["w"], expected, rtol=1e-4, atol=1e-5)
+
+
+# -- starts from the weight --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("iterations", [None, 40], ids=["exact", "fast"])
+def test_pissa_takes_the_largest_singular_values_out(iterations):
+    start = one(jlora.pissa(3, alpha=6.0, iterations=iterations), (60, 80))
+    w = np.asarray(start.base["w"], np.float64)
+    u, s, vt = np.linalg.svd(w)
+    a, b = factor(start, "A")[:, 0], factor(start, "B")[0].T
+    np.testing.assert_allclose(2.0 * a @ b, (u[:, :3] * s[:3]) @ vt[:3], atol=1e-3 if iterations else 1e-5)
+    np.testing.assert_allclose(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1), rtol=1e-3)  # sqrt(S) on each side
+    np.testing.assert_array_equal(factor(start, "A0"), factor(start, "A"))
+
+
+def test_olora_is_the_same_for_either_orientation():
+    w = normal(D, F)
+    site = lambda shape, i, o: [jlora.Site("w", shape, "float32", (i,), (o,), (), "linear")]
+    stored = [
+        jlora.apply({"w": w}, method=jlora.olora(4), sites=site((D, F), 0, 1)),
+        jlora.apply({"w": w.T}, method=jlora.olora(4), sites=site((F, D), 1, 0)),
+    ]
+    q, r = np.linalg.qr(np.asarray(w, np.float64).T)
+    for adapted, turn in zip(stored, (lambda x: x, lambda x: x.transpose(1, 0, 2)), strict=True):
+        np.testing.assert_allclose(turn(factor(adapted, "A"))[:, 0], r[:4].T, atol=1e-5)
+        np.testing.assert_allclose(turn(factor(adapted, "B"))[0], q[:, :4], atol=1e-5)
+
+
+# -- shared, nested, structured ----------------------------------------------------------------------------------------
+
+
+def test_veras_projections_are_shared_and_come_back_from_the_seed():
+    params = {"kernel": normal(D, F), "wide": {"kernel": normal(2 * D, F)}, "other": {"kernel": normal(D, 2 * F)}}
+    adapted = jlora.apply(params, method=jlora.vera(7, seed=3))
+    small, wide, other = (adapted.buffers[path] for path in ("kernel", "wide/kernel", "other/kernel"))
+    np.testing.assert_array_equal(small["A"], other["A"])
+    np.testing.assert_array_equal(small["B"], wide["B"])
+    np.testing.assert_allclose(wide["A"][:D] * math.sqrt(2), small["A"], rtol=1e-6)  # the variance is 2 / inputs
+    assert np.asarray(wide["A"]).std() == pytest.approx(math.sqrt(2 / (2 * D)), rel=0.1)
+    again, else_ = (jlora.apply(params, method=jlora.vera(7, seed=seed), key=9) for seed in (3, 4))
+    np.testing.assert_array_equal(again.buffers["kernel"]["A"], small["A"])
+    assert (else_.buffers["kernel"]["A"] != small["A"]).all()
+    assert jlora.count(adapted).trainable == 3 * 7 + F + F + 2 * F
+    assert (np.asarray(adapted.factors["kernel"]["d"]) == np.float32(0.1)).all() and not adapted.factors["kernel"][
+        "b"
+    ].any()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_dyloras_first_ranks_are_an_adapter(rank):
+    adapted = randomised(one(jlora.dylora(4, alpha=6.0)))
+    a, b = factor(adapted, "A")[:, 0, :rank], factor(adapted, "B")[0, :, :rank].T
+    expected = np.asarray(adapted.base["w"], np.float64) + 6.0 / rank * a @ b
+    np.testing.assert_allclose(jlora.merge(jlora.truncate(adapted, rank))["w"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dylora_trains_every_rank_from_its_minimum_on():
+    adapted = randomised(one(jlora.dylora(4, alpha=6.0, minimum=2)))
+    outputs = {b: jlora.lift(forward)(jlora.truncate(adapted, b), X) for b in (1, 2, 3, 4)}
+    drawn = set()
+    for key in range(24):
+        out = jlora.lift(forward)(jlora.with_key(adapted, key), X)
+        drawn |= {b for b, expected in outputs.items() if np.allclose(out, expected, atol=1e-4)}
+    assert drawn == {2, 3, 4}
+    close(jlora.lift(forward)(adapted, X), outputs[4])
+
+
+def test_loha_is_the_hadamard_product():
+    adapted = randomised(one(jlora.loha(3, alpha=6.0)))
+    a1, a2 = factor(adapted, "A1")[:, 0], factor(adapted, "A2")[:, 0]
+    b1, b2 = factor(adapted, "B1")[0].T, factor(adapted, "B2")[0].T
+    expected = np.asarray(adapted.base["w"], np.float64) + 2.0 * (a1 @ b1) * (a2 @ b2)
+    np.testing.assert_allclose(jlora.merge(adapted)["w"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "factor", "side"), [(768, -1, 24), (768, 8, 8), (7, -1, 1), (36, -1, 6), (768, 7, 6), (1, -1, 1)]
+)
+def test_the_small_side_of_a_kronecker_product(n, factor, side):
+    assert small_side(n, factor) == side
+
+
+def test_cayley_gives_rotations():
+    r = np.asarray(cayley(normal(2, 3, 10), 5), np.float64)
+    np.testing.assert_allclose(r @ r.swapaxes(-1, -2), np.broadcast_to(np.eye(5), r.shape), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.det(r), 1.0, atol=1e-5)
+
+
+def test_oft_keeps_the_angles_between_outputs():
+    adapted = randomised(one(jlora.oft(8)))
+    w, turned = (np.asarray(x, np.float64) for x in (adapted.base["w"], jlora.merge(adapted)["w"]))
+    np.testing.assert_allclose(turned.T @ turned, w.T @ w, atol=1e-4)
+    assert np.abs(turned - w).max() > 0.1
+
+
+def test_ia3_rescales_outputs_and_the_inputs_of_the_feed_forward():
+    params = {"value": {"kernel": normal(D, F)}, "mlp": {"kernel": normal(D, F)}}
+    adapted = jlora.apply(params, method=jlora.ia3("mlp"))
+    shapes = {path: arrays["scale"].shape for path, arrays in adapted.factors.items()}
+    assert shapes == {"value/kernel": (1, F), "mlp/kernel": (D, 1)}
+
+
+# -- leaves as they are ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits", "others"),
+    [
+        (BIAS, ["up/bias", "bias", "mlp/~/linear_0/b", "layers/0/bias", "h.0.c_attn.bias", "q_bias"], ["up/kernel", "embed", "bulb", "b/kernel"]),
+        (NORM, ["ln_1/scale", "LayerNorm_0/bias", "encoder_norm/scale", "layers/0/input_layernorm/weight", "h.0.ln_1.weight"],
+         ["up/kernel", "up/bias", "attn/scale_up/kernel", "column/bias"]),
+        (LAYER, ["h_11/attn/kernel", "layers/3/w", "encoderblock_2/mlp/kernel", "layer.7.weight", "blocks/0/w", "h/0/w"],
+         ["head/kernel", "embed/kernel", "ch_1/kernel"]),
+    ],
+    ids=["bias", "norm", "layer"],
+)  # fmt: skip
+def test_names_of_biases_norms_and_layers(pattern, fits, others):
+    assert all(re.search(pattern, path) for path in fits), [p for p in fits if not re.search(pattern, p)]
+    assert not any(re.search(pattern, path) for path in others), [p for p in others if re.search(pattern, p)]
+
+
+def test_the_top_layers_of_numbered_and_of_stacked_ones():
+    numbered = {f"h_{i}": {"kernel": normal(D, D), "bias": normal(D)} for i in (0, 1, 2, 10)} | {
+        "head": {"kernel": normal(D, F)}
+    }
+    adapted = jlora.apply(numbered, method=jlora.top_layers(2))
+    assert set(adapted.factors) == {"h_10/bias", "h_10/kernel", "h_2/bias", "h_2/kernel"}
+    stacked = {"h": {"kernel": normal(4, D, D), "bias": normal(4, D)}, "head": {"kernel": normal(D, D)}}
+
+    def fn(p, x):
+        body = lambda h, layer: (jnp.tanh(h @ layer["kernel"] + layer["bias"][None]), None)
+        return jax.lax.scan(body, x, p["h"])[0] @ p["head"]["kernel"]
+
+    adapted = jlora.apply(stacked, method=jlora.top_layers(1), sites=jlora.sites(fn, stacked, X))
+    assert {extra.path: extra.rows for extra in adapted.extras} == {"h/bias": (3,), "h/kernel": (3,)}
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+PARAMS = {"kernel": normal(D, F)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: jlora.loraplus(2, ratio=0), "ratio must be positive and finite, not 0"),
+        (lambda: jlora.adalora(4, 8, total_steps=10), "target_rank must be at most the initial rank, 4, not 8"),
+        (lambda: jlora.adalora(4, 2, total_steps=10, warmup=6, final=4), "adalora: a schedule longer than the run: warmup=6 and final=4 leave none of total_steps=10"),
+        (lambda: jlora.adalora(4, 2, total_steps=0), "total_steps must be at least 1, not 0"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, betas=(1.0, 0.5)), "betas must be at least 0 and below 1, not (1.0, 0.5)"),
+        (lambda: jlora.pissa(2, iterations=-1), "iterations must be None or an integer of at least 0, not -1"),
+        (lambda: jlora.apply(PARAMS, method=jlora.pissa(17)), "pissa: rank 17 exceeds 16, the rank of 'kernel' (16 inputs, 24 outputs); lower it with ranks={'kernel': r}"),
+        (lambda: jlora.apply({"kernel": PARAMS["kernel"] * jnp.nan}, method=jlora.pissa(2)), "pissa: 'kernel' has values that are not finite, so that its SVD does not exist"),
+        (lambda: jlora.apply({"kernel": PARAMS["kernel"] * jnp.inf}, method=jlora.olora(2)), "olora: 'kernel' has values that are not finite"),
+        (lambda: jlora.eva(2, rho=0.5), "rho must be finite and at least 1, not 0.5"),
+        (lambda: jlora.corda(2, mode="both"), "mode must be one of 'instruction', 'knowledge', not 'both'"),
+        (lambda: jlora.lora_ga(2, gamma=0), "gamma must be positive and finite, not 0"),
+        (lambda: jlora.vera(4, seed=-1), "seed must be an integer of at least 0, not -1"),
+        (lambda: jlora.lokr(2, factor=0), "factor must be -1 or an integer of at least 1, not 0"),
+        (lambda: jlora.ia3("*"), "feedforward='*' is no regular expression: nothing to repeat at position 0"),
+        (lambda: jlora.oft(1), "block_size must be at least 2: a block of 1 does not rotate"),
+        (lambda: jlora.apply(PARAMS, method=jlora.oft(5)), "oft: block_size=5 does not divide the 16 inputs of 'kernel'"),
+        (lambda: jlora.dylora(4, minimum=5), "minimum must be at most the rank, 4, not 5"),
+        (lambda: jlora.dora(jlora.vera(4)), "dora(inner): inner must be an additive low-rank method (lora, rslora, loraplus, lora_fa, dylora), not vera"),
+        (lambda: jlora.apply(PARAMS, method=jlora.bitfit()), "bitfit: no leaf fits "),
+        (lambda: jlora.apply(PARAMS, method=jlora.norms()), "norms: no leaf fits "),
+        (lambda: jlora.apply(PARAMS, method=jlora.top_layers(1)), "top_layers: no path has a layer's number"),
+        (lambda: jlora.apply({"h_0": PARAMS}, method=jlora.top_layers(2)), "top_layers: 2 layers were asked for and 1 found"),
+        (lambda: jlora.apply(PARAMS, method=jlora.full(), targets="kernel"), "apply: full trains leaves as they are and adapts none: leave targets= out"),
+        (lambda: jlora.apply(PARAMS, method=jlora.ia3(), ranks={"kernel": 3}), "apply: ia3 has no rank: leave ranks= and alphas= out"),
+        (lambda: jlora.truncate(jlora.apply(PARAMS, 4), 2), "truncate: the first ranks are worth most with dylora alone, not with lora"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_itself_is_said(wrong, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        wrong()

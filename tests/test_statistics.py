@@ -1,0 +1,192 @@
+"""Covariances and gradients of a program's weights, and what the data-driven methods make of them, against NumPy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jlora
+from jlora.methods.eva import redistributed
+from jlora.methods.matrix import a_form, a_matrix, b_form, b_matrix, matrices, restore
+from jlora.statistics import statistics
+from tests.conformance import close, normal
+
+L, D, F, B, H, K = 3, 6, 8, 5, 3, 4
+BATCHES = [normal(B, D), normal(B, D, seed=1)]
+
+
+def square(x: jax.Array) -> jax.Array:
+    return np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
+
+
+def covariance(fn, params, batches=BATCHES, **options) -> dict[str, jax.Array]:
+    sites = [site for site in jlora.sites(fn, params, batches[0]) if site.kind == "linear"]
+    return statistics("covariance", fn, params, batches, sites, "eva")
+
+
+# -- covariances -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (1, 0)], ids=["in, out", "out, in"])
+def test_the_covariance_is_the_mean_of_x_x(axes):
+    params = {"w": normal(D, F).transpose(axes)}
+    found = covariance(lambda p, x: jnp.tanh(x @ p["w"].transpose(axes)), params)
+    close(found["w"], jnp.asarray(np.mean([square(x) for x in BATCHES], axis=0)[None], jnp.float32))
+
+
+def test_every_use_counts_in_scans_branches_and_remat():
+    params = {"stack": normal(L, D, D), "once": normal(D, F)}
+
+    def fn(p, x):
+        h, seen = lax.scan(lambda h, w: (jax.checkpoint(lambda h, w: jnp.tanh(h @ w))(h, w), h), x, p["stack"])
+        return lax.cond(x[0, 0] > -9, lambda: h @ p["once"], lambda: -h @ p["once"]), seen
+
+    found = covariance(fn, params)
+    seen = [[*fn(params, x)[1], lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["stack"])[0]] for x in BATCHES]
+    for layer in range(L):
+        expected = np.mean([square(inputs[layer]) for inputs in seen], axis=0)
+        close(found["stack"][layer], jnp.asarray(expected, jnp.float32))
+    close(found["once"][0], jnp.asarray(np.mean([square(inputs[L]) for inputs in seen], axis=0), jnp.float32))
+
+
+def test_inputs_of_several_axes_are_flattened():
+    params = {"w": normal(H, K, F)}
+    batches = [normal(B, H, K), normal(B, H, K, seed=1)]
+    found = covariance(lambda p, x: jnp.einsum("bhk,hkf->bf", x, p["w"]), params, batches)
+    close(found["w"][0], jnp.asarray(np.mean([square(x.reshape(B, -1)) for x in batches], axis=0), jnp.float32))
+
+
+def test_a_scaled_or_negated_weight_has_the_same_inputs():
+    params = {"w": normal(D, F)}
+    plain = covariance(lambda p, x: x @ p["w"], params)
+    close(covariance(lambda p, x: x @ (-3.0 * p["w"]), params), plain)
+
+
+def test_the_gradient_is_the_mean_over_batches():
+    params = {"w": normal(D, F)}
+    loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) ** 2)
+    sites = jlora.sites(loss, params, BATCHES[0])
+    found = statistics("gradient", loss, params, BATCHES, sites, "lora_ga")
+    expected = sum(jax.grad(loss)(params, x)["w"] for x in BATCHES) / 2
+    close(found["w"][0], expected)
+
+
+# -- what is made of them ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((D, F), ((0,), (1,), ())), ((F, D), ((1,), (0,), ())), ((H, D, K), ((1,), (0, 2), ())),
+     ((D, L, F), ((0,), (2,), (1,))), ((H, L, K, F), ((0, 2), (3,), (1,)))],
+)  # fmt: skip
+def test_matrices_and_broadcast_forms_are_inverses(shape, axes):
+    site = jlora.Site("w", shape, "float32", *axes, "linear")
+    w = normal(*shape)
+    stacked = matrices(w, site)
+    np.testing.assert_array_equal(restore(stacked, site), w)
+    a, b = normal(len(stacked), stacked.shape[1], 2), normal(len(stacked), 2, stacked.shape[2])
+    np.testing.assert_array_equal(a_matrix(a_form(a, site), site), a)
+    np.testing.assert_array_equal(b_matrix(b_form(b, site), site), b)
+    assert (a_form(a, site).shape, b_form(b, site).shape) == site.factor_shapes(2)
+    product = jnp.sum(a_form(a, site) * b_form(b, site), axis=-1)
+    close(matrices(jnp.broadcast_to(product, shape), site), a @ b)
+
+
+def one(method: jlora.Method, fn=None, **options) -> jlora.Adapted:
+    params = {"w": normal(D, F)}
+    fn = fn or (lambda p, x: x @ p["w"])
+    return jlora.apply(
+        params, method=method, sites=jlora.sites(fn, params, BATCHES[0]), fn=fn, batches=BATCHES, **options
+    )
+
+
+def test_eva_starts_with_the_right_singular_vectors_of_the_inputs():
+    adapted = one(jlora.eva(2, rho=1.0))
+    x = np.concatenate(BATCHES).astype(np.float64)
+    _, _, vt = np.linalg.svd(x)
+    a = np.asarray(adapted.factors["w"]["A"])[:, 0]
+    np.testing.assert_allclose(np.abs(vt[:2] @ a), np.eye(2), atol=1e-5)
+    assert not np.asarray(adapted.factors["w"]["B"]).any()
+
+
+def test_eva_gives_ranks_where_they_explain_most():
+    site = lambda path: jlora.Site(path, (D, F), "float32", (0,), (1,), (), "linear", rank=2, alpha=4.0)
+    shares = {
+        "a": np.array([0.9, 0.05, 0.03, 0.02]),
+        "b": np.array([0.4, 0.3, 0.2, 0.1]),
+        "c": np.array([0.04, 0.03, 0.02, 0]),
+    }
+    ranks = {s.path: (s.rank, s.alpha) for s in redistributed([site(p) for p in "abc"], shares)}
+    assert ranks == {"a": (2, 4.0), "b": (4, 8.0), "c": (0, 0.0)}
+
+
+def test_eva_keeps_the_scale_and_drops_weights_without_ranks():
+    params = {"wide": normal(D, D), "narrow": normal(D, F)}
+    fn = lambda p, x: (x @ p["wide"], jnp.ones((B, 1)) @ normal(1, D) @ p["narrow"])  # one direction explains all
+    sites = jlora.sites(fn, params, BATCHES[0])
+    adapted = jlora.apply(params, method=jlora.eva(2, alpha=3.0), sites=sites, fn=fn, batches=BATCHES)
+    assert {s.path: s.rank for s in adapted.sites} == {"wide": 3, "narrow": 1}
+    assert all(s.alpha / s.rank == 1.5 for s in adapted.sites)
+
+
+@pytest.mark.parametrize("mode", ["instruction", "knowledge"])
+def test_corda_decomposes_the_weight_by_its_inputs(mode):
+    """`C^-1 SVD_r(C W)`, the largest or the smallest components."""
+    adapted = one(jlora.corda(2, alpha=6.0, mode=mode))
+    w, c = np.asarray(adapted.base["w"], np.float64), np.mean([square(x) for x in BATCHES], axis=0)
+    c = c / np.trace(c) * D + 0.01 * np.eye(D)
+    u, s, vt = np.linalg.svd(c @ w, full_matrices=False)
+    part = slice(0, 2) if mode == "instruction" else slice(D - 2, D)
+    expected = np.linalg.inv(c) @ (u[:, part] * s[part]) @ vt[part]
+    a, b = (np.asarray(adapted.factors["w"][n], np.float64) for n in "AB")
+    np.testing.assert_allclose(3.0 * a[:, 0] @ b[0].T, expected, atol=1e-4)
+
+
+def test_lora_ga_starts_along_the_gradient():
+    loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) ** 2)
+    adapted = one(jlora.lora_ga(2, gamma=4.0), loss)
+    gradient = sum(np.asarray(jax.grad(loss)(adapted.base, x)["w"], np.float64) for x in BATCHES)
+    u, _, vt = np.linalg.svd(gradient)
+    a, b = np.asarray(adapted.factors["w"]["A"])[:, 0], np.asarray(adapted.factors["w"]["B"])[0].T
+    size = F**0.25 / 2
+    np.testing.assert_allclose(np.abs(u[:, :2].T @ a), size * np.eye(2), atol=1e-3)
+    np.testing.assert_allclose(np.abs(b @ vt[2:4].T), size * np.eye(2), atol=1e-3)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: jlora.apply({"w": normal(D, F)}, method=jlora.eva(2), sites=SITES), "apply: eva starts from data: pass fn= "),
+        (lambda: one_with(jlora.eva(2), []), "eva: batches= is empty"),
+        (lambda: one_with(jlora.eva(2), [normal(B, F)]), r"eva: fn\(params, batch\) fails on batch 0: dot_general requires"),
+        (lambda: one_with(jlora.eva(2), [BATCHES[0] * jnp.nan]), "eva: the covariance of 'w' is not finite"),
+        (lambda: one_with(jlora.eva(2), [BATCHES[0] * 0]), "eva: no covariance reaches 'w': fn's result does not depend on it"),
+        (lambda: one_with(jlora.lora_ga(2), BATCHES), r"lora_ga: fn\(params, batch\) fails on batch 0: fn is a loss and returns a"),
+        (lambda: one_with(jlora.eva(7), BATCHES), "eva: rank 7 exceeds 6, the rank of 'w'"),
+        (lambda: one_with(jlora.lora_ga(4), BATCHES, lambda p, x: jnp.mean(x @ p["w"])), r"lora_ga \(2r\): rank 8 exceeds 6"),
+        (lambda: one_with(jlora.eva(2), BATCHES, kind="conv"), "eva: 'w' is no linear layer; leave it out with targets="),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said(wrong, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        wrong()
+
+
+SITES = jlora.sites(lambda p, x: x @ p["w"], {"w": normal(D, F)}, BATCHES[0])
+
+
+def one_with(method, batches, fn=lambda p, x: x @ p["w"], kind="linear") -> jlora.Adapted:
+    sites = [dataclasses.replace(site, kind=kind) for site in SITES]
+    return jlora.apply({"w": normal(D, F)}, method=method, sites=sites, fn=fn, batches=batches)
+
+
+def test_progress_is_shown_where_a_person_watches(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    one(jlora.eva(2))
+    assert "eva: batch 2 of 2, 0 s" in capsys.readouterr().err
