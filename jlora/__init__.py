@@ -10,6 +10,7 @@ from jlora.adapt import count as count
 from jlora.adapt import mask as mask
 from jlora.adapt import merge as merge
 from jlora.adapt import partition as partition
+from jlora.adapt import rounding as rounding
 from jlora.adapt import summary as summary
 from jlora.adapt import unmerge as unmerge
 from jlora.adapt import with_key as with_key

@@ -272,6 +272,30 @@ def merge(adapted: Adapted) -> Any:
     )
 
 
+def rounding(adapted: Adapted) -> dict[str, float]:
+    """What `merge` loses to the base's dtype: of each weight's update, the share that the cast rounds away.
+
+    `|merged - exact| / |exact - W0|` in the Frobenius norm, exact being the sum in float32; 0 where nothing is updated.
+    Around 1, most of what was learned is gone: serve the factors apart, or merge into a float32 copy of the base.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.apply({"kernel": jnp.ones((3, 2), jnp.bfloat16)}, rank=1)
+      >>> jlora.rounding(adapted)
+      {'kernel': 0.0}
+    """
+    weights, _ = tree.leaves(adapted.replace(key=None).as_weights(), lambda leaf: isinstance(leaf, Weight))
+    named, _ = tree.leaves(adapted.base)
+    lost = {}
+    for path in (site.path for site in adapted.sites):
+        base = jnp.asarray(named[path], jnp.float32)
+        exact = weights[path].astype(jnp.float32).dense()
+        update = jnp.linalg.norm(exact - base)
+        error = jnp.linalg.norm(weights[path].dense().astype(jnp.float32) - exact)
+        lost[path] = float(jnp.where(update > 0, error / jnp.where(update > 0, update, 1.0), 0.0))
+    return lost
+
+
 def unmerge(params: Any, adapted: Adapted) -> Adapted:
     """Takes the factors out of merged parameters again, bit for bit.
 

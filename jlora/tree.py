@@ -14,13 +14,13 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, t
 _BOXES = ("value", "raw_value", "get_value()")
 
 
-def leaves(tree: Any) -> tuple[dict[str, Any], Any]:
+def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
     """The leaves by path, "h_0/attn/query/kernel", in tree order, and the tree's structure.
 
     Raises:
       ValueError: if two leaves have the same path, as keys that contain "/" may bring about.
     """
-    flat, structure = tree_flatten_with_path(tree)
+    flat, structure = tree_flatten_with_path(tree, is_leaf)
     children = collections.Counter(keys[:-1] for keys, _ in flat)
     named: dict[str, Any] = {}
     for keys, leaf in flat:

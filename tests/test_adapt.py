@@ -513,3 +513,12 @@ def test_what_was_merged_under_jit_is_unmerged(method):
     adapted = randomised(jlora.apply(params(), method=method))
     back = jlora.unmerge(jax.jit(jlora.merge)(adapted), adapted)
     chex.assert_trees_all_equal(back, adapted)
+
+
+def test_what_a_merge_into_bf16_rounds_away():
+    """An update below half a unit of 8 bits vanishes; a large one stays; float32 keeps both."""
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    lost = [jlora.rounding(randomised(jlora.apply(base, 2), size))["up/kernel"] for size in (3e-3, 3.0)]
+    assert lost[0] > 0.9 and lost[1] < 0.01
+    assert jlora.rounding(randomised(jlora.apply(params(), 2), 3e-2))["up/kernel"] < 1e-3
+    assert jlora.rounding(jlora.apply(base, 2)) == {"down/kernel": 0.0, "up/kernel": 0.0}
