@@ -43,6 +43,13 @@ class Adapted:
     sites: tuple[Site, ...] = dataclasses.field(metadata={"static": True})
     extras: tuple[Extra, ...] = dataclasses.field(metadata={"static": True})
 
+    def __repr__(self) -> str:
+        number = count(self)
+        return (
+            f"Adapted({self.method!r}: {len(self.sites)} weights, {len(self.extras)} extras, {number.trainable:,} of "
+            f"{number.total:,} parameters trained)"
+        )
+
     def replace(self, **changes: Any) -> "Adapted":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -181,7 +188,7 @@ def apply(
     if method is None and rank is None and targets != ():
         raise ValueError("apply: give a rank, or a method such as jlora.rslora(16)")
     if method is not None and (rank is not None or alpha is not None):
-        raise ValueError(f"apply: rank and alpha belong to the method: write method={method.name}(rank, alpha)")
+        raise ValueError(f"apply: {method!r} has its own rank and alpha: leave rank= and alpha= out")
     method = lora(1 if rank is None else rank, alpha) if method is None else method
     named, _ = tree.leaves(params)
     if not any(hasattr(leaf, "dtype") for leaf in named.values()):
@@ -192,6 +199,8 @@ def apply(
     targets = targets if method.extras is None else ()
     chosen = resolve(select(known, targets, read_from_program=sites is not None), method, ranks or {}, alphas or {})
     extra = select_extras(named, extras)
+    if targets is None:  # what is trained as it is is no default target
+        chosen = tuple(site for site in chosen if site.path not in {e.path for e in extra})
     if method.extras is not None:
         own = {path: Extra(path, rows) for path, rows in method.extras(named, known).items()}
         own |= {e.path: e for e in extra}
@@ -203,6 +212,8 @@ def apply(
             "weight itself); keep one of them"
         )
     root = tree.as_key(key)
+    if method.data is None and (fn is not None or batches is not None):
+        raise ValueError(f"apply: {method.name} does not start from data: leave fn= and batches= out")
     if method.data is None:
         arrays = {s.path: _initial(method, tree.fold_path(root, s.path), named[s.path], s) for s in chosen}
     else:

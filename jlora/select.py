@@ -59,7 +59,8 @@ def select(known: Sequence[Site], targets: Pattern | None, *, read_from_program:
                 f"sites=jlora.sites(fn, params, *args) to read them from the program. Leaves: {_listing(known)}"
             )
     elif callable(targets):
-        chosen = [site for site in known if targets(site)]
+        matched = [site for site in known if targets(site)]
+        chosen = [site for site in matched if site.kind in (*ADAPTABLE, "unknown")] or matched
         if not chosen:
             raise ValueError(f"targets= (a predicate) matches none of the {len(known)} weights: {_listing(known)}")
     else:

@@ -38,6 +38,8 @@ def statistics(
       ValueError: if there is no batch, if `fn` does not take one, if the loss is no scalar, if a weight is no linear
         layer or is not reached, or if a sum is not finite.
     """
+    if hasattr(batches, "shape"):
+        raise ValueError(f"{method}: batches= is a sequence of batches, not an array: [batch] for one")
     if kind == "covariance":
         odd = [site.path for site in sites if site.kind != "linear"]
         if odd:

@@ -257,7 +257,14 @@ ERRORS = {
     "no rank": (lambda p: jlora.apply(p), "apply: give a rank, or a method such as jlora.rslora(16)"),
     "rank and method": (
         lambda p: jlora.apply(p, rank=2, method=jlora.rslora(2)),
-        "apply: rank and alpha belong to the method: write method=rslora(rank, alpha)",
+        "apply: rslora(rank=2, alpha=None, init='gaussian', dropout=0.0) has its own rank and alpha: leave rank= and alpha= out",
+    ),
+    "data without need": (
+        lambda p: jlora.apply(p, rank=2, fn=predict, batches=[X]), "apply: lora does not start from data: leave fn= and batches="
+    ),
+    "an array for batches": (
+        lambda p: jlora.apply(p, method=jlora.eva(2), fn=predict, batches=X),
+        "eva: batches= is a sequence of batches, not an array: [batch] for one",
     ),
     "rank of a rule": (
         lambda p: jlora.apply(p, rank=2, ranks={"up": 0}), "ranks['up'] must be at least 1, not 0"
@@ -284,7 +291,7 @@ ERRORS = {
         "train it as it is with extras=",
     ),
     "matched twice": (
-        lambda p: jlora.apply(p, rank=2, extras="up/kernel"),
+        lambda p: jlora.apply(p, rank=2, targets="kernel", extras="up/kernel"),
         "contradicting rules: 'up/kernel' is matched by targets= (train factors of it) and by extras= (train the weight "
         "itself); keep one of them",
     ),
@@ -448,6 +455,21 @@ def test_what_has_a_wrong_type_is_said(name):
     wrong, message = WRONG_TYPES[name]
     with pytest.raises(TypeError, match="^" + re.escape(message)):
         wrong(params())
+
+
+def test_extras_win_over_the_default_targets():
+    adapted = jlora.apply(params(), 2, extras="down")
+    assert [s.path for s in adapted.sites] == ["up/kernel"]
+    assert [e.path for e in adapted.extras] == ["down/bias", "down/kernel"]
+
+
+def test_a_predicate_is_offered_what_can_be_adapted():
+    assert [s.path for s in jlora.apply(params(), 2, targets=lambda site: "up" in site.path).sites] == ["up/kernel"]
+
+
+def test_an_adapted_is_shown_in_one_line():
+    method = "lora(rank=2, alpha=None, init='gaussian', dropout=0.0)"
+    assert repr(jlora.apply(params(), 2)) == f"Adapted({method}: 2 weights, 0 extras, 56 of 226 parameters trained)"
 
 
 # -- small things that are easily lost ---------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ def params(seed: int = 0) -> dict:
     }
 
 
+BASE = fingerprint(params(), without=["up/bias"])  # which is replaced wholly
+
+
 def predict(params, x):
     h = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"][None])
     return h @ params["down"]["kernel"].astype(jnp.float32)
@@ -100,7 +103,7 @@ def test_the_json_says_what_the_factors_are(tmp_path):
         "format": "jlora adapter",
         "version": 1,
         "method": {"name": "lora", "rank": 2, "alpha": 3.0, "init": "gaussian", "dropout": 0.25},
-        "base": fingerprint(params()),
+        "base": BASE,
     }
     down, up = record["sites"]
     assert (down["path"], down["rank"], down["alpha"], down["dtype"]) == ("down/kernel", 1, 3.0, "bfloat16")
@@ -210,7 +213,7 @@ def refusals():
         "a flipped bit": (flip, same, r"factors-\w+\.safetensors' is damaged: it is not the file that .* \(sha256\)$"),
         "another base": (
             nothing, lambda p: jax.tree.map(lambda x: x * 2, p),
-            rf"adapter.json': the adapter was trained on another base: its fingerprint is {fingerprint(params())}, that of "
+            rf"adapter.json': the adapter was trained on another base: its fingerprint is {BASE}, that of "
             r"these parameters \w{32}\. Load it onto its own base; any_base=True takes a cast or changed copy$",
         ),
         "a base of other shapes": (
@@ -222,7 +225,7 @@ def refusals():
         ),
         "unknown method": (
             record_with(method={"name": "lara", "rank": 2}), same,
-            r"adapter.json': unknown method 'lara'; the nearest is 'lora' of dora, lora, rslora$",
+            r"adapter.json': unknown method 'lara'; the nearest is 'lora' of adalora, bitfit, .*, vera$",
         ),
         "unknown option": (
             record_with(method={"name": "lora", "rank": 2, "gamma": 1}), same, r"adapter.json': method 'lora': .*'gamma'$"
@@ -283,6 +286,24 @@ def test_a_folder_without_an_adapter(tmp_path):
         FileNotFoundError, match=r"no adapter in '.*': there is no adapter.json; its folders 'mine' hold one"
     ):
         jlora.load(tmp_path, params())
+
+
+def test_a_new_head_may_have_any_initial_values(tmp_path):
+    """What an extra replaces wholly is no part of the base; the rest still is."""
+    trained = randomised(jlora.apply(params(), 2, extras="up/(bias|kernel)"))
+    assert {site.path for site in trained.sites} == {"down/kernel"}
+    jlora.save(tmp_path, trained)
+    other_head = params() | {"up": params(1)["up"]}
+    chex.assert_trees_all_equal(jlora.merge(jlora.load(tmp_path, other_head)), jlora.merge(trained))
+    with pytest.raises(ValueError, match="the adapter was trained on another base"):
+        jlora.load(tmp_path, other_head | {"down": params(1)["down"]})
+
+
+def test_a_state_is_no_adapter(tmp_path):
+    with pytest.raises(
+        TypeError, match=r"^save takes a folder and an Adapted \(state.adapted of a state\), got TrainState$"
+    ):
+        jlora.save(tmp_path, state())
 
 
 def test_any_base_takes_a_changed_copy(tmp_path):
@@ -404,6 +425,11 @@ def test_a_state_is_refused_where_it_does_not_belong(tmp_path):
             checkpoints.restore(state(seed=1))
         with pytest.raises(ValueError, match="belongs to another adapter: method, sites differ"):
             checkpoints.restore(state("rslora"))
+        mine = state()
+        checkpoints.restore(mine)
+        same_base = jlora.apply(mine.adapted.base, method=jlora.lora(4))
+        with pytest.raises(ValueError, match="belongs to another adapter: method, sites differ"):
+            checkpoints.restore(jlora.TrainState.create(same_base, STEP.tx))
         sgd = jlora.train_step(loss_fn, optax.sgd(0.1))
         with pytest.raises(ValueError, match="checkpoint of step 1 in .* was written with another optimizer"):
             checkpoints.restore(state(step=sgd))

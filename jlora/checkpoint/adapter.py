@@ -52,6 +52,8 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
       >>> jlora.load(folder, params).sites[0].rank
       1
     """
+    if not isinstance(adapted, Adapted):
+        raise TypeError(f"save takes a folder and an Adapted (state.adapted of a state), got {type(adapted).__name__}")
     folder = Path(folder)
     named, _ = tree.leaves(adapted.base)
     tensors = _host(stored(adapted))
@@ -100,10 +102,11 @@ def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False)
     _check_base(file, named, sites, extras)
     tensors = _tensors(folder, record)
     _check_tensors(folder / record["tensors"]["file"], tensors, _expected(named, method, sites, extras))
-    if not any_base and record["base"] != fingerprint(params):
+    here = None if any_base else fingerprint(params, _replaced(extras))
+    if here is not None and record["base"] != here:
         raise ValueError(
             f"'{file}': the adapter was trained on another base: its fingerprint is {record['base']}, that of these "
-            f"parameters {fingerprint(params)}. Load it onto its own base; any_base=True takes a cast or changed copy"
+            f"parameters {here}. Load it onto its own base; any_base=True takes a cast or changed copy"
         )
     factors: dict[str, dict[str, jax.Array]] = {}
     for name, value in tensors.items():
@@ -112,16 +115,21 @@ def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False)
     return rebuild(params, factors, method, sites, extras)
 
 
-def describe(adapted: Adapted) -> dict[str, Any]:
-    """What an adapter is, as JSON: all but its tensors."""
+def describe(adapted: Adapted, base: str | None = None) -> dict[str, Any]:
+    """What an adapter is, as JSON: all but its tensors. `base` is the base's fingerprint, where it is known."""
     return {
         "format": FORMAT,
         "version": VERSION,
-        "base": fingerprint(adapted.base),
+        "base": fingerprint(adapted.base, _replaced(adapted.extras)) if base is None else base,
         "method": to_json(adapted.method),
         "sites": [dataclasses.asdict(site) for site in adapted.sites],
         "extras": [dataclasses.asdict(extra) for extra in adapted.extras],
     }
+
+
+def _replaced(extras: tuple[Extra, ...]) -> set[str]:
+    """The leaves of which nothing of the base is left: a new head may have any initial values."""
+    return {extra.path for extra in extras if extra.rows is None}
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Which base an adapter belongs to: a digest of the parameters, computed where they lie."""
 
 import hashlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jlora import tree
 _GOLDEN = 0x9E3779B1  # 2^32 / golden ratio: spreads consecutive indices over 32 bits
 
 
-def fingerprint(params: Any) -> str:
+def fingerprint(params: Any, without: Collection[str] = ()) -> str:
     """A digest of the paths, shapes, dtypes and bits of all weights of a tree: 32 hexadecimal digits.
 
     Per leaf two sums modulo 2^32 of mixed words are computed on the device, in integers: so the digest is the same
@@ -22,6 +23,7 @@ def fingerprint(params: Any) -> str:
 
     Args:
       params: any tree of arrays.
+      without: paths of leaves that take no part, as those that an adapter replaces wholly.
 
     Example:
       >>> import jax.numpy as jnp
@@ -32,7 +34,7 @@ def fingerprint(params: Any) -> str:
       False
     """
     named, _ = tree.leaves(params)
-    weights = {path: leaf for path, leaf in named.items() if _is_weight(leaf)}
+    weights = {path: leaf for path, leaf in named.items() if _is_weight(leaf) and path not in without}
     sums = jax.device_get({path: _checksum(jnp.asarray(leaf)) for path, leaf in weights.items()})
     digest = hashlib.sha256()
     for path, leaf in weights.items():

@@ -40,7 +40,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._folder = Path(folder).absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        self._described: tuple[list[Any], dict[str, Any]] | None = None
+        self._fingerprint: tuple[list[Any], str] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -122,11 +122,11 @@ class Checkpoints:
         self._manager.close()
 
     def _describe(self, adapted: Adapted) -> dict[str, Any]:
-        """`describe`, with the base read once as long as its leaves stay the same objects."""
-        leaves = jax.tree.leaves(adapted.base)
-        if self._described is None or not _same_objects(self._described[0], leaves):
-            self._described = (leaves, describe(adapted))
-        return self._described[1]
+        """`describe`, with the base read once as long as its leaves stay the same objects and the extras the same."""
+        read = [*jax.tree.leaves(adapted.base), adapted.extras]
+        if self._fingerprint is None or not _same_objects(self._fingerprint[0], read):
+            self._fingerprint = (read, describe(adapted)["base"])
+        return describe(adapted, base=self._fingerprint[1])
 
     def _check(self, there: dict[str, Any], here: dict[str, Any]) -> None:
         here = _as_json(here)

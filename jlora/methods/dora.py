@@ -12,7 +12,7 @@ from jlora.weight import RANK, Weight
 ADDITIVE = ("lora", "rslora", "loraplus", "lora_fa", "dylora")
 
 
-def dora(inner: Method | int) -> Method:
+def dora(inner: Method | int, alpha: float | None = None) -> Method:
     """Weight-decomposed LoRA: `m * V / |V|` with `V = W + alpha / r * B A`, and m trained beside A and B.
 
     The norm is taken over the inputs of each output (the columns of a kernel that is stored (in, out)) and is not
@@ -21,7 +21,8 @@ def dora(inner: Method | int) -> Method:
     and `|A B|^2` the r x r Gram matrix of A; in float32, clamped at 0.
 
     Args:
-      inner: the low-rank method for V, or a rank, which means `lora(rank)`.
+      inner: the low-rank method for V, or a rank, which means `lora(rank, alpha)`.
+      alpha: of that `lora`.
 
     Raises:
       ValueError: if `inner` is not an additive low-rank method.
@@ -33,7 +34,9 @@ def dora(inner: Method | int) -> Method:
       >>> jlora.dora(jlora.lora(8, alpha=16)).name
       'dora'
     """
-    inner = inner if isinstance(inner, Method) else lora(inner)
+    if isinstance(inner, Method) and alpha is not None:
+        raise ValueError(f"dora(inner, alpha): {inner!r} has its own alpha")
+    inner = inner if isinstance(inner, Method) else lora(inner, alpha)
     if inner.name not in ADDITIVE:
         raise ValueError(
             f"dora(inner): inner must be an additive low-rank method ({', '.join(ADDITIVE)}), not {inner.name}"
