@@ -398,6 +398,8 @@ DENSE = {
     "custom_vjp": one(own_backward, (I, O), (B, I), dense=True),
     "custom_jvp": one(own_jvp, (I, O), (B, I), dense=True),
     "weight norm": one(weight_norm, (I, O), (B, I), (O,), dense=True),
+    # A chain of products, and a scale: factored after all.
+    "spectral norm": one(spectral_norm, (I, O), (B, I), (I,))._replace(op_by_op=True),
     "standardised": one(standardised, (I, O), (B, I), dense=True),
     "a step of gradient descent": one(inner_step, (I, O), (B, I), dense=True),
     "implicit solve": one(fixed_point, (I, I), (I,), dense=True),
