@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.models.attention import DotProductAttention
+
 
 @dataclass(frozen=True)
 class GPT2Config:
@@ -116,12 +118,8 @@ class Attention(nn.Module):
             _dense(c, width, name)(x).reshape(batch, length, c.heads, -1)  # (batch, length, heads, width / heads)
             for name in ("query", "key", "value")
         )
-        q = q / math.sqrt(q.shape[-1])
-        scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-        past = jnp.tril(jnp.ones((length, length), bool))[None, None]  # (1, 1, length, length)
-        weights = nn.softmax(jnp.where(past, scores, -jnp.inf)).astype(v.dtype)
-        weights = nn.Dropout(c.dropout, deterministic=self.deterministic)(weights)
-        y = jnp.einsum("bhts,bshd->bthd", weights, v).reshape(batch, length, width)
+        attend = DotProductAttention(causal=True, dropout=c.dropout, deterministic=self.deterministic, name="core")
+        y = attend(q, k, v).reshape(batch, length, width)
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(_dense(c, width, "out", residual=True)(y))
 
 
