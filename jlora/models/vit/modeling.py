@@ -1,0 +1,171 @@
+"""Vision Transformer in Flax linen: patches as tokens, [CLS], learned positions, pre-norm blocks, a linear head.
+
+Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929; parts, order and the epsilon of the norms
+as in Hugging Face's `ViTForImageClassification`.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jlora.models.attention import DotProductAttention
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The shape of a Vision Transformer. The default is ViT-B/16 at 224 x 224; see `PRESETS`.
+
+    Attributes:
+      image_size, patch_size: sides of the square image and of a patch, in pixels; the patches tile the image.
+      channels: of the image.
+      width: features of the residual stream, a multiple of `heads`.
+      layers, heads: blocks, and attention heads in each.
+      hidden: features between the two layers of each MLP; 4 * `width` when None.
+      classes: of the head; None for no head: the [CLS] token after the last norm comes out.
+      dropout: of the embeddings, the attention weights and both residual branches, in [0, 1).
+      epsilon: added to the variance in the norms.
+      dtype, param_dtype: of the computation and of the parameters. Scores and softmax are float32 in any case.
+      scan: one block scanned over parameters stacked on axis 0, in place of `layers` blocks: compiles faster.
+      remat: compute each block's activations again in the backward pass.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    channels: int = 3
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int | None = None
+    classes: int | None = 1000
+    dropout: float = 0.0
+    epsilon: float = 1e-12
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan: bool = False
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+
+    @property
+    def patches(self) -> int:
+        """How many tokens an image is, without [CLS]."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+PRESETS = {
+    "vit-base": ViTConfig(),
+    "vit-large": ViTConfig(width=1024, layers=24, heads=16),
+}
+
+
+class ViT(nn.Module):
+    """images (batch, height, width, channels) -> logits (batch, classes), float32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> model = ViT(ViTConfig(image_size=8, patch_size=2, channels=1, width=32, layers=2, heads=4, classes=10))
+      >>> images = jnp.zeros((3, 8, 8, 1))
+      >>> params = model.init(jax.random.key(0), images)["params"]
+      >>> model.apply({"params": params}, images).shape
+      (3, 10)
+    """
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        c = self.config
+        expected = (c.image_size, c.image_size, c.channels)
+        if images.shape[1:] != expected:
+            raise ValueError(f"the images are {images.shape[1:]}, the model's are {expected} (height, width, channels)")
+        h = _embedded(c, self, images)  # (batch, 1 + patches, width)
+        h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+        block = nn.remat(Block, prevent_cse=not c.scan) if c.remat else Block
+        if c.scan:
+            layers = nn.scan(
+                block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=c.layers
+            )
+            h, _ = layers(c, deterministic, name="h")(h, None)
+        else:
+            for i in range(c.layers):
+                h, _ = block(c, deterministic, name=f"h_{i}")(h, None)
+        h = _norm(c, "ln_f")(h)[:, 0]  # [CLS]: (batch, width)
+        if c.classes is not None:
+            h = _dense(c, c.classes, "head")(h)  # (batch, classes)
+        return h.astype(jnp.float32)
+
+
+def _embedded(c: ViTConfig, module: nn.Module, images: jax.Array) -> jax.Array:
+    """[CLS] and the patches, each with its position."""
+    side = (c.patch_size, c.patch_size)
+    init = nn.initializers.truncated_normal(0.02)
+    patch = nn.Conv(
+        c.width, side, side, "VALID", dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name="patch"
+    )
+    x = patch(images).reshape(len(images), -1, c.width)  # (batch, patches, width)
+    cls = module.param("cls", init, (1, 1, c.width), c.param_dtype).astype(c.dtype)
+    positions = module.param("positions", init, (1, 1 + c.patches, c.width), c.param_dtype).astype(c.dtype)
+    x = jnp.concatenate([jnp.broadcast_to(cls, (len(images), 1, c.width)), x], axis=1)  # (batch, 1 + patches, width)
+    return x + positions
+
+
+class Block(nn.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h)). Takes and returns a pair, as `nn.scan` wants it."""
+
+    config: ViTConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, h: jax.Array, _: None) -> tuple[jax.Array, None]:
+        c = self.config
+        h = h + Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h))
+        h = h + MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h))
+        return h, None
+
+
+class Attention(nn.Module):
+    """Self-attention of all tokens with all, each of query, key and value with a kernel of its own."""
+
+    config: ViTConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        batch, length, width = x.shape
+        q, k, v = (
+            _dense(c, width, name)(x).reshape(batch, length, c.heads, -1)  # (batch, length, heads, width / heads)
+            for name in ("query", "key", "value")
+        )
+        attend = DotProductAttention(dropout=c.dropout, deterministic=self.deterministic, name="core")
+        y = attend(q, k, v).reshape(batch, length, width)
+        return nn.Dropout(c.dropout, deterministic=self.deterministic)(_dense(c, width, "out")(y))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU, in its exact form, between them."""
+
+    config: ViTConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = nn.gelu(_dense(c, c.hidden or 4 * c.width, "fc")(x), approximate=False)  # (batch, length, hidden)
+        x = _dense(c, c.width, "proj")(x)  # (batch, length, width)
+        return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
+
+
+def _norm(config: ViTConfig, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+def _dense(config: ViTConfig, features: int, name: str) -> nn.Dense:
+    init = nn.initializers.truncated_normal(0.02)
+    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
