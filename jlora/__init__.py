@@ -18,10 +18,11 @@ from jlora.checkpoint import Checkpoints as Checkpoints
 from jlora.checkpoint import load as load
 from jlora.checkpoint import save as save
 from jlora.convert import to_lora as to_lora
+from jlora.convert import to_plain as to_plain
 from jlora.convert import truncate as truncate
 from jlora.explain import Explanation as Explanation
 from jlora.explain import explain as explain
-from jlora.lift import MaterialisedError as MaterialisedError
+from jlora.interpret import MaterialisedError as MaterialisedError
 from jlora.lift import lift as lift
 from jlora.methods import Method as Method
 from jlora.methods import adalora as adalora
@@ -31,6 +32,7 @@ from jlora.methods import dora as dora
 from jlora.methods import dylora as dylora
 from jlora.methods import eva as eva
 from jlora.methods import full as full
+from jlora.methods import houlsby as houlsby
 from jlora.methods import ia3 as ia3
 from jlora.methods import loha as loha
 from jlora.methods import lokr as lokr
@@ -41,7 +43,12 @@ from jlora.methods import loraplus as loraplus
 from jlora.methods import norms as norms
 from jlora.methods import oft as oft
 from jlora.methods import olora as olora
+from jlora.methods import p_tuning as p_tuning
+from jlora.methods import parallel_adapter as parallel_adapter
+from jlora.methods import pfeiffer as pfeiffer
 from jlora.methods import pissa as pissa
+from jlora.methods import prefix_tuning as prefix_tuning
+from jlora.methods import prompt_tuning as prompt_tuning
 from jlora.methods import rslora as rslora
 from jlora.methods import top_layers as top_layers
 from jlora.methods import vera as vera

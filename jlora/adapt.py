@@ -1,19 +1,23 @@
 """`apply` and what one does with its result: a frozen base, trainable factors, and the way back to plain parameters."""
 
+import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import nnx
 
 from jlora import tree
+from jlora.intercept import Adapter, Note, check_linen, insert
 from jlora.methods import Method, lora
-from jlora.methods.method import Arrays, Factors
-from jlora.select import Extra, Pattern, known_sites, resolve, select, select_extras
+from jlora.methods.method import SHARED, Arrays, Factors
+from jlora.select import Extra, Pattern, known_sites, listing, resolve, select, select_extras
 from jlora.sites import Site
 from jlora.statistics import statistics
 from jlora.weight import Weight
@@ -27,7 +31,8 @@ class Adapted:
     Attributes:
       base: the tree as it was given, its leaves untouched.
       factors: what is trained, float32: path -> {"A", "B", ...}, and for extras path -> {"value"} or {"rows"}. A and B
-        are in broadcast form: W's axes plus the rank, size 1 on the axes that they do not span.
+        are in broadcast form: W's axes plus the rank, size 1 on the axes that they do not span. What all sites of a
+        method share is under "*".
       buffers: frozen arrays that the method computes from the base.
       key: a dropout key (`with_key`), None outside training.
       method: how factors make a weight.
@@ -66,7 +71,7 @@ class Adapted:
         factors = self.factors
         if self.key is not None and self.method.sample is not None:
             factors = self.method.sample(tree.fold_path(self.key, ""), factors)
-        for site in self.sites:
+        for site in self.sites if self.method.activation is None else ():
             buffers = self.buffers.get(site.path, {})
             weight = self.method.weight(named[site.path], site, factors[site.path], buffers)
             if self.key is not None and weight.dropout > 0:
@@ -74,12 +79,42 @@ class Adapted:
             filled[site.path] = weight
         for extra in self.extras:
             value = _with_extra(named[extra.path], extra, self.factors[extra.path])
-            filled[extra.path] = Weight(value, path=extra.path, trained=True)
-        return jax.tree.unflatten(structure, filled.values())
+            filled[extra.path] = Weight(value, path=extra.path, trained=True, optional=True)
+        return insert(jax.tree.unflatten(structure, filled.values()), self._adapters(factors))
+
+    def _adapters(self, factors: Factors) -> dict[tuple[str, ...], Adapter]:
+        """Of a method on activations: the adapters, by the path of the module whose calls each of them changes."""
+        activation = self.method.activation
+        if activation is None:
+            return {}
+        found: dict[tuple[str, ...], Adapter] = {}
+        for site, (path, arrays) in zip(self.sites, activation.prepare(factors, self.sites).items(), strict=True):
+            holder = holder_of(path, activation.holder)
+            if holder in found:
+                raise ValueError(
+                    f"{self.method.name}: {path!r} and {found[holder].site.path!r} belong to one module, "
+                    f"{'/'.join(holder)!r}, which has one adapter; choose one of them with targets="
+                )
+            weights = {name: Weight(array, path=path, trained=True) for name, array in arrays.items()}
+            found[holder] = Adapter(weights, site, self.method)  # type: ignore[arg-type]
+        return found
+
+    def around(self, note: Note) -> contextlib.AbstractContextManager[Any]:
+        """What is entered while a lifted function is traced: the interceptor of a method on activations."""
+        activation = self.method.activation
+        if activation is None:
+            return contextlib.nullcontext()
+        return nn.intercept_methods(activation.intercept(self.method, note))
+
+    @property
+    def needs(self) -> str:
+        """What a method on activations acts on, for errors; "" for one on weights."""
+        return "" if self.method.activation is None else self.method.activation.needs
 
     def _check(self, named: Mapping[str, Any]) -> None:
         expected = {site.path for site in self.sites} | {extra.path for extra in self.extras}
-        if expected != set(self.factors) or not expected <= set(named):
+        shared = shared_shapes(self.method, self.sites)
+        if expected | ({SHARED} if shared else set()) != set(self.factors) or not expected <= set(named):
             odd = sorted(expected.symmetric_difference(self.factors) | (expected - set(named)))
             raise ValueError(
                 f"the factors are those of another tree: {len(odd)} paths do not agree, first {odd[0]!r}; "
@@ -93,6 +128,8 @@ class Adapted:
                     f"factors were made for {site.shape}"
                 )
             _check_shapes(site.path, self.factors[site.path], factor_shapes(self.method, site))
+        if shared:
+            _check_shapes(SHARED, self.factors[SHARED], shared)
         for extra in self.extras:
             _check_shapes(extra.path, self.factors[extra.path], extra_shapes(extra, named[extra.path]))
 
@@ -103,6 +140,21 @@ def factor_shapes(method: Method, site: Site) -> dict[str, tuple[int, ...]]:
     key, w = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct(site.shape, site.dtype)
     arrays = jax.eval_shape(lambda key, w: method.init(key, w, site), key, w)
     return {name: array.shape for name, array in arrays.items() if name not in method.frozen}
+
+
+@functools.lru_cache(maxsize=256)
+def shared_shapes(method: Method, sites: tuple[Site, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays that all sites share; empty for most methods."""
+    make = None if method.activation is None else method.activation.shared
+    if make is None:
+        return {}
+    arrays = jax.eval_shape(lambda key: make(key, sites), jax.eval_shape(lambda: jax.random.key(0)))
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def holder_of(path: str, levels: int) -> tuple[str, ...]:
+    """The path of the module that a weight is `levels` parts below."""
+    return tuple(path.split("/"))[:-levels]
 
 
 def extra_shapes(extra: Extra, leaf: Any) -> dict[str, tuple[int, ...]]:
@@ -197,6 +249,8 @@ def apply(
     if method.extras is not None and targets is not None and targets != ():
         raise ValueError(f"apply: {method.name} trains leaves as they are and adapts none: leave targets= out")
     targets = targets if method.extras is None else ()
+    if targets is None and method.targets is not None:
+        targets = _own_targets(method, known)
     chosen = resolve(select(known, targets, read_from_program=sites is not None), method, ranks or {}, alphas or {})
     extra = select_extras(named, extras)
     if targets is None:  # what is trained as it is is no default target
@@ -222,7 +276,14 @@ def apply(
         measured = statistics(method.data.statistic, fn, params, batches, chosen, method.name)
         chosen, arrays = method.data.fit(root, named, chosen, measured)
     arrays |= {e.path: _initial_extra(named[e.path], e) for e in extra}
-    return rebuild(params, arrays, method, chosen, extra)
+    if method.activation is None:
+        return rebuild(params, arrays, method, chosen, extra)
+    check_linen(params, method.name)
+    if method.activation.shared is not None:
+        arrays[SHARED] = method.activation.shared(tree.fold_path(root, SHARED), chosen)
+    adapted = rebuild(params, arrays, method, chosen, extra)
+    jax.eval_shape(lambda factors: combine(factors, adapted).as_weights(), adapted.factors)  # what contradicts raises
+    return adapted
 
 
 def rebuild(
@@ -264,7 +325,8 @@ def merge(adapted: Adapted) -> Any:
     Pure. The sum is taken in float32 and cast once to the base's dtype. Extras take their trained values.
 
     Raises:
-      ValueError: if a factor is not finite (not under `jit`, where values are not known).
+      ValueError: if the method acts on activations, so that no weights give the same function; or if a factor is not
+        finite (not under `jit`, where values are not known).
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -275,6 +337,11 @@ def merge(adapted: Adapted) -> Any:
     """
     if not isinstance(adapted, Adapted):
         raise TypeError(f"merge takes an Adapted (from jlora.apply or jlora.load), got {type(adapted).__name__}")
+    if adapted.method.activation is not None:
+        raise ValueError(
+            f"merge: {adapted.method.name} acts on activations, and no weights of the model give the same function; "
+            "run it as it is, with jlora.lift"
+        )
     _check_finite(adapted.factors)
     return jax.tree.map(
         lambda leaf: leaf.dense() if isinstance(leaf, Weight) else leaf,
@@ -406,6 +473,17 @@ def _check_modules(params: Any) -> None:
                 f"apply: {type(module).__name__} holds {', '.join(other)} beside its Params, whose updates would be "
                 "lost; split it: graph, params, rest = nnx.split(model, nnx.Param, ...)"
             )
+
+
+def _own_targets(method: Method, known: Sequence[Site]) -> str:
+    """The pattern that the method goes by, if it matches something."""
+    assert method.targets is not None
+    if not any(re.search(method.targets, site.path) for site in known):
+        raise ValueError(
+            f"apply: {method.name} goes by the names of layers, and none of these weights has one that it knows "
+            f"({method.targets}): say which with targets=. Weights: {listing(known)}"
+        )
+    return method.targets
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

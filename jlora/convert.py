@@ -1,4 +1,4 @@
-"""One adapter as another: any additive method as plain LoRA, and fewer ranks of it."""
+"""One adapter as another: additive methods as plain LoRA, fewer ranks, prefixes without the network that made them."""
 
 import dataclasses
 
@@ -32,6 +32,10 @@ def to_lora(adapted: Adapted) -> Adapted:
       >>> jlora.to_lora(adapted).sites[0].rank
       4
     """
+    if adapted.method.activation is not None:
+        raise ValueError(
+            f"to_lora: {adapted.method.name} acts on activations and is no product that is added to a weight"
+        )
     named, _ = tree.leaves(adapted.base)
     factors: Factors = {e.path: adapted.factors[e.path] for e in adapted.extras}
     chosen = []
@@ -50,6 +54,29 @@ def to_lora(adapted: Adapted) -> Adapted:
         chosen.append(dataclasses.replace(site, rank=rank, alpha=float(rank)))
     method = lora(max((site.rank or 1 for site in chosen), default=1))
     return rebuild(adapted.base, factors, method, tuple(chosen), adapted.extras)
+
+
+def to_plain(adapted: Adapted) -> Adapted:
+    """The same function without the network that makes a prefix or a prompt: what is kept after training.
+
+    `prefix_tuning(hidden=)` becomes `prefix_tuning`, `p_tuning` becomes `prompt_tuning`.
+
+    Raises:
+      ValueError: if the method has no such network.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"wte": {"embedding": jnp.ones((9, 4))}}
+      >>> plain = jlora.to_plain(jlora.apply(params, method=jlora.p_tuning(3, hidden=8)))
+      >>> plain.method.name, plain.factors["wte/embedding"]["prompt"].shape
+      ('prompt_tuning', (3, 4))
+    """
+    activation = adapted.method.activation
+    if activation is None or activation.plain is None:
+        raise ValueError(f"to_plain: {adapted.method!r} has no network that makes its factors")
+    factors = activation.prepare(adapted.factors, adapted.sites)
+    factors |= {e.path: adapted.factors[e.path] for e in adapted.extras}
+    return rebuild(adapted.base, factors, activation.plain, adapted.sites, adapted.extras)
 
 
 def truncate(adapted: Adapted, rank: int) -> Adapted:

@@ -8,7 +8,8 @@ import jax
 
 from jlora import tree
 from jlora.adapt import Adapted
-from jlora.lift import Trace, run
+from jlora.interpret import Trace
+from jlora.lift import run
 from jlora.rules import Use
 
 

@@ -53,16 +53,16 @@ def select(known: Sequence[Site], targets: Pattern | None, *, read_from_program:
         chosen = [site for site in known if site.kind in ("linear", "conv", "unknown")]
         if not chosen:
             if read_from_program:
-                raise ValueError(f"apply: the program contracts none of the leaves with an input: {_listing(known)}")
+                raise ValueError(f"apply: the program contracts none of the leaves with an input: {listing(known)}")
             raise ValueError(
                 "apply: none of the leaves is a linear layer by Flax's conventions (a 'kernel'); pass "
-                f"sites=jlora.sites(fn, params, *args) to read them from the program. Leaves: {_listing(known)}"
+                f"sites=jlora.sites(fn, params, *args) to read them from the program. Leaves: {listing(known)}"
             )
     elif callable(targets):
         matched = [site for site in known if targets(site)]
         chosen = [site for site in matched if site.kind in (*ADAPTABLE, "unknown")] or matched
         if not chosen:
-            raise ValueError(f"targets= (a predicate) matches none of the {len(known)} weights: {_listing(known)}")
+            raise ValueError(f"targets= (a predicate) matches none of the {len(known)} weights: {listing(known)}")
     else:
         patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
         hits = {pattern: _matches(pattern, known, "targets") for pattern in patterns}
@@ -187,7 +187,8 @@ def _no_match(pattern: Any, paths: Sequence[str], argument: str) -> str:
     )
 
 
-def _listing(known: Sequence[Site]) -> str:
+def listing(known: Sequence[Site]) -> str:
+    """The first dozen leaves with their shapes, for errors."""
     odd = lambda site: "" if site.dtype.startswith(("float", "bfloat")) else f" {site.dtype}"
     shown = [f"{site.path!r} {site.shape}{odd(site)}" for site in known[:12]]
     return ", ".join(shown) + (f", ... ({len(known) - 12} more)" if len(known) > 12 else "")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.lift import Trace, trace_weights
+from jlora.interpret import Trace, trace_weights
 from jlora.rules import PRODUCTS, Use
 from jlora.weight import Weight
 

@@ -18,8 +18,10 @@ LAYERS = (
     ("product",),
     ("weight",),
     ("rules",),
+    ("interpret",),
     ("lift",),
     ("sites",),
+    ("intercept",),
     ("methods", "quant"),
     ("select", "statistics"),
     ("adapt",),
@@ -29,7 +31,7 @@ LAYERS = (
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 APART = "models"  # imports nothing of the core, and the core nothing of it
-KNOWS_JAXPRS = ("lift", "rules")
+KNOWS_JAXPRS = ("interpret", "rules")
 OUTER = ("experiments", "configs", "notebooks", "tests")
 VAGUE = ("utils", "util", "helpers", "helper", "common", "base", "misc")
 LONGEST = 600  # lines
@@ -175,7 +177,7 @@ def test_nothing_private_is_reached():
         ("jlora.adapt", "def f():\n    from jax.extend import core", True),
         ("jlora.weight", "import jax\njax.extend.core.Primitive('p')", True),
         ("jlora.optim", "from optax._src import base", True),
-        ("jlora.lift", "from jax.extend import core as jex\njex.Jaxpr", False),
+        ("jlora.interpret", "from jax.extend import core as jex\njex.Jaxpr", False),
         ("jlora.rules", "import jax.extend.core", False),
         ("jlora.adapt", "import jax\nfrom jax.custom_derivatives import SymbolicZero\njax.__version__", False),
     ],

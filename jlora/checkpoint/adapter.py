@@ -17,9 +17,10 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialise
 
 from jlora import tree
-from jlora.adapt import Adapted, extra_shapes, rebuild, stored
+from jlora.adapt import Adapted, extra_shapes, rebuild, shared_shapes, stored
 from jlora.checkpoint.fingerprint import fingerprint
 from jlora.methods import Method, from_json, to_json
+from jlora.methods.method import SHARED
 from jlora.select import Extra
 from jlora.sites import Site
 
@@ -208,6 +209,7 @@ def _expected(
         w = jax.ShapeDtypeStruct(site.shape, named[site.path].dtype)
         arrays = jax.eval_shape(lambda key, w, site=site: method.init(key, w, site), key, w)
         expected |= {f"{site.path}/{name}": (a.shape, str(a.dtype)) for name, a in arrays.items()}
+    expected |= {f"{SHARED}/{name}": (shape, "float32") for name, shape in shared_shapes(method, sites).items()}
     for extra in extras:
         shapes = extra_shapes(extra, named[extra.path])
         expected |= {f"{extra.path}/{name}": (shape, "float32") for name, shape in shapes.items()}

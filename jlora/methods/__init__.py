@@ -1,4 +1,4 @@
-"""Methods in weight space: one paper per file."""
+"""The methods: one paper per file."""
 
 import copyreg
 import difflib
@@ -9,6 +9,7 @@ from jlora.methods.corda import corda
 from jlora.methods.dora import dora
 from jlora.methods.dylora import dylora
 from jlora.methods.eva import eva
+from jlora.methods.houlsby import houlsby
 from jlora.methods.ia3 import ia3
 from jlora.methods.loha import loha
 from jlora.methods.lokr import lokr
@@ -19,7 +20,12 @@ from jlora.methods.loraplus import loraplus
 from jlora.methods.method import Method
 from jlora.methods.oft import oft
 from jlora.methods.olora import olora
+from jlora.methods.p_tuning import p_tuning
+from jlora.methods.parallel_adapter import parallel_adapter
+from jlora.methods.pfeiffer import pfeiffer
 from jlora.methods.pissa import pissa
+from jlora.methods.prefix_tuning import prefix_tuning
+from jlora.methods.prompt_tuning import prompt_tuning
 from jlora.methods.rslora import rslora
 from jlora.methods.selective import bitfit, full, norms, top_layers
 from jlora.methods.vera import vera
@@ -28,7 +34,8 @@ METHODS = {
     constructor.__name__: constructor
     for constructor in (
         lora, rslora, loraplus, lora_fa, dora, adalora, pissa, olora, eva, lora_ga, corda, vera, loha, lokr, ia3, oft,
-        dylora, bitfit, norms, full, top_layers,
+        dylora, bitfit, norms, full, top_layers, houlsby, pfeiffer, parallel_adapter, prefix_tuning, prompt_tuning,
+        p_tuning,
     )
 }  # fmt: skip
 
@@ -43,6 +50,7 @@ __all__ = [
     "eva",
     "from_json",
     "full",
+    "houlsby",
     "ia3",
     "loha",
     "lokr",
@@ -53,7 +61,12 @@ __all__ = [
     "norms",
     "oft",
     "olora",
+    "p_tuning",
+    "parallel_adapter",
+    "pfeiffer",
     "pissa",
+    "prefix_tuning",
+    "prompt_tuning",
     "rslora",
     "to_json",
     "top_layers",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
+from jlora.intercept import Interceptor, Note
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -15,6 +16,7 @@ Arrays = dict[str, jax.Array]
 Factors = dict[str, Arrays]
 Config = tuple[tuple[str, Any], ...]
 Rows: TypeAlias = tuple[int, ...] | None
+SHARED = "*"  # the path of factors that belong to all sites
 Transformation: TypeAlias = optax.GradientTransformation
 
 
@@ -39,8 +41,28 @@ class Data(NamedTuple):
     ]
 
 
+class Activation(NamedTuple):
+    """How a method acts on activations: on the calls of linen modules, each of which is found by a weight of its own.
+
+    Attributes:
+      intercept: (method, note) -> the interceptor, made anew for every call of a lifted function.
+      needs: what the interceptor acts on, for the error where a function has none of it.
+      holder: how many parts of its path a weight is below the module: 1 for the module's own weight.
+      shared: (key, sites) -> arrays that all sites share, trained too, under the path `SHARED`.
+      prepare: (factors, sites) -> the arrays of each site as the interceptor reads them.
+      plain: the method that these prepared arrays are the factors of, where it is another one.
+    """
+
+    intercept: Callable[["Method", Note], Interceptor]
+    needs: str
+    holder: int = 1
+    shared: Callable[[jax.Array, Sequence[Site]], Arrays] | None = None
+    prepare: Callable[[Factors, Sequence[Site]], Factors] = lambda factors, sites: factors
+    plain: "Method | None" = None
+
+
 class Method(NamedTuple):
-    """A way to adapt weights, as pure functions.
+    """A way to adapt a model, as pure functions.
 
     Two methods are equal if their `config` is, so that a method made anew (by `load`, in another call) does not
     recompile a program.
@@ -50,7 +72,7 @@ class Method(NamedTuple):
       rank: r where `apply(ranks=)` says nothing else; 0 for a method that has none.
       alpha: the numerator of the scale; the site's rank when None.
       init: (key, w, site) -> the initial arrays, float32: what is trained, and what is `frozen`.
-      weight: (w, site, factors, buffers) -> the lazy weight.
+      weight: (w, site, factors, buffers) -> the lazy weight; not called for a method on activations.
       buffers: (w, site) -> frozen arrays that `weight` needs and that can be computed from the base at any time.
       frozen: names of the arrays of `init` that are not trained: kept among the buffers, and in an adapter's file.
       extras: (leaves by path, sites) -> the leaves, or rows of them, to train as they are; None for a method that
@@ -59,6 +81,8 @@ class Method(NamedTuple):
       sample: (key, factors) -> the factors of one training step, for a method that draws at random.
       regulariser: (factors, sites) -> a scalar that `train_step` adds to the loss.
       wrap: (optimizer, sites) -> the optimizer that the method trains with.
+      targets: the pattern of `apply(targets=None)`; None for all linear layers and convolutions.
+      activation: how it acts on activations, for a method that leaves the weights as they are.
     """
 
     config: Config
@@ -73,6 +97,8 @@ class Method(NamedTuple):
     sample: Callable[[jax.Array, Factors], Factors] | None = None
     regulariser: Callable[[Factors, Sequence[Site]], jax.Array] | None = None
     wrap: Callable[[Transformation, Sequence[Site]], Transformation] | None = None
+    targets: str | None = None
+    activation: Activation | None = None
 
     @property
     def name(self) -> str:

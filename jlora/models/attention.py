@@ -1,6 +1,7 @@
 """Attention of queries, keys and values, as a module of its own: what acts on keys and values finds them there."""
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ class DotProductAttention(nn.Module):
       deterministic: no dropout.
     """
 
+    takes_prefix: ClassVar[bool] = True  # whoever puts keys before the others widens the mask, and nothing else
     causal: bool = False
     dropout: float = 0.0
     deterministic: bool = True

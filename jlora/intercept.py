@@ -1,0 +1,140 @@
+"""Acting on the activations of linen modules: adapters that travel inside the parameters.
+
+The arrays of an adapter are put into the parameter tree, under a name of their own beside the weights of the module
+whose calls they change. Whatever threads parameters through a model (`nn.scan`, `nn.remat`, `nn.vmap`, `nn.jit`)
+threads them along and cuts them as it cuts the weights: a scanned model has an adapter per layer. An interceptor, one
+of the public `nn.intercept_methods`, reads them where the module is called.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.core import FrozenDict
+from flax.core.meta import AxisMetadata
+
+from jlora.sites import Site
+
+NAME = "jlora_adapter"  # beside a module's own parameters
+Interceptor: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], Any]
+Note: TypeAlias = Callable[[Site, str, int, str], None]
+"""(site, operation, FLOPs of one call, the module's class): notes down that an adapter was applied."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapter:
+    """What one site adds to the calls of a module.
+
+    Attributes:
+      arrays: by name; under a scan those of one layer.
+      site: the weight that it belongs to.
+      owner: the method, hashable. An interceptor acts on the adapters of its own method alone.
+    """
+
+    arrays: dict[str, jax.Array]
+    site: Site = field(metadata={"static": True})
+    owner: Any = field(metadata={"static": True})
+
+
+def insert(params: Any, adapters: Mapping[tuple[str, ...], Adapter]) -> Any:
+    """The parameters with each adapter in the dict that the path leads to."""
+    if not adapters:
+        return params
+    inner: dict[str, dict[tuple[str, ...], Adapter]] = {}
+    for path, adapter in adapters.items():
+        if path:
+            inner.setdefault(path[0], {})[path[1:]] = adapter
+    filled = {key: insert(value, inner.get(str(key), {})) for key, value in params.items()}
+    if () in adapters:
+        filled[NAME] = adapters[()]
+    return FrozenDict(filled) if isinstance(params, FrozenDict) else filled
+
+
+def check_linen(params: Any, method: str) -> None:
+    """Parameters of a linen module are dicts of dicts.
+
+    Raises:
+      TypeError: if these are another library's.
+    """
+    odd = next((x for x in _inner_nodes(params) if not isinstance(x, Mapping)), None)
+    if odd is not None or not isinstance(params, Mapping):
+        kind = type(params if odd is None else odd).__name__
+        raise TypeError(
+            f"{method} acts on the activations of Flax linen modules, whose parameters are dicts of dicts; these hold "
+            f"a {kind}. For other libraries there are the methods on weights, such as jlora.lora"
+        )
+
+
+def _inner_nodes(params: Any) -> Sequence[Any]:
+    """The nodes between the root and the leaves' own containers (a box such as `nn.Partitioned` is a leaf's)."""
+    if not isinstance(params, Mapping):
+        return [params]
+    below = [x for x in params.values() if not hasattr(x, "dtype") and not isinstance(x, AxisMetadata)]
+    return [node for x in below for node in _inner_nodes(x)]
+
+
+def adapter_of(module: nn.Module, owner: Any) -> Adapter | None:
+    """The adapter of this module, if it has one that `owner` made."""
+    if module.scope is None or not module.has_variable("params", NAME):
+        return None
+    return _owned(module.get_variable("params", NAME), owner)
+
+
+def adapters_below(variables: Mapping[str, Any], owner: Any) -> dict[str, Adapter]:
+    """The adapters of a module's children, by the child's name."""
+    params = variables.get("params", {})
+    found = {name: _owned(child.get(NAME), owner) for name, child in params.items() if isinstance(child, Mapping)}
+    return {name: adapter for name, adapter in found.items() if adapter is not None}
+
+
+def adapters_within(tree: Any, owner: Any) -> list[Adapter]:
+    """All adapters in a tree of parameters that `owner` made."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Adapter))
+    return [leaf for leaf in leaves if isinstance(leaf, Adapter) and leaf.owner == owner]
+
+
+def _owned(adapter: Any, owner: Any) -> Adapter | None:
+    return adapter if isinstance(adapter, Adapter) and adapter.owner == owner else None
+
+
+def bound_arguments(context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """The arguments of an intercepted call by name."""
+    return inspect.signature(context.orig_method).bind(*args, **kwargs)
+
+
+def stacked(shape: Sequence[int], site: Site) -> tuple[int, ...]:
+    """The shape of an array that a scan cuts into `shape`: the stack's axes stand where they stand in the weight."""
+    whole = list(shape)
+    for axis in sorted(site.stack_axes):
+        if axis > len(whole):
+            raise ValueError(
+                f"{site.path!r} is stacked along axis {axis}: an array of {len(shape)} axes has no place for it there"
+            )
+        whole.insert(axis, site.shape[axis])
+    return tuple(whole)
+
+
+def check_cut(adapter: Adapter, name: str, ndim: int) -> jax.Array:
+    """An array of the adapter, after a check that the model cut it into layers as it cuts the weight.
+
+    Raises:
+      ValueError: if it did not: the weight is stacked, but the module is called with all of it at once.
+    """
+    array = adapter.arrays[name]
+    if array.ndim != ndim:
+        raise ValueError(
+            f"{adapter.site.path!r} is stacked along axes {list(adapter.site.stack_axes)}, and no scan runs over them: "
+            "its module is called with all of them at once, which a method on activations cannot adapt; leave it out "
+            "with targets="
+        )
+    return array
+
+
+def layers(site: Site) -> int:
+    """How many stacked weights the site holds."""
+    return int(np.prod([site.shape[i] for i in site.stack_axes], dtype=int))

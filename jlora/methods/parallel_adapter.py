@@ -1,0 +1,73 @@
+"""Parallel adapters: a bottleneck beside a sub-layer, on the same input."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.intercept import Adapter, stacked
+from jlora.methods.houlsby import NONLINEARITIES, as_it_is, bottleneck, check_nonlinearity, on_outputs
+from jlora.methods.method import Activation, Arrays, Config, Method, check_alpha, check_rank
+from jlora.sites import Site
+
+MLP_IN = r"(?i)(^|/)[^/]*(mlp|ffn|ff|feed_?forward)[^/]*/(fc|wi|fc1|fc_1|up|up_proj|c_fc|dense_0|linear1)/kernel$"
+
+
+def parallel_adapter(rank: int, *, scale: float = 1.0, nonlinearity: str = "relu") -> Method:
+    """Parallel adapters: `MLP(x) + s (f(x D + d) U + u)`, for every MLP.
+
+    The adapter reads what the MLP reads and is added to what it returns. As in LoRA, D is random and U zero, so that
+    training starts from the base. It belongs to the module that holds the module of the weight: for `h_0/mlp/fc/kernel`
+    that is `h_0/mlp`; with `targets=` of `apply` (the first kernel of each MLP) too. It acts on activations: `merge`
+    refuses.
+
+    Args:
+      rank: r, the width of the bottleneck: D is (width, r), U (r, width).
+      scale: s, dimensionless; the paper takes 1 to 4.
+      nonlinearity: f: "relu", "gelu", "silu", "tanh" or "identity".
+
+    Raises:
+      ValueError: for a rank that is no integer of at least 1, an unknown nonlinearity, or a scale of 0.
+
+    Source: He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", arXiv 2110.04366, table 1.
+
+    Example:
+      >>> import jlora
+      >>> jlora.parallel_adapter(8, scale=4.0).name
+      'parallel_adapter'
+    """
+    check_rank(rank)
+    factor = check_alpha(scale, "scale")
+    if factor is None:
+        raise ValueError("scale must be a finite number, not None")
+    check_nonlinearity(nonlinearity)
+    config: Config = (
+        ("name", "parallel_adapter"), ("rank", rank), ("scale", factor), ("nonlinearity", nonlinearity),
+    )  # fmt: skip
+
+    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
+        assert site.rank is not None
+        width = math.prod(site.shape[i] for i in site.in_axes)
+        bound = 1.0 / math.sqrt(width)
+        zeros = lambda *shape: jnp.zeros(stacked(shape, site), jnp.float32)
+        return {
+            "down": jax.random.uniform(key, stacked((width, site.rank), site), jnp.float32, -bound, bound),
+            "down_bias": zeros(site.rank),
+            "up": zeros(site.rank, width),
+            "up_bias": zeros(width),
+        }
+
+    def act(adapter: Adapter, h: jax.Array, args: tuple[Any, ...]) -> jax.Array:
+        x = args[0] if args else None
+        if x is None or getattr(x, "shape", None) != h.shape:
+            raise ValueError(
+                f"parallel_adapter: the module above {adapter.site.path!r} returns an array of shape {h.shape}, and "
+                f"its first argument is {getattr(x, 'shape', type(x).__name__)}: it is no sub-layer from x to x's "
+                "shape; choose another weight with targets="
+            )
+        return h + jnp.asarray(factor, h.dtype) * bottleneck(adapter, x, NONLINEARITIES[nonlinearity])
+
+    needs = "the linen module that holds the module of each weight (for 'mlp/fc/kernel' that is 'mlp'), in its __call__"
+    activation = Activation(on_outputs("parallel_adapter", act), needs, holder=2)
+    return Method(config, rank, None, init, as_it_is, targets=MLP_IN, activation=activation)

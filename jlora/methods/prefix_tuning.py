@@ -1,0 +1,241 @@
+"""Prefix tuning: trained keys and values that every query sees."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jlora.intercept import (
+    Adapter,
+    Interceptor,
+    Note,
+    adapter_of,
+    adapters_below,
+    bound_arguments,
+    check_cut,
+    layers,
+    stacked,
+)
+from jlora.methods.houlsby import as_it_is
+from jlora.methods.method import SHARED, Activation, Arrays, Config, Factors, Method, check_number, check_rank
+from jlora.sites import Site
+
+KEY, VALUE = r"(^|/)(key|k|k_proj|key_proj|to_k|wk)/kernel$", r"(^|/)(value|v|v_proj|value_proj|to_v|wv)/kernel$"
+NEEDS = (
+    "the attention modules of Flax linen (MultiHeadDotProductAttention and its kin) and modules that take query, key "
+    "and value and say `takes_prefix = True`"
+)
+
+
+def prefix_tuning(length: int, *, hidden: int | None = None, std: float = 0.02) -> Method:
+    """Prefix tuning: `softmax(q [P_k; K]^T / sqrt(d)) [P_v; V]` in every attention, P_k and P_v trained.
+
+    The prefix is seen by every query and is not masked; positions stay what they are. It acts on the attention of Flax
+    linen (`nn.MultiHeadDotProductAttention`, with or without a mask, not with `decode=True`) and on modules that take
+    (query, key, value, mask), as jlora's own models have them. `merge` refuses: there are no weights of this function.
+
+    Args:
+      length: of the prefix, in tokens; 2 * length * width parameters a layer.
+      hidden: h, the width of the network that the paper trains instead of P: `P = tanh(E C + c) D + d`, E (length,
+        width), C (width, h) and c shared by all layers, D (h, width) and d of each key and value. None for P itself.
+        `to_plain` drops the network after training.
+      std: of the initial P, or of E.
+
+    Raises:
+      ValueError: for a length or hidden that is no integer of at least 1, or a negative std; in `apply` for a weight
+        that neither makes keys nor values, or one without the other.
+
+    Source: Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190, section 4.
+
+    Example:
+      >>> import jlora
+      >>> jlora.prefix_tuning(8)
+      prefix_tuning(length=8, hidden=None, std=0.02)
+    """
+    check_rank(length, "length")
+    if hidden is not None:
+        check_rank(hidden, "hidden")
+    std = check_number(std, "std")
+    if std < 0:
+        raise ValueError(f"std must be at least 0, not {std!r}")
+    config: Config = (("name", "prefix_tuning"), ("length", length), ("hidden", hidden), ("std", std))
+
+    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
+        assert site.rank is not None
+        _role(site)
+        features = [site.shape[i] for i in site.out_axes]
+        if hidden is None:
+            shape = stacked((site.rank, *features), site)
+            return {"prefix": std * jax.random.normal(key, shape, jnp.float32)}
+        bound = hidden**-0.5  # as torch.nn.Linear starts
+        shapes = {"weight": stacked((hidden, *features), site), "bias": stacked(features, site)}
+        keys = dict(zip(shapes, jax.random.split(key), strict=True))
+        return {n: jax.random.uniform(keys[n], shape, jnp.float32, -bound, bound) for n, shape in shapes.items()}
+
+    def shared(key: jax.Array, sites: Sequence[Site]) -> Arrays:
+        assert hidden is not None
+        inputs = {_inputs(site) for site in sites}
+        lengths = {site.rank for site in sites}
+        if len(inputs) != 1 or len(lengths) != 1:
+            raise ValueError(
+                "prefix_tuning(hidden=): one network makes all prefixes, so that the inputs and the lengths must be "
+                f"equal; got widths {sorted(inputs)} and lengths {sorted(map(int, filter(None, lengths)))}"
+            )
+        width = inputs.pop()
+        bound = width**-0.5
+        embedding, weight, bias = jax.random.split(key, 3)
+        return {
+            "embedding": std * jax.random.normal(embedding, (length, width), jnp.float32),
+            "weight": jax.random.uniform(weight, (width, hidden), jnp.float32, -bound, bound),
+            "bias": jax.random.uniform(bias, (hidden,), jnp.float32, -bound, bound),
+        }
+
+    def prepare(factors: Factors, sites: Sequence[Site]) -> Factors:
+        _check_pairs(sites)
+        if hidden is None:
+            return {site.path: factors[site.path] for site in sites}
+        network = factors[SHARED]
+        h = jnp.tanh(network["embedding"] @ network["weight"] + network["bias"])  # (length, hidden)
+        return {site.path: {"prefix": _prefix(h, factors[site.path], site)} for site in sites}
+
+    plain = None if hidden is None else prefix_tuning(length, std=std)
+    activation = Activation(_intercept, NEEDS, shared=None if hidden is None else shared, prepare=prepare, plain=plain)
+    return Method(config, length, None, init, as_it_is, targets=f"{KEY}|{VALUE}", activation=activation)
+
+
+def _prefix(h: jax.Array, arrays: Arrays, site: Site) -> jax.Array:
+    """`h D + d` of one site, (length, features) or stacked as the weight is."""
+    one = lambda weight, bias: jnp.tensordot(h, weight, 1) + bias[None]  # (length, *features)
+    make = one
+    for axis in sorted(site.stack_axes):  # the last one is the outermost, and takes its axis away first
+        make = jax.vmap(make, in_axes=axis, out_axes=axis)
+    return make(arrays["weight"], arrays["bias"])
+
+
+def _inputs(site: Site) -> int:
+    width = 1
+    for axis in site.in_axes:
+        width *= site.shape[axis]
+    return width
+
+
+def _role(site: Site) -> str:
+    """Whether a weight makes keys or values."""
+    roles = [role for role, pattern in (("key", KEY), ("value", VALUE)) if re.search(pattern, site.path)]
+    if len(roles) != 1:
+        raise ValueError(
+            f"prefix_tuning: {site.path!r} does not say whether it makes keys or values (kernels of modules named key "
+            "and value, k and v, k_proj and v_proj, to_k and to_v do); choose those with targets="
+        )
+    return roles[0]
+
+
+def _check_pairs(sites: Sequence[Site]) -> None:
+    """Keys and values of one attention have prefixes of one length."""
+    pairs: dict[str, dict[str, int | None]] = {}
+    for site in sites:
+        pairs.setdefault(site.path.rsplit("/", 2)[0] if site.path.count("/") > 1 else "", {})[_role(site)] = site.rank
+    for module, lengths in pairs.items():
+        if len(lengths) != 2 or len(set(lengths.values())) != 1:
+            found = ", ".join(f"{role}: {length}" for role, length in lengths.items())
+            raise ValueError(
+                f"prefix_tuning: keys and values of {module!r} need prefixes of one length, got {found}; choose both "
+                "with targets="
+            )
+
+
+# -- where the prefix meets the keys -----------------------------------------------------------------------------------
+
+
+def _intercept(method: Method, note: Note) -> Interceptor:
+    def intercept(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return proceed(*args, **kwargs)
+        if isinstance(module, nn.MultiHeadDotProductAttention):
+            prefixes = adapters_below(module.variables, method)
+            return proceed(*args, **kwargs) if not prefixes else _with_mask(proceed, args, kwargs, context, prefixes)
+        if isinstance(module.parent, nn.MultiHeadDotProductAttention):
+            adapter = adapter_of(module, method)
+            out = proceed(*args, **kwargs)
+            return out if adapter is None else _noted(adapter, out, module.parent, note)
+        if getattr(module, "takes_prefix", False) and isinstance(module.parent, nn.Module):
+            prefixes = adapters_below(module.parent.variables, method)
+            if prefixes:
+                return _core(proceed, args, kwargs, context, prefixes, note)
+        return proceed(*args, **kwargs)
+
+    return intercept
+
+
+def _core(
+    proceed: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: Any,
+    prefixes: dict[str, Adapter],
+    note: Note,
+) -> Any:
+    """A module that takes (query, key, value, mask): the prefix goes before its keys and values."""
+    bound = bound_arguments(context, args, kwargs)
+    for adapter in prefixes.values():
+        role = _role(adapter.site)
+        bound.arguments[role] = _noted(adapter, bound.arguments[role], context.module, note)
+    mask = bound.arguments.get("mask")
+    if mask is not None:
+        keys = bound.arguments["key"].shape[1]
+        bound.arguments["mask"] = _widened(mask, keys, _length(prefixes))
+    return proceed(*bound.args, **bound.kwargs)
+
+
+def _with_mask(
+    proceed: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: Any,
+    prefixes: dict[str, Adapter],
+) -> Any:
+    """Flax's attention: the mask is widened here; keys and values get the prefix where they are made."""
+    module = context.module
+    if module.decode:
+        raise ValueError(
+            f"prefix_tuning: {type(module).__name__} with decode=True keeps keys in a cache of a fixed length, in "
+            "which a prefix has no place"
+        )
+    bound = bound_arguments(context, args, kwargs)
+    mask = bound.arguments.get("mask")
+    if mask is not None:
+        inputs = next(bound.arguments[n] for n in ("inputs_k", "inputs_kv", "inputs_q") if _given(bound, n))
+        bound.arguments["mask"] = _widened(mask, inputs.shape[-2] + _length(prefixes), _length(prefixes))
+    return proceed(*bound.args, **bound.kwargs)
+
+
+def _given(bound: Any, name: str) -> bool:
+    return bound.arguments.get(name) is not None
+
+
+def _length(prefixes: dict[str, Adapter]) -> int:
+    return next(iter(prefixes.values())).site.rank or 0
+
+
+def _noted(adapter: Adapter, made: jax.Array, module: nn.Module, note: Note) -> jax.Array:
+    """Keys or values (batch..., tokens, heads, width) with the prefix before them."""
+    ndim = 1 + len(adapter.site.out_axes)
+    prefix = check_cut(adapter, "prefix", ndim).astype(made.dtype)
+    prefix = prefix.reshape(prefix.shape[0], *made.shape[-2:])  # (length, heads, width)
+    wide = jnp.broadcast_to(prefix, (*made.shape[:-3], *prefix.shape))
+    # Every query meets `length` more keys, or values.
+    flops = 2 * made.size * prefix.shape[0] * layers(adapter.site)
+    note(adapter.site, "prefix_tuning", flops, type(module).__name__)
+    return jnp.concatenate([wide, made], axis=-3)
+
+
+def _widened(mask: jax.Array, keys: int, length: int) -> jax.Array:
+    """A mask (..., queries, keys before the prefix) with the prefix's columns, all seen."""
+    if mask.shape[-1] != keys - length:  # broadcast over the keys, or widened already by a call around this one
+        return mask
+    seen = jnp.ones((*mask.shape[:-1], length), mask.dtype)
+    return jnp.concatenate([seen, mask], axis=-1)
