@@ -88,7 +88,9 @@ class Adapted:
         if activation is None:
             return {}
         found: dict[tuple[str, ...], Adapter] = {}
-        for site, (path, arrays) in zip(self.sites, activation.prepare(factors, self.sites).items(), strict=True):
+        prepared = activation.prepare(factors, self.sites)
+        for site in self.sites:
+            path, arrays = site.path, prepared[site.path]
             holder = holder_of(path, activation.holder)
             if holder in found:
                 raise ValueError(
@@ -337,11 +339,7 @@ def merge(adapted: Adapted) -> Any:
     """
     if not isinstance(adapted, Adapted):
         raise TypeError(f"merge takes an Adapted (from jlora.apply or jlora.load), got {type(adapted).__name__}")
-    if adapted.method.activation is not None:
-        raise ValueError(
-            f"merge: {adapted.method.name} acts on activations, and no weights of the model give the same function; "
-            "run it as it is, with jlora.lift"
-        )
+    _check_mergeable(adapted.method)
     _check_finite(adapted.factors)
     return jax.tree.map(
         lambda leaf: leaf.dense() if isinstance(leaf, Weight) else leaf,
@@ -362,6 +360,7 @@ def rounding(adapted: Adapted) -> dict[str, float]:
       >>> jlora.rounding(adapted)
       {'kernel': 0.0}
     """
+    _check_mergeable(adapted.method)
     weights, _ = tree.leaves(adapted.replace(key=None).as_weights(), lambda leaf: isinstance(leaf, Weight))
     named, _ = tree.leaves(adapted.base)
     lost = {}
@@ -516,6 +515,14 @@ def _with_extra(leaf: Any, extra: Extra, factors: Arrays) -> jax.Array:
 def _site_key(key: jax.Array, site: Site) -> jax.Array:
     shape = tuple(n if i in site.stack_axes else 1 for i, n in enumerate(site.shape))
     return jax.random.split(tree.fold_path(key, site.path), shape)
+
+
+def _check_mergeable(method: Method) -> None:
+    if method.activation is not None:
+        raise ValueError(
+            f"merge: {method.name} acts on activations, and no weights of the model give the same function; run it as "
+            "it is, with jlora.lift"
+        )
 
 
 def _check_finite(factors: Factors) -> None:

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
 from jlora.methods import from_json, to_json
 from jlora.methods.lora import low_rank_init
+from jlora.models.attention import DotProductAttention
 from tests.conformance import close, normal, randomised
 
 LINEAR, WINDOWED, EVERY = ("linear",), ("linear", "conv"), ("linear", "conv", "embedding")
@@ -29,14 +31,21 @@ class Row(NamedTuple):
     Attributes:
       make: the method, made anew.
       kinds: of the weights that it adapts here; () for one that trains leaves as they are.
-      exact: whether the start is the base bit for bit, not up to a rounding.
+      exact: whether the start is the base bit for bit, not up to a rounding; None where it is another function.
       is_lora: whether `to_lora` gives the same function.
+      linen: whether it acts on activations: of the linen model below, not of the function.
     """
 
     make: Callable[[], jlora.Method]
     kinds: tuple[str, ...] = EVERY
-    exact: bool = True
+    exact: bool | None = True
     is_lora: bool = True
+    linen: bool = False
+
+
+def on_linen(make: Callable[[], jlora.Method], exact: bool | None = None) -> Row:
+    """A method on activations, on the weights that it chooses itself."""
+    return Row(make, (), exact, is_lora=False, linen=True)
 
 
 METHODS = {
@@ -66,6 +75,13 @@ METHODS = {
     "norms": Row(lambda: jlora.norms("scale"), ()),
     "top_layers": Row(lambda: jlora.top_layers(1), ()),
     "full": Row(jlora.full, ()),
+    "houlsby": on_linen(lambda: jlora.houlsby(3)),
+    "pfeiffer, with a norm": on_linen(lambda: jlora.pfeiffer(3, layer_norm=True)),
+    "parallel_adapter": on_linen(lambda: jlora.parallel_adapter(3, scale=2.0), exact=True),
+    "prefix_tuning": on_linen(lambda: jlora.prefix_tuning(3)),
+    "prefix_tuning, hidden": on_linen(lambda: jlora.prefix_tuning(3, hidden=5)),
+    "prompt_tuning": on_linen(lambda: jlora.prompt_tuning(3)),
+    "p_tuning, lstm": on_linen(lambda: jlora.p_tuning(3, hidden=5, encoder="lstm")),
 }
 L, D, F, H, K, V = 3, 16, 24, 4, 4, 10
 
@@ -93,22 +109,63 @@ def predict(params, ids):
     return jax.lax.conv_general_dilated(h, params["conv"], (1,), "SAME", dimension_numbers=("NTC", "TIO", "NTC"))
 
 
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (nn.Dense(D, dtype=x.dtype, name=n)(x).reshape(*x.shape[:2], H, K) for n in ("query", "key", "value"))
+        return nn.Dense(D, dtype=x.dtype, name="out")(DotProductAttention(causal=True)(q, k, v).reshape(x.shape))
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(D, dtype=x.dtype, name="proj")(jnp.tanh(nn.Dense(F, dtype=x.dtype, name="fc")(x)))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, h, _):
+        h = h + Attention(name="attn")(h)
+        return h + MLP(name="mlp")(h), None
+
+
+class Transformer(nn.Module):
+    """Scanned layers: what a scan does not cut into layers fails here."""
+
+    @nn.compact
+    def __call__(self, ids):
+        h = nn.Embed(V, D, name="wte")(ids)  # in the parameters' dtype, which the layers keep
+        h, _ = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=L)(name="h")(h, None)
+        return nn.Dense(D, dtype=h.dtype, name="head")(h)
+
+
 IDS = jnp.asarray([[1, 9, 0, 4], [2, 2, 3, 7]])
-SITES = jlora.sites(predict, params(), IDS)
+LINEN = jax.jit(Transformer().init)(jax.random.key(0), IDS)["params"]
 
 
-def loss_fn(params, ids):
-    return jnp.mean(predict(params, ids) ** 2)
+def predict_linen(params, ids):
+    return Transformer().apply({"params": params}, ids)
+
+
+def model(name: str) -> tuple[Callable, dict]:
+    """The function and the parameters that a row of the table is tested on."""
+    return (predict_linen, LINEN) if METHODS[name].linen else (predict, params())
+
+
+def loss_of(name: str) -> Callable:
+    fn, _ = model(name)
+    return lambda params, ids: jnp.mean(fn(params, ids) ** 2)
 
 
 @functools.cache
 def adapted(name: str, dtype=jnp.float32) -> jlora.Adapted:
-    base = jax.tree.map(lambda x: x.astype(dtype), params())
-    row, sites = METHODS[name], jlora.sites(predict, base, IDS)
-    options = {"fn": loss_fn, "batches": [IDS, IDS[::-1]]} if row.make().data else {}
+    row, (fn, base) = METHODS[name], model(name)
+    base = jax.tree.map(lambda x: x.astype(dtype), base)
+    options = {"fn": loss_of(name), "batches": [IDS, IDS[::-1]]} if row.make().data else {}
     if row.kinds:
         options["targets"] = lambda site: site.kind in row.kinds
-    return jlora.apply(base, method=row.make(), sites=sites, extras="scale", key=3, **options)
+    extras = "head/bias" if row.linen else "scale"
+    return jlora.apply(base, method=row.make(), sites=jlora.sites(fn, base, IDS), extras=extras, key=3, **options)
 
 
 @pytest.fixture(params=METHODS)
@@ -120,53 +177,67 @@ def name(request):
 
 
 def test_the_start_is_the_base_bit_for_bit(name):
-    start, row = adapted(name), METHODS[name]
+    start, row, (fn, base) = adapted(name), METHODS[name], model(name)
     if row.kinds and name != "eva":  # which gives all ranks of a weight away if others explain more
         sites = jlora.sites(predict, params(), IDS)
         assert set(start.factors) == {site.path for site in sites if site.kind in row.kinds} | {"scale"}
-    lifted = jax.jit(jlora.lift(predict))(start, IDS)
+    lifted, plain = jax.jit(jlora.lift(fn))(start, IDS), jax.jit(fn)(base, IDS)
     if row.exact:
-        chex.assert_trees_all_equal(lifted, jax.jit(predict)(params(), IDS))
-    else:  # |W| / |W| is 1, and A B - A0 B0 is 0, up to a rounding
-        close(lifted, jax.jit(predict)(params(), IDS), 2e-6)
+        chex.assert_trees_all_equal(lifted, plain)
+    elif row.exact is not None:  # |W| / |W| is 1, and A B - A0 B0 is 0, up to a rounding
+        close(lifted, plain, 2e-6)
+    else:
+        assert lifted.shape == plain.shape and not (lifted == plain).all()
 
 
 def test_merged_equals_lifted(name):
-    trained = randomised(adapted(name), 0.2)
-    close(jlora.lift(predict)(trained, IDS), predict(jlora.merge(trained), IDS))
-    assert jlora.explain(predict, trained, IDS).materialised == ()
+    trained, (fn, _) = randomised(adapted(name), 0.2), model(name)
+    assert jlora.explain(fn, trained, IDS).materialised == ()
+    if METHODS[name].linen:
+        for refused in (jlora.merge, jlora.rounding, lambda a: jlora.unmerge(a.base, a)):
+            with pytest.raises(
+                ValueError, match=f"^merge: {trained.method.name} acts on activations, and no weights of"
+            ):
+                refused(trained)
+        return
+    close(jlora.lift(fn)(trained, IDS), fn(jlora.merge(trained), IDS))
 
 
 def test_unmerge_restores_the_base(name):
+    if METHODS[name].linen:
+        return  # refused, as the law above says
     trained = randomised(adapted(name), 0.2)
     chex.assert_trees_all_equal(jlora.unmerge(jlora.merge(trained), trained), trained)
 
 
 def test_gradients_are_those_of_the_merged_weights_and_of_the_factors_alone(name):
-    trained = randomised(adapted(name), 0.2)
+    trained, loss_fn = randomised(adapted(name), 0.2), loss_of(name)
     factors, frozen = jlora.partition(trained)
 
     def lifted(factors):
-        return jnp.mean(jlora.lift(predict)(jlora.combine(factors, frozen), IDS) ** 2)
+        return jlora.lift(loss_fn)(jlora.combine(factors, frozen), IDS)
 
     def merged(factors):
-        return jnp.mean(predict(jlora.merge(jlora.combine(factors, frozen)), IDS) ** 2)
+        return loss_fn(jlora.merge(jlora.combine(factors, frozen)), IDS)
 
     gradients = jax.jit(jax.grad(lifted))(factors)
     chex.assert_trees_all_equal_shapes_and_dtypes(gradients, factors)
-    close(gradients, jax.jit(jax.grad(merged))(factors), 2e-5)
-    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradients))
+    if not METHODS[name].linen:  # tests/test_activations.py has those of functions written out by hand
+        close(gradients, jax.jit(jax.grad(merged))(factors), 2e-5)
+    for path, arrays in gradients.items():
+        for part, gradient in arrays.items():
+            assert float(jnp.abs(gradient).max()) > 0, (path, part)
 
 
 def test_a_method_made_anew_is_the_same_and_compiles_nothing_again(name):
-    make = METHODS[name].make
+    make, (fn, _) = METHODS[name].make, model(name)
     assert make() == make() and hash(make()) == hash(make())
     traced = []
 
     @jax.jit
     def forward(adapted, ids):
         traced.append(1)
-        return jlora.lift(predict)(adapted, ids)
+        return jlora.lift(fn)(adapted, ids)
 
     forward(adapted(name), IDS)
     forward(randomised(adapted(name)).replace(method=make()), IDS)
@@ -186,12 +257,12 @@ def test_the_methods_differ():
 
 
 def test_the_same_numbers_under_remat_vmap_and_jit(name):
-    trained = randomised(adapted(name), 0.2)
-    lifted = jlora.lift(predict)
+    trained, (fn, _) = randomised(adapted(name), 0.2), model(name)
+    lifted = jlora.lift(fn)
     expected = lifted(trained, IDS)
     close(jax.jit(lifted)(trained, IDS), expected)
     close(jax.checkpoint(lifted)(trained, IDS), expected)
-    close(jlora.lift(jax.checkpoint(predict))(trained, IDS), expected)
+    close(jlora.lift(jax.checkpoint(fn))(trained, IDS), expected)
     close(jax.vmap(lambda ids: lifted(trained, ids[None])[0])(IDS), expected)
 
 
@@ -206,7 +277,7 @@ def test_saved_and_loaded(name, tmp_path):
 def test_trains_what_is_trained_and_compiles_once(name, caplog):
     """Optimizer state and updates for the factors alone; the base and what is frozen are the same objects after."""
     start = adapted(name)
-    step = jlora.train_step(loss_fn, optax.sgd(0.003, momentum=0.9))
+    step = jlora.train_step(loss_of(name), optax.sgd(0.003, momentum=0.9))
     state = jlora.TrainState.create(start, step.tx)
     moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.float32]
     extra = 2 * sum(jnp.size(start.factors[s.path][n]) for s in start.sites for n in "ABE") if name == "adalora" else 0
@@ -226,11 +297,27 @@ def test_trains_what_is_trained_and_compiles_once(name, caplog):
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize("name", ["lora", "dora", "adalora", "pissa", "vera", "lokr", "ia3", "oft", "full"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora",
+        "dora",
+        "adalora",
+        "pissa",
+        "vera",
+        "lokr",
+        "ia3",
+        "oft",
+        "full",
+        "houlsby",
+        "prefix_tuning, hidden",
+        "p_tuning",
+    ],
+)
 def test_the_same_numbers_on_several_devices(name, devices):
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     ids = jnp.tile(IDS, (4, 1))
-    step = jlora.train_step(loss_fn, optax.sgd(0.02))
+    step = jlora.train_step(loss_of(name), optax.sgd(0.02))
     state, metrics = step(jlora.TrainState.create(adapted(name), step.tx), ids)
     sharded = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data")))
     theirs, their_metrics = step(jlora.TrainState.create(adapted(name), step.tx), sharded)
@@ -241,7 +328,8 @@ def test_the_same_numbers_on_several_devices(name, devices):
 def test_as_plain_lora(name):
     trained = randomised(adapted(name), 0.2)
     if not METHODS[name].is_lora:
-        with pytest.raises(ValueError, match=f"^to_lora: {trained.method.name} is not W plus a low-rank product at '"):
+        why = "acts on activations and is no" if METHODS[name].linen else "is not W plus a low-rank product at '"
+        with pytest.raises(ValueError, match=f"^to_lora: {trained.method.name} {why}"):
             jlora.to_lora(trained)
         return
     plain = jlora.to_lora(trained)
@@ -252,8 +340,10 @@ def test_as_plain_lora(name):
 def test_abstract_parameters(name):
     if METHODS[name].make().data:
         pytest.skip("starts from data")
-    made = jax.eval_shape(lambda: jlora.apply(params(), method=METHODS[name].make(), sites=SITES, targets=_kinds(name)))
-    abstract = jlora.apply(jax.eval_shape(params), method=METHODS[name].make(), sites=SITES, targets=_kinds(name))
+    fn, base = model(name)
+    options = {"method": METHODS[name].make(), "sites": jlora.sites(fn, base, IDS), "targets": _kinds(name)}
+    made = jax.eval_shape(lambda base: jlora.apply(base, **options), base)
+    abstract = jlora.apply(jax.eval_shape(lambda: base), **options)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, made)
 
 
@@ -265,6 +355,10 @@ def test_a_bf16_base_keeps_float32_factors(name):
     trained = randomised(adapted(name, jnp.bfloat16), 0.2)
     assert {x.dtype for x in jax.tree.leaves(trained.factors)} == {jnp.dtype("float32")}
     # Each side rounds activations to 8 bits at every layer: a few units of 2**-8 after five of them.
+    if METHODS[name].linen:
+        wide = jlora.lift(predict_linen)(randomised(adapted(name), 0.2), IDS)
+        close(jlora.lift(predict_linen)(trained, IDS).astype(jnp.float32), wide, 2**-4)
+        return
     close(jlora.lift(predict)(trained, IDS), predict(jlora.merge(trained), IDS), 2**-4)
     assert {x.dtype for x in jax.tree.leaves(jlora.merge(trained))} == {jnp.dtype("bfloat16")}
 

@@ -93,12 +93,13 @@ def in_series(name: str, rank: int, nonlinearity: str, layer_norm: bool, std: fl
 
 def bottleneck(adapter: Adapter, x: jax.Array, nonlinearity: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """`f(x D + d) U + u`: (..., width) -> (..., width), in x's dtype."""
-    part = lambda name, ndim: check_cut(adapter, name, ndim).astype(x.dtype)
+    matrix = lambda name: check_cut(adapter, name, 2).astype(x.dtype)
+    row = lambda name: check_cut(adapter, name, 1).astype(x.dtype).reshape(*[1] * (x.ndim - 1), -1)
     z = x
     if "scale" in adapter.arrays:
-        z = normalised(x) * part("scale", 1) + part("offset", 1)
-    z = nonlinearity(z @ part("down", 2) + part("down_bias", 1))  # (..., rank)
-    return z @ part("up", 2) + part("up_bias", 1)  # (..., width)
+        z = normalised(x) * row("scale") + row("offset")
+    z = nonlinearity(z @ matrix("down") + row("down_bias"))  # (..., rank)
+    return z @ matrix("up") + row("up_bias")  # (..., width)
 
 
 def normalised(x: jax.Array) -> jax.Array:

@@ -98,7 +98,7 @@ def prefix_tuning(length: int, *, hidden: int | None = None, std: float = 0.02) 
         if hidden is None:
             return {site.path: factors[site.path] for site in sites}
         network = factors[SHARED]
-        h = jnp.tanh(network["embedding"] @ network["weight"] + network["bias"])  # (length, hidden)
+        h = jnp.tanh(network["embedding"] @ network["weight"] + network["bias"][None])  # (length, hidden)
         return {site.path: {"prefix": _prefix(h, factors[site.path], site)} for site in sites}
 
     plain = None if hidden is None else prefix_tuning(length, std=std)
