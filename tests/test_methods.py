@@ -311,7 +311,6 @@ def test_trains_what_is_trained_and_compiles_once(name, caplog):
         "full",
         "houlsby",
         "prefix_tuning, hidden",
-        "p_tuning",
     ],
 )
 def test_the_same_numbers_on_several_devices(name, devices):
