@@ -61,21 +61,20 @@ def check_linen(params: Any, method: str) -> None:
     Raises:
       TypeError: if these are another library's.
     """
-    odd = next((x for x in _inner_nodes(params) if not isinstance(x, Mapping)), None)
-    if odd is not None or not isinstance(params, Mapping):
-        kind = type(params if odd is None else odd).__name__
+    odd = [type(x).__name__ for x in _inner_nodes(params) if not isinstance(x, dict | FrozenDict)]
+    if odd:
         raise TypeError(
             f"{method} acts on the activations of Flax linen modules, whose parameters are dicts of dicts; these hold "
-            f"a {kind}. For other libraries there are the methods on weights, such as jlora.lora"
+            f"a {odd[0]}. For other libraries there are the methods on weights, such as jlora.lora"
         )
 
 
 def _inner_nodes(params: Any) -> Sequence[Any]:
-    """The nodes between the root and the leaves' own containers (a box such as `nn.Partitioned` is a leaf's)."""
-    if not isinstance(params, Mapping):
+    """The root and the nodes below it, without the leaves and their boxes (`nn.Partitioned`)."""
+    if not isinstance(params, dict | FrozenDict):
         return [params]
     below = [x for x in params.values() if not hasattr(x, "dtype") and not isinstance(x, AxisMetadata)]
-    return [node for x in below for node in _inner_nodes(x)]
+    return [params, *(node for x in below for node in _inner_nodes(x))]
 
 
 def adapter_of(module: nn.Module, owner: Any) -> Adapter | None:

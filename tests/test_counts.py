@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jlora
-from jlora.models.gpt2 import GPT2, PRESETS
+from jlora.models.gpt2 import GPT2, PRESETS, GPT2Config
 
 GPT2_SIZES = {"gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
 
@@ -104,3 +104,55 @@ def test_gpt2_has_its_parameters_and_its_two_last_layers(name):
     assert jlora.count(jlora.apply(params, method=jlora.full())) == (GPT2_SIZES[name], GPT2_SIZES[name])
     if name == "gpt2-medium":
         assert jlora.count(jlora.apply(params, method=jlora.top_layers(2))).trainable == 25_192_448
+
+
+# -- methods on activations: 2 d r + r + d an adapter, and 2 d for its LayerNorm (arXiv 2106.09685, section 5.1) --------
+
+
+def encoder(depth: int, d: int, ff: int) -> dict[str, Any]:
+    """`depth` layers of an attention's and an MLP's last kernel."""
+    attention, mlp = {"out": {"kernel": shape(d, d)}}, {"proj": {"kernel": shape(ff, d)}}
+    return {f"layer_{i}": {"attention": attention, "mlp": mlp} for i in range(depth)}
+
+
+GPT3 = GPT2Config(context=2048, width=12288, layers=96, heads=96, scan=True)
+ENCODERS = {
+    "GPT-2 M": encoder(24, 1024, 4096),
+    "GPT-2 L": encoder(36, 1280, 5120),
+    "RoBERTa-large": encoder(24, 1024, 4096),
+    "DeBERTaV3-base": encoder(12, 768, 3072),
+    "Llama-3.2-3B": llama(28, 3072, 8192, 1024) | {"embed_tokens": {"embedding": shape(128256, 3072)}},
+}
+ADAPTERS = [
+    ("GPT-2 M", jlora.pfeiffer(6, layer_norm=True), 368_784),  # "Adapter_L" of table 3
+    ("GPT-2 M", jlora.pfeiffer(224, layer_norm=True), 11_089_152),
+    ("GPT-2 L", jlora.pfeiffer(8, layer_norm=True), 875_808),
+    ("GPT-2 L", jlora.pfeiffer(248, layer_norm=True), 23_002_848),
+    ("RoBERTa-large", jlora.houlsby(8), 835_968),  # 0.8M in table 2
+    ("RoBERTa-large", jlora.pfeiffer(16), 811_392),  # 0.8M
+    ("DeBERTaV3-base", jlora.houlsby(8), 313_536),  # .31M in AdaLoRA's table 1
+    ("DeBERTaV3-base", jlora.houlsby(16), 608_640),  # .61M
+    ("DeBERTaV3-base", jlora.pfeiffer(16), 304_320),  # .30M
+    ("DeBERTaV3-base", jlora.pfeiffer(32), 599_424),  # .60M
+    ("Llama-3.2-3B", jlora.prefix_tuning(50), 2_867_200),  # PEFT's comparison of methods
+    ("Llama-3.2-3B", jlora.prompt_tuning(200), 614_400),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "count"), ADAPTERS, ids=lambda x: x if isinstance(x, str) else None)
+def test_adapters_prefixes_and_prompts_have_the_published_parameters(model, method, count):
+    assert jlora.count(jlora.apply(ENCODERS[model], method=method)).trainable == count
+
+
+def test_gpt3_with_every_kind_of_method():
+    """Table 4 of the LoRA paper, on the shapes of the model with scanned layers."""
+    model, tokens = GPT2(GPT3), jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    sites = jlora.sites(lambda params, tokens: model.apply({"params": params}, tokens), params, tokens)
+    count = lambda method, **options: jlora.count(jlora.apply(params, method=method, sites=sites, **options))
+    assert count(jlora.full()).total == 174_604_259_328
+    assert count(jlora.lora(4), targets="attn/(query|value)").trainable == 18_874_368
+    adapters = {1: 7_078_080, 4: 21_234_432, 8: 40_109_568, 16: 77_859_840, 64: 304_361_472}
+    assert {rank: count(jlora.houlsby(rank)).trainable for rank in adapters} == adapters
+    assert count(jlora.prompt_tuning(264)).trainable == 3_244_032  # PreEmbed
+    assert count(jlora.prefix_tuning(8)).trainable == 2 * 8 * 96 * 12288  # keys and values of every layer
