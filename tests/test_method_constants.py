@@ -12,7 +12,7 @@ import pytest
 import jlora
 from jlora.methods.adalora import Schedule, budget, lowest
 from jlora.methods.lokr import small_side
-from jlora.methods.oft import cayley
+from jlora.methods.oft import cayley, rotation
 from jlora.methods.selective import BIAS, LAYER, NORM
 from tests.conformance import close, normal, randomised
 
@@ -222,6 +222,40 @@ def test_cayley_gives_rotations():
     np.testing.assert_allclose(np.linalg.det(r), 1.0, atol=1e-5)
 
 
+def test_cayley_is_the_papers_formula_and_so_is_its_derivative():
+    """`(I - Q) (I + Q)^-1`, also where Q is large: no pivot of the elimination is below 1."""
+    one = np.eye(6)
+    for size in (0.1, 1.0, 100.0):
+        triangle = size * normal(3, 15)
+        q = np.zeros((3, 6, 6))
+        q[:, *np.triu_indices(6, 1)] = triangle
+        q -= q.swapaxes(1, 2)
+        np.testing.assert_allclose(cayley(triangle, 6), (one - q) @ np.linalg.inv(one + q), atol=2e-5)
+    solved = lambda q: jnp.linalg.solve(jnp.eye(6)[None] + q, jnp.eye(6)[None] - q)
+    q, moved = (x - jnp.swapaxes(x, 1, 2) for x in (normal(3, 6, 6), normal(3, 6, 6, seed=1)))
+    close(jax.jvp(rotation, (q,), (moved,)), jax.jvp(solved, (q,), (moved,)), 1e-5)
+    close(jax.vjp(rotation, q)[1](moved), jax.vjp(solved, q)[1](moved), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [jlora.oft(8), jlora.pissa(2), jlora.pissa(2, iterations=1), jlora.olora(2)],
+    ids=repr,
+)
+def test_no_batched_call_of_lapack_is_compiled(method):
+    """On the CPU, jaxlib 0.10's batched calls wait for parts of theirs on the pool that they block: `one_by_one`."""
+    base = {f"h_{i}": {"kernel": normal(4, 64, 64, seed=i)} for i in range(2)}
+    sites = [jlora.Site(f"h_{i}/kernel", (4, 64, 64), "float32", (1,), (2,), (0,), "linear") for i in range(2)]
+
+    def start_and_merge(base):
+        return jlora.merge(jlora.apply(base, method=method, sites=sites, targets="kernel"))
+
+    text = jax.jit(start_and_merge).lower(base).as_text()
+    calls = [line for line in text.splitlines() if "lapack_" in line]
+    assert not any("tensor<4x64" in line for line in calls), calls
+    assert bool(calls) == (method.name != "oft")
+
+
 def test_oft_keeps_the_angles_between_outputs():
     adapted = randomised(one(jlora.oft(8)))
     w, turned = (np.asarray(x, np.float64) for x in (adapted.base["w"], jlora.merge(adapted)["w"]))
@@ -276,6 +310,10 @@ def test_the_top_layers_of_numbered_and_of_stacked_ones():
 PARAMS = {"kernel": normal(D, F)}
 
 
+def on_x(params, x):
+    return x @ params["kernel"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -288,6 +326,40 @@ PARAMS = {"kernel": normal(D, F)}
         (lambda: jlora.apply(PARAMS, method=jlora.pissa(17)), "pissa: rank 17 exceeds 16, the rank of 'kernel' (16 inputs, 24 outputs); lower it with ranks={'kernel': r}"),
         (lambda: jlora.apply({"kernel": PARAMS["kernel"] * jnp.nan}, method=jlora.pissa(2)), "pissa: 'kernel' has values that are not finite, so that its SVD does not exist"),
         (lambda: jlora.apply({"kernel": PARAMS["kernel"] * jnp.inf}, method=jlora.olora(2)), "olora: 'kernel' has values that are not finite"),
+        (lambda: jlora.adalora(4, 2, total_steps=1.5), "total_steps must be an integer of at least 1, not 1.5"),
+        (lambda: jlora.adalora(4, 0, total_steps=9), "target_rank must be at least 1, not 0"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, warmup=math.nan), "warmup must be an integer of at least 0, not nan"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, warmup=-1), "warmup must be an integer of at least 0, not -1"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, final=2.5), "final must be an integer of at least 0, not 2.5"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, interval=0), "interval must be at least 1, not 0"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, warmup=3, final=2, interval=5), "adalora: interval=5 is longer than the 4 steps of pruning between warmup=3 and final=2 of total_steps=9"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, betas=0.5), "betas must be two numbers, of the sensitivity and of its deviation, not 0.5"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, betas=(0.5,)), "betas must be two numbers, of the sensitivity and of its deviation, not (0.5,)"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, betas=(0.5, "x")), "betas[1] must be a finite number, not 'x'"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, orthogonality=math.inf), "orthogonality must be a finite number, not inf"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, orthogonality=-0.1), "orthogonality must be at least 0, not -0.1"),
+        (lambda: jlora.adalora(4, 2, total_steps=9, alpha=0), "alpha must not be 0: the factors would have no effect and no gradient"),
+        (lambda: jlora.pissa(2, alpha=-1.0), "alpha must be positive, not -1.0"),
+        (lambda: jlora.pissa(2, alpha="2"), "alpha must be a finite number, not '2'"),
+        (lambda: jlora.apply(PARAMS, method=jlora.pissa(2), alphas={"kernel": -1.0}), "pissa: alpha of 'kernel' must be positive, not -1.0"),
+        (lambda: jlora.apply({"kernel": PARAMS["kernel"] * 0}, method=jlora.pissa(2)), "pissa: 'kernel', or one of its stacked weights, is zero: A and B would both start at zero, where neither has a gradient; leave it out with targets="),
+        (lambda: jlora.apply({"kernel": PARAMS["kernel"].at[0, 0].set(jnp.nan)}, method=jlora.corda(2), fn=on_x, batches=[X], sites=jlora.sites(on_x, PARAMS, X)), "corda: 'kernel' has values that are not finite"),
+        (lambda: jlora.apply({"kernel": PARAMS["kernel"] * 0}, method=jlora.corda(2), fn=on_x, batches=[X], sites=jlora.sites(on_x, PARAMS, X)), "corda: 'kernel', or one of its stacked weights, is zero"),
+        (lambda: jlora.apply(PARAMS, method=jlora.eva(2), fn=on_x, batches=[X, X[:, :3]], sites=jlora.sites(on_x, PARAMS, X)), "eva: fn(params, batch) fails on batch 1: dot_general requires"),
+        (lambda: jlora.apply(PARAMS, method=jlora.eva(2), fn=lambda p, x: x, batches=[X], sites=jlora.sites(on_x, PARAMS, X)), "eva: fn(params, batch) fails on batch 0: 1 of 1 adapted weights are never read by '<lambda>': 'kernel'"),
+        (lambda: jlora.apply(PARAMS, method=jlora.lora_ga(2), fn=lambda p, x: jnp.sum(x), batches=[X], sites=jlora.sites(on_x, PARAMS, X)), "lora_ga: no gradient reaches 'kernel': fn's result does not depend on it"),
+        (lambda: jlora.apply(PARAMS, method=jlora.lora_ga(2), fn=lambda p, x: jnp.sum(on_x(p, x)), batches=[X * jnp.nan], sites=jlora.sites(on_x, PARAMS, X)), "lora_ga: the gradient of 'kernel' is not finite"),
+        (lambda: jlora.olora(2, alpha=math.nan), "alpha must be a finite number, not nan"),
+        (lambda: jlora.corda(2, alpha=-1), "alpha must be positive, not -1"),
+        (lambda: jlora.loha(2, alpha=0), "alpha must not be 0: the factors would have no effect and no gradient"),
+        (lambda: jlora.lokr(2, alpha=True), "alpha must be a finite number, not True"),
+        (lambda: jlora.lokr(2, factor=1.5), "factor must be -1 or an integer of at least 1, not 1.5"),
+        (lambda: jlora.oft(2.0), "block_size must be an integer of at least 1, not 2.0"),
+        (lambda: jlora.eva(2, rho="2"), "rho must be a finite number, not '2'"),
+        (lambda: jlora.lora_ga(2, gamma=None), "gamma must be a finite number, not None"),
+        (lambda: jlora.vera(4, start=0), "start must not be 0: b starts there, too, and neither d nor b would have a gradient"),
+        (lambda: jlora.vera(4, start=math.nan), "start must be a finite number, not nan"),
+        (lambda: jlora.vera(4, seed=2**63), "seed must be below 2**63, not 9223372036854775808"),
         (lambda: jlora.eva(2, rho=0.5), "rho must be finite and at least 1, not 0.5"),
         (lambda: jlora.corda(2, mode="both"), "mode must be one of 'instruction', 'knowledge', not 'both'"),
         (lambda: jlora.lora_ga(2, gamma=0), "gamma must be positive and finite, not 0"),

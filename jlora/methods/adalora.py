@@ -10,7 +10,7 @@ import optax
 
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_matrix, b_matrix, sizes
-from jlora.methods.method import Arrays, Config, Factors, Method, Transformation, check_rank
+from jlora.methods.method import Arrays, Config, Factors, Method, Transformation, check_alpha, check_number, check_rank
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -86,27 +86,41 @@ def adalora(
       orthogonality: gamma, dimensionless: 0.1 to 0.5 in the paper.
 
     Raises:
-      ValueError: for ranks below 1, `target_rank` above `rank`, or a schedule longer than the run.
+      ValueError: for ranks below 1, `target_rank` above `rank`, a schedule longer than the run, or a number that is
+        none or out of its range.
 
     Source: Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512,
     eq. 3, 4, 8 to 12; QingruZhang/AdaLoRA for the budget of step t (eq. 12 is not continuous at t_i).
     """
-    check_rank(rank)
-    if check_rank(target_rank, "target_rank") > rank:
+    rank, target_rank, alpha = check_rank(rank), check_rank(target_rank, "target_rank"), check_alpha(alpha)
+    total_steps, interval = check_rank(total_steps, "total_steps"), check_rank(interval, "interval")
+    if target_rank > rank:
         raise ValueError(f"target_rank must be at most the initial rank, {rank}, not {target_rank}")
-    check_rank(total_steps, "total_steps")
-    check_rank(interval, "interval")
-    if min(warmup, final) < 0 or warmup + final >= total_steps:
+    for where, steps in (("warmup", warmup), ("final", final)):
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"{where} must be an integer of at least 0, not {steps!r}")
+    if warmup + final >= total_steps:
         raise ValueError(
             f"adalora: a schedule longer than the run: warmup={warmup} and final={final} leave none of "
             f"total_steps={total_steps} for pruning"
         )
+    if interval > total_steps - warmup - final:
+        raise ValueError(
+            f"adalora: interval={interval} is longer than the {total_steps - warmup - final} steps of pruning between "
+            f"warmup={warmup} and final={final} of total_steps={total_steps}"
+        )
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, of the sensitivity and of its deviation, not {betas!r}")
+    betas = (check_number(betas[0], "betas[0]"), check_number(betas[1], "betas[1]"))
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be at least 0 and below 1, not {betas!r}")
+    orthogonality = check_number(orthogonality, "orthogonality")
+    if orthogonality < 0:
+        raise ValueError(f"orthogonality must be at least 0, not {orthogonality!r}")
     config: Config = (
         ("name", "adalora"), ("rank", rank), ("target_rank", target_rank), ("alpha", alpha),
         ("total_steps", total_steps), ("warmup", warmup), ("final", final), ("interval", interval),
-        ("betas", tuple(betas)), ("orthogonality", orthogonality),
+        ("betas", betas), ("orthogonality", orthogonality),
     )  # fmt: skip
     schedule = Schedule(total_steps, warmup, final, interval)
 

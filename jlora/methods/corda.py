@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from jlora.methods.matrix import check_fits, matrices
+from jlora.methods.matrix import check_finite, check_fits, check_not_zero, matrices, one_by_one, thin_svd
 from jlora.methods.method import Config, Data, Factors, Method
 from jlora.methods.pissa import pissa
-from jlora.methods.residual import started
+from jlora.methods.residual import check_positive, started
 from jlora.sites import Site
 
 MODES = ("instruction", "knowledge")
@@ -23,7 +23,7 @@ def corda(rank: int, alpha: float | None = None, *, mode: str = "instruction") -
 
     Args:
       rank: r, at most the smaller side of the weight.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless, positive. The site's rank when None.
       mode: "instruction" trains the r largest components, on inputs of the task to learn ("instruction-previewed");
         "knowledge" the r smallest, on inputs of what is to be kept ("knowledge-preserved").
 
@@ -36,7 +36,7 @@ def corda(rank: int, alpha: float | None = None, *, mode: str = "instruction") -
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
     plain = pissa(rank, alpha)
-    config: Config = (("name", "corda"), ("rank", rank), ("alpha", alpha), ("mode", mode))
+    config: Config = (("name", "corda"), ("rank", plain.rank), ("alpha", plain.alpha), ("mode", mode))
 
     def fit(
         key: jax.Array,
@@ -48,15 +48,18 @@ def corda(rank: int, alpha: float | None = None, *, mode: str = "instruction") -
         for site in sites:
             assert site.rank is not None and site.alpha is not None
             check_fits(site.rank, site, "corda")
+            check_finite(named[site.path], site, "corda")
+            check_positive(site.alpha, f"corda: alpha of {site.path!r}")
+            w = matrices(named[site.path].astype(jnp.float32), site)
+            check_not_zero(w, site, "corda")
             c = covariances[site.path]
             one = jnp.eye(c.shape[-1])
             c = c / jnp.trace(c, axis1=1, axis2=2)[:, None, None] * c.shape[-1] + _DAMPING * one[None]
-            u, s, vt = jnp.linalg.svd(c @ matrices(named[site.path].astype(jnp.float32), site), full_matrices=False)
+            u, s, vt = one_by_one(thin_svd, c @ w)
             part = slice(0, site.rank) if mode == "instruction" else slice(s.shape[1] - site.rank, s.shape[1])
             root = jnp.sqrt(s[:, part] * (site.rank / site.alpha))
-            arrays[site.path] = started(
-                jnp.linalg.solve(c, u[:, :, part]) * root[:, None, :], root[:, :, None] * vt[:, part], site
-            )
+            a = one_by_one(jnp.linalg.solve, c, u[:, :, part])
+            arrays[site.path] = started(a * root[:, None, :], root[:, :, None] * vt[:, part], site)
         return tuple(sites), arrays
 
     return plain._replace(config=config, data=Data("covariance", fit))

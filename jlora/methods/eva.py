@@ -1,7 +1,6 @@
 """EVA: A starts from what the weight's inputs look like, and ranks go where they explain most."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.methods.lora import lora
-from jlora.methods.matrix import a_form, b_form, check_fits, sizes
-from jlora.methods.method import Config, Data, Factors, Method
+from jlora.methods.matrix import a_form, b_form, check_fits, one_by_one, sizes
+from jlora.methods.method import Config, Data, Factors, Method, check_number
 from jlora.sites import Site
 
 
@@ -35,10 +34,13 @@ def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: flo
     Source: Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv
     2410.07170, section 3.
     """
-    if not (math.isfinite(rho) and rho >= 1):
+    rho, dropout = check_number(rho, "rho"), check_number(dropout, "dropout")
+    if rho < 1:
         raise ValueError(f"rho must be finite and at least 1, not {rho!r}")
     plain = lora(rank, alpha, dropout=dropout)
-    config: Config = (("name", "eva"), ("rank", rank), ("alpha", alpha), ("rho", rho), ("dropout", dropout))
+    config: Config = (
+        ("name", "eva"), ("rank", plain.rank), ("alpha", plain.alpha), ("rho", rho), ("dropout", dropout),
+    )  # fmt: skip
 
     def fit(
         key: jax.Array,
@@ -50,7 +52,8 @@ def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: flo
         for site in sites:
             assert site.rank is not None
             check_fits(site.rank, site, "eva")
-            values, vectors = jnp.linalg.eigh(covariances[site.path])  # ascending; (stack, n), (stack, n, n)
+            # Ascending: (stack, n), (stack, n, n).
+            values, vectors = one_by_one(jnp.linalg.eigh, covariances[site.path])
             most = min(round(site.rank * rho), sizes(site)[1])
             components[site.path] = vectors[:, :, ::-1][:, :, :most]
             ratio = values[:, ::-1] / jnp.sum(values, axis=1, keepdims=True)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
-from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -21,11 +21,11 @@ def loha(rank: int, alpha: float | None = None) -> Method:
       alpha: numerator of the scale, dimensionless. The site's rank when None.
 
     Raises:
-      ValueError: if `rank` < 1 or is no integer.
+      ValueError: if `rank` < 1 or is no integer, `alpha` is no finite number other than 0.
 
     Source: Hyeon-Woo et al., "FedPara", arXiv 2108.06098, prop. 1; Yeh et al. (LyCORIS), arXiv 2309.14859, section 3.2.
     """
-    check_rank(rank)
+    rank, alpha = check_rank(rank), check_alpha(alpha)
     config: Config = (("name", "loha"), ("rank", rank), ("alpha", alpha))
 
     def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:

@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 
-from jlora.methods.matrix import check_fits, sizes
-from jlora.methods.method import Config, Data, Factors, Method
+from jlora.methods.matrix import check_fits, one_by_one, sizes, thin_svd
+from jlora.methods.method import Config, Data, Factors, Method, check_number
 from jlora.methods.pissa import pissa
 from jlora.methods.residual import started
 from jlora.sites import Site
@@ -21,19 +20,19 @@ def lora_ga(rank: int, alpha: float | None = None, *, gamma: float = 16.0) -> Me
 
     Args:
       rank: r, at most half the smaller side of the weight.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless, positive. The site's rank when None.
       gamma: the larger, the smaller the start.
 
     Raises:
-      ValueError: if `gamma` is not positive, or a weight has fewer than 2r singular values; in `apply` without `fn=` (a
-        loss) and `batches=`.
+      ValueError: if `alpha` or `gamma` is not positive, or a weight has fewer than 2r singular values; in `apply`
+        without `fn=` (a loss) and `batches=`.
 
     Source: Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv 2407.05000, section 3.
     """
-    if not (math.isfinite(gamma) and gamma > 0):
+    plain, gamma = pissa(rank, alpha), check_number(gamma, "gamma")
+    if gamma <= 0:
         raise ValueError(f"gamma must be positive and finite, not {gamma!r}")
-    plain = pissa(rank, alpha)
-    config: Config = (("name", "lora_ga"), ("rank", rank), ("alpha", alpha), ("gamma", gamma))
+    config: Config = (("name", "lora_ga"), ("rank", plain.rank), ("alpha", plain.alpha), ("gamma", gamma))
 
     def fit(
         key: jax.Array,
@@ -45,7 +44,7 @@ def lora_ga(rank: int, alpha: float | None = None, *, gamma: float = 16.0) -> Me
         for site in sites:
             assert site.rank is not None
             check_fits(2 * site.rank, site, "lora_ga (2r)")
-            u, _, vt = jnp.linalg.svd(gradients[site.path], full_matrices=False)
+            u, _, vt = one_by_one(thin_svd, gradients[site.path])
             size = sizes(site)[2] ** 0.25 / math.sqrt(gamma)
             arrays[site.path] = started(u[:, :, : site.rank] * size, vt[:, site.rank : 2 * site.rank] * size, site)
         return tuple(sites), arrays

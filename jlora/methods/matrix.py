@@ -1,8 +1,10 @@
 """A weight of any number of axes as a stack of matrices (inputs, outputs), and factors of those in broadcast form."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,22 @@ def without_stack(site: Site) -> Site:
     return dataclasses.replace(site, shape=tuple(1 if i in site.stack_axes else n for i, n in enumerate(site.shape)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def one_by_one(decompose: Callable[..., Any], *stacked: jax.Array) -> Any:
+    """`decompose` of each of the stacked matrices, one after the other; compiled once per function and shape.
+
+    Never batched: on the CPU a batched LAPACK call of jaxlib 0.10 puts its parts on the thread pool that it runs on
+    itself and waits for them, so that as many of them as there are cores wait forever (mended in jaxlib 0.11).
+    """
+    return jax.lax.map(lambda row: decompose(*row), stacked)
+
+
+def thin_svd(m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`U, S, V^T` of a matrix (n, k): (n, min), (min,), (min, k)."""
+    u, s, vt = jnp.linalg.svd(m, full_matrices=False)
+    return u, s, vt
+
+
 def check_fits(rank: int, site: Site, method: str) -> None:
     """A rank that the weight's own matrices have.
 
@@ -75,12 +93,29 @@ def check_finite(w: jax.Array, site: Site, method: str) -> None:
     Raises:
       ValueError: if a value is not finite.
     """
-    try:
-        finite = bool(jnp.isfinite(w).all())
-    except jax.errors.ConcretizationTypeError:
-        return
-    if not finite:
+    if _known(jnp.isfinite(w).all()) is False:
         raise ValueError(f"{method}: {site.path!r} has values that are not finite, so that its SVD does not exist")
+
+
+def check_not_zero(stacked: jax.Array, site: Site, method: str) -> None:
+    """Matrices that have a singular vector to start from (not checked under a transformation).
+
+    Raises:
+      ValueError: if one of them is zero.
+    """
+    if _known(jnp.any(stacked != 0, axis=(1, 2)).all()) is False:
+        raise ValueError(
+            f"{method}: {site.path!r}, or one of its stacked weights, is zero: A and B would both start at zero, where "
+            "neither has a gradient; leave it out with targets="
+        )
+
+
+def _known(condition: jax.Array) -> bool | None:
+    """Its value; None under a transformation, where values are not known."""
+    try:
+        return bool(condition)
+    except jax.errors.ConcretizationTypeError:
+        return None
 
 
 def _form(part: jax.Array, site: Site, kept: Sequence[int]) -> jax.Array:

@@ -25,7 +25,7 @@ def oft(block_size: int) -> Method:
 
     Source: Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv 2306.07280, section 3.
     """
-    check_rank(block_size, "block_size")
+    block_size = check_rank(block_size, "block_size")
     if block_size < 2:
         raise ValueError("block_size must be at least 2: a block of 1 does not rotate")
     config: Config = (("name", "oft"), ("block_size", block_size))
@@ -50,7 +50,35 @@ def cayley(triangle: jax.Array, side: int) -> jax.Array:
     """Orthogonal matrices (..., side, side) from the upper triangles of skew-symmetric ones."""
     upper = jnp.zeros((*triangle.shape[:-1], side, side), triangle.dtype)
     upper = upper.at[..., *jnp.triu_indices(side, 1)].set(triangle)
-    skew = upper - jnp.swapaxes(upper, -1, -2)
-    one = jnp.broadcast_to(jnp.eye(side, dtype=triangle.dtype), skew.shape)
-    # (I - Q) and (I + Q)^-1 commute, so that the solve may stand on the left.
-    return jnp.linalg.solve(one + skew, one - skew)
+    return rotation(upper - jnp.swapaxes(upper, -1, -2))
+
+
+@jax.custom_jvp
+def rotation(skew: jax.Array) -> jax.Array:
+    """`R = (I - Q) (I + Q)^-1 = 2 (I + Q)^-1 - I` of skew-symmetric matrices Q (..., n, n).
+
+    The symmetric part of I + Q is I, and stays at least I in what elimination leaves: every pivot is at least 1, and
+    Gauss-Jordan needs no exchange of rows. LAPACK's batched solver is not only more than is needed: on the CPU two of
+    its calls in one program may wait for each other forever (see `one_by_one` in methods/matrix.py).
+    """
+    n = skew.shape[-1]
+    one = jnp.broadcast_to(jnp.eye(n, dtype=skew.dtype), skew.shape)
+    at = jnp.arange(n)
+
+    def eliminate(k: jax.Array, m: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_index_in_dim(m, k, axis=-2)  # (..., 1, n)
+        column = jax.lax.dynamic_index_in_dim(m, k, axis=-1)  # (..., n, 1)
+        pivot = jax.lax.dynamic_index_in_dim(row, k, axis=-1)  # (..., 1, 1)
+        row = jnp.where(at == k, 1.0, row) / pivot
+        return jnp.where((at == k)[:, None], row, jnp.where(at == k, 0.0, m) - column * row)
+
+    return 2.0 * jax.lax.fori_loop(0, n, eliminate, one + skew) - one
+
+
+@rotation.defjvp
+def _rotation_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """`dR = -2 M dQ M`, M = (I + Q)^-1 = (R + I) / 2."""
+    r = rotation(*primals)
+    twice = r + jnp.broadcast_to(jnp.eye(r.shape[-1], dtype=r.dtype), r.shape)
+    product = lambda x, y: jnp.matmul(x, y, precision="highest")
+    return r, -0.5 * product(product(twice, *tangents), twice)

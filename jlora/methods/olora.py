@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jlora.methods.matrix import check_finite, check_fits, matrices
-from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.methods.matrix import check_finite, check_fits, matrices, one_by_one
+from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank
 from jlora.methods.residual import START, centred, started
 from jlora.sites import Site
 
@@ -20,18 +20,19 @@ def olora(rank: int, alpha: float | None = None) -> Method:
       alpha: numerator of the scale, dimensionless. The site's rank when None.
 
     Raises:
-      ValueError: if `rank` < 1, no integer or larger than a weight has, or a weight is not finite.
+      ValueError: if `rank` < 1, no integer or larger than a weight has, `alpha` is no finite number other than 0, or a
+        weight is not finite.
 
     Source: Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv 2406.01775, section 3.
     """
-    check_rank(rank)
+    rank, alpha = check_rank(rank), check_alpha(alpha)
     config: Config = (("name", "olora"), ("rank", rank), ("alpha", alpha))
 
     def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
         assert site.rank is not None
         check_fits(site.rank, site, "olora")
         check_finite(w, site, "olora")
-        q, r = jnp.linalg.qr(jnp.swapaxes(matrices(w.astype(jnp.float32), site), 1, 2))
+        q, r = one_by_one(jnp.linalg.qr, jnp.swapaxes(matrices(w.astype(jnp.float32), site), 1, 2))
         return started(jnp.swapaxes(r[:, : site.rank], 1, 2), jnp.swapaxes(q[:, :, : site.rank], 1, 2), site)
 
     return Method(config, rank, alpha, init, centred, frozen=START)

@@ -1,11 +1,13 @@
 """PiSSA: the principal singular values are trained, the rest is frozen."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from jlora.methods.matrix import check_finite, check_fits, matrices
+from jlora.methods.matrix import check_finite, check_fits, check_not_zero, matrices, thin_svd
 from jlora.methods.method import Arrays, Config, Method, check_rank
-from jlora.methods.residual import START, centred, started
+from jlora.methods.residual import START, centred, check_positive, started
 from jlora.sites import Site
 
 _OVERSAMPLING = 10  # columns more than the rank in the randomised range finder
@@ -20,16 +22,17 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
 
     Args:
       rank: r, at most the smaller side of the weight.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless, positive. The site's rank when None.
       iterations: power iterations of a randomised SVD (the paper's fast SVD; 4 to 16); None for the exact one.
 
     Raises:
-      ValueError: if `rank` < 1, no integer or larger than a weight has, `iterations` < 0, or a weight is not finite.
+      ValueError: if `rank` < 1, no integer or larger than a weight has, `alpha` is not positive, `iterations` < 0, or a
+        weight is not finite or zero.
 
     Source: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
     arXiv 2404.02948, eq. 2 to 4; Halko et al., arXiv 0909.4061, algorithm 4.4.
     """
-    check_rank(rank)
+    rank, alpha = check_rank(rank), check_positive(alpha)
     if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0):
         raise ValueError(f"iterations must be None or an integer of at least 0, not {iterations!r}")
     config: Config = (("name", "pissa"), ("rank", rank), ("alpha", alpha), ("iterations", iterations))
@@ -38,26 +41,36 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
         assert site.rank is not None and site.alpha is not None
         check_fits(site.rank, site, "pissa")
         check_finite(w, site, "pissa")
+        check_positive(site.alpha, f"pissa: alpha of {site.path!r}")
         stacked = matrices(w.astype(jnp.float32), site)
+        check_not_zero(stacked, site, "pissa")
         keys = jax.random.split(key, len(stacked))
-        decompose = lambda key, m: principal(m, site.rank, iterations, key)
-        u, s, vt = jax.vmap(decompose)(keys, stacked)
+        u, s, vt = principal(stacked, site.rank, iterations, keys)
         root = jnp.sqrt(s * (site.rank / site.alpha))
         return started(u * root[:, None, :], root[:, :, None] * vt, site)
 
     return Method(config, rank, alpha, init, centred, frozen=START)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def principal(
-    m: jax.Array, rank: int, iterations: int | None, key: jax.Array
+    stacked: jax.Array, rank: int, iterations: int | None, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The r largest singular triplets of a matrix: (n, r), (r,), (r, k)."""
-    if iterations is None or rank + _OVERSAMPLING >= min(m.shape):
-        u, s, vt = jnp.linalg.svd(m, full_matrices=False)
-        return u[:, :rank], s[:rank], vt[:rank]
-    q, _ = jnp.linalg.qr(m @ jax.random.normal(key, (m.shape[1], rank + _OVERSAMPLING), m.dtype))
-    for _ in range(iterations):
-        q, _ = jnp.linalg.qr(m.T @ q)
-        q, _ = jnp.linalg.qr(m @ q)
-    u, s, vt = jnp.linalg.svd(q.T @ m, full_matrices=False)
-    return q @ u[:, :rank], s[:rank], vt[:rank]
+    """The r largest singular triplets of each of the stacked matrices: (stack, n, r), (stack, r), (stack, r, k).
+
+    Compiled once per shape, and one matrix after the other: see `one_by_one` in methods/matrix.py.
+    """
+
+    def decompose(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        m, key = row
+        if iterations is None or rank + _OVERSAMPLING >= min(m.shape):
+            u, s, vt = thin_svd(m)
+            return u[:, :rank], s[:rank], vt[:rank]
+        q, _ = jnp.linalg.qr(m @ jax.random.normal(key, (m.shape[1], rank + _OVERSAMPLING), m.dtype))
+        for _ in range(iterations):
+            q, _ = jnp.linalg.qr(m.T @ q)
+            q, _ = jnp.linalg.qr(m @ q)
+        u, s, vt = thin_svd(q.T @ m)
+        return q @ u[:, :rank], s[:rank], vt[:rank]
+
+    return jax.lax.map(decompose, (stacked, keys))

@@ -1,15 +1,29 @@
 """Methods that start A and B from the weight itself and take their product out of it: PiSSA, OLoRA, CorDA, LoRA-GA."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form
-from jlora.methods.method import Arrays
+from jlora.methods.method import Arrays, check_alpha
 from jlora.sites import Site
 from jlora.weight import Weight
 
 START = ("A0", "B0")  # the names of the frozen copies
+
+
+def check_positive(alpha: Any, where: str = "alpha") -> float | None:
+    """Returns a valid numerator of the scale, of a start that has the scale's root in each of A0 and B0.
+
+    Raises:
+      ValueError: if it is neither None nor a finite number above 0.
+    """
+    number = check_alpha(alpha, where)
+    if number is not None and number < 0:
+        raise ValueError(f"{where} must be positive, not {number!r}")
+    return number
 
 
 def centred(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form, sizes, without_stack
-from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.methods.method import Arrays, Config, Method, check_number, check_rank
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -27,13 +27,18 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:
       start: the initial value of every entry of d.
 
     Raises:
-      ValueError: if `rank` < 1 or is no integer, or `seed` is no integer of at least 0.
+      ValueError: if `rank` < 1 or is no integer, `seed` is no integer from 0 to 2**63 - 1, or `start` is no finite
+        number other than 0.
 
     Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454, eq. 2 and section 3.3.
     """
-    check_rank(rank)
+    rank, start = check_rank(rank), check_number(start, "start")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, not {seed!r}")
+    if seed >= 2**63:
+        raise ValueError(f"seed must be below 2**63, not {seed}")
+    if start == 0:
+        raise ValueError("start must not be 0: b starts there, too, and neither d nor b would have a gradient")
     config: Config = (("name", "vera"), ("rank", rank), ("seed", seed), ("start", start))
 
     def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
