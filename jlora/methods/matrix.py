@@ -61,8 +61,8 @@ def without_stack(site: Site) -> Site:
 def one_by_one(decompose: Callable[..., Any], *stacked: jax.Array) -> Any:
     """`decompose` of each of the stacked matrices, one after the other; compiled once per function and shape.
 
-    Never batched: on the CPU a batched LAPACK call of jaxlib 0.10 puts its parts on the thread pool that it runs on
-    itself and waits for them, so that as many of them as there are cores wait forever (mended in jaxlib 0.11).
+    Never batched: on the CPU a batched LAPACK call of jaxlib 0.10.2 puts its parts on the thread pool that it runs on
+    itself and waits for them, so that as many of them as there are cores wait forever. Later releases were not tried.
     """
     return jax.lax.map(lambda row: decompose(*row), stacked)
 
