@@ -39,8 +39,9 @@ def statistics(
       ValueError: if there is no batch, if `fn` does not take one, if the loss is no scalar, if a weight is no linear
         layer or is not reached, or if a sum is not finite.
     """
-    if hasattr(batches, "shape"):
-        raise ValueError(f"{method}: batches= is a sequence of batches, not an array: [batch] for one")
+    if hasattr(batches, "shape") or not isinstance(batches, Iterable):
+        kind_of = "an array" if hasattr(batches, "shape") else repr(batches)
+        raise ValueError(f"{method}: batches= is a sequence of batches, not {kind_of}: [batch] for one")
     if kind == "covariance":
         odd = [site.path for site in sites if site.kind != "linear"]
         if odd:
@@ -70,7 +71,11 @@ def _covariances(fn: Callable[..., Any], sites: Sequence[Site]) -> Callable[[Any
         named, structure = tree.leaves(params)
         weights = {site.path: _observed(named[site.path], site, totals[site.path]) for site in sites}
         result = run(fn, (jax.tree.unflatten(structure, (named | weights).values()), batch), {}, Trace())
-        floating = [x for x in jax.tree.leaves(result) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+        leaves = jax.tree.leaves(result)
+        floating = [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+        if not floating:
+            kinds = ", ".join(sorted({str(jnp.result_type(x)) for x in leaves})) or "nothing"
+            raise ValueError(f"fn returns {kinds}, no floating-point array that depends on the weights")
         return sum((jnp.sum(x, dtype=jnp.float32) for x in floating), jnp.float32(0))
 
     def covariances(params: Any, batch: Any) -> dict[str, jax.Array]:

@@ -317,7 +317,9 @@ def on_x(params, x):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: jlora.loraplus(2, ratio=0), "ratio must be positive and finite, not 0"),
+        (lambda: jlora.loraplus(2, ratio=0), "ratio must be positive, not 0"),
+        (lambda: jlora.loraplus(2, ratio="16"), "ratio must be a finite number, not '16'"),
+        (lambda: jlora.loraplus(2, ratio=True), "ratio must be a finite number, not True"),
         (lambda: jlora.adalora(4, 8, total_steps=10), "target_rank must be at most the initial rank, 4, not 8"),
         (lambda: jlora.adalora(4, 2, total_steps=10, warmup=6, final=4), "adalora: a schedule longer than the run: warmup=6 and final=4 leave none of total_steps=10"),
         (lambda: jlora.adalora(4, 2, total_steps=0), "total_steps must be at least 1, not 0"),
@@ -366,6 +368,10 @@ def on_x(params, x):
         (lambda: jlora.vera(4, seed=-1), "seed must be an integer of at least 0, not -1"),
         (lambda: jlora.lokr(2, factor=0), "factor must be -1 or an integer of at least 1, not 0"),
         (lambda: jlora.ia3("*"), "feedforward='*' is no regular expression: nothing to repeat at position 0"),
+        (lambda: jlora.ia3(b"down"), "feedforward must be a regular expression, not b'down'"),
+        (lambda: jlora.bitfit(None), "pattern must be a regular expression, not None"),
+        (lambda: jlora.norms("("), "pattern='(' is no regular expression: missing ), unterminated subpattern at position 0"),
+        (lambda: jlora.top_layers(1, "layer"), "pattern='layer' has no group for the layer's number"),
         (lambda: jlora.oft(1), "block_size must be at least 2: a block of 1 does not rotate"),
         (lambda: jlora.apply(PARAMS, method=jlora.oft(5)), "oft: block_size=5 does not divide the 16 inputs of 'kernel'"),
         (lambda: jlora.dylora(4, minimum=5), "minimum must be at most the rank, 4, not 5"),

@@ -168,6 +168,11 @@ def test_lora_ga_starts_along_the_gradient():
         (lambda: one_with(jlora.eva(2), [BATCHES[0] * jnp.nan]), "eva: the covariance of 'w' is not finite"),
         (lambda: one_with(jlora.eva(2), [BATCHES[0] * 0]), "eva: no covariance reaches 'w': fn's result does not depend on it"),
         (lambda: one_with(jlora.lora_ga(2), BATCHES), r"lora_ga: fn\(params, batch\) fails on batch 0: fn is a loss and returns a"),
+        (lambda: one_with(jlora.eva(2), 5), r"eva: batches= is a sequence of batches, not 5: \[batch\] for one"),
+        (
+            lambda: one_with(jlora.eva(2), BATCHES, lambda p, x: jnp.argmax(x @ p["w"])),
+            r"eva: fn\(params, batch\) fails on batch 0: fn returns int32, no floating-point array that depends on the",
+        ),
         (lambda: one_with(jlora.eva(7), BATCHES), "eva: rank 7 exceeds 6, the rank of 'w'"),
         (lambda: one_with(jlora.lora_ga(4), BATCHES, lambda p, x: jnp.mean(x @ p["w"])), r"lora_ga \(2r\): rank 8 exceeds 6"),
         (lambda: one_with(jlora.eva(2), BATCHES, kind="conv"), "eva: 'w' is no linear layer; leave it out with targets="),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
-from jlora.methods.method import Arrays, Config, Method
+from jlora.methods.method import Arrays, Config, Method, check_pattern
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -27,15 +27,12 @@ def ia3(feedforward: str | None = None) -> Method:
     Source: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv
     2205.05638, section 3.3.
     """
-    try:
-        pattern = None if feedforward is None else re.compile(feedforward)
-    except re.error as error:
-        raise ValueError(f"feedforward={feedforward!r} is no regular expression: {error}") from error
+    feedforward = None if feedforward is None else check_pattern(feedforward, "feedforward")
     config: Config = (("name", "ia3"), ("feedforward", feedforward))
 
     def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
         a_shape, b_shape = site.factor_shapes(1)
-        inputs = pattern is not None and pattern.search(site.path)
+        inputs = feedforward is not None and re.search(feedforward, site.path)
         return {"scale": jnp.ones((a_shape if inputs else b_shape)[:-1], jnp.float32)}
 
     def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:

@@ -1,13 +1,12 @@
 """LoRA+: a larger learning rate for B than for A."""
 
-import math
 from collections.abc import Sequence
 
 import jax
 import optax
 
 from jlora.methods.lora import lora
-from jlora.methods.method import Config, Factors, Method, Transformation
+from jlora.methods.method import Config, Factors, Method, Transformation, check_number
 from jlora.sites import Site
 
 
@@ -31,8 +30,9 @@ def loraplus(
 
     Source: Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354, section 4: ratio 16.
     """
-    if not (math.isfinite(ratio) and ratio > 0):
-        raise ValueError(f"ratio must be positive and finite, not {ratio!r}")
+    ratio = check_number(ratio, "ratio")
+    if ratio <= 0:
+        raise ValueError(f"ratio must be positive, not {ratio!r}")
     plain = lora(rank, alpha, init=init, dropout=dropout)
     config: Config = (("name", "loraplus"), *plain.config[1:], ("ratio", ratio))
 

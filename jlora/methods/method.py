@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -145,6 +146,22 @@ def check_number(value: Any, where: str) -> float:
     if isinstance(value, str | bool) or not math.isfinite(number):
         raise ValueError(f"{where} must be a finite number, not {value!r}")
     return int(number) if isinstance(value, int) else number
+
+
+def check_pattern(pattern: Any, where: str = "pattern") -> str:
+    """Returns a valid regular expression as text.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    text = getattr(pattern, "pattern", pattern)
+    if not isinstance(text, str):
+        raise ValueError(f"{where} must be a regular expression, not {pattern!r}")
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{where}={text!r} is no regular expression: {error}") from error
+    return text
 
 
 def check_alpha(alpha: Any, where: str = "alpha") -> float | None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
-from jlora.methods.method import Arrays, Config, Method, Rows, check_rank
+from jlora.methods.method import Arrays, Config, Method, Rows, check_pattern, check_rank
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -67,6 +67,9 @@ def top_layers(count: int, pattern: str = LAYER) -> Method:
     Source: the "FT-Top2" baseline of Hu et al., arXiv 2106.09685, table 3.
     """
     check_rank(count, "count")
+    pattern = check_pattern(pattern)
+    if re.compile(pattern).groups < 1:
+        raise ValueError(f"pattern={pattern!r} has no group for the layer's number")
     config: Config = (("name", "top_layers"), ("count", count), ("pattern", pattern))
 
     def extras(named: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Rows]:
@@ -98,6 +101,8 @@ def _check_layers(count: int, found: int) -> None:
 
 
 def _matching(name: str, pattern: str) -> Method:
+    pattern = check_pattern(pattern)
+
     def extras(named: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Rows]:
         found = [path for path in _trainable(named) if re.search(pattern, path)]
         if not found:
