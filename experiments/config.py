@@ -1,6 +1,8 @@
 """What an experiment is: frozen dataclasses, the Python file that builds them, and dotted overrides.
 
 A config is a file with `def config() -> Experiment`, and `def small() -> Experiment` for a form that ends in seconds.
+Experiments of other kinds (`experiments.comparison.Comparison`) are loaded, overridden and described by the same
+functions.
 """
 
 import ast
@@ -14,12 +16,13 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jlora
 from experiments.data import Corpus
 from jlora.models.gpt2 import GPT2Config
 
+Kind = TypeVar("Kind")
 Duration = int | str
 """How long: a number of steps, "2 epochs" or "5000 examples"."""
 
@@ -164,7 +167,18 @@ def in_steps(duration: Duration, *, batch: int, examples: int) -> int:
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, small: bool = False) -> Experiment:
+    """The `Experiment` of a config file: see `load_as`."""
+    return load_as(Experiment, path, overrides, small=small)
+
+
+def load_as(kind: type[Kind], path: str | Path, overrides: Iterable[str] = (), *, small: bool = False) -> Kind:
     """Runs a config file and applies overrides to what its `config()` (or `small()`) returns.
+
+    Args:
+      kind: the dataclass that it has to return.
+      path: of the file.
+      overrides: dotted, as in `override`.
+      small: call `small()`.
 
     Raises:
       ConfigError: if the file does not exist, has no such function or returns something else; or for an override that
@@ -181,12 +195,12 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, small: bool = False
     name = "small" if small else "config"
     make = getattr(module, name, None)
     if not callable(make):
-        raise ConfigError(f"config file '{path}' has no function {name}() -> Experiment")
+        raise ConfigError(f"config file '{path}' has no function {name}() -> {kind.__name__}")
     experiment = make()
-    if not isinstance(experiment, Experiment):
+    if not isinstance(experiment, kind):
         raise ConfigError(
             f"{name}() of config file '{path}' returns a {type(experiment).__name__}, expected an "
-            "experiments.config.Experiment"
+            f"{kind.__module__}.{kind.__name__}"
         )
     for item in overrides:
         experiment = override(experiment, item)
@@ -204,7 +218,7 @@ def _absent(path: Path) -> str:
 # -- overrides ---------------------------------------------------------------------------------------------------------
 
 
-def override(experiment: Experiment, item: str) -> Experiment:
+def override(experiment: Kind, item: str) -> Kind:
     """Sets one field, as in `train.steps=200` or `runs.lora_r4.rank=8`.
 
     Raises:
@@ -218,7 +232,8 @@ def override(experiment: Experiment, item: str) -> Experiment:
     if path not in known:
         near = difflib.get_close_matches(path, known, 1, 0.0)[0]
         raise ConfigError(f"there is no field {path!r}; the nearest is {near!r}")
-    return _replace(experiment, path.split("."), _parse(path, text.strip(), known[path]))
+    changed: Kind = _replace(experiment, path.split("."), _parse(path, text.strip(), known[path]))
+    return changed
 
 
 def fields(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -229,9 +244,9 @@ def fields(node: Any, prefix: str = "") -> dict[str, Any]:
         path, value = prefix + field.name, getattr(node, field.name)
         if dataclasses.is_dataclass(value):
             found |= fields(value, f"{path}.")
-        elif field.name == "runs":
-            for run in value:
-                found |= fields(run, f"{path}.{run.name}.")
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):  # each under its own name
+            for item in value:
+                found |= fields(item, f"{path}.{item.name}.")
         else:
             found[path] = hints[field.name]
     return found
@@ -239,7 +254,7 @@ def fields(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _replace(node: Any, path: list[str], value: Any) -> Any:
     if isinstance(node, tuple):
-        return tuple(_replace(run, path[1:], value) if run.name == path[0] else run for run in node)
+        return tuple(_replace(item, path[1:], value) if item.name == path[0] else item for item in node)
     name, *rest = path
     try:
         return dataclasses.replace(node, **{name: _replace(getattr(node, name), rest, value) if rest else value})
@@ -277,7 +292,9 @@ def _parse(path: str, text: str, hint: Any) -> Any:
 
 
 def describe(node: Any) -> Any:
-    """A config as JSON: dataclasses as objects, functions by their names."""
+    """A config as JSON: dataclasses as objects, functions by their names, methods as they are written."""
+    if isinstance(node, jlora.Method):
+        return repr(node)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return {field.name: describe(getattr(node, field.name)) for field in dataclasses.fields(node)}
     if isinstance(node, list | tuple):

@@ -2,14 +2,16 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from jlora.train import Step, TrainState
+
+Batch = Any
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -32,37 +34,58 @@ class Cost:
 
 
 def costs(
-    programs: Mapping[str, tuple[Step, TrainState]], batch: np.ndarray, *, reference: str, rounds: int
+    programs: Mapping[str, tuple[Step, TrainState]], batch: Batch, *, reference: str, rounds: int
 ) -> dict[str, Cost]:
     """Measures the runs' training steps side by side: in each round every one takes a step, in turn.
 
     So a machine that is busy for a while slows all of them, and the ratio stays. The states are copied, not trained on.
     """
-    seconds = _step_seconds(programs, batch, rounds)
+    seconds = step_seconds(programs, batch, rounds)
     measured = {}
     for name, (step, state) in programs.items():
-        compiled: Any = step.lower(state, batch).compile()
-        ratios = [mine / its for mine, its in zip(seconds[name], seconds[reference], strict=True)]
+        flops, temporary = compiled_cost(step, state, batch)
         measured[name] = Cost(
-            flops=float(compiled.cost_analysis()["flops"]),
-            temporary_bytes=int(compiled.memory_analysis().temp_size_in_bytes),
+            flops=flops,
+            temporary_bytes=temporary,
             optimizer_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
             milliseconds=1e3 * statistics.median(seconds[name]),
-            relative_time=statistics.median(ratios),
+            relative_time=ratio(seconds[name], seconds[reference]),
         )
     return measured
 
 
-def _step_seconds(
-    programs: Mapping[str, tuple[Step, TrainState]], batch: np.ndarray, rounds: int
-) -> dict[str, list[float]]:
+def compiled_cost(step: Step, state: TrainState, batch: Batch) -> tuple[float, int]:
+    """FLOPs and temporary bytes of a training step. One that has run is not compiled again for it."""
+    compiled: Any = step.lower(state, batch).compile()
+    return float(compiled.cost_analysis()["flops"]), int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def step_seconds(programs: Mapping[str, tuple[Step, TrainState]], batch: Batch, rounds: int) -> dict[str, list[float]]:
+    """The times of the training steps, taken in turn."""
     states = {name: TrainState.create(state.adapted, step.tx) for name, (step, state) in programs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+
+    def call(name: str) -> Callable[[], Any]:
+        def one_step() -> Any:
+            states[name], _ = programs[name][0](states[name], batch)
+            return states[name]
+
+        return one_step
+
+    return interleaved({name: call(name) for name in programs}, rounds)
+
+
+def interleaved(calls: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[float]]:
+    """The times of several computations, in seconds, each called once per round, in turn."""
+    seconds: dict[Key, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 2):
-        for name, (step, _) in programs.items():
+        for name, call in calls.items():
             start = time.perf_counter()
-            states[name], _ = step(states[name], batch)
-            jax.block_until_ready(states[name])
+            jax.block_until_ready(call())
             if i >= 2:  # the first two compile and warm up
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    """The median over the rounds of the time divided by the reference's in the same round."""
+    return statistics.median(mine / its for mine, its in zip(seconds, reference, strict=True))

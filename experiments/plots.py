@@ -17,12 +17,12 @@ from experiments.config import Run
 from experiments.evaluate import Point
 from experiments.report import Results
 
-_COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
-_INK, _FAINT = "#333333", "#9a9a9a"
+COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+INK, FAINT = "#333333", "#9a9a9a"
 _STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.titlesize": 11,
@@ -32,11 +32,11 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#ebebeb",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "text.color": _INK,
+    "text.color": INK,
     "font.size": 10,
     "lines.linewidth": 2.0,
     "lines.solid_capstyle": "round",
@@ -48,7 +48,7 @@ def learning_curves(path: Path, results: Results) -> None:
     """Bits per byte on both domains against the step, on the validation split."""
     outcomes = results.outcomes
     panels = (("new", f"{results.new}: what is learned"), ("old", f"{results.old}: what is forgotten"))
-    with _figure(path, (10, 4.2), columns=2) as (figure, (left, right)):
+    with figure_of(path, (10, 4.2), columns=2) as (figure, (left, right)):
         for ax, (domain, title) in zip((left, right), panels, strict=True):
             ends = []
             for colour, outcome in zip(_colours(len(outcomes)), outcomes, strict=True):
@@ -57,9 +57,9 @@ def learning_curves(path: Path, results: Results) -> None:
                 ax.plot(steps, values, color=colour)
                 ends.append((values[-1], outcome.run.label, colour))
             start = getattr(outcomes[0].curve[0], domain)
-            ax.axhline(start, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
+            ax.axhline(start, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
             ax.set(title=title, xlabel="step", xlim=(0, None))
-            _end_labels(ax, [*ends, (start, "base", _FAINT)])
+            _end_labels(ax, [*ends, (start, "base", FAINT)])
         left.set_ylabel("bits per byte (validation)")
         figure.subplots_adjust(wspace=0.55, right=0.85, left=0.07, bottom=0.13, top=0.88)
 
@@ -67,7 +67,7 @@ def learning_curves(path: Path, results: Results) -> None:
 def learned_forgotten(path: Path, results: Results) -> None:
     """The way of each run in the plane of what it learned and what it forgot, on the validation split."""
     outcomes = results.outcomes
-    with _figure(path, (7.6, 4.8)) as (figure, (ax,)):
+    with figure_of(path, (7.6, 4.8)) as (figure, (ax,)):
         ends = []
         for colour, outcome in zip(_colours(len(outcomes)), outcomes, strict=True):
             first = outcome.curve[0]
@@ -78,8 +78,8 @@ def learned_forgotten(path: Path, results: Results) -> None:
             ends.append(
                 (forgotten[-1], f"{outcome.run.label}\nlearned {learned[-1]:.2f}, forgot {forgotten[-1]:.2f}", colour)
             )
-        ax.plot(0, 0, color=_FAINT, marker="o", markersize=10, markeredgecolor="white")
-        ax.annotate("base", (0, 0), xytext=(10, -4), textcoords="offset points", va="center", color=_FAINT)
+        ax.plot(0, 0, color=FAINT, marker="o", markersize=10, markeredgecolor="white")
+        ax.annotate("base", (0, 0), xytext=(10, -4), textcoords="offset points", va="center", color=FAINT)
         ax.set(
             title="Learned and forgotten, from the base to the last step",
             xlabel=f"learned: bits per byte less on {results.new}  →",
@@ -92,7 +92,7 @@ def learned_forgotten(path: Path, results: Results) -> None:
 
 def sweep(path: Path, outcomes: Sequence[tuple[Run, Sequence[Point]]], *, new: str) -> None:
     """Bits per byte on the new domain at the end of each run, against the learning rate."""
-    with _figure(path, (7, 4.4)) as (figure, (ax,)):
+    with figure_of(path, (7, 4.4)) as (figure, (ax,)):
         labels = list(dict.fromkeys(run.label for run, _ in outcomes))
         ends = []
         for colour, label in zip(_colours(len(labels)), labels, strict=True):
@@ -113,7 +113,8 @@ def sweep(path: Path, outcomes: Sequence[tuple[Run, Sequence[Point]]], *, new: s
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float], columns: int = 1) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+def figure_of(path: Path, size: tuple[float, float], columns: int = 1) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """A figure in the style of all plots, written to `path` at the end."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
         try:
@@ -124,7 +125,7 @@ def _figure(path: Path, size: tuple[float, float], columns: int = 1) -> Iterator
 
 
 def _colours(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 def _end_labels(ax: Axes, ends: Sequence[tuple[float, str, str]], spacing: float = 0.065) -> None:

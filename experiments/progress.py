@@ -68,9 +68,13 @@ class Live:
     def point(self, label: str, point: Point) -> None:
         """Shows an evaluation: beside the bar, or as a line."""
         scores = f"new {point.new:.3f}  old {point.old:.3f} bits/byte"
-        self._bars.update(self._tasks[label], note=scores)
+        self.note(label, scores)
         if not self.console.is_terminal:
             self.say(f"{label.ljust(self._width)}  step {point.step:5d}  {scores}")
+
+    def note(self, label: str, text: str) -> None:
+        """Shows a word beside a phase's bar."""
+        self._bars.update(self._tasks[label], note=text)
 
     def skip(self, label: str, reason: str) -> None:
         """Fills the bar of a phase that need not run again."""

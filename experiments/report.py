@@ -129,11 +129,16 @@ def rich_table(table: Sequence[Sequence[str]], title: str) -> Table:
 
 def markdown(table: Sequence[Sequence[str]], title: str, notes: Sequence[str], pictures: Sequence[str]) -> str:
     """The same table, what it was measured on, and the plots."""
-    header, *body = table
-    lines = [f"# {title}", "", _line(header), _line(["---", *("---:" for _ in header[1:])]), *map(_line, body), ""]
+    lines = [f"# {title}", "", *markdown_table(table), ""]
     lines += [f"- {note}" for note in notes] + [""]
     lines += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose first row is the header."""
+    header, *body = table
+    return [_line(header), _line(["---", *("---:" for _ in header[1:])]), *map(_line, body)]
 
 
 def _line(row: Sequence[str]) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiments import config
-from experiments.config import ConfigError, Run
+from experiments.comparison import Comparison
+from experiments.config import ConfigError, Experiment, Run
 from experiments.folder import claim, size, write_text
 from experiments.train import main
 
@@ -23,7 +24,8 @@ def written(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("path", sorted(QUICKSTART.parent.glob("*.py")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("small", [False, True])
 def test_every_config_loads_in_both_forms(path, small):
-    experiment = config.load(path, small=small)
+    kind = Comparison if path.stem.startswith("compare") else Experiment
+    experiment = config.load_as(kind, path, small=small)
     json.dumps(config.describe(experiment))
     assert experiment.name.startswith(path.stem.split("_")[0])
 

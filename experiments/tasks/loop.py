@@ -13,7 +13,7 @@ def at_rate(train: Train, learning_rate: float, steps: int) -> optax.GradientTra
     """AdamW with a clipped gradient, a linear warm-up and a cosine to zero, its peak rate in the state.
 
     `experiments.fit.optimizer` has the rate in the program. Here a step that was made at one rate trains at every
-    other, without being compiled again: the state says which, `TrainState.create(adapted, at_rate(train, 1e-3, steps))`.
+    other, without being compiled again: `TrainState.create(adapted, at_rate(train, 1e-3, steps))` says which.
     """
     warmup = max(1, round(train.warmup * steps))
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, max(steps, warmup + 1))

@@ -20,11 +20,13 @@ class TextTask:
 
     Attributes:
       name, label: for folders and overrides, and for people.
-      model: its context is the length of the windows, in bytes.
+      model: of bytes.
       data: the old and the new text.
       pretrain: how the base is made, on the old text.
       train: how it is adapted to the new one.
       validation, test: windows of each domain.
+      length: of a window, in bytes; the model's context when None. Prompts need some of the context for themselves: the
+        base is pretrained on windows of all of it, so that it knows the last positions too.
     """
 
     name: str
@@ -35,10 +37,12 @@ class TextTask:
     train: Train
     validation: int
     test: int
+    length: int | None = None
 
     def open(self) -> Task:
         """Reads the texts."""
-        model, length = GPT2(self.model), self.model.context
+        model, context = GPT2(self.model), self.model.context
+        length = context if self.length is None else self.length
         texts: dict[Domain, Corpus] = {"old": self.data.old(), "new": self.data.new()}
         counts: dict[Split, int] = {"validation": self.validation, "test": self.test}
         held_out = {(d, s): spread(text.bytes(s), length, n) for d, text in texts.items() for s, n in counts.items()}
@@ -55,7 +59,7 @@ class TextTask:
             return Outcome(losses / math.log(2), losses)
 
         def batches(domain: Domain, batch: int, seed: int) -> Batches:
-            return Windows(texts[domain].bytes("train"), length, batch, seed)
+            return Windows(texts[domain].bytes("train"), context if domain == "old" else length, batch, seed)
 
         return Task(
             name=self.name,
