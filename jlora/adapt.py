@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import nnx
 
 from jlora import tree
-from jlora.intercept import Adapter, Note, check_linen, insert
+from jlora.intercept import Adapter, active, check_linen, insert
 from jlora.methods import Method, lora
 from jlora.methods.method import SHARED, Arrays, Factors
 from jlora.select import Extra, Pattern, known_sites, listing, resolve, select, select_extras
@@ -91,7 +90,7 @@ class Adapted:
         prepared = activation.prepare(factors, self.sites)
         for site in self.sites:
             path, arrays = site.path, prepared[site.path]
-            holder = holder_of(path, activation.holder)
+            holder = holder_of(path, activation.holder, self.method.name)
             if holder in found:
                 raise ValueError(
                     f"{self.method.name}: {path!r} and {found[holder].site.path!r} belong to one module, "
@@ -101,12 +100,10 @@ class Adapted:
             found[holder] = Adapter(weights, site, self.method)  # type: ignore[arg-type]
         return found
 
-    def around(self, note: Note) -> contextlib.AbstractContextManager[Any]:
+    def around(self) -> contextlib.AbstractContextManager[Any]:
         """What is entered while a lifted function is traced: the interceptor of a method on activations."""
         activation = self.method.activation
-        if activation is None:
-            return contextlib.nullcontext()
-        return nn.intercept_methods(activation.intercept(self.method, note))
+        return contextlib.nullcontext() if activation is None else active(self.method, activation.intercept)
 
     @property
     def needs(self) -> str:
@@ -114,10 +111,11 @@ class Adapted:
         return "" if self.method.activation is None else self.method.activation.needs
 
     def _check(self, named: Mapping[str, Any]) -> None:
-        expected = {site.path for site in self.sites} | {extra.path for extra in self.extras}
+        leaves = {site.path for site in self.sites} | {extra.path for extra in self.extras}
         shared = shared_shapes(self.method, self.sites)
-        if expected | ({SHARED} if shared else set()) != set(self.factors) or not expected <= set(named):
-            odd = sorted(expected.symmetric_difference(self.factors) | (expected - set(named)))
+        expected = leaves | ({SHARED} if shared else set())
+        if expected != set(self.factors) or not leaves <= set(named):
+            odd = sorted(expected.symmetric_difference(self.factors) | (leaves - set(named)))
             raise ValueError(
                 f"the factors are those of another tree: {len(odd)} paths do not agree, first {odd[0]!r}; "
                 "combine factors with the frozen part that they were split from"
@@ -154,9 +152,16 @@ def shared_shapes(method: Method, sites: tuple[Site, ...]) -> dict[str, tuple[in
     return {name: array.shape for name, array in arrays.items()}
 
 
-def holder_of(path: str, levels: int) -> tuple[str, ...]:
-    """The path of the module that a weight is `levels` parts below."""
-    return tuple(path.split("/"))[:-levels]
+def holder_of(path: str, levels: int, method: str) -> tuple[str, ...]:
+    """The path of the module that a weight is `levels` parts below.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    parts = tuple(path.split("/"))
+    if len(parts) < levels:
+        raise ValueError(f"{method}: no module holds that of {path!r}; choose a weight further down with targets=")
+    return parts[:-levels]
 
 
 def extra_shapes(extra: Extra, leaf: Any) -> dict[str, tuple[int, ...]]:
@@ -251,8 +256,10 @@ def apply(
     if method.extras is not None and targets is not None and targets != ():
         raise ValueError(f"apply: {method.name} trains leaves as they are and adapts none: leave targets= out")
     targets = targets if method.extras is None else ()
-    if targets is None and method.targets is not None:
+    if targets is None and method.targets:
         targets = _own_targets(method, known)
+    if method.activation is not None and alphas:
+        raise ValueError(f"apply: {method.name} has no alpha: leave alphas= out")
     chosen = resolve(select(known, targets, read_from_program=sites is not None), method, ranks or {}, alphas or {})
     extra = select_extras(named, extras)
     if targets is None:  # what is trained as it is is no default target
@@ -284,7 +291,7 @@ def apply(
     if method.activation.shared is not None:
         arrays[SHARED] = method.activation.shared(tree.fold_path(root, SHARED), chosen)
     adapted = rebuild(params, arrays, method, chosen, extra)
-    jax.eval_shape(lambda factors: combine(factors, adapted).as_weights(), adapted.factors)  # what contradicts raises
+    jax.eval_shape(lambda factors: adapted._adapters(factors), adapted.factors)  # sites that contradict raise here
     return adapted
 
 
@@ -447,6 +454,8 @@ def summary(adapted: Adapted) -> str:
         rows.append(
             (extra.path, "", f"trained as it is: {what}", "", f"{_size(adapted.factors.get(extra.path, {})):,}")
         )
+    if SHARED in adapted.factors:
+        rows.append((SHARED, "", "shared by all of them", "", f"{_size(adapted.factors[SHARED]):,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = count(adapted)
@@ -474,15 +483,15 @@ def _check_modules(params: Any) -> None:
             )
 
 
-def _own_targets(method: Method, known: Sequence[Site]) -> str:
-    """The pattern that the method goes by, if it matches something."""
-    assert method.targets is not None
-    if not any(re.search(method.targets, site.path) for site in known):
-        raise ValueError(
-            f"apply: {method.name} goes by the names of layers, and none of these weights has one that it knows "
-            f"({method.targets}): say which with targets=. Weights: {listing(known)}"
-        )
-    return method.targets
+def _own_targets(method: Method, known: Sequence[Site]) -> list[str]:
+    """The patterns that the method goes by, each of which matches something."""
+    for pattern in method.targets:
+        if not any(re.search(pattern, site.path) for site in known):
+            raise ValueError(
+                f"apply: {method.name} goes by the names of layers, and none of these weights has one that it knows "
+                f"({pattern}): say which with targets=. Weights: {listing(known)}"
+            )
+    return list(method.targets)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from jlora.adapt import Adapted
 from jlora.interpret import Trace
 from jlora.lift import run
 from jlora.rules import Use
+from jlora.sites import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,16 @@ def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any)
     given = jax.tree.leaves((adapted, args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
     factors = {path: f for part in given if isinstance(part, Adapted) for path, f in part.factors.items()}
     sizes = {path: sum(a.size for a in arrays.values()) for path, arrays in factors.items()}
-    rows = tuple(Explained(**vars(use), parameters=sizes[use.path]) for use in trace.uses)
+    sites = {site.path: site for part in given if isinstance(part, Adapted) for site in part.sites}
+    rows = tuple(_explained(use, sites.get(use.path), sizes[use.path]) for use in trace.uses)
     return Explanation(rows, tuple(path for path, is_read in trace.extras.items() if not is_read))
+
+
+def _explained(use: Use, site: Site | None, parameters: int) -> Explained:
+    axes = {}
+    if site is not None and not (use.in_axes or use.out_axes):  # an adapter of activations: the axes of its weight
+        axes = {"in_axes": site.in_axes, "out_axes": site.out_axes, "stack_axes": site.stack_axes}
+    return Explained(**(vars(use) | axes), parameters=parameters)
 
 
 def _cells(row: Explained) -> tuple[str, ...]:

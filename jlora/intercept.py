@@ -3,16 +3,18 @@
 The arrays of an adapter are put into the parameter tree, under a name of their own beside the weights of the module
 whose calls they change. Whatever threads parameters through a model (`nn.scan`, `nn.remat`, `nn.vmap`, `nn.jit`)
 threads them along and cuts them as it cuts the weights: a scanned model has an adapter per layer. An interceptor, one
-of the public `nn.intercept_methods`, reads them where the module is called.
+of the public `nn.intercept_methods`, reads them where the module is called. What maps all parameters of a module
+(`nn.map_variables`) maps the adapters, too.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict
 from flax.core.meta import AxisMetadata
@@ -21,8 +23,7 @@ from jlora.sites import Site
 
 NAME = "jlora_adapter"  # beside a module's own parameters
 Interceptor: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], Any]
-Note: TypeAlias = Callable[[Site, str, int, str], None]
-"""(site, operation, FLOPs of one call, the module's class): notes down that an adapter was applied."""
+_ACTIVE: ContextVar[frozenset[Any]] = ContextVar("active", default=frozenset())  # beside Flax's own interceptor stack
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +40,51 @@ class Adapter:
     arrays: dict[str, jax.Array]
     site: Site = field(metadata={"static": True})
     owner: Any = field(metadata={"static": True})
+
+
+@contextlib.contextmanager
+def active(owner: Any, make: Callable[[Any], Interceptor]) -> Iterator[None]:
+    """Intercepts the calls of modules for the adapters of `owner`, once, however many lifted functions are nested."""
+    if owner in _ACTIVE.get():
+        yield
+        return
+    token = _ACTIVE.set(_ACTIVE.get() | {owner})
+    try:
+        with nn.intercept_methods(make(owner)):
+            yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def of_calls(act: Interceptor) -> Interceptor:
+    """The interceptor `act` for every `__call__` of a module with parameters, a call of `super()` inside it left out.
+
+    Raises (where it intercepts):
+      ValueError: if another module of the same scope (`nn.share_scope`) is called within one that has an adapter: which
+        of the two it belongs to is not known.
+    """
+    inside: dict[int, nn.Module] = {}
+
+    def intercept(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return proceed(*args, **kwargs)
+        scope = id(module.scope)
+        outer = inside.get(scope)
+        if outer is not None:
+            if outer is not module and module.has_variable("params", NAME):
+                raise ValueError(
+                    f"{type(outer).__name__} and {type(module).__name__} share one scope (nn.share_scope), and an "
+                    "adapter belongs to one module: leave that weight out with targets="
+                )
+            return proceed(*args, **kwargs)
+        inside[scope] = module
+        try:
+            return act(proceed, args, kwargs, context)
+        finally:
+            del inside[scope]
+
+    return intercept
 
 
 def insert(params: Any, adapters: Mapping[tuple[str, ...], Adapter]) -> Any:
@@ -70,11 +116,10 @@ def check_linen(params: Any, method: str) -> None:
 
 
 def _inner_nodes(params: Any) -> Sequence[Any]:
-    """The root and the nodes below it, without the leaves and their boxes (`nn.Partitioned`)."""
+    """The root and the containers below it, without the boxes of leaves (`nn.Partitioned`)."""
     if not isinstance(params, dict | FrozenDict):
-        return [params]
-    below = [x for x in params.values() if not hasattr(x, "dtype") and not isinstance(x, AxisMetadata)]
-    return [params, *(node for x in below for node in _inner_nodes(x))]
+        return [] if isinstance(params, AxisMetadata) or jax.tree_util.all_leaves([params]) else [params]
+    return [params, *(node for x in params.values() if x is not None for node in _inner_nodes(x))]
 
 
 def adapter_of(module: nn.Module, owner: Any) -> Adapter | None:
@@ -132,8 +177,3 @@ def check_cut(adapter: Adapter, name: str, ndim: int) -> jax.Array:
             "with targets="
         )
     return array
-
-
-def layers(site: Site) -> int:
-    """How many stacked weights the site holds."""
-    return int(np.prod([site.shape[i] for i in site.stack_axes], dtype=int))

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -88,12 +89,6 @@ class Trace:
                 reason or f"`{op}` has no factored form")
         )  # fmt: skip
 
-    def note_call(self, site: Any, op: str, flops: int, where: str) -> None:
-        """An adapter that was applied to the activations of a module. `nn.scan` traces a module more than once."""
-        use = Use(site.path, op, site.in_axes, site.out_axes, site.stack_axes, True, site.rank, flops, where)
-        if use not in self.uses:
-            self.uses.append(use)
-
     @contextlib.contextmanager
     def inside(self, eqn: Any) -> Iterator[None]:
         """Marks the equation that is being evaluated."""
@@ -127,12 +122,55 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
 
     closed = jax.make_jaxpr(flat)(*[weight.w for weight in weights])
     jaxpr, consts = _open(closed)
-    reads = _read(jaxpr)
-    for variable, weight in zip(jaxpr.invars, weights, strict=True):
-        if weight.trained:
-            trace.extras[weight.path] = trace.extras.get(weight.path, False) or variable in reads
+    trace.uses.extend(_applications(jaxpr))
+    operands = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
+    pairs = list(zip(jaxpr.invars, weights, strict=True))
+    trace.extras |= {weight.path: variable in operands for variable, weight in pairs if weight.optional}
     arguments = [weight.w if weight.trained else weight for weight in weights]
     return jax.tree.unflatten(out_tree, _all_dense(evaluate(jaxpr, consts, arguments, trace), arguments, trace))
+
+
+# -- adapters of activations: applied while the function is traced, found again in its jaxpr ---------------------------
+
+_MARK = re.compile(r"adapter\[([^\[\]|]*)\|([^|]*)\|(\d+)\|(\d+)\|([^\]]*)\]")
+
+
+def mark(path: str, op: str, rank: int, flops: int, where: str) -> contextlib.AbstractContextManager[Any]:
+    """Marks the operations that apply an adapter, in their name stack: what JAX has traced before is found, too."""
+    return jax.named_scope(f"adapter[{path}|{op}|{rank}|{flops}|{where}]")
+
+
+def _applications(jaxpr: Any, repeat: int = 1) -> Iterator[Use]:
+    """A use for every run of operations with one mark.
+
+    Raises:
+      ValueError: for one inside a function with a derivative of its own, whose rule is traced when the interceptors are
+        gone: the gradient would be that of the base.
+    """
+    before = None
+    for eqn in jaxpr.eqns:
+        found = _MARK.search(str(eqn.source_info.name_stack))
+        label = found[0] if found else None
+        if found and label != before:
+            yield Use(found[1], found[2], (), (), (), True, int(found[3]), int(found[4]) * repeat, found[5])
+        before = label
+        if found:
+            continue
+        times = repeat * eqn.params["length"] if eqn.primitive.name == "scan" else repeat
+        for use in (use for body in _bodies(eqn) for use in _applications(body, times)):
+            if eqn.primitive.name in ("custom_vjp_call", "custom_jvp_call"):
+                raise ValueError(
+                    f"the adapter of {use.path!r} is applied inside a function with a derivative of its own "
+                    f"({eqn.primitive.name}), whose rule JAX traces later, without the adapter; leave the model out of "
+                    "that function, or the weight out with targets="
+                )
+            yield use
+
+
+def _bodies(eqn: Any) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple) else (value,))]
+    return [body for body in (_open(v)[0] for v in values) if hasattr(body, "eqns")]
 
 
 # -- the interpreter --------------------------------------------------------------------------------------------------
@@ -286,20 +324,6 @@ def _last_uses(jaxpr: Any) -> dict[Any, int]:
         if not isinstance(v, jex.Literal):
             last[v] = len(jaxpr.eqns)
     return last
-
-
-def _read(jaxpr: Any) -> set[Any]:
-    """The variables that an operation reads: one that is merely passed on to a loop's body is not read by the loop."""
-    read: set[Any] = set()
-    for eqn in jaxpr.eqns:
-        bodies = [_open(eqn.params[name])[0] for name in ("jaxpr", "call_jaxpr") if name in eqn.params]
-        inside = None
-        if len(bodies) == 1 and len(bodies[0].invars) == len(eqn.invars):
-            inside = _read(bodies[0]) | {v for v in bodies[0].outvars if not isinstance(v, jex.Literal)}
-        for i, atom in enumerate(eqn.invars):
-            if not isinstance(atom, jex.Literal) and (inside is None or bodies[0].invars[i] in inside):
-                read.add(atom)
-    return read
 
 
 def _open(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:

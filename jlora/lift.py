@@ -19,8 +19,8 @@ class Lazy(Protocol):
         """The parameter tree, with a `Weight` where a leaf is adapted."""
         ...
 
-    def around(self, note: Callable[..., None]) -> contextlib.AbstractContextManager[Any]:
-        """What is entered while the function is traced; `note(site, operation, FLOPs, where)` is told of uses there."""
+    def around(self) -> contextlib.AbstractContextManager[Any]:
+        """What is entered while the function is traced."""
         ...
 
     @property
@@ -82,7 +82,7 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
         args, kwargs = jax.tree.unflatten(tree, full)
         with contextlib.ExitStack() as stack:
             for x in lazy:
-                stack.enter_context(x.around(trace.note_call))
+                stack.enter_context(x.around())
             return fn(*args, **kwargs)
 
     weights = [leaves[i] for i in at]
@@ -97,10 +97,11 @@ def _check_read(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trace,
     Raises:
       ValueError: if there is one, or if not even one of the extras is read where there is nothing else.
     """
-    read = {use.path for use in trace.uses if use.reason != UNTOUCHED and use.path not in trace.extras}
-    read |= {path for path, is_read in trace.extras.items() if is_read}
+    read = {use.path for use in trace.uses if use.reason != UNTOUCHED}
     every = list(dict.fromkeys(weight.path for weight in weights))
-    optional = {weight.path for weight in weights if weight.optional} if read else set()
+    optional = {weight.path for weight in weights if weight.optional}
+    if not read and not any(trace.extras.values()):  # one that is not read among others is as in full fine-tuning
+        optional = set()
     unread = [path for path in every if path not in read | optional]
     if unread:
         raise ValueError(

@@ -37,8 +37,8 @@ class Weight:
       path: where the weight stands in the parameter tree.
       origin: for each axis, the axes of the stored parameter that it comes from.
       stack: axes of the stored parameter that scans and indexing have already consumed.
-      trained: an array to the function, noted only if it is read: a leaf that is trained as it is, or an adapter's.
-      optional: whether the function may leave it unread.
+      trained: an array to the function: a leaf that is trained as it is, or part of an adapter of activations.
+      optional: a leaf that is trained as it is, which the function may leave unread.
       observed: `a` is no part of the weight: its cotangent is the sum of x x^T over the inputs x; `b` is the identity.
       gathered: axes of the stored parameter that a batched gather has looked up (an embedding or an expert table).
     """

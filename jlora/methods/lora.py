@@ -64,6 +64,11 @@ def low_rank(w: jax.Array, site: Site, a: jax.Array | None = None, b: jax.Array 
     return Weight(w, a, b, path=site.path, origin=tuple((i,) for i in range(w.ndim)))
 
 
+def as_it_is(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
+    """The weight of a method that leaves weights alone."""
+    return low_rank(w, site)
+
+
 def low_rank_init(key: jax.Array, site: Site, init: str) -> Arrays:
     """A and B in broadcast form, float32: see `lora`."""
     assert site.rank is not None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
-from jlora.intercept import Interceptor, Note
+from jlora.intercept import Interceptor
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -46,7 +46,7 @@ class Activation(NamedTuple):
     """How a method acts on activations: on the calls of linen modules, each of which is found by a weight of its own.
 
     Attributes:
-      intercept: (method, note) -> the interceptor, made anew for every call of a lifted function.
+      intercept: method -> the interceptor, made anew for every call of a lifted function.
       needs: what the interceptor acts on, for the error where a function has none of it.
       holder: how many parts of its path a weight is below the module: 1 for the module's own weight.
       shared: (key, sites) -> arrays that all sites share, trained too, under the path `SHARED`.
@@ -54,7 +54,7 @@ class Activation(NamedTuple):
       plain: the method that these prepared arrays are the factors of, where it is another one.
     """
 
-    intercept: Callable[["Method", Note], Interceptor]
+    intercept: Callable[["Method"], Interceptor]
     needs: str
     holder: int = 1
     shared: Callable[[jax.Array, Sequence[Site]], Arrays] | None = None
@@ -82,7 +82,8 @@ class Method(NamedTuple):
       sample: (key, factors) -> the factors of one training step, for a method that draws at random.
       regulariser: (factors, sites) -> a scalar that `train_step` adds to the loss.
       wrap: (optimizer, sites) -> the optimizer that the method trains with.
-      targets: the pattern of `apply(targets=None)`; None for all linear layers and convolutions.
+      targets: the patterns of `apply(targets=None)`, each of which has to match; () for all linear layers and
+        convolutions.
       activation: how it acts on activations, for a method that leaves the weights as they are.
     """
 
@@ -98,7 +99,7 @@ class Method(NamedTuple):
     sample: Callable[[jax.Array, Factors], Factors] | None = None
     regulariser: Callable[[Factors, Sequence[Site]], jax.Array] | None = None
     wrap: Callable[[Transformation, Sequence[Site]], Transformation] | None = None
-    targets: str | None = None
+    targets: tuple[str, ...] = ()
     activation: Activation | None = None
 
     @property

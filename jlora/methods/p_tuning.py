@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.methods.houlsby import as_it_is
+from jlora.methods.lora import as_it_is
 from jlora.methods.method import Activation, Arrays, Config, Factors, Method, check_rank
 from jlora.methods.prompt_tuning import NEEDS, TOKEN_TABLE, check_table, intercept, only_one, prompt_tuning
 from jlora.sites import Site
@@ -45,7 +45,7 @@ def p_tuning(length: int, *, hidden: int = 128, encoder: str = "mlp") -> Method:
     def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
         _, width = check_table(site, "p_tuning")
         embedding, *keys = jax.random.split(key, 10)
-        arrays = {"embedding": jax.random.normal(embedding, (length, width), jnp.float32)}
+        arrays = {"embedding": jax.random.normal(embedding, (site.rank or length, width), jnp.float32)}
         if encoder == "mlp":
             layers = {"1": (width, hidden), "2": (hidden, hidden), "3": (hidden, width)}
         else:
@@ -64,7 +64,7 @@ def p_tuning(length: int, *, hidden: int = 128, encoder: str = "mlp") -> Method:
         return {path: {"prompt": encoded(arrays)} for path, arrays in only_one(factors, sites).items()}
 
     activation = Activation(intercept, NEEDS, prepare=prepare, plain=prompt_tuning(length))
-    return Method(config, length, None, init, as_it_is, targets=TOKEN_TABLE, activation=activation)
+    return Method(config, length, None, init, as_it_is, targets=(TOKEN_TABLE,), activation=activation)
 
 
 def encoded(arrays: Arrays) -> jax.Array:

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from jlora.intercept import Adapter, stacked
-from jlora.methods.houlsby import NONLINEARITIES, as_it_is, bottleneck, check_nonlinearity, on_outputs
+from jlora.methods.bottleneck import NONLINEARITIES, bottleneck, check_nonlinearity, on_outputs
+from jlora.methods.lora import as_it_is
 from jlora.methods.method import Activation, Arrays, Config, Method, check_alpha, check_rank
 from jlora.sites import Site
 
-MLP_IN = r"(?i)(^|/)[^/]*(mlp|ffn|ff|feed_?forward)[^/]*/(fc|wi|fc1|fc_1|up|up_proj|c_fc|dense_0|linear1)/kernel$"
+MLP_IN = (
+    r"(?i:(^|[/_])(mlp|mlp_?block|ffn|ff|feed_?forward|densereludense)(_?\d+)?"
+    r"/(fc|wi|wi_0|fc1|fc_1|fc_in|lin1|linear1|up|up_proj|c_fc|dense_0)/kernel$)"
+)
 
 
 def parallel_adapter(rank: int, *, scale: float = 1.0, nonlinearity: str = "relu") -> Method:
@@ -58,8 +62,8 @@ def parallel_adapter(rank: int, *, scale: float = 1.0, nonlinearity: str = "relu
             "up_bias": zeros(width),
         }
 
-    def act(adapter: Adapter, h: jax.Array, args: tuple[Any, ...]) -> jax.Array:
-        x = args[0] if args else None
+    def act(adapter: Adapter, h: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
+        x = next(iter((*args, *kwargs.values())), None)
         if x is None or getattr(x, "shape", None) != h.shape:
             raise ValueError(
                 f"parallel_adapter: the module above {adapter.site.path!r} returns an array of shape {h.shape}, and "
@@ -69,5 +73,6 @@ def parallel_adapter(rank: int, *, scale: float = 1.0, nonlinearity: str = "relu
         return h + jnp.asarray(factor, h.dtype) * bottleneck(adapter, x, NONLINEARITIES[nonlinearity])
 
     needs = "the linen module that holds the module of each weight (for 'mlp/fc/kernel' that is 'mlp'), in its __call__"
-    activation = Activation(on_outputs("parallel_adapter", act), needs, holder=2)
-    return Method(config, rank, None, init, as_it_is, targets=MLP_IN, activation=activation)
+    width = lambda site: (math.prod(site.shape[i] for i in site.in_axes),)
+    activation = Activation(on_outputs("parallel_adapter", width, act), needs, holder=2)
+    return Method(config, rank, None, init, as_it_is, targets=(MLP_IN,), activation=activation)

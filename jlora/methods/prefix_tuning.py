@@ -1,5 +1,6 @@
 """Prefix tuning: trained keys and values that every query sees."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,18 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.intercept import (
-    Adapter,
-    Interceptor,
-    Note,
-    adapter_of,
-    adapters_below,
-    bound_arguments,
-    check_cut,
-    layers,
-    stacked,
-)
-from jlora.methods.houlsby import as_it_is
+from jlora.intercept import Adapter, Interceptor, adapters_below, bound_arguments, check_cut, of_calls, stacked
+from jlora.interpret import mark
+from jlora.methods.lora import as_it_is
 from jlora.methods.method import SHARED, Activation, Arrays, Config, Factors, Method, check_number, check_rank
 from jlora.sites import Site
 
@@ -35,7 +27,9 @@ def prefix_tuning(length: int, *, hidden: int | None = None, std: float = 0.02) 
 
     The prefix is seen by every query and is not masked; positions stay what they are. It acts on the attention of Flax
     linen (`nn.MultiHeadDotProductAttention`, with or without a mask, not with `decode=True`) and on modules that take
-    (query, key, value, mask), as jlora's own models have them. `merge` refuses: there are no weights of this function.
+    (query, key, value, mask) and say `takes_prefix = True`: that they are right with more keys than queries, those
+    before the others being seen by all. jlora's own models have such a module. `merge` refuses: no weights give this
+    function.
 
     Args:
       length: of the prefix, in tokens; 2 * length * width parameters a layer.
@@ -84,7 +78,7 @@ def prefix_tuning(length: int, *, hidden: int | None = None, std: float = 0.02) 
                 "prefix_tuning(hidden=): one network makes all prefixes, so that the inputs and the lengths must be "
                 f"equal; got widths {sorted(inputs)} and lengths {sorted(map(int, filter(None, lengths)))}"
             )
-        width = inputs.pop()
+        width, length = inputs.pop(), lengths.pop() or 0
         bound = width**-0.5
         embedding, weight, bias = jax.random.split(key, 3)
         return {
@@ -103,7 +97,7 @@ def prefix_tuning(length: int, *, hidden: int | None = None, std: float = 0.02) 
 
     plain = None if hidden is None else prefix_tuning(length, std=std)
     activation = Activation(_intercept, NEEDS, shared=None if hidden is None else shared, prepare=prepare, plain=plain)
-    return Method(config, length, None, init, as_it_is, targets=f"{KEY}|{VALUE}", activation=activation)
+    return Method(config, length, None, init, as_it_is, targets=(KEY, VALUE), activation=activation)
 
 
 def _prefix(h: jax.Array, arrays: Arrays, site: Site) -> jax.Array:
@@ -116,10 +110,7 @@ def _prefix(h: jax.Array, arrays: Arrays, site: Site) -> jax.Array:
 
 
 def _inputs(site: Site) -> int:
-    width = 1
-    for axis in site.in_axes:
-        width *= site.shape[axis]
-    return width
+    return math.prod(site.shape[i] for i in site.in_axes)
 
 
 def _role(site: Site) -> str:
@@ -137,7 +128,10 @@ def _check_pairs(sites: Sequence[Site]) -> None:
     """Keys and values of one attention have prefixes of one length."""
     pairs: dict[str, dict[str, int | None]] = {}
     for site in sites:
-        pairs.setdefault(site.path.rsplit("/", 2)[0] if site.path.count("/") > 1 else "", {})[_role(site)] = site.rank
+        module, role = site.path.rsplit("/", 2)[0] if site.path.count("/") > 1 else "", _role(site)
+        if role in pairs.setdefault(module, {}):
+            raise ValueError(f"prefix_tuning: {module!r} makes its {role}s twice; choose one of them with targets=")
+        pairs[module][role] = site.rank
     for module, lengths in pairs.items():
         if len(lengths) != 2 or len(set(lengths.values())) != 1:
             found = ", ".join(f"{role}: {length}" for role, length in lengths.items())
@@ -150,25 +144,31 @@ def _check_pairs(sites: Sequence[Site]) -> None:
 # -- where the prefix meets the keys -----------------------------------------------------------------------------------
 
 
-def _intercept(method: Method, note: Note) -> Interceptor:
+def _intercept(method: Method) -> Interceptor:
     def intercept(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
-        module = context.module
-        if context.method_name != "__call__" or module.scope is None:
-            return proceed(*args, **kwargs)
+        module, parent = context.module, context.module.parent
         if isinstance(module, nn.MultiHeadDotProductAttention):
-            prefixes = adapters_below(module.variables, method)
+            prefixes = _prefixes(module, method)
             return proceed(*args, **kwargs) if not prefixes else _with_mask(proceed, args, kwargs, context, prefixes)
-        if isinstance(module.parent, nn.MultiHeadDotProductAttention):
-            adapter = adapter_of(module, method)
+        if isinstance(parent, nn.MultiHeadDotProductAttention):
+            # With normalize_qk the keys are those that the norm returns.
+            made = {"key": "key_ln" if parent.normalize_qk else "key", "value": "value"}
+            role = next((role for role, name in made.items() if name == module.name), None)
+            adapter = _prefixes(parent, method).get(role) if role else None
             out = proceed(*args, **kwargs)
-            return out if adapter is None else _noted(adapter, out, module.parent, note)
-        if getattr(module, "takes_prefix", False) and isinstance(module.parent, nn.Module):
-            prefixes = adapters_below(module.parent.variables, method)
+            return out if adapter is None else _lengthened(adapter, out, parent)
+        if getattr(module, "takes_prefix", False) and isinstance(parent, nn.Module):
+            prefixes = _prefixes(parent, method)
             if prefixes:
-                return _core(proceed, args, kwargs, context, prefixes, note)
+                return _core(proceed, args, kwargs, context, prefixes)
         return proceed(*args, **kwargs)
 
-    return intercept
+    return of_calls(intercept)
+
+
+def _prefixes(module: nn.Module, method: Method) -> dict[str, Adapter]:
+    """The prefixes of an attention's keys and values, by role."""
+    return {_role(adapter.site): adapter for adapter in adapters_below(module.variables, method).values()}
 
 
 def _core(
@@ -177,17 +177,19 @@ def _core(
     kwargs: dict[str, Any],
     context: Any,
     prefixes: dict[str, Adapter],
-    note: Note,
 ) -> Any:
     """A module that takes (query, key, value, mask): the prefix goes before its keys and values."""
-    bound = bound_arguments(context, args, kwargs)
-    for adapter in prefixes.values():
-        role = _role(adapter.site)
-        bound.arguments[role] = _noted(adapter, bound.arguments[role], context.module, note)
-    mask = bound.arguments.get("mask")
-    if mask is not None:
-        keys = bound.arguments["key"].shape[1]
-        bound.arguments["mask"] = _widened(mask, keys, _length(prefixes))
+    module, bound = context.module, bound_arguments(context, args, kwargs)
+    if not {"query", "key", "value"} <= set(bound.arguments):
+        raise ValueError(
+            f"prefix_tuning: {type(module).__name__} says `takes_prefix = True`, and is not called with query, key, "
+            f"value (and mask) but with {', '.join(bound.arguments)}"
+        )
+    keys, length = bound.arguments["key"].shape[1], _length(prefixes)
+    for role, adapter in prefixes.items():
+        bound.arguments[role] = _lengthened(adapter, bound.arguments[role], module)
+    if bound.arguments.get("mask") is not None:
+        bound.arguments["mask"] = _widened(bound.arguments["mask"], keys, length)
     return proceed(*bound.args, **bound.kwargs)
 
 
@@ -199,17 +201,21 @@ def _with_mask(
     prefixes: dict[str, Adapter],
 ) -> Any:
     """Flax's attention: the mask is widened here; keys and values get the prefix where they are made."""
-    module = context.module
+    module, attend = context.module, context.module.attention_fn
     if module.decode:
         raise ValueError(
             f"prefix_tuning: {type(module).__name__} with decode=True keeps keys in a cache of a fixed length, in "
             "which a prefix has no place"
         )
+    if attend is not nn.dot_product_attention and not getattr(attend, "takes_prefix", False):
+        raise ValueError(
+            f"prefix_tuning: {type(module).__name__} attends by a function of its own, {attend!r}, which may count "
+            "positions from the first key; if it does not, give it an attribute takes_prefix = True"
+        )
     bound = bound_arguments(context, args, kwargs)
-    mask = bound.arguments.get("mask")
-    if mask is not None:
+    if bound.arguments.get("mask") is not None:
         inputs = next(bound.arguments[n] for n in ("inputs_k", "inputs_kv", "inputs_q") if _given(bound, n))
-        bound.arguments["mask"] = _widened(mask, inputs.shape[-2] + _length(prefixes), _length(prefixes))
+        bound.arguments["mask"] = _widened(bound.arguments["mask"], inputs.shape[-2], _length(prefixes))
     return proceed(*bound.args, **bound.kwargs)
 
 
@@ -221,21 +227,26 @@ def _length(prefixes: dict[str, Adapter]) -> int:
     return next(iter(prefixes.values())).site.rank or 0
 
 
-def _noted(adapter: Adapter, made: jax.Array, module: nn.Module, note: Note) -> jax.Array:
+def _lengthened(adapter: Adapter, made: jax.Array, module: nn.Module) -> jax.Array:
     """Keys or values (batch..., tokens, heads, width) with the prefix before them."""
-    ndim = 1 + len(adapter.site.out_axes)
-    prefix = check_cut(adapter, "prefix", ndim).astype(made.dtype)
-    prefix = prefix.reshape(prefix.shape[0], *made.shape[-2:])  # (length, heads, width)
-    wide = jnp.broadcast_to(prefix, (*made.shape[:-3], *prefix.shape))
-    # Every query meets `length` more keys, or values.
-    flops = 2 * made.size * prefix.shape[0] * layers(adapter.site)
-    note(adapter.site, "prefix_tuning", flops, type(module).__name__)
-    return jnp.concatenate([wide, made], axis=-3)
+    site = adapter.site
+    prefix = check_cut(adapter, "prefix", 1 + len(site.out_axes)).astype(made.dtype)
+    if made.ndim < 3 or prefix[0].size != math.prod(made.shape[-2:]):
+        raise ValueError(
+            f"prefix_tuning: the prefix of {site.path!r} has {prefix[0].size} features, and {type(module).__name__} is "
+            f"given an array of shape {made.shape}, not (batch, tokens, heads, width): heads that are repeated on the "
+            "way have no place for a prefix"
+        )
+    # Every query meets `length` more keys, or values: as many multiply-adds as the tokens' own features times that.
+    with mark(site.path, "prefix_tuning", prefix.shape[0], 2 * made.size * prefix.shape[0], type(module).__name__):
+        prefix = prefix.reshape(prefix.shape[0], *made.shape[-2:])  # (length, heads, width)
+        wide = jnp.broadcast_to(prefix, (*made.shape[:-3], *prefix.shape))
+        return jnp.concatenate([wide, made], axis=-3)
 
 
 def _widened(mask: jax.Array, keys: int, length: int) -> jax.Array:
-    """A mask (..., queries, keys before the prefix) with the prefix's columns, all seen."""
-    if mask.shape[-1] != keys - length:  # broadcast over the keys, or widened already by a call around this one
+    """A mask (..., queries, keys) with the prefix's columns, all seen; one for all keys alike stays as it is."""
+    if mask.shape[-1] != keys:
         return mask
     seen = jnp.ones((*mask.shape[:-1], length), mask.dtype)
     return jnp.concatenate([seen, mask], axis=-1)

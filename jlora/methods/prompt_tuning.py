@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.intercept import Adapter, Interceptor, Note, adapter_of, adapters_within, bound_arguments, check_cut
-from jlora.methods.houlsby import as_it_is
+from jlora.intercept import Adapter, Interceptor, adapter_of, adapters_within, bound_arguments, check_cut
+from jlora.interpret import mark
+from jlora.methods.lora import as_it_is
 from jlora.methods.method import Activation, Arrays, Config, Factors, Method, check_rank
 from jlora.sites import Site
 
@@ -16,7 +17,7 @@ TOKEN_TABLE = (
     r"/(embedding|input_embedding)$"
 )
 TOKENS = ("tokens", "input_ids", "ids", "inputs")
-MASKS = ("attention_mask", "mask", "padding_mask")
+MASKS = ("attention_mask", "mask")  # of integers or booleans: 1 where a token is seen
 POSITIONS = ("position_ids", "positions")
 TYPES = ("token_type_ids", "segment_ids")
 NEEDS = "a Flax linen model that is called with tokens (batch, length) and looks them up once in the adapted table"
@@ -52,13 +53,18 @@ def prompt_tuning(length: int, *, tokens: Sequence[int] | None = None) -> Method
 
     def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
         vocabulary, _ = check_table(site, "prompt_tuning")
-        if start is not None and not all(0 <= token < vocabulary for token in start):
-            raise ValueError(f"prompt_tuning: tokens must be within the {vocabulary} rows of {site.path!r}")
-        rows = jax.random.randint(key, (length,), 0, vocabulary) if start is None else jnp.asarray(start)
+        rows = None if start is None else jnp.asarray(start)
+        if rows is None:
+            rows = jax.random.randint(key, (site.rank or 0,), 0, vocabulary)
+        elif site.rank != length or not all(0 <= token < vocabulary for token in start or ()):
+            raise ValueError(
+                f"prompt_tuning: tokens must be {site.rank}, as long as the prompt is, within the {vocabulary} rows of "
+                f"{site.path!r}"
+            )
         return {"prompt": w[rows].astype(jnp.float32)}
 
     return Method(
-        config, length, None, init, as_it_is, targets=TOKEN_TABLE,
+        config, length, None, init, as_it_is, targets=(TOKEN_TABLE,),
         activation=Activation(intercept, NEEDS, prepare=only_one),
     )  # fmt: skip
 
@@ -90,96 +96,103 @@ def only_one(factors: Factors, sites: Sequence[Site]) -> Factors:
 # -- where the prompt meets the tokens ---------------------------------------------------------------------------------
 
 
-def intercept(method: Method, note: Note) -> Interceptor:
+def intercept(method: Method) -> Interceptor:
     """Lengthens the tokens of the model's call, puts the prompt in their place, and cuts the results."""
     inside: list[int] = []  # the lengths of the prompted sequences: not empty while the model runs
     looked_up: list[str] = []
 
     def act(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         module = context.module
-        if module.scope is None:
+        if module.scope is None or context.method_name == "setup":
             return proceed(*args, **kwargs)
         if inside:
             adapter = adapter_of(module, method) if context.method_name == "__call__" else None
             out = proceed(*args, **kwargs)
-            return out if adapter is None else _prompted(adapter, out, inside[-1], looked_up)
-        adapters = adapters_within(module.variables.get("params", {}), method)
-        if module.path or not adapters:
+            return out if adapter is None or not inside[-1] else _prompted(adapter, out, inside[-1], looked_up)
+        adapters = [] if module.path else adapters_within(module.variables.get("params", {}), method)
+        if not adapters:
             return proceed(*args, **kwargs)
-        name, length = method.name, check_cut(adapters[0], "prompt", 2).shape[0]
-        before = _shapes(context, args, kwargs)
-        bound, tokens = _lengthened(name, bound_arguments(context, args, kwargs), length)
-        note(adapters[0].site, name, 0, type(module).__name__)
-        inside.append(tokens + length)
+        length = check_cut(adapters[0], "prompt", 2).shape[0]
+        bound, tokens = _lengthened(method.name, bound_arguments(context, args, kwargs), length)
+        inside.append(0)  # the same interceptor sees the call that only tells shapes, and leaves it alone
         try:
+            plain = _plain_shapes(method.name, context, args, kwargs)
+            inside[-1] = tokens + length
             out = proceed(*bound.args, **bound.kwargs)
         finally:
             inside.pop()
         if not looked_up:
-            raise ValueError(
-                f"{name}: {type(module).__name__} does not look its tokens up in {adapters[0].site.path!r}"
-            )
+            table = adapters[0].site.path
+            raise ValueError(f"{method.name}: {type(module).__name__} does not look its tokens up in {table!r}")
         looked_up.clear()
-        return jax.tree.map(lambda x, shape: _cut(x, shape, length), out, before)
-
-    def _shapes(context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the model returns without a prompt, as shapes."""
-        module, variables = context.module, context.module.variables
-        rngs = {stream: jax.random.key(0) for stream in module.scope.rngs}
-
-        def plain() -> Any:
-            unbound = module.clone(parent=None)
-            return unbound.apply(variables, *args, rngs=rngs, mutable=True, method=context.method_name, **kwargs)[0]
-
-        inside.append(0)  # the same interceptor sees this call, and leaves it alone
-        try:
-            return jax.eval_shape(plain)
-        finally:
-            inside.pop()
+        return jax.tree.map(lambda x, shape: _cut(method.name, x, shape, length), out, plain)
 
     return act
 
 
+def _plain_shapes(name: str, context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns without a prompt, its arrays as shapes."""
+    module, variables = context.module, context.module.variables
+    rngs = {stream: jax.random.key(0) for stream in module.scope.rngs}
+    others: list[Any] = []
+
+    def plain() -> Any:
+        unbound = module.clone(parent=None)
+        out, _ = unbound.apply(variables, *args, rngs=rngs, mutable=True, method=context.method_name, **kwargs)
+        leaves, structure = jax.tree.flatten(out)
+        others.append((structure, [None if hasattr(x, "dtype") else x for x in leaves]))
+        return [x for x in leaves if hasattr(x, "dtype")]
+
+    arrays = iter(jax.eval_shape(plain))
+    structure, leaves = others[-1]
+    return jax.tree.unflatten(structure, [next(arrays) if x is None else x for x in leaves])
+
+
 def _prompted(adapter: Adapter, out: jax.Array, whole: int, looked_up: list[str]) -> jax.Array:
     """Embeddings (batch, length + tokens, width) with the prompt in the first places."""
-    prompt = adapter.arrays["prompt"].astype(out.dtype)
-    if not whole:  # the call that only tells shapes
-        return out
+    prompt, name = adapter.arrays["prompt"].astype(out.dtype), adapter.owner.name
     if looked_up or out.ndim != 3 or out.shape[1] != whole:
         raise ValueError(
-            f"{adapter.owner.name}: the table {adapter.site.path!r} is looked up "
+            f"{name}: the table {adapter.site.path!r} is looked up "
             f"{'twice' if looked_up else f'for an array of shape {out.shape[:-1]}'} in one call of the model, and not "
             "once for its tokens (batch, length): which of them the prompt belongs to is not known"
         )
     looked_up.append(adapter.site.path)
-    wide = jnp.broadcast_to(prompt, (out.shape[0], *prompt.shape))
-    return jnp.concatenate([wide, out[:, prompt.shape[0] :]], axis=1)
+    with mark(adapter.site.path, name, prompt.shape[0], 0, "Embed"):
+        wide = jnp.broadcast_to(prompt, (out.shape[0], *prompt.shape))
+        return jnp.concatenate([wide, out[:, prompt.shape[0] :]], axis=1)
 
 
 def _lengthened(name: str, bound: Any, length: int) -> tuple[Any, int]:
     """The model's arguments with `length` tokens more, and the number of tokens before."""
     bound.apply_defaults()
     arrays = {n: x for n, x in _flat(bound).items() if hasattr(x, "shape") and hasattr(x, "dtype")}
+    is_integer = lambda x: jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
     whole = [n for n, x in arrays.items() if x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.integer)]
     tokens = next((n for n in TOKENS if n in whole), whole[0] if whole else None)
     if tokens is None:
-        shapes = ", ".join(f"{n} {tuple(x.shape)} {x.dtype}" for n, x in arrays.items())
+        shapes = ", ".join(f"{n} {tuple(x.shape)} {x.dtype}" for n, x in arrays.items()) or "no arrays"
         raise ValueError(f"{name}: the model is called without tokens, integers (batch, length); it takes {shapes}")
     batch, size = arrays[tokens].shape
+    longer = {}
     for n, x in arrays.items():
-        if size not in x.shape[1:] and x.shape[:1] != (size,):
-            continue
-        first = lambda fill, x=x: jnp.concatenate([jnp.full((batch, length), fill, x.dtype), x], axis=1)
-        if x.shape != (batch, size) or n not in (tokens, *MASKS, *POSITIONS, *TYPES):
-            if x.shape[:1] == (size,) and size == batch and size not in x.shape[1:]:
-                continue  # one number per example
-            raise ValueError(f"{name}: how the argument {n!r} of shape {tuple(x.shape)} is lengthened is not known")
+        if size not in x.shape[1:] and (x.shape[:1] != (size,) or size == batch):
+            continue  # nothing that is as long as the tokens; a number per example
+        if x.shape != (batch, size) or not is_integer(x) or n not in (tokens, *MASKS, *POSITIONS, *TYPES):
+            raise ValueError(
+                f"{name}: how the argument {n!r}, {x.dtype} of shape {tuple(x.shape)}, is lengthened is not known"
+            )
+        start = jnp.full((batch, length), 1 if n in MASKS else 0, x.dtype)
         if n in POSITIONS:
-            places = jnp.broadcast_to(jnp.arange(length, dtype=x.dtype)[None], (batch, length))
-            longer = jnp.concatenate([places, x + jnp.asarray(length, x.dtype)], axis=1)
-        else:
-            longer = first(1 if n in MASKS else 0)
-        _set(bound, n, longer)
+            start = jnp.broadcast_to(jnp.arange(length, dtype=x.dtype)[None], (batch, length))
+            x = x + jnp.asarray(length, x.dtype)
+        longer[n] = jnp.concatenate([start, x], axis=1)
+    for n, value in bound.arguments.items():
+        if isinstance(value, Mapping):  # a copy: the caller's batch stays as it is
+            copy: Any = type(value)
+            bound.arguments[n] = copy({**value, **{k: x for k, x in longer.items() if k in value}})
+        elif n in longer:
+            bound.arguments[n] = longer[n]
     return bound, size
 
 
@@ -191,20 +204,16 @@ def _flat(bound: Any) -> dict[str, Any]:
     return found
 
 
-def _set(bound: Any, name: str, value: Any) -> None:
-    if name in bound.arguments:
-        bound.arguments[name] = value
-        return
-    for inner in bound.arguments.values():
-        if isinstance(inner, dict) and name in inner:
-            inner[name] = value
-
-
-def _cut(x: Any, shape: Any, length: int) -> Any:
-    """An array without what was returned for the prompt: along every axis that is longer than without it."""
-    if not hasattr(x, "shape") or x.shape == shape.shape:
-        return x
-    for axis, (mine, plain) in enumerate(zip(x.shape, shape.shape, strict=True)):
-        if mine == plain + length:
+def _cut(name: str, x: Any, plain: Any, length: int) -> Any:
+    """A result without what was returned for the prompt: along every axis that is longer by its length."""
+    if not hasattr(x, "shape"):
+        return plain
+    if x.ndim != plain.ndim or any(m not in (p, p + length) for m, p in zip(x.shape, plain.shape, strict=False)):
+        raise ValueError(
+            f"{name}: the model returns an array of shape {tuple(x.shape)} with a prompt of {length} tokens, and "
+            f"{tuple(plain.shape)} without: which part of it belongs to the prompt is not known"
+        )
+    for axis, (mine, size) in enumerate(zip(x.shape, plain.shape, strict=True)):
+        if mine != size:
             x = jax.lax.slice_in_dim(x, length, mine, axis=axis)
     return x

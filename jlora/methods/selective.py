@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.methods.lora import low_rank
+from jlora.methods.lora import as_it_is
 from jlora.methods.method import Arrays, Config, Method, Rows, check_pattern, check_rank
 from jlora.sites import Site
-from jlora.weight import Weight
 
 BIAS = r"(^|[/.])(\w+_)?(bias|b)$"
 NORM = r"(?i)(^|[/.])[^/.]*(norm|ln|scale_)[^/.]*[/.](scale|bias|weight|offset|gamma|beta)$"
@@ -118,10 +117,7 @@ def _selective(config: Config, extras: Any) -> Method:
     def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
         return {}
 
-    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-        return low_rank(w, site)
-
-    return Method(config, 0, None, init, weight, extras=extras)
+    return Method(config, 0, None, init, as_it_is, extras=extras)
 
 
 def _trainable(named: Mapping[str, Any]) -> list[str]:
