@@ -16,9 +16,11 @@ from jlora.models.gpt2 import GPT2Config
 from jlora.models.vit import ViTConfig
 
 LINEAR = "(attn|mlp)/"  # all linear layers of the blocks, in both models
-LOW = (1e-4, 3e-4, 1e-3, 3e-3)
+LOW = (3e-4, 1e-3, 3e-3, 1e-2)
 MIDDLE = (1e-3, 3e-3, 1e-2, 3e-2)
+UPPER = (3e-3, 1e-2, 3e-2, 1e-1)
 HIGH = (1e-2, 3e-2, 1e-1, 3e-1)
+HIGHEST = (3e-2, 1e-1, 3e-1, 1.0)
 
 
 def config() -> Comparison:
@@ -102,14 +104,14 @@ def contenders(steps: int) -> tuple[Contender, ...]:
     )  # fmt: skip
     return (
         Contender("full", "full", baseline, jlora.full(), LOW),
-        Contender("top_layer", "top layer", baseline, jlora.top_layers(1), (3e-4, 1e-3, 3e-3, 1e-2)),
-        Contender("bitfit", "BitFit", baseline, jlora.bitfit(), MIDDLE),
-        Contender("norms", "norms", baseline, jlora.norms(), MIDDLE),
+        Contender("top_layer", "top layer", baseline, jlora.top_layers(1), LOW),
+        Contender("bitfit", "BitFit", baseline, jlora.bitfit(), UPPER),
+        Contender("norms", "norms", baseline, jlora.norms(), HIGH),
         Contender("lora", "LoRA r=4", low_rank, lora, MIDDLE, LINEAR),
         Contender("lora_qv", "LoRA q,v r=16", low_rank, jlora.lora(16), MIDDLE, "attn/(query|value)"),
         Contender("rslora", "rsLoRA r=4", low_rank, jlora.rslora(4), MIDDLE, LINEAR),
         Contender("loraplus", "LoRA+ r=4", low_rank, jlora.loraplus(4), LOW, LINEAR),
-        Contender("lora_fa", "LoRA-FA r=8", low_rank, jlora.lora_fa(8), MIDDLE, LINEAR),
+        Contender("lora_fa", "LoRA-FA r=8", low_rank, jlora.lora_fa(8), UPPER, LINEAR),
         Contender("dora", "DoRA r=4", low_rank, jlora.dora(lora), MIDDLE, LINEAR),
         Contender("dylora", "DyLoRA r=4", low_rank, jlora.dylora(4), MIDDLE, LINEAR),
         Contender("adalora", "AdaLoRA r=6 to 4", low_rank, _adalora(steps), MIDDLE, LINEAR),
@@ -120,15 +122,15 @@ def contenders(steps: int) -> tuple[Contender, ...]:
         Contender("corda", "CorDA r=4", started, jlora.corda(4), MIDDLE, LINEAR),
         Contender("vera", "VeRA r=256", other, jlora.vera(256), HIGH, LINEAR),
         Contender("loha", "LoHa r=2", other, jlora.loha(2), MIDDLE, LINEAR),
-        Contender("lokr", "LoKr r=16", other, jlora.lokr(16, factor=4), MIDDLE, LINEAR),
+        Contender("lokr", "LoKr r=16", other, jlora.lokr(16, factor=4), UPPER, LINEAR),
         Contender("ia3", "(IA)³", other, jlora.ia3("mlp/proj"), HIGH, "attn/(key|value)|mlp/proj"),
-        Contender("oft", "OFT b=16", other, jlora.oft(16), MIDDLE, LINEAR),
-        Contender("houlsby", "Houlsby r=16", activations, jlora.houlsby(16), MIDDLE),
-        Contender("pfeiffer", "Pfeiffer r=32", activations, jlora.pfeiffer(32), MIDDLE),
-        Contender("parallel", "parallel r=32", activations, jlora.parallel_adapter(32), MIDDLE),
-        Contender("prefix", "prefix n=16", activations, jlora.prefix_tuning(16), HIGH),
+        Contender("oft", "OFT b=16", other, jlora.oft(16), UPPER, LINEAR),
+        Contender("houlsby", "Houlsby r=16", activations, jlora.houlsby(16), UPPER),
+        Contender("pfeiffer", "Pfeiffer r=32", activations, jlora.pfeiffer(32), UPPER),
+        Contender("parallel", "parallel r=32", activations, jlora.parallel_adapter(32), UPPER),
+        Contender("prefix", "prefix n=16", activations, jlora.prefix_tuning(16), HIGHEST),
         Contender("prefix_mlp", "prefix n=16, MLP", activations, jlora.prefix_tuning(16, hidden=64), MIDDLE),
-        Contender("prompt", "prompt n=16", activations, jlora.prompt_tuning(16), HIGH, tasks=("text",)),
+        Contender("prompt", "prompt n=16", activations, jlora.prompt_tuning(16), HIGHEST, tasks=("text",)),
         Contender("p_tuning", "P-tuning n=16", activations, jlora.p_tuning(16), MIDDLE, tasks=("text",)),
     )
 
