@@ -14,7 +14,7 @@ from flax import nnx
 
 from jlora import tree
 from jlora.intercept import Adapter, active, check_linen, insert
-from jlora.methods import Method, lora
+from jlora.methods import Method, lora, nearest
 from jlora.methods.method import SHARED, Arrays, Factors
 from jlora.select import Extra, Pattern, known_sites, listing, resolve, select, select_extras
 from jlora.sites import Site
@@ -243,7 +243,8 @@ def apply(
         raise TypeError("apply: the parameters are adapted already; merge(adapted) first, or apply to adapted.base")
     _check_modules(params)
     if method is not None and not isinstance(method, Method):
-        raise TypeError(f"apply: method is a Method such as jlora.rslora(16), not {method!r}")
+        hint = f"; the nearest name is jlora.{nearest(method)}" if isinstance(method, str) else ""
+        raise TypeError(f"apply: method is a Method such as jlora.rslora(16), not {method!r}{hint}")
     if method is None and rank is None and targets != ():
         raise ValueError("apply: give a rank, or a method such as jlora.rslora(16)")
     if method is not None and (rank is not None or alpha is not None):

@@ -428,7 +428,10 @@ WRONG_TYPES = {
     "a method that was not called": (
         lambda p: jlora.apply(p, method=jlora.lora), "apply: method is a Method such as jlora.rslora(16), not <function lora"
     ),
-    "a method's name": (lambda p: jlora.apply(p, method="dora"), "apply: method is a Method such as jlora.rslora(16), not 'd"),
+    "a method's name": (
+        lambda p: jlora.apply(p, method="adalorra"),
+        "apply: method is a Method such as jlora.rslora(16), not 'adalorra'; the nearest name is jlora.adalora",
+    ),
     "adapted twice": (
         lambda p: jlora.apply(jlora.apply(p, rank=2), rank=2), "apply: the parameters are adapted already; merge(adapted) first"
     ),

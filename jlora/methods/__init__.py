@@ -58,6 +58,7 @@ __all__ = [
     "lora_fa",
     "lora_ga",
     "loraplus",
+    "nearest",
     "norms",
     "oft",
     "olora",
@@ -89,14 +90,18 @@ def from_json(data: dict[str, Any]) -> Method:
     options = dict(data)
     name = options.pop("name", None)
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown method {name!r}; the nearest is {near[0]!r} of {', '.join(sorted(METHODS))}")
+        raise ValueError(f"unknown method {name!r}; the nearest is {nearest(name)!r} of {', '.join(sorted(METHODS))}")
     if isinstance(options.get("inner"), dict):
         options["inner"] = from_json(options["inner"])
     try:
         return METHODS[name](**options)
     except TypeError as error:
         raise ValueError(f"method {name!r}: {error}") from error
+
+
+def nearest(name: object) -> str:
+    """The name of a method that is most like this one."""
+    return difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.0)[0]
 
 
 # A method's functions are closures: it is pickled as its config.
