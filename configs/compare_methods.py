@@ -15,6 +15,7 @@ from experiments.tasks import ImageTask, TextTask
 from jlora.models.gpt2 import GPT2Config
 from jlora.models.vit import ViTConfig
 
+STEPS = 150  # of each run
 LINEAR = "(attn|mlp)/"  # all linear layers of the blocks, in both models
 LOW = (3e-4, 1e-3, 3e-3, 1e-2)
 MIDDLE = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -34,7 +35,7 @@ def config() -> Comparison:
                 GPT2Config(vocab_size=256, context=80, width=128, layers=3, heads=4),
                 Data(old=python_docs, new=python_source),
                 pretrain=Pretrain(steps=800, batch=16, evaluate_every=800, weight_decay=0.1, learning_rate=3e-3),
-                train=Train(steps=200, batch=8, evaluate_every=200),
+                train=Train(steps=STEPS, batch=8, evaluate_every=STEPS),
                 validation=64,
                 test=256,
                 length=64,  # the rest of the context is for prompts
@@ -46,10 +47,10 @@ def config() -> Comparison:
                 old=upright_digits,
                 new=turned_digits,
                 pretrain=Pretrain(steps=600, batch=32, evaluate_every=600, weight_decay=0.1, learning_rate=2e-3),
-                train=Train(steps=200, batch=32, evaluate_every=200),
+                train=Train(steps=STEPS, batch=32, evaluate_every=STEPS),
             ),
         ),
-        contenders=contenders(steps=200),
+        contenders=contenders(STEPS),
         relative_to=("lora", "full"),
     )
 
