@@ -122,7 +122,9 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
 
     closed = jax.make_jaxpr(flat)(*[weight.w for weight in weights])
     jaxpr, consts = _open(closed)
-    trace.uses.extend(_applications(jaxpr))
+    adapters = {weight.path for weight in weights if weight.trained and not weight.optional}
+    if adapters:
+        trace.uses.extend(use for use in _applications(jaxpr) if use.path in adapters)
     operands = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
     pairs = list(zip(jaxpr.invars, weights, strict=True))
     trace.extras |= {weight.path: variable in operands for variable, weight in pairs if weight.optional}
