@@ -243,8 +243,7 @@ def apply(
         raise TypeError("apply: the parameters are adapted already; merge(adapted) first, or apply to adapted.base")
     _check_modules(params)
     if method is not None and not isinstance(method, Method):
-        hint = f"; the nearest name is jlora.{nearest(method)}" if isinstance(method, str) else ""
-        raise TypeError(f"apply: method is a Method such as jlora.rslora(16), not {method!r}{hint}")
+        raise TypeError(f"apply: method is a Method such as jlora.rslora(16), not {method!r}{_nearest_to(method)}")
     if method is None and rank is None and targets != ():
         raise ValueError("apply: give a rank, or a method such as jlora.rslora(16)")
     if method is not None and (rank is not None or alpha is not None):
@@ -482,6 +481,10 @@ def _check_modules(params: Any) -> None:
                 f"apply: {type(module).__name__} holds {', '.join(other)} beside its Params, whose updates would be "
                 "lost; split it: graph, params, rest = nnx.split(model, nnx.Param, ...)"
             )
+
+
+def _nearest_to(given: Any) -> str:
+    return f"; the nearest name is jlora.{nearest(given)}" if isinstance(given, str) else ""
 
 
 def _own_targets(method: Method, known: Sequence[Site]) -> list[str]:
