@@ -116,7 +116,7 @@ def intercept(method: Method) -> Interceptor:
         bound, tokens = _lengthened(method.name, bound_arguments(context, args, kwargs), length)
         inside.append(0)  # the same interceptor sees the call that only tells shapes, and leaves it alone
         try:
-            plain = _plain_shapes(method.name, context, args, kwargs)
+            plain = _plain_shapes(context, args, kwargs)
             inside[-1] = tokens + length
             out = proceed(*bound.args, **bound.kwargs)
         finally:
@@ -130,7 +130,7 @@ def intercept(method: Method) -> Interceptor:
     return act
 
 
-def _plain_shapes(name: str, context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _plain_shapes(context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the model returns without a prompt, its arrays as shapes."""
     module, variables = context.module, context.module.variables
     rngs = {stream: jax.random.key(0) for stream in module.scope.rngs}
