@@ -1,1 +1,5 @@
-"""Model architectures for the experiments, the examples and the benchmarks. None of them knows of jlora's core."""
+"""Models that the papers used, to and from Hugging Face checkpoints. None of them knows of jlora's core."""
+
+from jlora.models.checkpoint import Pretrained as Pretrained
+from jlora.models.checkpoint import load as load
+from jlora.models.checkpoint import save as save

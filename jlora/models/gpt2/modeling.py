@@ -1,7 +1,8 @@
 """GPT-2 in Flax linen: a decoder with pre-norm blocks, learned positions and a head tied to the embedding.
 
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; names of the parts and initial
-values as in the released code, https://github.com/openai/gpt-2.
+values as in the released code, https://github.com/openai/gpt-2. GPT-3's shape: Brown et al., arXiv 2005.14165, table
+2.1; its locally banded sparse layers are dense here.
 """
 
 import math
@@ -11,7 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.models import cache as kv
+from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
+from jlora.models.cache import Cache, Context, KeyValue
+from jlora.models.heads import last_token
+from jlora.models.nonlinear import NONLINEARITIES, check_nonlinearity
+from jlora.models.stack import check_remat, stack
+
+HEADS: tuple[Head, ...] = ("none", "causal_lm", "sequence_classification", "token_classification")
 
 
 @dataclass(frozen=True)
@@ -23,10 +32,16 @@ class GPT2Config:
       context: the longest sequence, in tokens.
       width: features of the residual stream, a multiple of `heads`.
       layers, heads: blocks, and attention heads in each.
+      hidden: features between the two layers of each MLP; 4 * `width` when None.
+      nonlinearity: of the MLPs, a name in `jlora.models.nonlinear`.
+      epsilon: added to the variance in the norms.
+      head: "none", "causal_lm", "sequence_classification" (of the last token) or "token_classification".
+      labels: of a classification.
       dropout: of the embeddings, the attention weights and both residual branches, in [0, 1).
       dtype, param_dtype: of the computation and of the parameters. Scores and softmax are float32 in any case.
       scan: one block scanned over parameters stacked on axis 0, in place of `layers` blocks: compiles faster.
-      remat: compute each block's activations again in the backward pass.
+      remat: compute each block's activations again in the backward pass; True, or the name of a policy in
+        `jax.checkpoint_policies`.
     """
 
     vocab_size: int = 50257
@@ -34,15 +49,23 @@ class GPT2Config:
     width: int = 768
     layers: int = 12
     heads: int = 12
+    hidden: int | None = None
+    nonlinearity: str = "gelu_new"
+    epsilon: float = 1e-5
+    head: Head = "causal_lm"
+    labels: int = 2
     dropout: float = 0.0
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+        check_head(self.head, HEADS, self.labels)
+        check_nonlinearity(self.nonlinearity)
+        check_remat(self.remat)
 
 
 PRESETS = {
@@ -50,11 +73,15 @@ PRESETS = {
     "gpt2-medium": GPT2Config(width=1024, layers=24, heads=16),
     "gpt2-large": GPT2Config(width=1280, layers=36, heads=20),
     "gpt2-xl": GPT2Config(width=1600, layers=48, heads=25),
+    "gpt3-175b": GPT2Config(context=2048, width=12288, layers=96, heads=96, scan=True),
 }
 
 
 class GPT2(nn.Module):
-    """tokens (batch, length) -> logits (batch, length, vocab_size), float32.
+    """tokens (batch, length) -> float32 logits (batch, length, vocab_size), or what `config.head` says.
+
+    "none" gives the last norm's (batch, length, width), "sequence_classification" (batch, labels) and
+    "token_classification" (batch, length, labels).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -68,40 +95,71 @@ class GPT2(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array | tuple[jax.Array, Cache]:
+        """See the class.
+
+        Args:
+          tokens: (batch, length), int32.
+          mask: (batch, length), False at padding; None for no padding.
+          positions: (batch, length), int32; 0, 1, ... when None.
+          cache: from `empty_cache`, or of the call before. It is returned with the tokens of this call, after the
+            output; `positions` must then be given.
+          deterministic: no dropout.
+        """
         c = self.config
         length = tokens.shape[1]
         if length > c.context:
             raise ValueError(f"the sequence has {length} tokens, the model's context is {c.context}")
+        if cache is not None and positions is None:
+            raise ValueError("a call with a cache needs positions=: those of its tokens, (batch, length)")
         wte = _embed(c, c.vocab_size, 0.02, "wte")
         wpe = _embed(c, c.context, 0.01, "wpe")
-        h = wte(tokens) + wpe(jnp.arange(length))[None]  # (batch, length, width)
+        places = wpe(jnp.arange(length))[None] if positions is None else wpe(positions)
+        h = wte(tokens) + places  # (batch, length, width)
         h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
-        block = nn.remat(Block, prevent_cse=not c.scan) if c.remat else Block
-        if c.scan:
-            layers = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=c.layers
-            )
-            h, _ = layers(c, deterministic, name="h")(h, None)
-        else:
-            for i in range(c.layers):
-                h, _ = block(c, deterministic, name=f"h_{i}")(h, None)
-        h = _norm(c, "ln_f")(h)
-        return wte.attend(h).astype(jnp.float32)  # (batch, length, vocab_size)
+        context, cache = kv.opened(cache, mask, tokens)
+        h, layers = stack(Block, c, h, cache and cache.layers, context, deterministic=deterministic)
+        h = _norm(c, "ln_f")(h)  # (batch, length, width)
+        if c.head == "causal_lm":
+            h = wte.attend(h)  # (batch, length, vocab_size)
+        elif c.head == "sequence_classification":
+            h = _dense(c, c.labels, "score", bias=False)(last_token(h, mask))  # (batch, labels)
+        elif c.head == "token_classification":
+            h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+            h = _dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
+        h = h.astype(jnp.float32)
+        return h if cache is None else (h, cache._replace(layers=layers))
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """For sequences of up to `slots` tokens, padding among them."""
+        c = self.config
+        return kv.empty(
+            batch=batch, slots=slots, layers=c.layers, heads=c.heads, width=c.width // c.heads,
+            dtype=c.dtype, stacked=c.scan,
+        )  # fmt: skip
 
 
 class Block(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h)). Takes and returns a pair, as `nn.scan` wants it."""
+    """h + attention(norm(h)), then h + mlp(norm(h)). Takes and returns what its layer has cached."""
 
     config: GPT2Config
     deterministic: bool
 
     @nn.compact
-    def __call__(self, h: jax.Array, _: None) -> tuple[jax.Array, None]:
+    def __call__(self, h: jax.Array, cached: KeyValue | None, context: Context) -> tuple[jax.Array, KeyValue | None]:
         c = self.config
-        h = h + Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h))
+        y, cached = Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h), cached, context)
+        h = h + y
         h = h + MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h))
-        return h, None
+        return h, cached
 
 
 class Attention(nn.Module):
@@ -111,20 +169,23 @@ class Attention(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, cached: KeyValue | None, context: Context) -> tuple[jax.Array, KeyValue | None]:
         c = self.config
         batch, length, width = x.shape
         q, k, v = (
             _dense(c, width, name)(x).reshape(batch, length, c.heads, -1)  # (batch, length, heads, width / heads)
             for name in ("query", "key", "value")
         )
-        attend = DotProductAttention(causal=True, dropout=c.dropout, deterministic=self.deterministic, name="core")
-        y = attend(q, k, v).reshape(batch, length, width)
-        return nn.Dropout(c.dropout, deterministic=self.deterministic)(_dense(c, width, "out", residual=True)(y))
+        new = kv.write(cached, context.start, k, v)
+        causal = cached is None  # otherwise the mask says it
+        attend = DotProductAttention(causal=causal, dropout=c.dropout, deterministic=self.deterministic, name="core")
+        y = attend(q, new.key, new.value, context.mask).reshape(batch, length, width)
+        y = nn.Dropout(c.dropout, deterministic=self.deterministic)(_dense(c, width, "out", residual=True)(y))
+        return y, None if cached is None else new
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU, in its tanh form, between them."""
+    """Two linear layers with a nonlinearity between them."""
 
     config: GPT2Config
     deterministic: bool
@@ -132,7 +193,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = nn.gelu(_dense(c, 4 * c.width, "fc")(x), approximate=True)  # (batch, length, 4 * width)
+        x = NONLINEARITIES[c.nonlinearity](_dense(c, c.hidden or 4 * c.width, "fc")(x))  # (batch, length, hidden)
         x = _dense(c, c.width, "proj", residual=True)(x)  # (batch, length, width)
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
@@ -143,11 +204,13 @@ def _embed(config: GPT2Config, rows: int, std: float, name: str) -> nn.Embed:
 
 
 def _norm(config: GPT2Config, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(1e-5, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+    return nn.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
-def _dense(config: GPT2Config, features: int, name: str, *, residual: bool = False) -> nn.Dense:
+def _dense(config: GPT2Config, features: int, name: str, *, bias: bool = True, residual: bool = False) -> nn.Dense:
     """A linear layer; one that writes to the residual stream starts smaller, since 2 * layers of them add up there."""
     std = 0.02 / math.sqrt(2 * config.layers) if residual else 0.02
     init = nn.initializers.normal(std)
-    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
+    return nn.Dense(
+        features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name
+    )

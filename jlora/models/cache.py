@@ -1,0 +1,111 @@
+"""The keys and values of the tokens that a decoder has seen, so that the next one costs one position."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class KeyValue(NamedTuple):
+    """Of one layer, (batch, slots, key heads, width) each; of all layers with an axis before these, when stacked."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Cache(NamedTuple):
+    """What a decoder has seen. The slots of a row are its tokens in order; padding takes slots, and is not seen.
+
+    Attributes:
+      layers: a `KeyValue` for each layer, or one stacked on axis 0 where the layers are scanned.
+      real: (batch, slots), bool: the slot holds a token that is no padding.
+      used: (), int32: the slots that are taken, the same in all rows.
+    """
+
+    layers: Any
+    real: jax.Array
+    used: jax.Array
+
+
+class Context(NamedTuple):
+    """What all layers are told in a call.
+
+    Attributes:
+      mask: (batch, 1, 1 or length, keys), bool, True at the keys that are seen; None for all.
+      start: (), int32: the slot of the first token, None without a cache.
+    """
+
+    mask: jax.Array | None
+    start: jax.Array | None
+
+
+def empty(*, batch: int, slots: int, layers: int, heads: int, width: int, dtype: Any, stacked: bool) -> Cache:
+    """A cache that holds nothing yet.
+
+    Args:
+      batch, slots: rows, and the longest sequence with its padding.
+      layers, heads, width: of the decoder: layers, key heads and features of each.
+      dtype: of keys and values.
+      stacked: the decoder scans over its layers.
+    """
+
+    def one(*before: int) -> KeyValue:
+        return KeyValue(*(jnp.zeros((*before, batch, slots, heads, width), dtype) for _ in range(2)))
+
+    return Cache(
+        one(layers) if stacked else tuple(one() for _ in range(layers)),
+        jnp.zeros((batch, slots), bool),
+        jnp.zeros((), jnp.int32),
+    )
+
+
+def opened(cache: Cache | None, mask: jax.Array | None, tokens: jax.Array) -> tuple[Context, Cache | None]:
+    """What the layers of a causal decoder are told, and the cache with the new tokens' slots taken.
+
+    Args:
+      cache: None for a call without one.
+      mask: (batch, length), bool, False at padding; None for no padding.
+      tokens: (batch, length).
+    """
+    if cache is None:
+        return Context(None if mask is None else mask[:, None, None, :].astype(bool), None), None
+    length, slots = tokens.shape[1], cache.real.shape[1]
+    new = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    real = jax.lax.dynamic_update_slice(cache.real, new, (0, cache.used))
+    order = cache.used + jnp.arange(length)[:, None] >= jnp.arange(slots)[None]  # (length, slots)
+    seen = real[:, None, None, :] & order[None, None]
+    return Context(seen, cache.used), Cache(cache.layers, real, cache.used + length)
+
+
+def positions_of(mask: jax.Array) -> jax.Array:
+    """Each token's position, (batch, length), int32: the tokens before it that are no padding."""
+    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def write(layer: KeyValue | None, start: jax.Array | None, key: jax.Array, value: jax.Array) -> KeyValue:
+    """The keys and values to attend to: these, or all of the layer's slots with these written from `start` on."""
+    if layer is None:
+        return KeyValue(key, value)
+    at: Sequence[jax.Array | int] = (0, start, 0, 0)
+    return KeyValue(
+        *(
+            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+            for old, new in zip(layer, (key, value), strict=True)
+        )
+    )
+
+
+def taken(cache: Cache, rows: jax.Array, *, stacked: bool) -> Cache:
+    """The cache of other rows, such as those that survive in a beam search: rows (batch,), int32."""
+    axis = 1 if stacked else 0
+    layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), cache.layers)
+    return Cache(layers, jnp.take(cache.real, rows, axis=0), cache.used)
+
+
+def windowed(context: Context, window: int, length: int) -> jax.Array | None:
+    """The mask of a layer whose queries see `window` slots, their own the last of them; for a call with a cache."""
+    if context.start is None or context.mask is None:
+        return context.mask
+    distance = context.start + jnp.arange(length)[:, None] - jnp.arange(context.mask.shape[-1])[None]
+    return context.mask & (distance < window)[None, None]

@@ -1,0 +1,373 @@
+"""Hugging Face checkpoints to jlora's models, and back."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from jlora.models import files
+from jlora.models.architecture import Architecture, Head
+from jlora.models.catalogue import ARCHITECTURES
+from jlora.models.tensors import Leaf, Shape, differences, tensor_shape, tensor_slices, to_parameter, to_tensors
+
+Params = Any
+Sharding = jax.sharding.Sharding
+Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
+DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spm.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "preprocessor_config.json", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model and its parameters.
+
+    Attributes:
+      model: the linen module; its `config` is the shape.
+      params: a nested dict, as `model.apply({"params": params}, ...)` takes it.
+      folder: where the checkpoint lies, with its tokenizer.
+      fresh: the paths of parameters that the checkpoint does not have: a new head's, at random values.
+      unused: the keys of another head of the checkpoint.
+    """
+
+    model: nn.Module
+    params: Params
+    folder: Path
+    fresh: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    head: Head | None = None,
+    labels: int | None = None,
+    sharding: Place | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Pretrained:
+    """A pretrained model from a folder, or by the name of its repository on the Hugging Face hub.
+
+    Each tensor goes from the file to its dtype and devices before the next is read, the largest first, and of a sharded
+    parameter each process reads its own slices: no second copy of the parameters is ever held.
+
+    Args:
+      name: a folder with config.json and model.safetensors (or its shards and index), or "openai-community/gpt2".
+      head: what comes out of the model; what the checkpoint was saved with when None. A head that the checkpoint does
+        not have gets random values, see `Pretrained.fresh`.
+      labels: of a classification; those of the checkpoint when None.
+      sharding: where parameters go: one for all, or a function of path and `jax.ShapeDtypeStruct`. The default device
+        when None.
+      revision: of the repository: a branch, tag or commit.
+      seed: of a new head's values.
+      options: fields of the model's config, such as `scan=True`, `remat=True`, `dropout=0.1`, `dtype="bfloat16"` and
+        `param_dtype`. Both dtypes are the checkpoint's by default.
+
+    Raises:
+      FileNotFoundError: if there is no such checkpoint, or it lacks files.
+      ValueError: for an architecture, a head or a setting that is not supported; a damaged file; and keys that are
+        missing, unexpected or misshaped: all of them in one error.
+      TypeError: for an option that the model's config does not have.
+
+    Example:
+      >>> import tempfile, jax, jlora.models
+      >>> from jlora.models.gpt2 import GPT2, GPT2Config
+      >>> model = GPT2(GPT2Config(vocab_size=64, context=16, width=8, layers=1, heads=2))
+      >>> params = model.init(jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
+      >>> folder = tempfile.mkdtemp()
+      >>> jlora.models.save(folder, model, params)
+      >>> jlora.models.load(folder, scan=True).params["h"]["attn"]["query"]["kernel"].shape
+      (1, 8, 8)
+    """
+    folder = files.folder_of(name, revision)
+    record = files.read_json(folder / files.CONFIG)
+    architecture = _architecture(folder, record)
+    saved = _saved_head(folder, record, architecture, head)
+    found = files.tensors(folder)
+    config = _config(folder, record, architecture, head or saved, labels, found, options)
+    table = architecture.table(config)
+    model = architecture.build(config)
+    shapes = _shapes(model, architecture.inputs(config))
+    found, unused = _canonical(found, architecture, config)
+    asked = head not in (None, saved) or labels is not None
+    new = _new_head(table, found, shapes, architecture, config) if asked else []
+    wrong = differences(
+        [row for row in table if row not in new],
+        {path: leaf.shape for path, leaf in shapes.items()},
+        {key: tensor.shape for key, tensor in found.items()},
+        optional=[*unused, *(key for row in new for key in row.keys)],
+    )
+    if wrong:
+        lines = "\n  ".join(wrong[:40] + ([f"and {len(wrong) - 40} more"] if len(wrong) > 40 else []))
+        raise ValueError(f"'{folder}' is not the {architecture.model_type} of its config.json:\n  {lines}")
+    fresh = [row.path for row in new]
+    params = _initial(model, architecture.inputs(config), fresh, seed, shapes, sharding)
+    for row in sorted(table, key=lambda row: -shapes[row.path].size):
+        if row not in new:
+            params[row.path] = _placed(row, [found[key] for key in row.keys], shapes[row.path], sharding)
+    tree = traverse_util.unflatten_dict({path: params[path] for path in shapes}, sep="/")
+    return Pretrained(model, tree, folder, tuple(fresh), tuple(sorted(unused)))
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    params: Params,
+    *,
+    source: str | os.PathLike[str] | None = None,
+    largest_shard: int = 5 * 10**9,
+) -> None:
+    """Writes a checkpoint that `load`, and transformers' `from_pretrained`, read.
+
+    Args:
+      folder: made if absent.
+      model: one of jlora's.
+      params: plain parameters, such as `jlora.merge(adapted)`.
+      source: the checkpoint's folder that the model was loaded from: its tokenizer goes along, and what else its
+        config.json says. Adapted models keep their tokens.
+      largest_shard: in bytes; larger checkpoints are cut into several files with an index.
+
+    Raises:
+      ValueError: if the parameters are not the model's: all differences in one error.
+    """
+    folder, config = Path(folder), model.config
+    architecture = next((a for a in ARCHITECTURES if type(config) is a.config), None)
+    if architecture is None:
+        raise ValueError(f"{type(model).__name__} is none of jlora's models: {_names()}")
+    flat = traverse_util.flatten_dict(params, sep="/")
+    expected = {path: leaf.shape for path, leaf in _shapes(model, architecture.inputs(config)).items()}
+    _check_params(flat, expected)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = architecture.table(config)
+    strip = config.head == "none" and architecture.prefix
+    named = {key: key.removeprefix(architecture.prefix) if strip else key for row in table for key in row.keys}
+    _write_tensors(folder, table, flat, named, largest_shard)
+    record = files.read_json(Path(source) / files.CONFIG) if source is not None else {}
+    dtype = str(next(iter(flat.values())).dtype)
+    record |= {"model_type": architecture.model_type, **architecture.write(config)}
+    record |= {"architectures": [architecture.classes[config.head]], "dtype": dtype}
+    record.pop("torch_dtype", None)
+    if config.head.endswith("classification") and len(record.get("id2label", ())) != config.labels:
+        record["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
+        record["label2id"] = {name: int(i) for i, name in record["id2label"].items()}
+    (folder / files.CONFIG).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name in TOKENIZER if source is not None else ():
+        if (Path(source or "") / name).is_file() and Path(source or "").resolve() != folder.resolve():
+            shutil.copyfile(Path(source or "") / name, folder / name)
+
+
+# -- what a checkpoint says it is --------------------------------------------------------------------------------------
+
+
+def _names() -> str:
+    return ", ".join(architecture.model_type for architecture in ARCHITECTURES)
+
+
+def _architecture(folder: Path, record: Mapping[str, Any]) -> Architecture:
+    name = record.get("model_type")
+    found = [architecture for architecture in ARCHITECTURES if architecture.model_type == name]
+    if not found:
+        said = "has no model_type" if name is None else f"is of model_type {name!r}"
+        raise ValueError(f"'{folder / files.CONFIG}' {said}; supported are {_names()}")
+    return found[0]
+
+
+def _saved_head(folder: Path, record: Mapping[str, Any], architecture: Architecture, asked: Head | None) -> Head:
+    """The head that the checkpoint was saved with; of a class that is not known the body alone is taken, if asked for."""
+    names = record.get("architectures") or [architecture.classes["none"]]
+    for head, name in architecture.classes.items():
+        if name in names:
+            return head
+    if asked is not None:
+        return "none"
+    raise ValueError(
+        f"'{folder / files.CONFIG}' is of {', '.join(names)}; supported are "
+        f"{', '.join(architecture.classes.values())}. Pass head= to put one of {', '.join(architecture.classes)} on its "
+        "body"
+    )
+
+
+def _config(
+    folder: Path,
+    record: Mapping[str, Any],
+    architecture: Architecture,
+    head: Head,
+    labels: int | None,
+    found: Mapping[str, files.Tensor],
+    options: Mapping[str, Any],
+) -> Any:
+    """The model's config from the checkpoint's and the caller's."""
+    try:
+        config = architecture.read(record, head)
+    except KeyError as error:
+        raise ValueError(f"'{folder / files.CONFIG}' lacks {error}") from error
+    except ValueError as error:
+        raise ValueError(f"'{folder / files.CONFIG}': {error}") from error
+    stored = [DTYPES[tensor.dtype] for tensor in found.values() if tensor.dtype in DTYPES]
+    if not stored:
+        raise ValueError(f"'{folder}' holds no tensors of floating point numbers")
+    param_dtype = str(options.get("param_dtype", max(set(stored), key=stored.count)))
+    known = [field.name for field in dataclasses.fields(config)]
+    wrong = [name for name in options if name not in known]
+    if wrong:
+        raise TypeError(f"load: {type(config).__name__} has no field {wrong[0]!r}; it has {', '.join(known)}")
+    given: dict[str, Any] = {"labels": labels or len(record.get("id2label", ())) or int(record.get("num_labels", 2))}
+    given |= {"param_dtype": param_dtype, "dtype": param_dtype, **options}
+    return dataclasses.replace(config, **{name: value for name, value in given.items() if name in known})
+
+
+def _shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    tree = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _canonical(
+    found: Mapping[str, files.Tensor], architecture: Architecture, config: Any
+) -> tuple[dict[str, files.Tensor], list[str]]:
+    """The tensors under the keys that the table has, and which of them belong to other heads."""
+    mine = {key for row in architecture.table(config) for key in row.keys}
+    heads = [dataclasses.replace(config, head=head) for head in architecture.classes]
+    known = mine | {key for other in heads for row in architecture.table(other) for key in row.keys}
+    tensors: dict[str, files.Tensor] = {}
+    for key, tensor in found.items():
+        for pattern, replacement in architecture.renamed:
+            key = re.sub(pattern, replacement, key)
+        if re.search(architecture.ignored, key) and key not in known:
+            continue
+        tensors[architecture.prefix + key if key not in known and architecture.prefix + key in known else key] = tensor
+    return tensors, [key for key in tensors if key in known - mine]
+
+
+def _new_head(
+    table: list[Leaf],
+    found: Mapping[str, files.Tensor],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    architecture: Architecture,
+    config: Any,
+) -> list[Leaf]:
+    """The rows of the head that the checkpoint does not have, or has for another number of labels."""
+    body = {row.path for row in architecture.table(dataclasses.replace(config, head="none"))}
+    return [
+        row
+        for row in table
+        if row.path not in body
+        and any(key not in found or found[key].shape != tensor_shape(row, shapes[row.path].shape) for key in row.keys)
+    ]
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def _placed(row: Leaf, tensors: list[files.Tensor], like: jax.ShapeDtypeStruct, place: Place | None) -> jax.Array:
+    """A parameter, on its devices: each of them is given its own slice alone."""
+
+    def part(given: tuple[slice, ...] | None) -> np.ndarray:
+        index = tuple(slice(*i.indices(n)) for i, n in zip(given or (), like.shape, strict=True))
+        mine = tensors[index[0]] if row.stacked else tensors
+        slices = tensor_slices(row, like.shape, index)
+        if not row.stacked:
+            return np.ascontiguousarray(to_parameter(row, files.read(mine[0], slices)), like.dtype)
+        out = np.empty([i.stop - i.start for i in index], like.dtype)
+        for layer, tensor in zip(out, mine, strict=True):
+            layer[...] = to_parameter(row, files.read(tensor, slices))
+        return out
+
+    whole = tuple(slice(0, n) for n in like.shape)
+    if place is None:
+        return jax.device_put(part(whole))
+    return jax.make_array_from_callback(like.shape, _sharding(row.path, like, place), part)
+
+
+def _sharding(path: str, like: jax.ShapeDtypeStruct, place: Place) -> Sharding:
+    return place if isinstance(place, Sharding) else place(path, like)
+
+
+def _initial(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    paths: list[str],
+    seed: int,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    place: Place | None,
+) -> dict[str, jax.Array]:
+    """Initial values of a few parameters. Under jit nothing of the others is computed."""
+    if not paths:
+        return {}
+
+    def some(key: jax.Array) -> dict[str, jax.Array]:
+        flat = traverse_util.flatten_dict(model.init(key, *inputs)["params"], sep="/")
+        return {path: flat[path] for path in paths}
+
+    where = None if place is None else {path: _sharding(path, shapes[path], place) for path in paths}
+    found: dict[str, jax.Array] = jax.jit(some, out_shardings=where)(jax.random.key(seed))
+    return found
+
+
+def _check_params(flat: Mapping[str, Any], expected: Mapping[str, Shape]) -> None:
+    wrong = [f"{path!r} is missing" for path in expected if path not in flat]
+    wrong += [f"{path!r} is unexpected" for path in flat if path not in expected]
+    wrong += [
+        f"{path!r} has shape {np.shape(flat[path])}, expected {shape}"
+        for path, shape in expected.items()
+        if path in flat and np.shape(flat[path]) != shape
+    ]
+    if wrong:
+        raise ValueError("save: the parameters are not the model's:\n  " + "\n  ".join(wrong))
+
+
+def _write_tensors(
+    folder: Path, table: list[Leaf], flat: Mapping[str, Any], named: Mapping[str, str], largest: int
+) -> None:
+    """One file, or shards and their index. One shard's tensors are in memory at a time."""
+    sizes: dict[str, int] = {}
+    for row in table:
+        value = flat[row.path]
+        for key in row.keys:
+            sizes[key] = sizes.get(key, 0) + value.size * value.dtype.itemsize // len(row.keys)
+    groups = files.shards(sizes, largest)
+    for old in [*folder.glob("model*.safetensors"), folder / files.INDEX]:
+        old.unlink(missing_ok=True)
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        name = files.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        rows = [_within(row, group) for row in table if set(row.keys) & set(group)]
+        values = {row.path: _rows_of(flat[row.path], full, row) for full, row in _pairs(table, rows)}
+        tensors = {named[key]: tensor for key, tensor in to_tensors(rows, values).items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(groups) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / files.INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _within(row: Leaf, group: list[str]) -> Leaf:
+    kept = set(group)
+    return row._replace(keys=tuple(key for key in row.keys if key in kept))
+
+
+def _pairs(table: list[Leaf], rows: list[Leaf]) -> list[tuple[Leaf, Leaf]]:
+    full = {row.path: row for row in table}
+    return [(full[row.path], row) for row in rows]
+
+
+def _rows_of(value: Any, full: Leaf, row: Leaf) -> np.ndarray:
+    """A parameter on the host; of a stacked one the layers that a shard has."""
+    if not row.stacked or row.keys == full.keys:
+        return np.asarray(jax.device_get(value))
+    return np.asarray(jax.device_get(value[jnp.asarray([full.keys.index(key) for key in row.keys])]))

@@ -1,0 +1,12 @@
+"""What the heads of several models share."""
+
+import jax
+import jax.numpy as jnp
+
+
+def last_token(h: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Each row's last hidden state that is no padding: (batch, length, width), (batch, length) -> (batch, width)."""
+    if mask is None:
+        return h[:, -1]
+    last = jnp.max(jnp.where(mask, jnp.arange(h.shape[1])[None], 0), axis=1)  # (batch,)
+    return jnp.take_along_axis(h, last[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,95 @@
+"""Every model of jlora.models beside transformers, from its own checkpoints; see golden/make_models.py."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jlora import models
+from jlora.models.catalogue import ARCHITECTURES
+
+GOLDEN = Path(__file__).parent / "golden" / "models"
+TYPES = {architecture.model_type for architecture in ARCHITECTURES}
+CASES = sorted(
+    path.parent.name for path in GOLDEN.glob("*/config.json") if json.loads(path.read_text())["model_type"] in TYPES
+)
+WITH_OUTPUTS = [name for name in CASES if (GOLDEN / name / "golden.safetensors").exists()]
+# float32 sums in another order; the outputs are of size 1 to 10, and a wrong epsilon or mask moves them by 1e-3 or more.
+TOLERANCE = 2e-5
+
+
+def calls(name):
+    """The calls of a golden file: their inputs and outputs."""
+    found = {}
+    for key, value in load_file(GOLDEN / name / "golden.safetensors").items():
+        call, part = key.split("/")
+        found.setdefault(call, {})[part] = value
+    return found
+
+
+def inputs(call):
+    """What jlora's model takes, from what transformers' took."""
+    if "pixels" in call:
+        return {"images": jnp.asarray(call["pixels"].transpose(0, 2, 3, 1))} | inputs(
+            {k: v for k, v in call.items() if k != "pixels"}
+        )
+    found = {name: jnp.asarray(call[name]) for name in ("tokens", "types", "positions") if name in call}
+    return found | ({"mask": jnp.asarray(call["mask"] == 1)} if "mask" in call else {})
+
+
+def outputs(out):
+    """A model's outputs by the golden file's names."""
+    return out if isinstance(out, dict) else {"out": out}
+
+
+@functools.cache
+def loaded(name, scan=False):
+    return models.load(GOLDEN / name, **({"scan": True} if scan else {}))
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["", "scanned"])
+@pytest.mark.parametrize("name", WITH_OUTPUTS)
+def test_outputs_are_those_of_transformers(name, scan):
+    pretrained = loaded(name, scan)
+    apply = jax.jit(pretrained.model.apply)
+    for call, arrays in calls(name).items():
+        out = outputs(apply({"params": pretrained.params}, **inputs(arrays)))
+        compared = [part for part in out if part in arrays]
+        assert "out" in compared, (call, list(out))
+        for part in compared:
+            got, expected = np.asarray(out[part]), arrays[part]
+            assert got.shape == expected.shape, (call, part)
+            if "mask" in arrays and got.shape[:2] == arrays["mask"].shape:
+                real = arrays["mask"] == 1
+                got, expected = got[real], expected[real]
+            np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE, err_msg=f"{call}/{part}")
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["", "scanned"])
+@pytest.mark.parametrize("name", CASES)
+def test_saving_writes_the_checkpoint_again(name, scan, tmp_path):
+    """Every tensor bit for bit under its key, but for those that are no parameters of the model, which are listed."""
+    pretrained = loaded(name, scan)
+    models.save(tmp_path, pretrained.model, pretrained.params, source=GOLDEN / name, largest_shard=20_000)
+    original = {k: v for path in (GOLDEN / name).glob("model*.safetensors") for k, v in load_file(path).items()}
+    written = {k: v for path in tmp_path.glob("model*.safetensors") for k, v in load_file(path).items()}
+    assert set(written) <= set(original)
+    assert set(original) - set(written) <= set(pretrained.unused)
+    for key, tensor in written.items():
+        assert tensor.dtype == original[key].dtype
+        np.testing.assert_array_equal(tensor, original[key], key)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (GOLDEN / name, tmp_path))
+    assert {k: after.get(k) for k in before} == before
+    again = models.load(tmp_path)
+    assert again.model.config == loaded(name).model.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded(name).params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_architecture_here_has_goldens_for_all_its_heads(name):
+    assert json.loads((GOLDEN / name / "config.json").read_text())["model_type"] in TYPES
