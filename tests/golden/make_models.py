@@ -23,8 +23,9 @@ weights are multiplied by 1 + 1e-4 N(0, 1), so a difference is no matter of roun
 `warpers.safetensors` holds `logits` (4, 32), `tied` (4, 32) with equal values in each row, and `<array>/<warper>` for what the
 warpers of sampling make of them; the metadata's `settings` says what each is.
 
-`tokenizers/<name>/` are the files of a hub repository, and in it `golden.json`: `encode` is a list of calls, each with the texts, the
-pairs, the arguments and what came of it, `decode` a list of ids, arguments and text.
+`tokenizers/<name>/` and `gpt2_causal_lm` hold the files of a hub repository and `golden.json`: `texts`, `pairs` (the second text of
+each), `encode`, a list of calls `{paired, arguments, input_ids, attention_mask, token_type_ids}`, and `decode`, a list of
+`{ids, skip_special_tokens, texts}`. AutoTokenizer and tokenizer.json read alone agree on all of it.
 """
 
 import copy
@@ -38,9 +39,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from safetensors.numpy import save_file
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 HERE = Path(__file__).with_name("models")
 VOCAB = 48
@@ -130,15 +133,9 @@ def both(rng: np.random.Generator, end: int) -> dict[str, Call]:
 # Cases. The dimensions are as small as the variant allows; the epsilons are large, so that a wrong one shows.
 
 GPT2 = {
-    "vocab_size": VOCAB,
-    "n_positions": 32,
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 2,
-    "layer_norm_epsilon": 1e-3,
-    "bos_token_id": 47,
+    "vocab_size": VOCAB, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "layer_norm_epsilon": 1e-3, "bos_token_id": 47,
     "eos_token_id": 47,
-}
+}  # fmt: skip
 BERT = {
     "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
     "max_position_embeddings": 24, "layer_norm_eps": 1e-3, "pad_token_id": 0,
@@ -150,11 +147,8 @@ DEBERTA = BERT | {
     "pooler_hidden_size": 16,
 }  # fmt: skip
 DEBERTA_CHANGES = ({"pos_att_type": ["c2p"]}, {"pos_att_type": ["p2c"]}, {"max_position_embeddings": 12})
-XXL = {k: v for k, v in DEBERTA.items() if not k.startswith("pooler")} | {
-    "conv_kernel_size": 3,
-    "conv_act": "gelu",
-    "attention_head_size": 8,
-}
+XXL = {k: v for k, v in DEBERTA.items() if not k.startswith("pooler")}
+XXL |= {"conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 8}
 LLAMA = {
     "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 24, "max_position_embeddings": 64, "rms_norm_eps": 1e-3, "bos_token_id": 1, "eos_token_id": 2,
@@ -269,10 +263,9 @@ def built(case: Case, seed: int, change: dict | None = None) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, value in module.named_parameters(recurse=False):
-            scale = (
-                name == "weight" and "Norm" in type(module).__name__
-            ) or value.ndim == 0  # CLIP's only scalar is one
-            value.data = float(scale) + 0.2 * torch.randn(value.shape, generator=generator)
+            scale = "Norm" in type(module).__name__ and name == "weight"
+            centre = float(scale or value.ndim == 0)  # the only scalar is CLIP's temperature
+            value.data = centre + 0.2 * torch.randn(value.shape, generator=generator)
     model.tie_weights()
     return model
 
@@ -308,11 +301,7 @@ def make(name: str) -> None:
         arrays |= {f"{call}/{key}": np.ascontiguousarray(value) for key, value in (inputs | results[call]).items()}
     read = type(model).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     for call, inputs in calls.items():
-        assert apart(called(read, inputs, case.outputs), results[call]) == 0, (
-            name,
-            call,
-            "is not what the folder gives",
-        )
+        assert apart(called(read, inputs, case.outputs), results[call]) == 0, (name, call, "differs when read")
     for change in case.changes:
         other = built(case, seed, change)
         missing, _ = other.load_state_dict(model.state_dict(), strict=False)
@@ -330,17 +319,15 @@ def make(name: str) -> None:
 
 # Generation
 
+PAD = 3  # not 0: beam search reads `pad_token_id or eos_token_id`, and fills up with the end instead
+
 
 def continued(model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray, settings: dict) -> Call:
     # the model's own generation config fills what is None: so it is replaced, not only passed over
     model.generation_config = transformers.GenerationConfig(**settings)
     with torch.no_grad():
-        result = model.generate(
-            torch.tensor(ids).long(),
-            attention_mask=torch.tensor(mask).long(),
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
+        inputs = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
+        result = model.generate(**inputs, output_scores=True, return_dict_in_generate=True)
     record = {"tokens": ids, "mask": mask, "sequences": result.sequences.numpy().astype(np.int32)}
     return record | ({"scores": result.sequences_scores.numpy()} if settings["num_beams"] > 1 else {})
 
@@ -360,22 +347,22 @@ def steady(model: torch.nn.Module, record: Call, settings: dict) -> bool:
 def generations(model: torch.nn.Module, rng: np.random.Generator) -> dict[str, tuple[dict, Call]] | None:
     """The settings and the records of every call, or None if a prompt leaves one of them without what it should show."""
     mask = left(3, 6)
-    ids = padded(tokens(rng, 3, 6), mask, 0)
-    shared = {"max_new_tokens": 14, "do_sample": False, "num_beams": 1, "pad_token_id": 0, "eos_token_id": None}
+    ids = padded(tokens(rng, 3, 6), mask, PAD)
+    shared = {"max_new_tokens": 14, "do_sample": False, "num_beams": 1, "pad_token_id": PAD, "eos_token_id": None}
     beams = shared | {"num_beams": 4, "length_penalty": 0.8, "no_repeat_ngram_size": 3}
     settings = {"greedy": shared, "greedy_ngram2": shared | {"no_repeat_ngram_size": 2}, "beam_open": beams}
     records = {name: continued(model, ids, mask, one) for name, one in settings.items()}
     free = records["greedy"]["sequences"][:, 6:]
     if (free == records["greedy_ngram2"]["sequences"][:, 6:]).all() or min(len(set(row)) for row in free) < 2:
         return None
-    for end in set(free.flatten()) - {0}:
+    for end in set(free.flatten()) - {PAD}:
         first = sorted(list(row).index(end) if end in row else 99 for row in free)
         if 2 <= first[0] < 9 and first[-1] == 99:  # one row stops early, another never
             settings["greedy_eos"] = shared | {"eos_token_id": int(end)}
             records["greedy_eos"] = continued(model, ids, mask, settings["greedy_eos"])
             break
     ends = np.bincount(records["beam_open"]["sequences"][:, 6:].flatten()).argsort()[::-1][:9]
-    for end in (int(end) for end in ends if end != 0):  # the frequent ones first: they end several beams of a row
+    for end in (int(end) for end in ends if end != PAD):  # the frequent ones first: they end several beams of a row
         late, early = (
             beams | {"eos_token_id": end, "early_stopping": stop, "num_return_sequences": 4} for stop in (False, True)
         )
@@ -395,16 +382,10 @@ def generations(model: torch.nn.Module, rng: np.random.Generator) -> dict[str, t
 
 
 def generate(model: torch.nn.Module, folder: Path, seed: int) -> None:
-    for attempt in range(200):
-        found = generations(model, np.random.default_rng(seed + attempt))
-        if found:
-            break
-    for name, (settings, record) in found.items():
-        save_file(
-            {key: np.ascontiguousarray(value) for key, value in record.items()},
-            folder / f"generate_{name}.safetensors",
-            {"settings": json.dumps(settings)},
-        )
+    tries = (generations(model, np.random.default_rng(seed + attempt)) for attempt in range(200))
+    for name, (settings, record) in next(filter(None, tries)).items():
+        arrays = {key: np.ascontiguousarray(value) for key, value in record.items()}
+        save_file(arrays, folder / f"generate_{name}.safetensors", {"settings": json.dumps(settings)})
         print(f"  {name} {settings}\n{record['sequences'][:, 6:]}")
 
 
@@ -412,20 +393,11 @@ def warpers() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (4, 32)).astype(np.float32)
     tied = np.round(logits)
-    temperature, top_k, top_p = (
-        getattr(transformers, f"{name}LogitsWarper") for name in ("Temperature", "TopK", "TopP")
-    )
-    made = {
-        "temperature_0.7": [temperature(0.7)],
-        "temperature_1.5": [temperature(1.5)],
-        "top_k_1": [top_k(1)],
-        "top_k_5": [top_k(5)],
-        "top_k_50": [top_k(50)],
-        "top_p_0.05": [top_p(0.05)],
-        "top_p_0.5": [top_p(0.5)],
-        "top_p_0.9": [top_p(0.9)],
-        "temperature_0.8_top_k_10_top_p_0.9": [temperature(0.8), top_k(10), top_p(0.9)],
-    }
+    kinds = {name: getattr(transformers, f"{name}LogitsWarper") for name in ("Temperature", "TopK", "TopP")}
+    made = {f"temperature_{t}": [kinds["Temperature"](t)] for t in (0.7, 1.5)}
+    made |= {f"top_k_{k}": [kinds["TopK"](k)] for k in (1, 5, 50)}
+    made |= {f"top_p_{p}": [kinds["TopP"](p)] for p in (0.05, 0.5, 0.9)}
+    made["temperature_0.8_top_k_10_top_p_0.9"] = [kinds["Temperature"](0.8), kinds["TopK"](10), kinds["TopP"](0.9)]
     arrays = {"logits": logits, "tied": tied}
     for name, chain in made.items():
         for key in ("logits", "tied"):
@@ -439,10 +411,164 @@ def warpers() -> None:
     save_file(arrays, HERE / "warpers.safetensors", {"settings": json.dumps(settings, default=str)})
 
 
+# Tokenizers
+
+SENTENCES = [
+    "The cat sat on the mat, and the dog sat on the log.",
+    "A low-rank update is added to the weights; the weights themselves stay as they are.",
+    "What is the rank of a matrix? It is the number of its independent rows.",
+    "The restaurant by the river serves cheap Italian food and is not family friendly.",
+    "In 1906 he counted 42 sheep, 17 goats and the cats on the mat.",
+    "Café naïve über: the weights of the café.",
+]
+TEXTS = [
+    "The cat sat on the mat.",
+    "the  rank\tof a matrix\nis 42  ",
+    "",
+    "   ",
+    "Café Über naïve — “quoted”",
+    "日本語 and 🙂 on the mat",
+    "It isn't low-rank, don't you think? 1,000 of 3.14!",
+    "one {0} inside, and one at the end{0}",
+    "xxxxxxxxxx",
+]
+
+
+def gpt2_tokenizer(size: int, alphabet: list[str]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer
+
+
+def bert_tokenizer() -> tokenizers.Tokenizer:
+    """The vocabulary is counted, not trained: the trainer of word pieces orders them differently in each run."""
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = [word for line in SENTENCES for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line))]
+    letters = sorted(set("".join(words)))
+    pieces = letters + [f"##{piece}" for piece in [*letters, "nk", "ed", "ight"]]
+    pieces += sorted({word for word in words if words.count(word) > 1 and len(word) > 1})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]
+    ids = {piece: i for i, piece in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(vocabulary[:5])
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer
+
+
+def llama_tokenizer(legacy: bool) -> tokenizers.Tokenizer:
+    """BPE over whole texts with spaces as U+2581, unknown characters as bytes.
+
+    Two forms are on the hub: the legacy one, Llama 2's, puts a space before every piece between special tokens, the newer one
+    before the text only.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)], show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
+    content["model"] |= {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer.pre_tokenizer = None if legacy else pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s>:0 $A:0", pair="<s>:0 $A:0 <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+END = "<|endoftext|>"
+GPT2_FILES = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+GPT2_SPECIALS = {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": END}
+BERT_SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "mask", "pad", "sep", "unk")}
+LLAMA_SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+# what builds it, the special token put into texts, tokenizer_config.json without the special tokens, those
+TOKENIZERS = {
+    "gpt2_causal_lm": (partial(gpt2_tokenizer, 64, []), END, GPT2_FILES, GPT2_SPECIALS),
+    "tokenizers/gpt2": (partial(gpt2_tokenizer, 320, pre_tokenizers.ByteLevel.alphabet()), END, GPT2_FILES, GPT2_SPECIALS),
+    "tokenizers/bert": (bert_tokenizer, "[MASK]", {"tokenizer_class": "BertTokenizer", "do_lower_case": True}, BERT_SPECIALS),
+    "tokenizers/llama": (partial(llama_tokenizer, False), "</s>",
+        {"tokenizer_class": "LlamaTokenizer", "legacy": False, "padding_side": "left"}, LLAMA_SPECIALS),
+    "tokenizers/llama_legacy": (partial(llama_tokenizer, True), "</s>",  # LlamaTokenizer would put the newer form in its place
+        {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}, LLAMA_SPECIALS),
+}  # fmt: skip
+
+
+def encoded(reader: Callable, texts: list[str], pairs: list[str] | None, arguments: dict) -> dict:
+    given = {key: value for key, value in arguments.items() if key != "truncation_side"}
+    reader.truncation_side = arguments.get("truncation_side", "right")
+    return dict(reader(texts, pairs, return_token_type_ids=True, **given))
+
+
+def tokenizer(name: str) -> None:
+    build, special, config, specials = TOKENIZERS[name]
+    folder = HERE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    made = build()
+    made.save(str(folder / "tokenizer.json"), pretty=False)
+    made.model.save(str(folder))  # vocab.json and merges.txt, or vocab.txt
+    config = config | {"clean_up_tokenization_spaces": False, "model_max_length": 32} | specials
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2) + "\n")
+    read = transformers.AutoTokenizer.from_pretrained(folder)
+    alone = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **config)
+
+    texts = [text.format(special) for text in TEXTS]
+    pairs, short = texts[::-1], {"padding": True, "truncation": True, "max_length": 12}
+    calls = [
+        (False, {}),
+        (False, {"add_special_tokens": False}),
+        (False, {"padding": True, "padding_side": "right"}),
+        (False, {"padding": True, "padding_side": "left"}),
+        (False, {"padding": "max_length", "truncation": True, "max_length": 6}),
+        (False, short | {"truncation_side": "left"}),
+        (True, {}),
+        (True, short),
+        (True, short | {"truncation": "only_second", "max_length": 48}),
+    ]
+    encode, decode = [], []
+    for paired, arguments in calls:
+        result = encoded(read, texts, pairs if paired else None, arguments)
+        assert result == encoded(alone, texts, pairs if paired else None, arguments), (name, arguments)
+        encode.append({"paired": paired, "arguments": arguments} | result)
+    for ids in (encode[3]["input_ids"], encode[6]["input_ids"]):
+        for skip in (True, False):
+            out = [read.decode(row, skip_special_tokens=skip) for row in ids]
+            assert out == [alone.decode(row, skip_special_tokens=skip) for row in ids], (name, ids)
+            decode.append({"ids": ids, "skip_special_tokens": skip, "texts": out})
+    versions = {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+    golden = {"class": type(read).__name__} | versions
+    golden |= {"texts": texts, "pairs": pairs, "encode": encode, "decode": decode}
+    text = json.dumps(golden, ensure_ascii=False, separators=(",", ":")) + "\n"
+    (folder / "golden.json").write_text(text, encoding="utf-8")
+    print(f"{name}: {len(made.get_vocab())} tokens")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in sys.argv[1:] or CASES:
-        make(name)
+    for name in sys.argv[1:] or [*CASES, *TOKENIZERS]:
+        if name in CASES:
+            make(name)
+        if name in TOKENIZERS:
+            tokenizer(name)
     warpers()
