@@ -85,7 +85,7 @@ def positions_of(mask: jax.Array) -> jax.Array:
 
 def write(layer: KeyValue | None, start: jax.Array | None, key: jax.Array, value: jax.Array) -> KeyValue:
     """The keys and values to attend to: these, or all of the layer's slots with these written from `start` on."""
-    if layer is None:
+    if layer is None or start is None:
         return KeyValue(key, value)
     at: Sequence[jax.Array | int] = (0, start, 0, 0)
     return KeyValue(

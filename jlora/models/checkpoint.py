@@ -189,7 +189,7 @@ def _architecture(folder: Path, record: Mapping[str, Any]) -> Architecture:
 
 
 def _saved_head(folder: Path, record: Mapping[str, Any], architecture: Architecture, asked: Head | None) -> Head:
-    """The head that the checkpoint was saved with; of a class that is not known the body alone is taken, if asked for."""
+    """The head that the checkpoint was saved with; none for a class that is not known, if another head is asked for."""
     names = record.get("architectures") or [architecture.classes["none"]]
     for head, name in architecture.classes.items():
         if name in names:
@@ -198,8 +198,8 @@ def _saved_head(folder: Path, record: Mapping[str, Any], architecture: Architect
         return "none"
     raise ValueError(
         f"'{folder / files.CONFIG}' is of {', '.join(names)}; supported are "
-        f"{', '.join(architecture.classes.values())}. Pass head= to put one of {', '.join(architecture.classes)} on its "
-        "body"
+        f"{', '.join(architecture.classes.values())}. Pass head= to put one of {', '.join(architecture.classes)} on "
+        "its body"
     )
 
 
