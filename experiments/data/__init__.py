@@ -1,4 +1,9 @@
-"""What needs no download: texts that every CPython carries, and scikit-learn's digits; splits and batches of both."""
+"""Data: what needs no download here, data sets of the papers in modules of their own.
+
+The names below are of texts that every CPython carries, of scikit-learn's digits, and of their splits and batches.
+`e2e`, `triples` (WebNLG, DART), `glue`, `labelled_text`, `instructions` (GSM8K), `images` and `hub` read the papers'
+data, `line_file` and `token_file` what is larger than memory; `pipeline` makes rows of tokens of it, `batches` batches.
+"""
 
 from experiments.data.digits import Digits as Digits
 from experiments.data.digits import Labelled as Labelled

@@ -1,0 +1,86 @@
+"""Examples as tokens, one after the other in one array."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Item(NamedTuple):
+    """One example.
+
+    Attributes:
+      tokens: (n,) int32.
+      mark: where the second part begins: the other sentence of a pair, or the completion. n where there is none.
+      label: its class or value, None without one.
+    """
+
+    tokens: np.ndarray
+    mark: int
+    label: int | float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenised:
+    """Items by number, held in four arrays: 393,000 examples of MNLI take 70 MB, not a gigabyte of small objects.
+
+    Attributes:
+      flat: (tokens,) int32, all items one after the other.
+      ends: (items,) int64, where each ends.
+      marks: (items,) int32.
+      labels: (items,) int32 or float32, None without labels.
+      cut: how many items were longer than the context and were cut.
+      longest: tokens of the longest item before it was cut.
+    """
+
+    flat: np.ndarray
+    ends: np.ndarray
+    marks: np.ndarray
+    labels: np.ndarray | None
+    cut: int
+    longest: int
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        start = int(self.ends[index - 1]) if index else 0
+        label = None if self.labels is None else self.labels[index].item()
+        return Item(self.flat[start : int(self.ends[index])], int(self.marks[index]), label)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each item: (items,) int64."""
+        return np.diff(self.ends, prepend=0)
+
+    def summary(self) -> str:
+        """One line for the head of a run: how many items and tokens, and what was cut."""
+        cut = f"; {self.cut:,} were cut, the longest had {self.longest:,}" if self.cut else ""
+        mean = len(self.flat) / max(len(self), 1)
+        return f"{len(self):,} examples, {len(self.flat):,} tokens, {mean:.1f} on average{cut}"
+
+
+def gather(items: Iterable[Item], *, labels: type | None, cut: int, longest: int) -> Tokenised:
+    """Items in one array.
+
+    Args:
+      items: read once, one at a time.
+      labels: NumPy's type of the labels, None without labels.
+      cut, longest: as in `Tokenised`.
+    """
+    parts, marks, values = [], [], []
+    for item in items:
+        parts.append(item.tokens)
+        marks.append(item.mark)
+        values.append(item.label)
+    return Tokenised(
+        flat=np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32),
+        ends=np.cumsum([len(part) for part in parts], dtype=np.int64),
+        marks=np.array(marks, np.int32),
+        labels=None if labels is None else np.array(values, labels),
+        cut=cut,
+        longest=longest,
+    )
