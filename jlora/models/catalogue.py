@@ -1,6 +1,8 @@
 """The architectures that there are."""
 
 from jlora.models.architecture import Architecture
+from jlora.models.bert.params import ARCHITECTURE as BERT
 from jlora.models.gpt2.params import ARCHITECTURE as GPT2
+from jlora.models.roberta.params import ARCHITECTURE as ROBERTA
 
-ARCHITECTURES: tuple[Architecture, ...] = (GPT2,)
+ARCHITECTURES: tuple[Architecture, ...] = (GPT2, BERT, ROBERTA)
