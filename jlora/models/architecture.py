@@ -7,7 +7,9 @@ from flax import linen as nn
 
 from jlora.models.tensors import Leaf
 
-Head = Literal["none", "causal_lm", "masked_lm", "sequence_classification", "token_classification"]
+Head = Literal[
+    "none", "causal_lm", "masked_lm", "sequence_classification", "token_classification", "image_classification"
+]
 """What a model makes of its last hidden states: nothing, next tokens, hidden tokens, a label, or a label per token."""
 
 
@@ -26,6 +28,7 @@ class Architecture(NamedTuple):
       prefix: of the body's keys in the classes with a head; those without one have the keys without it.
       ignored: a regex: keys that are no parameters, such as buffers.
       renamed: (regex, replacement) of keys in older checkpoints.
+      fits: config -> whether it is this architecture's; for those that share a dataclass.
     """
 
     model_type: str
@@ -39,6 +42,7 @@ class Architecture(NamedTuple):
     prefix: str = ""
     ignored: str = r"(?!)"
     renamed: tuple[tuple[str, str], ...] = ()
+    fits: Callable[[Any], bool] = lambda config: True
 
 
 def check_head(head: str, heads: tuple[Head, ...], labels: int) -> None:

@@ -65,17 +65,24 @@ def opened(cache: Cache | None, mask: jax.Array | None, tokens: jax.Array) -> tu
 
     Args:
       cache: None for a call without one.
-      mask: (batch, length), bool, False at padding; None for no padding.
+      mask: (batch, length), bool, False at padding; None for no padding. Without a cache also (batch, length, length),
+        what each token sees among those before it, as where several texts share a row.
       tokens: (batch, length).
     """
     if cache is None:
-        return Context(None if mask is None else mask[:, None, None, :].astype(bool), None), None
+        return Context(None if mask is None else seen_by(mask), None), None
     length, slots = tokens.shape[1], cache.real.shape[1]
     new = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     real = jax.lax.dynamic_update_slice(cache.real, new, (0, cache.used))
     order = cache.used + jnp.arange(length)[:, None] >= jnp.arange(slots)[None]  # (length, slots)
     seen = real[:, None, None, :] & order[None, None]
     return Context(seen, cache.used), Cache(cache.layers, real, cache.used + length)
+
+
+def seen_by(mask: jax.Array) -> jax.Array:
+    """A mask of tokens, (batch, length), or of pairs, (batch, length, length), for all heads: (batch, 1, ..., keys)."""
+    mask = mask.astype(bool)
+    return mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
 
 
 def positions_of(mask: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,14 +95,9 @@ def load(
       >>> jlora.models.load(folder, scan=True).params["h"]["attn"]["query"]["kernel"].shape
       (1, 8, 8)
     """
-    folder = files.folder_of(name, revision)
-    record = files.read_json(folder / files.CONFIG)
-    architecture = _architecture(folder, record)
-    saved = _saved_head(folder, record, architecture, head)
-    found = files.tensors(folder)
-    config = _config(folder, record, architecture, head or saved, labels, found, options)
+    folder, architecture, saved, found, model = _opened(name, head, labels, revision, options)
+    config: Any = model.config
     table = architecture.table(config)
-    model = architecture.build(config)
     shapes = _shapes(model, architecture.inputs(config))
     found, unused = _canonical(found, architecture, config)
     asked = head not in (None, saved) or labels is not None
@@ -147,7 +142,7 @@ def save(
       ValueError: if the parameters are not the model's: all differences in one error.
     """
     folder, config = Path(folder), model.config
-    architecture = next((a for a in ARCHITECTURES if type(config) is a.config), None)
+    architecture = next((a for a in ARCHITECTURES if type(config) is a.config and a.fits(config)), None)
     if architecture is None:
         raise ValueError(f"{type(model).__name__} is none of jlora's models: {_names()}")
     flat = traverse_util.flatten_dict(params, sep="/")
@@ -172,7 +167,40 @@ def save(
             shutil.copyfile(Path(source or "") / name, folder / name)
 
 
+def build(
+    name: str | os.PathLike[str],
+    *,
+    head: Head | None = None,
+    labels: int | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The model of a checkpoint without its parameters; arguments and errors are those of `load`."""
+    return _opened(name, head, labels, revision, options).model
+
+
 # -- what a checkpoint says it is --------------------------------------------------------------------------------------
+
+
+class _Opened(NamedTuple):
+    folder: Path
+    architecture: Architecture
+    saved: Head
+    found: dict[str, files.Tensor]
+    model: nn.Module
+
+
+def _opened(
+    name: str | os.PathLike[str], head: Head | None, labels: int | None, revision: str | None, options: dict[str, Any]
+) -> _Opened:
+    """A checkpoint of which the config and the tensors' headers are read."""
+    folder = files.folder_of(name, revision)
+    record = files.read_json(folder / files.CONFIG)
+    architecture = _architecture(folder, record)
+    saved = _saved_head(folder, record, architecture, head)
+    found = files.tensors(folder)
+    config = _config(folder, record, architecture, head or saved, labels, found, options)
+    return _Opened(folder, architecture, saved, found, architecture.build(config))
 
 
 def _names() -> str:
