@@ -3,6 +3,7 @@
 from jlora.models.architecture import Architecture
 from jlora.models.bert.params import ARCHITECTURE as BERT
 from jlora.models.gpt2.params import ARCHITECTURE as GPT2
+from jlora.models.llama.params import ARCHITECTURES as LLAMA
 from jlora.models.roberta.params import ARCHITECTURE as ROBERTA
 
-ARCHITECTURES: tuple[Architecture, ...] = (GPT2, BERT, ROBERTA)
+ARCHITECTURES: tuple[Architecture, ...] = (GPT2, *LLAMA, BERT, ROBERTA)
