@@ -10,13 +10,13 @@ import numpy as np
 
 from experiments.data.files import DataError, existing
 
-_PIECE = 1 << 18  # bytes of a text that are held at once
+_PIECE = 1 << 16  # bytes of a text that are held at once, about
 
 
 def read_pieces(path: str | Path, pattern: str = "*.txt") -> Iterator[tuple[str, bool]]:
     """A text file, or the files below a folder in order of their names, piece by piece: (piece, is it the last one?).
 
-    A piece is some hundred kilobytes, whole lines. A tokenizer that joins line breaks sees each piece alone.
+    A piece is 64 kilobytes or a little more, whole lines. A tokenizer that joins line breaks sees each piece alone.
 
     Args:
       path: of the file or the folder.
@@ -52,7 +52,7 @@ def _pieces(path: Path) -> Iterator[tuple[str, bool]]:
 def write_tokens(
     path: str | Path,
     pieces: Iterable[tuple[str, bool]],
-    encode: Callable[[str], list[int]],
+    encode: Callable[[str], Sequence[int]],
     *,
     vocabulary: int,
     end: int | None = None,
@@ -79,12 +79,9 @@ def write_tokens(
         with unfinished.open("wb") as file:
             begin = _header(file, kind, 0)
             for text, last in pieces:
-                tokens = np.asarray([*encode(text), *([end] if last and end is not None else [])], np.int64)
-                if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocabulary):
-                    wrong = int(tokens[(tokens < 0) | (tokens >= vocabulary)][0])
-                    raise DataError(f"token {wrong} is outside the vocabulary of {vocabulary}: another tokenizer's?")
-                file.write(tokens.astype(kind).tobytes())
-                count += len(tokens)
+                for tokens in (encode(text), [end] if last and end is not None else []):
+                    file.write(_checked(np.asarray(tokens, np.int64), vocabulary).astype(kind).tobytes())
+                    count += len(tokens)
             file.seek(0)
             if _header(file, kind, count) != begin:  # NumPy leaves room in the header for the length to grow
                 raise AssertionError(f"the header of {path} has grown")
@@ -106,6 +103,13 @@ def read_tokens(path: str | Path) -> np.ndarray:
         raise DataError(f"{path}: not a file of tokens, or cut short ({error}): write it again") from error
     if tokens.ndim != 1 or tokens.dtype.kind != "u":
         raise DataError(f"{path}: {tokens.dtype} of shape {tokens.shape}, expected one row of unsigned tokens")
+    return tokens
+
+
+def _checked(tokens: np.ndarray, vocabulary: int) -> np.ndarray:
+    wrong = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if len(wrong):
+        raise DataError(f"token {wrong[0]} is outside the vocabulary of {vocabulary}: another tokenizer's?")
     return tokens
 
 
