@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 from jlora.models import files
 from jlora.models.architecture import Architecture, Head
 from jlora.models.catalogue import ARCHITECTURES
-from jlora.models.tensors import Leaf, Shape, differences, tensor_shape, tensor_slices, to_parameter, to_tensors
+from jlora.models.tensors import Leaf, Shape, differences, tensor_shape, tensor_slices, to_tensor, to_tensors
 
 Params = Any
 Sharding = jax.sharding.Sharding
@@ -307,19 +308,24 @@ def _placed(row: Leaf, tensors: list[files.Tensor], like: jax.ShapeDtypeStruct, 
 
     def part(given: tuple[slice, ...] | None) -> np.ndarray:
         index = tuple(slice(*i.indices(n)) for i, n in zip(given or (), like.shape, strict=True))
-        mine = tensors[index[0]] if row.stacked else tensors
+        out = _aligned(tuple(i.stop - i.start for i in index), like.dtype)
         slices = tensor_slices(row, like.shape, index)
-        if not row.stacked:
-            return np.ascontiguousarray(to_parameter(row, files.read(mine[0], slices)), like.dtype)
-        out = np.empty([i.stop - i.start for i in index], like.dtype)
-        for layer, tensor in zip(out, mine, strict=True):
-            layer[...] = to_parameter(row, files.read(tensor, slices))
+        for layer, tensor in zip(out, tensors[index[0]], strict=True) if row.stacked else [(out, tensors[0])]:
+            files.read_into(to_tensor(row, layer), tensor, slices)
         return out
 
     whole = tuple(slice(0, n) for n in like.shape)
     if place is None:
         return jax.device_put(part(whole))
     return jax.make_array_from_callback(like.shape, _sharding(row.path, like, place), part)
+
+
+def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An empty array at an address that JAX takes over on the CPU; another it would copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    offset = -memory.ctypes.data % 64
+    return memory[offset : offset + size].view(dtype).reshape(shape)
 
 
 def _sharding(path: str, like: jax.ShapeDtypeStruct, place: Place) -> Sharding:

@@ -1,6 +1,7 @@
 """The files of a checkpoint: a folder or a hub's snapshot, its config, and the tensors in its safetensors files."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from jlora.models.tensors import Shape
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CHUNK = 2**20  # elements of a tensor that are read at a time
 WANTED = ("*.json", "*.txt", "*.model", "*.safetensors")  # config, index, tokenizer and tensors; no pickles
 
 
@@ -104,13 +106,18 @@ def _header(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"'{file}' is damaged or no safetensors file: {error}") from error
 
 
-def read(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-    """Some elements of a tensor. The file is open for this alone: its pages do not stay in memory."""
-    with safe_open(tensor.file, framework="numpy") as opened:
-        if not tensor.shape:
-            return opened.get_tensor(tensor.key)
-        found: np.ndarray = opened.get_slice(tensor.key)[index]
-        return found
+def read_into(out: np.ndarray, tensor: Tensor, index: tuple[slice, ...]) -> None:
+    """Reads some elements of a tensor, a part at a time: neither a copy of all of them nor the file's pages pile up."""
+    if not tensor.shape:
+        with safe_open(tensor.file, framework="numpy") as opened:
+            out[...] = opened.get_tensor(tensor.key)
+        return
+    first, *rest = index
+    rows = max(CHUNK // max(math.prod(out.shape[1:]), 1), 1)
+    for start in range(first.start, first.stop, rows):
+        stop = min(start + rows, first.stop)
+        with safe_open(tensor.file, framework="numpy") as opened:  # anew: closing it gives the pages back
+            out[start - first.start : stop - first.start] = opened.get_slice(tensor.key)[(slice(start, stop), *rest)]
 
 
 def shards(sizes: Mapping[str, int], largest: int) -> list[list[str]]:

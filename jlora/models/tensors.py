@@ -116,9 +116,9 @@ def tensor_slices(row: Leaf, shape: Shape, index: Sequence[slice]) -> tuple[slic
     return tuple(found)
 
 
-def to_parameter(row: Leaf, tensor: np.ndarray) -> np.ndarray:
-    """The tensor's elements, of `tensor_slices`, in the parameter's order."""
-    return tensor if row.order is None else tensor.transpose(row.order)
+def to_tensor(row: Leaf, parameter: np.ndarray) -> np.ndarray:
+    """A view of a parameter, or of a layer of it, with its axes in the tensor's order."""
+    return parameter if row.order is None else parameter.transpose(np.argsort(row.order))
 
 
 def to_tensors(table: Iterable[Leaf], parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -133,9 +133,7 @@ def to_tensors(table: Iterable[Leaf], parameters: Mapping[str, np.ndarray]) -> d
     for row in table:
         value = parameters[row.path]
         for i, key in enumerate(row.keys):
-            own = value[i] if row.stacked else value
-            if row.order is not None:
-                own = own.transpose(np.argsort(row.order))
+            own = to_tensor(row, value[i] if row.stacked else value)
             parts.setdefault(key, {})[row.part.number if row.part else 0] = own
             axes[key] = row.part.axis if row.part else 0
     return {

@@ -178,7 +178,8 @@ class Llama(nn.Module):
 
         Args:
           tokens: (batch, length), int32.
-          mask: (batch, length), False at padding; None for no padding.
+          mask: (batch, length), False at padding; None for no padding. (batch, length, length) says it of each pair of
+            tokens, as where several texts share a row.
           positions: (batch, length), int32; 0, 1, ... when None.
           cache: from `empty_cache`, or of the call before. It is returned with the tokens of this call, after the
             output; `positions` must then be given.

@@ -1,7 +1,7 @@
 """Vision Transformer in Flax linen: patches as tokens, [CLS], learned positions, pre-norm blocks, a linear head.
 
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929; parts, order and the epsilon of the norms
-as in Hugging Face's `ViTForImageClassification`.
+as in Hugging Face's `ViTForImageClassification`, the pooler as in its `ViTModel`.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
+from jlora.models.nonlinear import NONLINEARITIES, check_nonlinearity
+from jlora.models.stack import check_remat, stack
+
+HEADS: tuple[Head, ...] = ("none", "image_classification")
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,16 @@ class ViTConfig:
       width: features of the residual stream, a multiple of `heads`.
       layers, heads: blocks, and attention heads in each.
       hidden: features between the two layers of each MLP; 4 * `width` when None.
-      classes: of the head; None for no head: the [CLS] token after the last norm comes out.
-      dropout: of the embeddings, the attention weights and both residual branches, in [0, 1).
+      nonlinearity: of the MLPs, a name in `jlora.models.nonlinear`.
       epsilon: added to the variance in the norms.
+      head: "none" or "image_classification", of the [CLS] token.
+      labels: of a classification.
+      pooler: without a head: also give what the pooler makes of the [CLS] token, as "pooled" beside "out".
+      dropout: of the embeddings, the attention weights and both residual branches, in [0, 1).
       dtype, param_dtype: of the computation and of the parameters. Scores and softmax are float32 in any case.
       scan: one block scanned over parameters stacked on axis 0, in place of `layers` blocks: compiles faster.
-      remat: compute each block's activations again in the backward pass.
+      remat: compute each block's activations again in the backward pass; True, or the name of a policy in
+        `jax.checkpoint_policies`.
     """
 
     image_size: int = 224
@@ -38,19 +47,25 @@ class ViTConfig:
     layers: int = 12
     heads: int = 12
     hidden: int | None = None
-    classes: int | None = 1000
-    dropout: float = 0.0
+    nonlinearity: str = "gelu"
     epsilon: float = 1e-12
+    head: Head = "image_classification"
+    labels: int = 1000
+    pooler: bool = False
+    dropout: float = 0.0
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+        check_head(self.head, HEADS, self.labels)
+        check_nonlinearity(self.nonlinearity)
+        check_remat(self.remat)
 
     @property
     def patches(self) -> int:
@@ -65,11 +80,14 @@ PRESETS = {
 
 
 class ViT(nn.Module):
-    """images (batch, height, width, channels) -> logits (batch, classes), float32.
+    """images (batch, height, width, channels) -> float32 logits (batch, labels), or what `config.head` says.
+
+    "none" gives the last norm's (batch, 1 + patches, width), [CLS] first. With `config.pooler`, it gives {"out": the
+    same, "pooled": (batch, width)}.
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> model = ViT(ViTConfig(image_size=8, patch_size=2, channels=1, width=32, layers=2, heads=4, classes=10))
+      >>> model = ViT(ViTConfig(image_size=8, patch_size=2, channels=1, width=32, layers=2, heads=4, labels=10))
       >>> images = jnp.zeros((3, 8, 8, 1))
       >>> params = model.init(jax.random.key(0), images)["params"]
       >>> model.apply({"params": params}, images).shape
@@ -79,26 +97,22 @@ class ViT(nn.Module):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array | dict[str, jax.Array]:
         c = self.config
         expected = (c.image_size, c.image_size, c.channels)
         if images.shape[1:] != expected:
             raise ValueError(f"the images are {images.shape[1:]}, the model's are {expected} (height, width, channels)")
         h = _embedded(c, self, images)  # (batch, 1 + patches, width)
         h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
-        block = nn.remat(Block, prevent_cse=not c.scan) if c.remat else Block
-        if c.scan:
-            layers = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=c.layers
-            )
-            h, _ = layers(c, deterministic, name="h")(h, None)
-        else:
-            for i in range(c.layers):
-                h, _ = block(c, deterministic, name=f"h_{i}")(h, None)
-        h = _norm(c, "ln_f")(h)[:, 0]  # [CLS]: (batch, width)
-        if c.classes is not None:
-            h = _dense(c, c.classes, "head")(h)  # (batch, classes)
-        return h.astype(jnp.float32)
+        h, _ = stack(Block, c, h, None, deterministic=deterministic)
+        h = _norm(c, "ln_f")(h)  # (batch, 1 + patches, width)
+        if c.head == "image_classification":
+            return _dense(c, c.labels, "head")(h[:, 0]).astype(jnp.float32)  # (batch, labels)
+        out = h.astype(jnp.float32)
+        if not c.pooler:
+            return out
+        pooled = jnp.tanh(_dense(c, c.width, "pooler")(h[:, 0]))  # (batch, width)
+        return {"out": out, "pooled": pooled.astype(jnp.float32)}
 
 
 def _embedded(c: ViTConfig, module: nn.Module, images: jax.Array) -> jax.Array:
@@ -116,7 +130,7 @@ def _embedded(c: ViTConfig, module: nn.Module, images: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h)). Takes and returns a pair, as `nn.scan` wants it."""
+    """h + attention(norm(h)), then h + mlp(norm(h)); with a None, as `stack` wants it."""
 
     config: ViTConfig
     deterministic: bool
@@ -149,7 +163,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU, in its exact form, between them."""
+    """Two linear layers with a nonlinearity between them."""
 
     config: ViTConfig
     deterministic: bool
@@ -157,7 +171,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = nn.gelu(_dense(c, c.hidden or 4 * c.width, "fc")(x), approximate=False)  # (batch, length, hidden)
+        x = NONLINEARITIES[c.nonlinearity](_dense(c, c.hidden or 4 * c.width, "fc")(x))  # (batch, length, hidden)
         x = _dense(c, c.width, "proj")(x)  # (batch, length, width)
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
