@@ -44,7 +44,7 @@ def config() -> Comparison:
             ImageTask(
                 "digits",
                 "digits, then turned digits",
-                ViTConfig(image_size=8, patch_size=2, channels=1, width=64, layers=3, heads=4, classes=10),
+                ViTConfig(image_size=8, patch_size=2, channels=1, width=64, layers=3, heads=4, labels=10),
                 old=upright_digits,
                 new=turned_digits,
                 pretrain=Pretrain(steps=600, batch=32, evaluate_every=600, weight_decay=0.1, learning_rate=2e-3),
@@ -71,7 +71,7 @@ def small() -> Comparison:
     )
     digits = dataclasses.replace(
         digits,
-        model=ViTConfig(image_size=8, patch_size=4, channels=1, width=32, layers=1, heads=2, classes=10),
+        model=ViTConfig(image_size=8, patch_size=4, channels=1, width=32, layers=1, heads=2, labels=10),
         pretrain=dataclasses.replace(digits.pretrain, steps=20),
         train=dataclasses.replace(digits.train, steps=4),
     )

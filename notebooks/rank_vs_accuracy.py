@@ -97,7 +97,7 @@ plt.rcParams.update(
 spec = ImageTask(
     "rank_vs_accuracy",
     "digits, then turned digits",
-    ViTConfig(image_size=8, patch_size=2, channels=1, width=LARGEST, layers=1 if SMALL else 3, heads=4, classes=10),
+    ViTConfig(image_size=8, patch_size=2, channels=1, width=LARGEST, layers=1 if SMALL else 3, heads=4, labels=10),
     old=upright_digits,
     new=turned_digits,
     pretrain=Pretrain(steps=5 if SMALL else 600, batch=32, evaluate_every=100, weight_decay=0.1, learning_rate=2e-3),

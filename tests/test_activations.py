@@ -349,7 +349,7 @@ def test_features_on_several_axes_and_whole_variables():
 
 
 def test_the_vision_transformer_takes_all_but_prompts():
-    config = ViTConfig(image_size=4, patch_size=2, channels=1, width=8, layers=1, heads=2, classes=3)
+    config = ViTConfig(image_size=4, patch_size=2, channels=1, width=8, layers=1, heads=2, labels=3)
     model, images = ViT(config), normal(2, 4, 4, 1)
     params = model.init(jax.random.key(0), images)["params"]
     fn = lambda p, x: model.apply({"params": p}, x)

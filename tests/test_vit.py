@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora import models
 from jlora.models.vit import PRESETS, ViT, ViTConfig
+from jlora.models.vit.params import read
 
-SMALL = ViTConfig(image_size=8, patch_size=2, channels=1, width=16, layers=3, heads=4, classes=10)
+GOLDEN = Path(__file__).parent / "golden" / "models"
+SMALL = ViTConfig(image_size=8, patch_size=2, channels=1, width=16, layers=3, heads=4, labels=10)
 
 
 def shapes(config):
@@ -44,9 +49,10 @@ def images(count=2):
 )
 def test_a_preset_has_the_published_number_of_parameters(name, parameters):
     assert size(shapes(PRESETS[name])) == parameters
-    assert size(shapes(dataclasses.replace(PRESETS[name], classes=None))) == parameters - size(
-        shapes(PRESETS[name])["head"]
-    )
+    body = dataclasses.replace(PRESETS[name], head="none")
+    assert size(shapes(body)) == parameters - size(shapes(PRESETS[name])["head"])
+    pooler = shapes(dataclasses.replace(body, pooler=True))["pooler"]
+    assert size(pooler) == body.width**2 + body.width
 
 
 def test_the_parts_are_named_as_gpt2s():
@@ -107,11 +113,56 @@ def test_it_computes_in_bfloat16_and_drops_out():
     assert still.dtype == jnp.float32 and jnp.abs(still - dropped).max() > 0
 
 
+def test_remat_has_the_same_gradients():
+    plain = dataclasses.replace(SMALL, layers=1)
+    again = dataclasses.replace(plain, remat="dots_saveable")
+    loss = lambda params, config: jnp.sum(jnp.square(forward(params, images(), config)))
+    of = lambda config: jax.jit(jax.grad(functools.partial(loss, config=config)))(parameters(plain))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), of(again), of(plain))
+
+
+def test_without_a_head_the_last_norm_comes_out():
+    params = parameters()
+    body = dataclasses.replace(SMALL, head="none")
+    out = forward({name: part for name, part in params.items() if name != "head"}, images(), body)
+    logits = out[:, 0] @ params["head"]["kernel"] + params["head"]["bias"][None]
+    np.testing.assert_allclose(logits, forward(params, images()), atol=1e-5)
+
+
+def test_a_classifiers_body_has_no_pooler(tmp_path):
+    """And a pooler that nobody asks for is passed over."""
+    body = models.load(GOLDEN / "vit_image_classification", head="none")
+    assert not body.model.config.pooler and not body.fresh and body.unused == ("classifier.bias", "classifier.weight")
+    models.save(tmp_path, body.model, body.params)
+    assert models.load(tmp_path).model.config == dataclasses.replace(body.model.config, labels=2)
+    pooled = models.load(GOLDEN / "vit_base")
+    assert pooled.model.config.pooler
+    assert set(pooled.params) - set(models.load(GOLDEN / "vit_base", pooler=False).params) == {"pooler"}
+    classifier = models.load(GOLDEN / "vit_base", head="image_classification", labels=5)
+    assert classifier.fresh == ("head/kernel", "head/bias") and classifier.params["head"]["bias"].shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"image_size": [8, 16]}, r"config.json has image_size=\[8, 16\]; jlora's model has squares, of one number"),
+        ({"qkv_bias": False}, "config.json has qkv_bias=False; jlora's model has True"),
+        ({"pooler_output_size": 8}, "config.json has pooler_output_size=8; jlora's model has 16 or None"),
+    ],
+)
+def test_other_kinds_are_refused(setting, message):
+    record = json.loads((GOLDEN / "vit_base" / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        read(record | setting, "none")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"width": 30}, "width=30 is not a multiple of heads=4"),
         ({"patch_size": 3}, "image_size=8 is not a multiple of patch_size=3"),
+        ({"head": "causal_lm"}, "head='causal_lm' is not one of 'none', 'image_classification'"),
+        ({"remat": "all"}, "remat='all' is not False, True or one of dots_saveable"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(changes, message):

@@ -44,7 +44,7 @@ class ImageTask:
             return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, self.model.channels)))["params"]
 
         def forward(params: Params, batch: Labelled) -> jax.Array:
-            logits: Any = model.apply({"params": params}, batch.images)  # (batch, classes)
+            logits: Any = model.apply({"params": params}, batch.images)  # (batch, labels)
             return logits
 
         def outcome(logits: jax.Array, batch: Labelled) -> Outcome:
