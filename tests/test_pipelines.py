@@ -128,11 +128,11 @@ PROMPTS = [Prompted("ab", "c"), Prompted("d", "ef"), Prompted("ghi", "j")]
 
 
 def test_a_prompt_and_its_completion_by_hand():
-    items = tokenise_prompted(PROMPTS, words, length=8, separator=50, end=60)
+    items = tokenise_prompted(PROMPTS, words, length=8, begin=40, separator=50, end=60)
     row = prompted_rows(items, 8, pad=99)[0]
-    assert row["tokens"].tolist() == [1, 2, 50, 3, 60, 99, 99, 99]
-    assert row["mask"].tolist() == [True] * 5 + [False] * 3
-    assert row["loss_mask"].tolist() == [False, False, False, True, True, False, False, False]
+    assert row["tokens"].tolist() == [40, 1, 2, 50, 3, 60, 99, 99]
+    assert row["mask"].tolist() == [True] * 6 + [False] * 2
+    assert row["loss_mask"].tolist() == [False, False, False, False, True, True, False, False]
 
 
 def test_the_completion_begins_with_a_blank():

@@ -16,7 +16,8 @@ class LineFile:
     r"""A text file as a sequence of lines, of which none is held in memory.
 
     Only the place of every 64th line is: 8 bytes for 64 lines. The file is mapped, so that the operating system keeps
-    what is read often and drops it when memory is short. Threads may read at once.
+    what is read often and drops it when memory is short. Threads may read at once. `Batches(Rows(len(file), make))`
+    makes rows of its lines as they are asked for.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile("w") as file:

@@ -53,7 +53,7 @@ def tokenise_classified(
     """
     _labels(examples, classes)
     texts = [tuple(part for part in (item.text, item.pair) if part is not None) for item in examples]
-    encoded = [_encode(encode, number, parts) for number, parts in enumerate(texts)]
+    encoded = [np.array(_encode(encode, number, parts), np.int32) for number, parts in enumerate(texts)]
     cut, longest = _overlong([len(tokens) for tokens in encoded], length, truncate)
 
     def items() -> Iterator[Item]:
@@ -61,7 +61,7 @@ def tokenise_classified(
             if len(tokens) > length:
                 parts, tokens = _fitted(encode, parts, length)
             mark = _shared(tokens, encode(parts[0])) if len(parts) > 1 else len(tokens)
-            yield Item(np.asarray(tokens, np.int32), mark, example.label)
+            yield Item(tokens, mark, example.label)
 
     unlabelled = examples[0].label is None
     kind = None if unlabelled else np.float32 if classes is None else np.int32
@@ -73,20 +73,21 @@ def tokenise_prompted(
     encode: Encode,
     *,
     length: int,
+    begin: int | None = None,
     separator: int | None = None,
     end: int | None = None,
     glue: str = " ",
     truncate: bool = False,
 ) -> Tokenised:
-    """Tokens of prompts and completions: `prompt [separator] completion [end]`; the completion and `end` count.
+    """Tokens of prompts and completions: `[begin] prompt [separator] completion [end]`; completion and `end` count.
 
-    The defaults for GPT-2 are those of the LoRA paper's code: `separator=end=50256` and a blank before the completion.
+    The LoRA paper's code has `separator=end=50256` for GPT-2, and a blank before the completion.
 
     Args:
       examples: prompts with their completions.
-      encode: text to tokens; it must not add special tokens at the end of a text.
+      encode: text to tokens, without special tokens.
       length: the context, in tokens.
-      separator, end: tokens between and behind, None for none.
+      begin, separator, end: special tokens before, between and behind; None for none.
       glue: text before the completion.
       truncate: cut the end of what is longer.
 
@@ -96,28 +97,23 @@ def tokenise_prompted(
 
     Source: microsoft/LoRA, examples/NLG/src/gpt2_encode.py and data_utils.py.
     """
-    behind, last = ([] if token is None else [token] for token in (separator, end))
-    prompts = [[*_encode(encode, i, (item.prompt,)), *behind] for i, item in enumerate(examples)]
-    whole = [
-        [*prompt, *_encode(encode, i, (item.completion,), before=glue), *last]
-        for i, (item, prompt) in enumerate(zip(examples, prompts, strict=True))
-    ]
-    cut, longest = _overlong([len(tokens) for tokens in whole], length, truncate)
-    for number, prompt in enumerate(prompts):
-        if len(prompt) >= length:
+    first, behind, last = ([] if token is None else [token] for token in (begin, separator, end))
+
+    def item(number: int, example: Prompted) -> Item:
+        prompt = [*first, *_encode(encode, number, (example.prompt,)), *behind]
+        completion = _encode(encode, number, (example.completion,), before=glue)
+        return Item(np.array([*prompt, *completion, *last], np.int32), len(prompt), None)
+
+    items = [item(number, example) for number, example in enumerate(examples)]
+    cut, longest = _overlong([len(item.tokens) for item in items], length, truncate)
+    for number, (_, mark, _) in enumerate(items):
+        if mark >= length:
             raise DataError(
-                f"the prompt of example {number} alone has {len(prompt)} tokens: nothing of its completion is left in "
-                f"a context of {length}. Remove the example or shorten its prompt"
+                f"the prompt of example {number} alone has {mark} tokens: nothing of its completion is left in a "
+                f"context of {length}. Remove the example or shorten its prompt"
             )
-    return gather(
-        (
-            Item(np.asarray(tokens[:length], np.int32), len(prompt), None)
-            for prompt, tokens in zip(prompts, whole, strict=True)
-        ),
-        labels=None,
-        cut=cut,
-        longest=longest,
-    )
+    fitted = (item._replace(tokens=item.tokens[:length]) for item in items)
+    return gather(fitted, labels=None, cut=cut, longest=longest)
 
 
 def _labels(examples: Sequence[Classified], classes: int | None) -> None:
@@ -160,7 +156,7 @@ def _overlong(lengths: Sequence[int], length: int, truncate: bool) -> tuple[int,
     return over, longest
 
 
-def _fitted(encode: Encode, parts: tuple[str, ...], length: int) -> tuple[tuple[str, ...], Sequence[int]]:
+def _fitted(encode: Encode, parts: tuple[str, ...], length: int) -> tuple[tuple[str, ...], np.ndarray]:
     """The texts with as many words each as fit, at most the same number, and their tokens."""
     ends = [[word.end() for word in re.finditer(r"\S+", part)] for part in parts]
 
@@ -173,10 +169,10 @@ def _fitted(encode: Encode, parts: tuple[str, ...], length: int) -> tuple[tuple[
         low, high = (middle, high) if len(encode(*first(middle))) <= length else (low, middle)
     if not low:
         raise DataError(f"not even the first word fits in a context of {length} tokens: {first(1)[0][:60]!r}")
-    return first(low), encode(*first(low))
+    return first(low), np.array(encode(*first(low)), np.int32)
 
 
-def _shared(tokens: Sequence[int], others: Sequence[int]) -> int:
+def _shared(tokens: np.ndarray, others: Sequence[int]) -> int:
     """How many tokens at the beginning are equal: where the second text of a pair begins, `others` being the first."""
     pairs = zip(tokens, others, strict=False)
     return next((i for i, (token, other) in enumerate(pairs) if token != other), min(len(tokens), len(others)))
