@@ -127,6 +127,15 @@ def test_nist_by_hand():
     assert penalty == pytest.approx(0.5)
 
 
+def test_a_word_matches_as_often_as_in_the_one_reference_that_has_it_most():
+    # 4 words in the references, 2 of them "pub": info 1. One of two matches, though both references have it.
+    assert metrics.nist(["pub pub"], [["pub a", "pub b"]]) == pytest.approx(1 / 2, rel=1e-12)
+
+
+def test_bleu_is_not_smoothed():
+    assert metrics.bleu(["the pub is not cheap"], [["a cafe is not far"]]) == 0
+
+
 def test_nltk_agrees_on_nist_of_one_reference():
     from nltk.translate.nist_score import corpus_nist
 
