@@ -1,0 +1,382 @@
+"""DeBERTa v2 and v3 in Flax linen: a post-norm encoder whose attention sees contents and relative positions apart.
+
+Source: He et al., "DeBERTa: Decoding-enhanced BERT with Disentangled Attention", arXiv 2006.03654, and "DeBERTaV3",
+arXiv 2111.09543; what the second version changed (buckets, shared kernels, the convolution) as in the released code,
+https://github.com/microsoft/DeBERTa, and in Hugging Face's `DebertaV2Model`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jlora.models.architecture import Head, check_head
+from jlora.models.attention import DotProductAttention
+from jlora.models.deberta.relative import Rows, rows
+from jlora.models.nonlinear import NONLINEARITIES, check_nonlinearity
+from jlora.models.stack import check_remat, stack
+
+HEADS: tuple[Head, ...] = ("none", "masked_lm", "sequence_classification", "token_classification")
+Term = Literal["c2p", "p2c"]
+
+
+@dataclass(frozen=True)
+class DebertaConfig:
+    """The shape of a DeBERTa. The default is v3's "base" model; see `PRESETS` for the others.
+
+    Attributes:
+      vocab_size: number of tokens.
+      context: the longest sequence, in tokens.
+      width: features of the residual stream, a multiple of `heads`.
+      layers, heads: blocks, and attention heads in each.
+      hidden: features between the two layers of each MLP.
+      types: kinds of segments that a token may belong to; 0 for none.
+      absolute: positions are added to the embeddings too.
+      terms: of the scores, beside content to content: "c2p", content to position, and "p2c", position to content.
+      shared: positions have the queries' and keys' kernels, and none of their own.
+      buckets: of relative positions in each direction; 0 or less for a row for each distance.
+      reach: the longest distance that is told from those beyond; `context` when 0 or less.
+      norm_positions: the table of relative positions is normalised.
+      convolution: tokens that a convolution beside the first block sees at once, an odd number; 0 for none.
+      nonlinearity, conv_nonlinearity, pooler_nonlinearity: of the MLPs and the masked LM, of the convolution, and of
+        the first token before a classifier; names in `jlora.models.nonlinear`.
+      epsilon: added to the variance in the norms.
+      head: "none", "masked_lm", "sequence_classification" (of the first token) or "token_classification".
+      labels: of a classification; 1 for a regression.
+      legacy: which keys the masked LM's head has in a checkpoint. False for "lm_predictions", as published by the
+        authors; True for "cls.predictions".
+      dropout: of the embeddings, the relative positions, the attention weights, both residual branches and the
+        convolution, in [0, 1).
+      head_dropout: before the classifier; `dropout` when None.
+      dtype, param_dtype: of the computation and of the parameters. Scores and softmax are float32 in any case.
+      scan: one block scanned over parameters stacked on axis 0, in place of `layers` blocks: compiles faster.
+      remat: compute each block's activations again in the backward pass; True, or the name of a policy in
+        `jax.checkpoint_policies`.
+    """
+
+    vocab_size: int = 128100
+    context: int = 512
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    types: int = 0
+    absolute: bool = False
+    terms: tuple[Term, ...] = ("p2c", "c2p")
+    shared: bool = True
+    buckets: int = 256
+    reach: int = -1
+    norm_positions: bool = True
+    convolution: int = 0
+    nonlinearity: str = "gelu"
+    conv_nonlinearity: str = "tanh"
+    pooler_nonlinearity: str = "gelu"
+    epsilon: float = 1e-7
+    head: Head = "masked_lm"
+    labels: int = 2
+    legacy: bool = True
+    dropout: float = 0.0
+    head_dropout: float | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan: bool = False
+    remat: bool | str = False
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+        if not self.terms or len({*self.terms}) != len(self.terms) or not {*self.terms} <= {"c2p", "p2c"}:
+            raise ValueError(f"terms={self.terms!r} are not 'c2p', 'p2c' or both")
+        if self.convolution and self.convolution % 2 == 0:
+            raise ValueError(f"convolution={self.convolution} is not odd, nor 0 for none")
+        check_head(self.head, HEADS, self.labels)
+        for name in (self.nonlinearity, self.conv_nonlinearity, self.pooler_nonlinearity):
+            check_nonlinearity(name)
+        check_remat(self.remat)
+
+    @property
+    def span(self) -> int:
+        """Half the rows of the table of relative positions."""
+        return self.buckets if self.buckets > 0 else self.farthest
+
+    @property
+    def farthest(self) -> int:
+        """`reach`, or what stands for it."""
+        return self.reach if self.reach > 0 else self.context
+
+
+PRESETS = {
+    "deberta-v3-base": DebertaConfig(),
+    "deberta-v3-large": DebertaConfig(width=1024, layers=24, heads=16, hidden=4096),
+    "deberta-v2-xlarge": DebertaConfig(
+        width=1536, layers=24, heads=24, hidden=6144, convolution=3, conv_nonlinearity="gelu"
+    ),
+    "deberta-v2-xxlarge": DebertaConfig(
+        width=1536, layers=48, heads=24, hidden=6144, convolution=3, conv_nonlinearity="gelu"
+    ),
+}
+
+
+class Deberta(nn.Module):
+    """tokens (batch, length) -> float32 logits (batch, length, vocab_size), or what `config.head` says.
+
+    "none" gives the last block's (batch, length, width), "sequence_classification" (batch, labels), of the first
+    token, so that padding has to follow, and "token_classification" (batch, length, labels).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> config = DebertaConfig(vocab_size=64, context=32, width=16, layers=2, heads=2, hidden=32, buckets=8)
+      >>> tokens = jnp.zeros((1, 8), jnp.int32)
+      >>> params = Deberta(config).init(jax.random.key(0), tokens)["params"]
+      >>> Deberta(config).apply({"params": params}, tokens).shape
+      (1, 8, 64)
+    """
+
+    config: DebertaConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        types: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """See the class.
+
+        Args:
+          tokens: (batch, length), int32.
+          mask: (batch, length), False at padding; None for no padding.
+          types: (batch, length), int32: the segment of each token; 0 when None. Most models have none, and do not look.
+          positions: (batch, length), int32; 0, 1, ... when None. For models with absolute positions.
+          deterministic: no dropout.
+
+        Raises:
+          ValueError: for sequences longer than the context, and for positions that the model does not have.
+        """
+        c = self.config
+        real = None if mask is None else mask[:, :, None].astype(bool)  # (batch, length, 1)
+        wte = _embed(c, c.vocab_size, "wte")
+        h = _embedded(c, wte, tokens, types, positions)  # (batch, length, width)
+        h = nn.Dropout(c.dropout, deterministic=deterministic)(_real(h, real))
+        found = rows(tokens.shape[1], c.span, buckets=c.buckets, reach=c.farthest)
+        local = Convolution(c, deterministic, name="conv")(h, real) if c.convolution else None
+        shared = Shared(real, _places(c, found), jnp.asarray(found.pairs), local)
+        h, _ = stack(Block, c, h, _first(c), shared, deterministic=deterministic)
+        if c.head == "masked_lm":
+            h = MaskedLM(c, name="lm_head")(h, wte)  # (batch, length, vocab_size)
+        elif c.head == "sequence_classification":
+            h = NONLINEARITIES[c.pooler_nonlinearity](_dense(c, c.width, "pooler")(h[:, 0]))  # (batch, width)
+            rate = c.dropout if c.head_dropout is None else c.head_dropout
+            h = nn.Dropout(rate, deterministic=deterministic)(h)
+            h = _dense(c, c.labels, "classifier")(h)  # (batch, labels)
+        elif c.head == "token_classification":
+            h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+            h = _dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
+        return h.astype(jnp.float32)
+
+
+class Local(NamedTuple):
+    """What the convolution adds after the first block, and the parameters of the norm of that sum."""
+
+    out: jax.Array  # (batch, length, width)
+    scale: jax.Array  # (width,)
+    bias: jax.Array  # (width,)
+
+
+class Shared(NamedTuple):
+    """What all layers are told.
+
+    Attributes:
+      real: (batch, length, 1), bool, False at padding; None for no padding.
+      places: (rows, width): the relative positions that occur, as vectors.
+      pairs: (length, length), int32: which of them each query and key have.
+      local: for the first block alone; None without a convolution.
+    """
+
+    real: jax.Array | None
+    places: jax.Array
+    pairs: jax.Array
+    local: Local | None
+
+
+class Block(nn.Module):
+    """norm(h + attention(h)), then norm(h + mlp(h)); after the first block, norm(h + convolution)."""
+
+    config: DebertaConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, h: jax.Array, first: jax.Array | None, shared: Shared) -> tuple[jax.Array, jax.Array | None]:
+        c = self.config
+        h = _norm(c, "ln_1")(h + Attention(c, self.deterministic, name="attn")(h, shared))
+        h = _norm(c, "ln_2")(h + MLP(c, self.deterministic, name="mlp")(h))
+        if first is not None and shared.local is not None:
+            out, scale, bias = shared.local
+            y = nn.LayerNorm(c.epsilon, dtype=c.dtype, use_scale=False, use_bias=False)(h + out)
+            h = jnp.where(first, _real(y * scale[None, None] + bias[None, None], shared.real), h)
+        return h, first
+
+
+class Attention(nn.Module):
+    """Disentangled self-attention: every token sees every token that is no padding, and how far away it is.
+
+    The scores are `scale (q_i k_j + q_i k'_{ij} + k_j q'_{ij})`, where k' and q' are keys and queries of the relative
+    position of i and j, and scale is 1 / sqrt(width of a head * number of terms).
+
+    k' and q' are made of the R rows of the table that occur, at most 2 * length - 1 and at most 2 * span: for each term
+    a product costs length * R * width multiplications, as q k^T does for R keys, and holds (batch, heads, length, R)
+    numbers in float32, out of which a gather takes (batch, heads, length, length).
+    """
+
+    config: DebertaConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shared: Shared) -> jax.Array:
+        c = self.config
+        layers = {name: _dense(c, c.width, name) for name in ("query", "key", "value")}
+        q, k, v = (_heads(c, layer(x)) for layer in layers.values())  # (batch, length, heads, width / heads)
+        places = nn.Dropout(c.dropout, deterministic=self.deterministic)(shared.places)  # (rows, width)
+        scale = 1 / math.sqrt(c.width // c.heads * (1 + len(c.terms)))
+        bias = jnp.zeros((), jnp.float32)
+        if "c2p" in c.terms:
+            layer = layers["key"] if c.shared else _dense(c, c.width, "pos_key")
+            products = _products("bihd,rhd->bhir", q, _heads(c, layer(places)))  # (batch, heads, length, rows)
+            bias = bias + _taken(products, shared.pairs, 3)  # (batch, heads, length, length)
+        if "p2c" in c.terms:
+            layer = layers["query"] if c.shared else _dense(c, c.width, "pos_query")
+            products = _products("bjhd,rhd->bhrj", k, _heads(c, layer(places)))  # (batch, heads, rows, length)
+            bias = bias + _taken(products, shared.pairs, 2)  # (batch, heads, length, length)
+        seen = None if shared.real is None else shared.real[:, None, None, :, 0]  # (batch, 1, 1, length)
+        attend = DotProductAttention(scale=scale, dropout=c.dropout, deterministic=self.deterministic, name="core")
+        y = _dense(c, c.width, "out")(attend(q, k, v, seen, scale * bias).reshape(x.shape))
+        return nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a nonlinearity between them."""
+
+    config: DebertaConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = NONLINEARITIES[c.nonlinearity](_dense(c, c.hidden, "fc")(x))  # (batch, length, hidden)
+        x = _dense(c, c.width, "proj")(x)  # (batch, length, width)
+        return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
+
+
+class Convolution(nn.Module):
+    """A convolution of the embeddings along the sequence, where padding is 0."""
+
+    config: DebertaConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, h: jax.Array, real: jax.Array | None) -> Local:
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        conv = nn.Conv(
+            c.width, (c.convolution,), dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name="conv"
+        )
+        y = _real(conv(h), real)  # (batch, length, width)
+        y = NONLINEARITIES[c.conv_nonlinearity](nn.Dropout(c.dropout, deterministic=self.deterministic)(y))
+        return Local(y, *NormParameters(c, name="ln")())
+
+
+class NormParameters(nn.Module):
+    """The scale and the bias of a norm that is computed elsewhere: within a scan over blocks, only of the first."""
+
+    config: DebertaConfig
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        c = self.config
+        scale = self.param("scale", nn.initializers.ones, (c.width,), c.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (c.width,), c.param_dtype)
+        return scale.astype(c.dtype), bias.astype(c.dtype)
+
+
+class MaskedLM(nn.Module):
+    """A linear layer, a norm, and the embedding as the decoder, with a bias of its own."""
+
+    config: DebertaConfig
+
+    @nn.compact
+    def __call__(self, h: jax.Array, wte: nn.Embed) -> jax.Array:
+        c = self.config
+        h = NONLINEARITIES[c.nonlinearity](_dense(c, c.width, "dense")(h))
+        h = wte.attend(_norm(c, "ln")(h))  # (batch, length, vocab_size)
+        bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,), c.param_dtype)
+        return h + bias.astype(h.dtype)[None, None]
+
+
+# -- called within the compact method of a model -----------------------------------------------------------------------
+
+
+def _embedded(
+    c: DebertaConfig, wte: nn.Embed, tokens: jax.Array, types: jax.Array | None, positions: jax.Array | None
+) -> jax.Array:
+    """The norm of the sum of the embeddings, (batch, length, width)."""
+    length = tokens.shape[1]
+    if length > c.context:
+        raise ValueError(f"the sequence has {length} tokens, the model's context is {c.context}")
+    if positions is not None and not c.absolute:
+        raise ValueError("the model has no absolute positions: call it without positions=")
+    h = wte(tokens)
+    if c.absolute:
+        h = h + _embed(c, c.context, "wpe")(jnp.arange(length)[None] if positions is None else positions)
+    if c.types:
+        h = h + _embed(c, c.types, "wtt")(jnp.zeros_like(tokens) if types is None else types)
+    return _norm(c, "ln_e")(h)
+
+
+def _places(c: DebertaConfig, found: Rows) -> jax.Array:
+    """The relative positions that occur, as vectors: (rows, width)."""
+    places = _embed(c, 2 * c.span, "wre")(jnp.arange(found.start, found.stop))
+    return _norm(c, "ln_r")(places) if c.norm_positions else places
+
+
+def _first(c: DebertaConfig) -> jax.Array | tuple[jax.Array | None, ...] | None:
+    """What tells the first block that it is the first, in the form that `stack` wants; None if that changes nothing."""
+    if not c.convolution:
+        return None
+    return jnp.arange(c.layers) == 0 if c.scan else (jnp.ones((), bool), *(None for _ in range(c.layers - 1)))
+
+
+def _real(x: jax.Array, real: jax.Array | None) -> jax.Array:
+    """(batch, length, width) with padding at 0."""
+    return x if real is None else x * real.astype(x.dtype)
+
+
+def _heads(c: DebertaConfig, x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-1], c.heads, -1)  # (..., heads, width / heads)
+
+
+def _products(spec: str, x: jax.Array, places: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, places, preferred_element_type=jnp.float32)
+
+
+def _taken(products: jax.Array, pairs: jax.Array, axis: int) -> jax.Array:
+    return jnp.take_along_axis(products, pairs[None, None], axis=axis, mode="promise_in_bounds")
+
+
+def _embed(config: DebertaConfig, rows: int, name: str) -> nn.Embed:
+    init = nn.initializers.normal(0.02)
+    return nn.Embed(rows, config.width, config.dtype, config.param_dtype, embedding_init=init, name=name)
+
+
+def _norm(config: DebertaConfig, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+def _dense(config: DebertaConfig, features: int, name: str) -> nn.Dense:
+    init = nn.initializers.normal(0.02)
+    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
