@@ -8,3 +8,4 @@ from jlora.models.checkpoint import load as load
 from jlora.models.checkpoint import save as save
 from jlora.models.generate import generate as generate
 from jlora.models.sampling import Sampling as Sampling
+from jlora.models.tokenizer import Tokenizer as Tokenizer
