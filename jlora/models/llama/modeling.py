@@ -157,8 +157,8 @@ class Llama(nn.Module):
       >>> import jax, jax.numpy as jnp
       >>> model = Llama(LlamaConfig(vocab_size=256, context=32, width=64, layers=2, heads=4, key_heads=2, hidden=96))
       >>> tokens = jnp.zeros((1, 8), jnp.int32)
-      >>> params = model.init(jax.random.key(0), tokens)["params"]
-      >>> model.apply({"params": params}, tokens).shape
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> jax.jit(model.apply)({"params": params}, tokens).shape
       (1, 8, 256)
     """
 
