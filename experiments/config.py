@@ -8,6 +8,7 @@ functions.
 import ast
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -301,6 +302,8 @@ def describe(node: Any) -> Any:
         return [describe(item) for item in node]
     if isinstance(node, Mapping):
         return {str(key): describe(value) for key, value in node.items()}
+    if isinstance(node, functools.partial):
+        return [describe(node.func), describe(node.args), describe(node.keywords)]
     return f"{node.__module__}.{node.__qualname__}" if callable(node) else node
 
 

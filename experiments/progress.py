@@ -70,7 +70,11 @@ class Live:
         scores = f"new {point.new:.3f}  old {point.old:.3f} bits/byte"
         self.note(label, scores)
         if not self.console.is_terminal:
-            self.say(f"{label.ljust(self._width)}  step {point.step:5d}  {scores}")
+            self.line(label, point.step, scores)
+
+    def line(self, label: str, step: int, text: str) -> None:
+        """Prints what an evaluation found."""
+        self.say(f"{label.ljust(self._width)}  step {step:5d}  {text}")
 
     def note(self, label: str, text: str) -> None:
         """Shows a word beside a phase's bar."""

@@ -42,7 +42,7 @@ print(json.dumps({"parameters": size, "peak": memory("VmHWM") - before, "after":
 
 
 def measured(folder: Path, **options: Any) -> dict[str, int]:
-    """Bytes of the parameters, and what the process holds beyond what it held before: at the peak while it loads, and afterwards."""
+    """Bytes of the parameters, and by how much the process grew: at its peak, and afterwards."""
     command = [sys.executable, "-c", _CHILD, str(folder), json.dumps(options)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, int] = json.loads(result.stdout.splitlines()[-1])

