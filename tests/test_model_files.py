@@ -70,7 +70,7 @@ def test_a_repository_that_cannot_be_had(monkeypatch):
     import huggingface_hub
 
     def snapshot_download(*_, **told):
-        assert told["revision"] == "main" and "*.safetensors" in told["allow_patterns"]
+        assert told["revision"] == "main" and "model*.safetensors" in told["allow_patterns"]
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

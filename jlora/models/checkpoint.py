@@ -29,8 +29,8 @@ Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
 DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spm.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "preprocessor_config.json", "generation_config.json",
+    "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt", "tokenizer.model", "spm.model", "sentencepiece.bpe.model",
+    "chat_template.jinja", "preprocessor_config.json", "generation_config.json",
 )  # fmt: skip
 
 

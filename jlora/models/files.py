@@ -14,7 +14,7 @@ from jlora.models.tensors import Shape
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 CHUNK = 2**20  # elements of a tensor that are read at a time
-WANTED = ("*.json", "*.txt", "*.model", "*.safetensors")  # config, index, tokenizer and tensors; no pickles
+WANTED = ("*.json", "*.txt", "*.model", "model*.safetensors")  # no pickles, no other copies of the tensors
 
 
 class Tensor(NamedTuple):
@@ -26,8 +26,8 @@ class Tensor(NamedTuple):
     dtype: str
 
 
-def folder_of(name: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """A checkpoint's folder: the one that is named, or the hub's snapshot, downloaded where it is not at hand.
+def folder_of(name: str | os.PathLike[str], revision: str | None = None, wanted: tuple[str, ...] = WANTED) -> Path:
+    """A checkpoint's folder: the one that is named, or the hub's snapshot, of which the `wanted` files are downloaded.
 
     Raises:
       FileNotFoundError: if the name is no folder and no repository that can be had, or a folder without config.json.
@@ -51,7 +51,7 @@ def folder_of(name: str | os.PathLike[str], revision: str | None = None) -> Path
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                str(name), revision=revision, allow_patterns=list(WANTED), ignore_patterns=["*/*"]
+                str(name), revision=revision, allow_patterns=list(wanted), ignore_patterns=["*/*"]
             )
         )
     except Exception as error:  # its own, its HTTP library's and the system's

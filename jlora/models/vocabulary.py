@@ -1,0 +1,317 @@
+"""The files of a tokenizer: what they say, and the tokenizers that are built from a vocabulary where none is whole."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, cast
+
+from jlora.models import files
+
+Side = Literal["left", "right"]
+WHOLE = "tokenizer.json"
+SETTINGS, SPECIALS, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+PIECES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("vocab.txt",))  # the second are OpenAI's names
+SENTENCEPIECE = ("tokenizer.model", "spm.model", "sentencepiece.bpe.model", "spiece.model")
+ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+WANTED = ("*.json", "*.txt", "*.model", "vocab.bpe")
+
+
+class Read(NamedTuple):
+    """A tokenizer as its files have it: the library's object, its special tokens by role, where it pads and cuts."""
+
+    backend: Any
+    specials: dict[str, str]
+    side: Side
+    cut: Side
+
+
+def read(folder: Path) -> Read:
+    """The tokenizer in a folder; errors are those of `Tokenizer.load`."""
+    library, read = _library(), _Files.of(folder)
+    backend, family = _backend(library, read)
+    padding, truncation = backend.padding or {}, backend.truncation or {}
+    backend.no_padding()
+    backend.no_truncation()
+    _add(library, backend, read)
+    specials = _specials(backend, read, family, padding.get("pad_token"))
+    _register(library, backend, read, specials)
+    named = {role: _content(token) for role, token in specials.items()}
+    side = read.side("padding_side", padding.get("direction"))
+    return Read(backend, named, side, read.side("truncation_side", truncation.get("direction")))
+
+
+def as_side(name: str, value: str) -> Side:
+    """The value of a setting, checked."""
+    if value not in ("left", "right"):
+        raise ValueError(f"{name}={value!r}, expected 'left' or 'right'")
+    return cast(Side, value)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+Token = str | Mapping[str, Any]  # as the files have it: its text, or that as "content" with its settings
+
+
+class _Files(NamedTuple):
+    """What the JSON files beside the vocabulary say; empty where there is no such file."""
+
+    folder: Path
+    settings: dict[str, Any]
+    specials: dict[str, Any]
+    added: dict[str, Any]
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> "_Files":
+        paths = [folder / name for name in (SETTINGS, SPECIALS, ADDED, files.CONFIG)]
+        return cls(folder, *(files.read_json(path) if path.is_file() else {} for path in paths))
+
+    @property
+    def kind(self) -> str | None:
+        """The tokenizer's class in transformers, or else the model's type."""
+        classes = (content.get("tokenizer_class") for content in (self.settings, self.config))
+        kind = next(filter(None, classes), None) or self.config.get("model_type")
+        return None if kind is None else str(kind).removesuffix("Fast")
+
+    def side(self, key: str, otherwise: str | None) -> Side:
+        value = self.settings.get(key) or otherwise or "right"
+        return as_side(f"'{self.folder / SETTINGS}' has {key}", str(value).lower())
+
+    def special(self, role: str, default: Token | None = None) -> Token | None:
+        """The token of a role; None where a file says that there is none, `default` where none speaks of it."""
+        key = f"{role}_token"
+        for file, content in ((SETTINGS, self.settings), (SPECIALS, self.specials)):
+            if key in content:
+                return None if content[key] is None else _checked(content[key], self.folder / file, key)
+        return default
+
+    @property
+    def more(self) -> list[Token]:
+        """Special tokens that have no role."""
+        key = "additional_special_tokens"
+        listed = self.settings.get(key) or self.specials.get(key) or []
+        return [_checked(token, self.folder, key) for token in listed]
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _checked(token: Any, file: Path, key: str) -> Token:
+    if not isinstance(_content(token), str):
+        raise ValueError(f"'{file}' has {key}={token!r}, expected a token")
+    return cast(Token, token)
+
+
+def _library() -> ModuleType:
+    try:
+        import tokenizers  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError("to read a tokenizer needs the tokenizers library: pip install jlora[models]") from error
+    return cast(ModuleType, tokenizers)
+
+
+def _backend(library: ModuleType, read: _Files) -> tuple[Any, "_Family | None"]:
+    """The tokenizer as its files have it, and which of the three it is, if it is one."""
+    folder = read.folder
+    if (folder / WHOLE).is_file():
+        try:
+            return library.Tokenizer.from_file(str(folder / WHOLE)), _FAMILIES.get(read.kind or "")
+        except Exception as error:  # the library raises nothing more precise
+            files.read_json(folder / WHOLE)
+            raise ValueError(f"'{folder / WHOLE}' is damaged, or the tokenizers library too old: {error}") from error
+    names = next((names for names in PIECES if (folder / names[0]).is_file()), None)
+    if names is None:
+        raise FileNotFoundError(_no_tokenizer(folder))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"'{folder}' holds {names[0]} and no {absent[0]}: it takes both, or {WHOLE}")
+    if len(names) == 1:
+        vocabulary, merges = {word: number for number, word in enumerate(_lines(folder / names[0]))}, []
+    else:
+        vocabulary, merges = _pieces(folder / names[0]), _merges(folder / names[1])
+    family = _family(read, names, vocabulary)
+    try:
+        return family.build(library, read, vocabulary, merges), family
+    except Exception as error:  # as above
+        raise ValueError(f"no tokenizer can be made of {' and '.join(names)} in '{folder}': {error}") from error
+
+
+_CONVERT = f"transformers makes a {WHOLE} of it, AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+
+
+def _no_tokenizer(folder: Path) -> str:
+    pieces = next((name for name in SENTENCEPIECE if (folder / name).is_file()), None)
+    if pieces is not None:
+        return f"the tokenizer of '{folder}' is {pieces}, SentencePiece: with sentencepiece installed, {_CONVERT}"
+    looked = [(WHOLE,), *PIECES]
+    near = sorted({path.parent.name for names in looked for path in folder.glob(f"*/{names[0]}")})
+    hint = f"; its folders {', '.join(map(repr, near[:5]))} hold one" if near else ""
+    return f"'{folder}' holds no tokenizer: no {', no '.join(' with '.join(names) for names in looked)}{hint}"
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would split at characters of the vocabulary
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' is no text: {error}") from error
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _pieces(file: Path) -> dict[str, int]:
+    pieces = files.read_json(file)
+    taken: set[int] = set()
+    for piece, number in pieces.items():
+        if type(number) is not int or number < 0 or number in taken:
+            raise ValueError(
+                f"'{file}' is damaged: {piece!r} has the id {number!r}, expected a number of its own from 0"
+            )
+        taken.add(number)
+    return pieces
+
+
+def _merges(file: Path) -> list[tuple[str, ...]]:
+    merges = []
+    for number, line in enumerate(_lines(file), 1):
+        if line and not (number == 1 and line.startswith("#version")):
+            merges.append(tuple(line.split(" ")))
+            if len(merges[-1]) != 2:
+                raise ValueError(f"'{file}' is damaged: line {number} is {line[:60]!r}, expected two pieces")
+    return merges
+
+
+# -- special tokens ----------------------------------------------------------------------------------------------------
+
+
+def _add(library: ModuleType, backend: Any, read: _Files) -> None:
+    """Adds the tokens that the files beside give ids to, where the vocabulary does not have them."""
+    decoder = read.settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"'{read.folder / SETTINGS}' has an added_tokens_decoder that is no object")
+    listed = [(number, token, ADDED) for token, number in read.added.items()]
+    listed += [(number, token, SETTINGS) for number, token in decoder.items()]
+    for number, token, file in listed:
+        if not (str(number).isdecimal() and isinstance(_content(token), str)):
+            raise ValueError(f"'{read.folder / file}' gives the token {token!r} the id {number!r}")
+    special = {_content(token) for token in [*map(read.special, ROLES), *read.more]}
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for number, token, file in sorted(listed, key=lambda row: int(row[0])):
+        content = _content(token)
+        if content not in known:
+            marked = content in special or (isinstance(token, Mapping) and bool(token.get("special")))
+            (backend.add_special_tokens if marked else backend.add_tokens)([_added(library, token, marked)])
+            known.add(content)
+        has = backend.token_to_id(content)
+        if has != int(number):
+            raise ValueError(f"'{read.folder / file}' gives {content!r} the id {number}, and the vocabulary {has}")
+
+
+def _added(library: ModuleType, token: Token, special: bool) -> Any:
+    given = token if isinstance(token, Mapping) else {}
+    flags = {name: bool(given[name]) for name in ("lstrip", "rstrip", "single_word", "normalized") if name in given}
+    return library.AddedToken(_content(token), **({"normalized": not special} | flags))
+
+
+def _specials(backend: Any, read: _Files, family: "_Family | None", pad: str | None) -> dict[str, Token]:
+    """Special tokens by role. Those that no file names are had only where the vocabulary has them."""
+    usual = ({} if pad is None else {"pad": pad}) | ({} if family is None else dict(family.specials))
+    found = {}
+    for role in ROLES:
+        number = read.config.get(f"{role}_token_id")
+        number = number[0] if isinstance(number, list) and number else number  # of several ends the first
+        token = usual.get(role)
+        if backend.token_to_id(_content(token) or "") is None:
+            token = backend.id_to_token(number) if isinstance(number, int) and number >= 0 else None
+        found[role] = read.special(role, token)
+    return {role: token for role, token in found.items() if token is not None}
+
+
+def _register(library: ModuleType, backend: Any, read: _Files, specials: Mapping[str, Token]) -> None:
+    """Makes special tokens whole in texts, and known to `skip_special`, where the vocabulary has them as words."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in [*specials.values(), *read.more]:
+        if _content(token) not in known and backend.token_to_id(_content(token)) is not None:
+            backend.add_special_tokens([_added(library, token, special=True)])
+            known.add(_content(token))
+
+
+# -- the tokenizers that can be built from a vocabulary ----------------------------------------------------------------
+
+
+class _Family(NamedTuple):
+    specials: Mapping[str, Token]  # of roles that no file speaks of
+    build: Callable[[ModuleType, _Files, dict[str, Any], list[tuple[str, ...]]], Any]
+
+
+def _family(read: _Files, names: tuple[str, ...], vocabulary: Mapping[str, Any]) -> _Family:
+    if read.kind is None and len(names) == 1:
+        return _BERT
+    if read.kind is None:
+        if not any("\u0120" in piece for piece in vocabulary):
+            raise ValueError(
+                f"'{read.folder / names[0]}' has no piece with '\u0120', the blank of GPT-2 and RoBERTa, and nothing "
+                f"says what it is: {_CONVERT}"
+            )
+        return _ROBERTA if {"<s>", "</s>"} <= vocabulary.keys() else _GPT2
+    possible = {kind: family for kind, family in _FAMILIES.items() if (family is _BERT) == (len(names) == 1)}
+    if read.kind not in possible:
+        raise ValueError(
+            f"'{read.folder}' has no {WHOLE}, and of {' and '.join(names)} can be built {', '.join(possible)}, not "
+            f"{read.kind!r}: {_CONVERT}"
+        )
+    if read.settings.get("add_bos_token"):
+        raise ValueError(f"'{read.folder / SETTINGS}' has add_bos_token, which takes a {WHOLE}: {_CONVERT}")
+    return possible[read.kind]
+
+
+def _needed(read: _Files, family: _Family, role: str, vocabulary: Mapping[str, int]) -> tuple[str, int]:
+    token = _content(read.special(role) or family.specials[role])
+    if token not in vocabulary:
+        raise ValueError(f"the {role} token, {token!r}, is not in the vocabulary")
+    return token, vocabulary[token]
+
+
+def _byte_level(library: ModuleType, read: _Files, vocabulary: dict[str, Any], merges: list[tuple[str, ...]]) -> Any:
+    made = {"".join(pair) for pair in merges}
+    lost = [piece for piece in vocabulary if len(piece) > 1 and piece not in made]
+    if len(lost) > 0.1 * len(vocabulary):  # a few are special; a file of merges that is cut off is whole to its readers
+        raise ValueError(f"{len(lost)} of {len(vocabulary)} pieces, such as {lost[-1]!r}, come of no merge")
+    backend = library.Tokenizer(library.models.BPE(vocabulary, merges))
+    blank = bool(read.settings.get("add_prefix_space", False))
+    backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=blank)
+    backend.decoder = library.decoders.ByteLevel()
+    backend.post_processor = library.processors.ByteLevel(trim_offsets=False)
+    return backend
+
+
+def _roberta(library: ModuleType, read: _Files, vocabulary: dict[str, Any], merges: list[tuple[str, ...]]) -> Any:
+    backend = _byte_level(library, read, vocabulary, merges)
+    sep, cls = (_needed(read, _ROBERTA, role, vocabulary) for role in ("sep", "cls"))
+    backend.post_processor = library.processors.RobertaProcessing(sep, cls)  # <s> A </s>, and <s> A </s></s> B </s>
+    return backend
+
+
+def _word_pieces(library: ModuleType, read: _Files, vocabulary: dict[str, Any], merges: list[tuple[str, ...]]) -> Any:
+    unk, cls, sep = (_needed(read, _BERT, role, vocabulary) for role in ("unk", "cls", "sep"))
+    lower = read.settings.get("do_lower_case")
+    if lower is None:  # transformers says True, and would make every capital of a cased vocabulary unreachable
+        lower = all(word == word.lower() for word in vocabulary if not word.startswith("["))
+    backend = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token=unk[0]))
+    chinese, accents = bool(read.settings.get("tokenize_chinese_chars", True)), read.settings.get("strip_accents")
+    backend.normalizer = library.normalizers.BertNormalizer(True, chinese, accents, bool(lower))
+    backend.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = library.decoders.WordPiece(prefix="##")
+    backend.post_processor = library.processors.BertProcessing(sep, cls)  # [CLS] A [SEP], and [CLS] A [SEP] B [SEP]
+    return backend
+
+
+_GPT2 = _Family(dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>"), _byte_level)
+_ROBERTA = _Family({
+    "bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>",
+    "mask": {"content": "<mask>", "lstrip": True},  # takes the blank before it, as a word does
+}, _roberta)  # fmt: skip
+_BERT = _Family({role: f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}, _word_pieces)
+_FAMILIES = {
+    "GPT2Tokenizer": _GPT2, "gpt2": _GPT2, "RobertaTokenizer": _ROBERTA, "roberta": _ROBERTA, "BertTokenizer": _BERT,
+    "bert": _BERT, "DistilBertTokenizer": _BERT, "distilbert": _BERT, "ElectraTokenizer": _BERT, "electra": _BERT,
+}  # fmt: skip
