@@ -19,6 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "loose_promotion: runs third-party code that mixes dtypes or ranks, so promotion is not strict"
     )
+    config.addinivalue_line(
+        "markers", "once: says nothing about the version of JAX, or takes long; .ci/run runs it on the newest alone"
+    )
 
 
 @pytest.fixture(autouse=True)

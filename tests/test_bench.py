@@ -9,7 +9,7 @@ from experiments.bench import step
 from experiments.bench.step import Variant
 
 # As a user runs it: the optimizer and the model are under the promotion that they were written for.
-pytestmark = pytest.mark.loose_promotion
+pytestmark = [pytest.mark.once, pytest.mark.loose_promotion]
 
 
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

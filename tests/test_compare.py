@@ -27,6 +27,8 @@ from experiments.tasks import Batches, Metric, Score, Scorer, Scores, Task, at_r
 from experiments.tasks.task import Outcome
 from jlora.train import TrainState, train_step
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "compare_methods.py"
 TEXT = ["full", "lora", "adalora", "prompt"]

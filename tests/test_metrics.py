@@ -19,6 +19,8 @@ from experiments import metrics
 from experiments.metrics import answers, generation, java, tokens
 from experiments.metrics.texts import rectangular
 
+pytestmark = pytest.mark.once
+
 EXAMPLES = [
     ("The Eagle is a kid-friendly pub near Burger King, with prices of £20-25.", [
         "The Eagle is a kid friendly pub. It is near Burger King and costs £20-25.",

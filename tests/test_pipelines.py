@@ -24,6 +24,8 @@ from experiments.data.pipeline import (
 )
 from experiments.data.token_file import TokenWindows, read_pieces, read_tokens, write_tokens
 
+pytestmark = pytest.mark.once
+
 
 def write(folder, name, text):
     path = folder / name
