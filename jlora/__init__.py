@@ -2,6 +2,7 @@
 
 from jlora import checkpoint as checkpoint
 from jlora import methods as methods
+from jlora import models as models
 from jlora.adapt import Adapted as Adapted
 from jlora.adapt import Count as Count
 from jlora.adapt import apply as apply
