@@ -160,13 +160,14 @@ class Deberta(nn.Module):
           ValueError: for sequences longer than the context, and for positions that the model does not have.
         """
         c = self.config
-        real = None if mask is None else mask[:, :, None].astype(bool)  # (batch, length, 1)
         wte = _embed(c, c.vocab_size, "wte")
         h = _embedded(c, wte, tokens, types, positions)  # (batch, length, width)
-        h = nn.Dropout(c.dropout, deterministic=deterministic)(_real(h, real))
+        h = h if mask is None else h * mask[:, :, None].astype(h.dtype)  # the convolution sees padding
+        h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
         found = rows(tokens.shape[1], c.span, buckets=c.buckets, reach=c.farthest)
-        local = Convolution(c, deterministic, name="conv")(h, real) if c.convolution else None
-        shared = Shared(real, _places(c, found), jnp.asarray(found.pairs), local)
+        local = Convolution(c, deterministic, name="conv")(h) if c.convolution else None
+        seen = None if mask is None else mask[:, None, None, :].astype(bool)
+        shared = Shared(seen, _places(c, found), jnp.asarray(found.pairs), local)
         h, _ = stack(Block, c, h, _first(c), shared, deterministic=deterministic)
         if c.head == "masked_lm":
             h = MaskedLM(c, name="lm_head")(h, wte)  # (batch, length, vocab_size)
@@ -193,13 +194,13 @@ class Shared(NamedTuple):
     """What all layers are told.
 
     Attributes:
-      real: (batch, length, 1), bool, False at padding; None for no padding.
+      seen: (batch, 1, 1, length), bool, False at padding; None for no padding.
       places: (rows, width): the relative positions that occur, as vectors.
       pairs: (length, length), int32: which of them each query and key have.
       local: for the first block alone; None without a convolution.
     """
 
-    real: jax.Array | None
+    seen: jax.Array | None
     places: jax.Array
     pairs: jax.Array
     local: Local | None
@@ -219,7 +220,7 @@ class Block(nn.Module):
         if first is not None and shared.local is not None:
             out, scale, bias = shared.local
             y = nn.LayerNorm(c.epsilon, dtype=c.dtype, use_scale=False, use_bias=False)(h + out)
-            h = jnp.where(first, _real(y * scale[None, None] + bias[None, None], shared.real), h)
+            h = jnp.where(first, y * scale[None, None] + bias[None, None], h)
         return h, first
 
 
@@ -253,9 +254,8 @@ class Attention(nn.Module):
             layer = layers["query"] if c.shared else _dense(c, c.width, "pos_query")
             products = _products("bjhd,rhd->bhrj", k, _heads(c, layer(places)))  # (batch, heads, rows, length)
             bias = bias + _taken(products, shared.pairs, 2)  # (batch, heads, length, length)
-        seen = None if shared.real is None else shared.real[:, None, None, :, 0]  # (batch, 1, 1, length)
         attend = DotProductAttention(scale=scale, dropout=c.dropout, deterministic=self.deterministic, name="core")
-        y = _dense(c, c.width, "out")(attend(q, k, v, seen, scale * bias).reshape(x.shape))
+        y = _dense(c, c.width, "out")(attend(q, k, v, shared.seen, scale * bias).reshape(x.shape))
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
 
 
@@ -274,20 +274,20 @@ class MLP(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A convolution of the embeddings along the sequence, where padding is 0."""
+    """A convolution of the embeddings along the sequence, padding and what lies outside being 0."""
 
     config: DebertaConfig
     deterministic: bool
 
     @nn.compact
-    def __call__(self, h: jax.Array, real: jax.Array | None) -> Local:
+    def __call__(self, h: jax.Array) -> Local:
         c = self.config
         init = nn.initializers.normal(0.02)
         conv = nn.Conv(
             c.width, (c.convolution,), dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name="conv"
         )
-        y = _real(conv(h), real)  # (batch, length, width)
-        y = NONLINEARITIES[c.conv_nonlinearity](nn.Dropout(c.dropout, deterministic=self.deterministic)(y))
+        y = nn.Dropout(c.dropout, deterministic=self.deterministic)(conv(h))  # (batch, length, width)
+        y = NONLINEARITIES[c.conv_nonlinearity](y)
         return Local(y, *NormParameters(c, name="ln")())
 
 
@@ -349,11 +349,6 @@ def _first(c: DebertaConfig) -> jax.Array | tuple[jax.Array | None, ...] | None:
     if not c.convolution:
         return None
     return jnp.arange(c.layers) == 0 if c.scan else (jnp.ones((), bool), *(None for _ in range(c.layers - 1)))
-
-
-def _real(x: jax.Array, real: jax.Array | None) -> jax.Array:
-    """(batch, length, width) with padding at 0."""
-    return x if real is None else x * real.astype(x.dtype)
 
 
 def _heads(c: DebertaConfig, x: jax.Array) -> jax.Array:
