@@ -8,9 +8,11 @@ from flax import linen as nn
 from jlora.models.tensors import Leaf
 
 Head = Literal[
-    "none", "causal_lm", "masked_lm", "sequence_classification", "token_classification", "image_classification"
-]
-"""What a model makes of its last hidden states: nothing, next tokens, hidden tokens, a label, or a label per token."""
+    "none", "causal_lm", "masked_lm", "sequence_classification", "token_classification", "image_classification",
+    "projection",
+]  # fmt: skip
+"""What a model makes of its last hidden states: nothing, next tokens, hidden tokens, a label, a label per token, or an
+embedding."""
 
 
 class Architecture(NamedTuple):

@@ -2,10 +2,11 @@
 
 from jlora.models.architecture import Architecture
 from jlora.models.bert.params import ARCHITECTURE as BERT
+from jlora.models.clip.params import ARCHITECTURES as CLIP
 from jlora.models.deberta.params import ARCHITECTURE as DEBERTA
 from jlora.models.gpt2.params import ARCHITECTURE as GPT2
 from jlora.models.llama.params import ARCHITECTURES as LLAMA
 from jlora.models.roberta.params import ARCHITECTURE as ROBERTA
 from jlora.models.vit.params import ARCHITECTURE as VIT
 
-ARCHITECTURES: tuple[Architecture, ...] = (GPT2, *LLAMA, BERT, ROBERTA, DEBERTA, VIT)
+ARCHITECTURES: tuple[Architecture, ...] = (GPT2, *LLAMA, BERT, ROBERTA, DEBERTA, VIT, *CLIP)

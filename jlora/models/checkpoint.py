@@ -156,7 +156,7 @@ def save(
     _write_tensors(folder, table, flat, named, largest_shard)
     record = files.read_json(Path(source) / files.CONFIG) if source is not None else {}
     dtype = str(next(iter(flat.values())).dtype)
-    record |= {"model_type": architecture.model_type, **architecture.write(config)}
+    record = _merged(record, {"model_type": architecture.model_type, **architecture.write(config)})
     record |= {"architectures": [architecture.classes[config.head]], "dtype": dtype}
     record.pop("torch_dtype", None)
     if config.head.endswith("classification") and len(record.get("id2label", ())) != config.labels:
@@ -351,6 +351,12 @@ def _initial(
     where = None if place is None else {path: _sharding(path, shapes[path], place) for path in paths}
     found: dict[str, jax.Array] = jax.jit(some, out_shardings=where)(jax.random.key(seed))
     return found
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What `new` says over what `old` does; so too in the configs within, such as those of CLIP's towers."""
+    parts = [k for k, v in new.items() if isinstance(v, Mapping) and "model_type" in v]
+    return {**old, **new, **{k: _merged(old.get(k, {}), new[k]) for k in parts}}
 
 
 def _check_params(flat: Mapping[str, Any], expected: Mapping[str, Shape]) -> None:

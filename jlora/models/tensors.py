@@ -136,10 +136,11 @@ def to_tensors(table: Iterable[Leaf], parameters: Mapping[str, np.ndarray]) -> d
             own = to_tensor(row, value[i] if row.stacked else value)
             parts.setdefault(key, {})[row.part.number if row.part else 0] = own
             axes[key] = row.part.axis if row.part else 0
-    return {
-        key: np.ascontiguousarray(np.concatenate([own[i] for i in sorted(own)], axes[key]) if len(own) > 1 else own[0])
+    whole = {
+        key: np.concatenate([own[i] for i in sorted(own)], axes[key]) if len(own) > 1 else own[0]
         for key, own in parts.items()
     }
+    return {key: np.asarray(tensor, order="C") for key, tensor in whole.items()}  # which leaves a scalar a scalar
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------

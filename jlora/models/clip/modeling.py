@@ -1,0 +1,355 @@
+"""CLIP in Flax linen: a decoder of texts and a Vision Transformer, pre-norm both, that meet in one space.
+
+Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020;
+initial values as in the released code, https://github.com/openai/CLIP; outputs as in Hugging Face's `CLIPModel`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jlora.models.architecture import Head, check_head
+from jlora.models.attention import DotProductAttention
+from jlora.models.nonlinear import NONLINEARITIES, check_nonlinearity
+from jlora.models.stack import check_remat, stack
+
+HEADS: tuple[Head, ...] = ("none", "projection")
+LARGEST = 2  # stands for the largest token of a text: what configs say that were written before 2023
+
+
+def _check(c: "Tower") -> None:
+    """What both towers' configs have in common."""
+    if c.width % c.heads:
+        raise ValueError(f"width={c.width} is not a multiple of heads={c.heads}")
+    check_head(c.head, HEADS, 1)
+    check_nonlinearity(c.nonlinearity)
+    check_remat(c.remat)
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """The shape of a tower for texts. The default is that of CLIP ViT-B/32.
+
+    Attributes:
+      vocab_size: number of tokens.
+      context: the longest sequence, in tokens.
+      width: features of the residual stream, a multiple of `heads`.
+      layers, heads: blocks, and attention heads in each.
+      hidden: features between the two layers of each MLP.
+      nonlinearity: of the MLPs, a name in `jlora.models.nonlinear`.
+      epsilon: added to the variance in the norms.
+      end: the token that closes a text: the first of them is what is pooled. 2 for the token of the largest number.
+      head: "none", or "projection" of what is pooled into the space of texts and images.
+      projection: features of that space.
+      dropout: of the attention weights, in [0, 1).
+      dtype, param_dtype: of the computation and of the parameters. Scores and softmax are float32 in any case.
+      scan: one block scanned over parameters stacked on axis 0, in place of `layers` blocks: compiles faster.
+      remat: compute each block's activations again in the backward pass; True, or the name of a policy in
+        `jax.checkpoint_policies`.
+    """
+
+    causal: ClassVar[bool] = True
+    vocab_size: int = 49408
+    context: int = 77
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    hidden: int = 2048
+    nonlinearity: str = "quick_gelu"
+    epsilon: float = 1e-5
+    end: int = 49407
+    head: Head = "none"
+    projection: int = 512
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan: bool = False
+    remat: bool | str = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """The shape of a tower for images. The default is that of CLIP ViT-B/32.
+
+    Attributes:
+      image_size, patch_size: sides of the square image and of a patch, in pixels; the patches tile the image.
+      channels: of the image.
+      width, layers, heads, hidden, nonlinearity, epsilon: as in `CLIPTextConfig`.
+      head, projection: as in `CLIPTextConfig`.
+      dropout, dtype, param_dtype, scan, remat: as in `CLIPTextConfig`.
+    """
+
+    causal: ClassVar[bool] = False
+    image_size: int = 224
+    patch_size: int = 32
+    channels: int = 3
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    nonlinearity: str = "quick_gelu"
+    epsilon: float = 1e-5
+    head: Head = "none"
+    projection: int = 512
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan: bool = False
+    remat: bool | str = False
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+        _check(self)
+
+    @property
+    def patches(self) -> int:
+        """How many tokens an image is, without [CLS]."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+Tower = CLIPTextConfig | CLIPVisionConfig
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The shape of a CLIP. The default is ViT-B/32; see `PRESETS`.
+
+    Attributes:
+      text, vision: the shapes of the towers. What is named below is not theirs to say.
+      projection: features of the space of texts and images.
+      temperature: the logarithm of the factor of the cosines, when training begins.
+      head: "none": there is no other.
+      dropout, dtype, param_dtype, scan, remat: of both towers, as in `CLIPTextConfig`.
+    """
+
+    text: CLIPTextConfig = CLIPTextConfig()
+    vision: CLIPVisionConfig = CLIPVisionConfig()
+    projection: int = 512
+    temperature: float = 2.6592
+    head: Head = "none"
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan: bool = False
+    remat: bool | str = False
+
+    def __post_init__(self) -> None:
+        check_head(self.head, ("none",), 1)
+        check_remat(self.remat)
+
+    @property
+    def text_tower(self) -> CLIPTextConfig:
+        """Of the module that makes embeddings of texts, whose parameters are "text"."""
+        return dataclasses.replace(self.text, **self._shared())
+
+    @property
+    def vision_tower(self) -> CLIPVisionConfig:
+        """Of the module that makes embeddings of images, whose parameters are "vision"."""
+        return dataclasses.replace(self.vision, **self._shared())
+
+    def _shared(self) -> dict[str, Any]:
+        names = ("projection", "dropout", "dtype", "param_dtype", "scan", "remat")
+        return {"head": "projection"} | {name: getattr(self, name) for name in names}
+
+
+PRESETS = {
+    "clip-vit-base-patch32": CLIPConfig(),
+    "clip-vit-large-patch14": CLIPConfig(
+        CLIPTextConfig(width=768, heads=12, hidden=3072, projection=768),
+        CLIPVisionConfig(patch_size=14, width=1024, layers=24, heads=16, hidden=4096, projection=768),
+        projection=768,
+    ),
+}
+
+
+class CLIP(nn.Module):
+    """texts and images -> {"out": logits (images, texts), "text_embeds", "image_embeds"}, all float32.
+
+    The logits are the cosines of the embeddings times the exponential of a parameter. A tower can be called alone:
+    `CLIPText(config.text_tower)` with the parameters at "text".
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> text = CLIPTextConfig(vocab_size=64, context=16, width=16, layers=2, heads=2, hidden=32, end=63)
+      >>> vision = CLIPVisionConfig(image_size=8, patch_size=4, width=24, layers=2, heads=3, hidden=48)
+      >>> model = CLIP(CLIPConfig(text, vision, projection=12))
+      >>> tokens, images = jnp.full((3, 7), 63), jnp.zeros((2, 8, 8, 3))
+      >>> params = model.init(jax.random.key(0), tokens, images)["params"]
+      >>> out = model.apply({"params": params}, tokens, images)
+      >>> out["out"].shape, out["text_embeds"].shape, out["image_embeds"].shape
+      ((2, 3), (3, 12), (2, 12))
+      >>> tower = CLIPText(model.config.text_tower).apply({"params": params["text"]}, tokens)
+      >>> tower["out"].shape, tower["hidden"].shape
+      ((3, 12), (3, 7, 16))
+    """
+
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        images: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> dict[str, jax.Array]:
+        """See the class, and the towers."""
+        c = self.config
+        text, vision = CLIPText(c.text_tower, name="text"), CLIPVision(c.vision_tower, name="vision")
+        texts = text(tokens, mask=mask, positions=positions, deterministic=deterministic)["out"]
+        pictures = vision(images, deterministic=deterministic)["out"]
+        texts, pictures = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (texts, pictures))
+        factor = self.param("logit_scale", nn.initializers.constant(c.temperature), (), c.param_dtype)
+        logits = jnp.exp(factor.astype(jnp.float32)) * (pictures @ texts.T)  # (images, texts)
+        return {"out": logits, "text_embeds": texts, "image_embeds": pictures}
+
+
+class CLIPText(nn.Module):
+    """tokens (batch, length) -> {"out": the last norm's (batch, length, width), "pooled": (batch, width)}, float32.
+
+    With a projection: {"out": (batch, projection), "hidden": the last norm's (batch, length, width)}.
+    """
+
+    config: CLIPTextConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> dict[str, jax.Array]:
+        """See the class.
+
+        Args:
+          tokens: (batch, length), int32. Of a text without the token that closes it, the first one is pooled.
+          mask: (batch, length), False at padding; None for no padding, or padding that follows.
+          positions: (batch, length), int32; 0, 1, ... when None.
+          deterministic: no dropout.
+        """
+        c = self.config
+        length = tokens.shape[1]
+        if length > c.context:
+            raise ValueError(f"the sequence has {length} tokens, the model's context is {c.context}")
+        wte, wpe = _embed(c, c.vocab_size, 0.02, "wte"), _embed(c, c.context, 0.01, "wpe")
+        h = wte(tokens) + wpe(jnp.arange(length)[None] if positions is None else positions)  # (batch, length, width)
+        seen = None if mask is None else mask[:, None, None, :].astype(bool)
+        h, _ = stack(Block, c, h, None, seen, deterministic=deterministic)
+        h = _norm(c, "ln_f")(h)
+        ends = tokens if c.end == LARGEST else (tokens == c.end).astype(jnp.int32)
+        pooled = jnp.take_along_axis(h, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]  # (batch, width)
+        return _outputs(c, h, pooled)
+
+
+class CLIPVision(nn.Module):
+    """images (batch, height, width, channels) -> {"out": the last block's (batch, 1 + patches, width), "pooled"}.
+
+    [CLS] comes first, and is what the last norm takes: "pooled", (batch, width). With a projection: {"out": (batch,
+    projection), "hidden": the last block's}. All are float32.
+    """
+
+    config: CLIPVisionConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, deterministic: bool = True) -> dict[str, jax.Array]:
+        c = self.config
+        expected = (c.image_size, c.image_size, c.channels)
+        if images.shape[1:] != expected:
+            raise ValueError(f"the images are {images.shape[1:]}, the model's are {expected} (height, width, channels)")
+        side, init = (c.patch_size, c.patch_size), nn.initializers.normal(c.width**-0.5)
+        patch = nn.Conv(
+            c.width, side, side, "VALID", use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype,
+            kernel_init=nn.initializers.normal(0.02), name="patch",
+        )  # fmt: skip
+        x = patch(images).reshape(len(images), -1, c.width)  # (batch, patches, width)
+        cls = self.param("cls", init, (c.width,), c.param_dtype).astype(x.dtype)
+        x = jnp.concatenate(
+            [jnp.broadcast_to(cls, (len(images), 1, c.width)), x], axis=1
+        )  # (batch, 1 + patches, width)
+        h = x + _embed(c, 1 + c.patches, c.width**-0.5, "wpe")(jnp.arange(1 + c.patches))[None]
+        h, _ = stack(Block, c, _norm(c, "ln_e")(h), None, None, deterministic=deterministic)
+        return _outputs(c, h, _norm(c, "ln_f")(h[:, 0]))
+
+
+class Block(nn.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h))."""
+
+    config: Tower
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, h: jax.Array, each: None, seen: jax.Array | None) -> tuple[jax.Array, None]:
+        c = self.config
+        h = h + Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h), seen)
+        h = h + MLP(c, name="mlp")(_norm(c, "ln_2")(h))
+        return h, each
+
+
+class Attention(nn.Module):
+    """Self-attention: of texts with what came before, of images with all."""
+
+    config: Tower
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, seen: jax.Array | None) -> jax.Array:
+        c = self.config
+        q, k, v = (
+            _dense(c, c.width, c.width**-0.5, name)(x).reshape(*x.shape[:2], c.heads, -1)
+            for name in ("query", "key", "value")
+        )  # (batch, length, heads, width / heads)
+        attend = DotProductAttention(causal=c.causal, dropout=c.dropout, deterministic=self.deterministic, name="core")
+        return _dense(c, c.width, _residual(c), "out")(attend(q, k, v, seen).reshape(x.shape))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a nonlinearity between them."""
+
+    config: Tower
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = NONLINEARITIES[c.nonlinearity](_dense(c, c.hidden, (2 * c.width) ** -0.5, "fc")(x))  # (..., hidden)
+        return _dense(c, c.width, _residual(c), "proj")(x)  # (batch, length, width)
+
+
+def _outputs(c: Tower, h: jax.Array, pooled: jax.Array) -> dict[str, jax.Array]:
+    """Called within the compact method of a tower."""
+    h = h.astype(jnp.float32)
+    if c.head == "none":
+        return {"out": h, "pooled": pooled.astype(jnp.float32)}
+    embeds = _dense(c, c.projection, c.width**-0.5, "projection", bias=False)(pooled)  # (batch, projection)
+    return {"out": embeds.astype(jnp.float32), "hidden": h}
+
+
+def _residual(c: Tower) -> float:
+    """The deviation of what writes to the residual stream: smaller, since 2 * layers of them add up there."""
+    return 1 / math.sqrt(2 * c.layers * c.width)
+
+
+def _embed(c: Tower, rows: int, std: float, name: str) -> nn.Embed:
+    init = nn.initializers.normal(std)
+    return nn.Embed(rows, c.width, c.dtype, c.param_dtype, embedding_init=init, name=name)
+
+
+def _norm(c: Tower, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(c.epsilon, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
+
+
+def _dense(c: Tower, features: int, std: float, name: str, *, bias: bool = True) -> nn.Dense:
+    init = nn.initializers.normal(std)
+    return nn.Dense(features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name=name)

@@ -1,0 +1,176 @@
+"""CLIP's checkpoints: Hugging Face's `CLIPModel`, and those of one tower."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.models.architecture import Architecture, Head
+from jlora.models.clip.modeling import (
+    CLIP,
+    CLIPConfig,
+    CLIPText,
+    CLIPTextConfig,
+    CLIPVision,
+    CLIPVisionConfig,
+    Tower,
+)
+from jlora.models.tensors import CONV, Leaf, embedding, layered, leaf, linear, norm
+
+SHAPE = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "nonlinearity": "hidden_act",
+    "epsilon": "layer_norm_eps",
+    "projection": "projection_dim",
+}
+TEXT = SHAPE | {"vocab_size": "vocab_size", "context": "max_position_embeddings", "end": "eos_token_id"}
+VISION = SHAPE | {"image_size": "image_size", "patch_size": "patch_size", "channels": "num_channels"}
+BOTH = {"projection": "projection_dim", "temperature": "logit_scale_init_value"}
+IGNORED = r"(^|\.)embeddings\.position_ids$"  # a buffer
+
+
+# -- config.json -------------------------------------------------------------------------------------------------------
+
+
+def read_text(json: Mapping[str, Any], head: Head) -> CLIPTextConfig:
+    """The config.json of a tower for texts. What it does not say is as in transformers, whose defaults are ours."""
+    return CLIPTextConfig(**_read(json, TEXT, "end"), head=head)
+
+
+def write_text(c: CLIPTextConfig) -> dict[str, Any]:
+    """What `read_text` reads."""
+    return _write(c, TEXT)
+
+
+def read_vision(json: Mapping[str, Any], head: Head) -> CLIPVisionConfig:
+    """The config.json of a tower for images."""
+    return CLIPVisionConfig(**_read(json, VISION, "image_size", "patch_size"), head=head)
+
+
+def write_vision(c: CLIPVisionConfig) -> dict[str, Any]:
+    """What `read_vision` reads."""
+    return _write(c, VISION)
+
+
+def read(json: Mapping[str, Any], head: Head) -> CLIPConfig:
+    """The config.json of both. Older ones say things twice: "text_config_dict" goes before "text_config"."""
+    text, vision = (
+        json[f"{name}_config"] if json.get(f"{name}_config_dict") is None else json[f"{name}_config_dict"]
+        for name in ("text", "vision")
+    )
+    return CLIPConfig(read_text(text, "none"), read_vision(vision, "none"), **_read(json, BOTH), head=head)
+
+
+def write(c: CLIPConfig) -> dict[str, Any]:
+    """What `read` reads."""
+    return _write(c, BOTH) | {
+        "text_config": {"model_type": "clip_text_model"} | write_text(c.text),
+        "vision_config": {"model_type": "clip_vision_model"} | write_vision(c.vision),
+    }
+
+
+def _read(json: Mapping[str, Any], names: Mapping[str, str], *numbers: str) -> dict[str, Any]:
+    for field in numbers:
+        found = json.get(names[field], 0)
+        if not isinstance(found, int):
+            raise ValueError(f"config.json has {names[field]}={found!r}; jlora's model has one number")
+    return {field: json[name] for field, name in names.items() if name in json}
+
+
+def _write(c: Tower | CLIPConfig, names: Mapping[str, str]) -> dict[str, Any]:
+    return {name: getattr(c, field) for field, name in names.items()}
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def text_table(c: CLIPTextConfig) -> list[Leaf]:
+    """The rows of a tower for texts."""
+    return [
+        *embedding("wte", "text_model.embeddings.token_embedding"),
+        *embedding("wpe", "text_model.embeddings.position_embedding"),
+        *_blocks(c, "text_model"),
+        *norm("ln_f", "text_model.final_layer_norm"),
+        *(linear("projection", "text_projection", bias=False) if c.head == "projection" else []),
+    ]
+
+
+def vision_table(c: CLIPVisionConfig) -> list[Leaf]:
+    """The rows of a tower for images."""
+    return [
+        leaf("cls", "vision_model.embeddings.class_embedding"),
+        leaf("patch/kernel", "vision_model.embeddings.patch_embedding.weight", CONV),
+        *embedding("wpe", "vision_model.embeddings.position_embedding"),
+        *norm("ln_e", "vision_model.pre_layrnorm"),  # as it is spelt
+        *_blocks(c, "vision_model"),
+        *norm("ln_f", "vision_model.post_layernorm"),
+        *(linear("projection", "visual_projection", bias=False) if c.head == "projection" else []),
+    ]
+
+
+def table(c: CLIPConfig) -> list[Leaf]:
+    """The rows of both."""
+    towers = {"text": text_table(c.text_tower), "vision": vision_table(c.vision_tower)}
+    rows = [row._replace(path=f"{name}/{row.path}") for name, tower in towers.items() for row in tower]
+    return [*rows, leaf("logit_scale", "logit_scale")]
+
+
+def _blocks(c: Tower, name: str) -> list[Leaf]:
+    layer = f"{name}.encoder.layers.{{i}}"
+    block = [
+        *norm("ln_1", f"{layer}.layer_norm1"),
+        *linear("attn/query", f"{layer}.self_attn.q_proj"),
+        *linear("attn/key", f"{layer}.self_attn.k_proj"),
+        *linear("attn/value", f"{layer}.self_attn.v_proj"),
+        *linear("attn/out", f"{layer}.self_attn.out_proj"),
+        *norm("ln_2", f"{layer}.layer_norm2"),
+        *linear("mlp/fc", f"{layer}.mlp.fc1"),
+        *linear("mlp/proj", f"{layer}.mlp.fc2"),
+    ]
+    return layered(block, c.layers, scan=c.scan)
+
+
+def _images(c: CLIPVisionConfig) -> jax.Array:
+    return jnp.zeros((1, c.image_size, c.image_size, c.channels))
+
+
+TEXT_ARCHITECTURE = Architecture(
+    model_type="clip_text_model",
+    config=CLIPTextConfig,
+    classes={"none": "CLIPTextModel", "projection": "CLIPTextModelWithProjection"},
+    read=read_text,
+    write=write_text,
+    build=CLIPText,
+    inputs=lambda c: (jnp.zeros((1, 1), jnp.int32),),
+    table=text_table,
+    prefix="text_model.",
+    ignored=IGNORED,
+)
+VISION_ARCHITECTURE = Architecture(
+    model_type="clip_vision_model",
+    config=CLIPVisionConfig,
+    classes={"none": "CLIPVisionModel", "projection": "CLIPVisionModelWithProjection"},
+    read=read_vision,
+    write=write_vision,
+    build=CLIPVision,
+    inputs=lambda c: (_images(c),),
+    table=vision_table,
+    prefix="vision_model.",
+    ignored=IGNORED,
+)
+ARCHITECTURE = Architecture(
+    model_type="clip",
+    config=CLIPConfig,
+    classes={"none": "CLIPModel"},
+    read=read,
+    write=write,
+    build=CLIP,
+    inputs=lambda c: (jnp.zeros((1, 1), jnp.int32), _images(c.vision)),
+    table=table,
+    ignored=IGNORED,
+)
+ARCHITECTURES = (ARCHITECTURE, TEXT_ARCHITECTURE, VISION_ARCHITECTURE)
