@@ -322,9 +322,17 @@ def test_what_a_family_cannot_say_is_not_saved(config, lost, tmp_path):
         models.save(tmp_path, model, parameters(model))
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_saved_and_loaded(name, tmp_path):
-    model = changed(PRESETS[name], vocab_size=8, width=2 * PRESETS[name].heads, layers=2, hidden=8)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in PRESETS),
+        ("mistral-7b", {"window": None}),
+        ("qwen2.5-7b", {"window": 3}),
+        ("qwen3-8b", {"window": 3, "sliding": (True, False), "qkv_bias": True, "out_bias": True}),
+    ],
+)
+def test_a_model_is_saved_and_loaded(name, changes, tmp_path):
+    model = changed(PRESETS[name], vocab_size=8, width=2 * PRESETS[name].heads, layers=2, hidden=8, **changes)
     models.save(tmp_path, model, parameters(model))
     again = models.load(tmp_path)
     assert again.model.config == model.config
