@@ -23,7 +23,6 @@ from rich.console import Console
 import jlora
 from experiments import config
 from experiments.config import ConfigError
-from experiments.data.files import DataError
 from experiments.finetuning import Finetune, plots, report
 from experiments.finetuning.loop import Result, Trainer, train
 from experiments.finetuning.report import Plan
@@ -31,7 +30,7 @@ from experiments.finetuning.work import Params, Work
 from experiments.folder import claim, write_json, write_text
 from experiments.measure import Cost, costs
 from experiments.progress import Live
-from experiments.report import markdown, rich_table
+from experiments.report import rich_table
 from jlora.models.files import folder_of
 
 
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = config.load_as(Finetune, options.config, options.overrides, small=options.small)
         folder = options.folder or Path("runs") / experiment.name
         run(experiment, folder, resume=options.resume, console=console)
-    except (ConfigError, DataError, FileNotFoundError, ValueError, ImportError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:  # ConfigError and DataError are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -58,8 +57,9 @@ def run(experiment: Finetune, folder: Path, *, resume: bool, console: Console) -
     checkpoint = _checkpoint(experiment, folder)
     work = experiment.task.open(checkpoint, experiment.train, experiment.evaluate_batch, **experiment.options)
     claim(folder, {"config": config.describe(experiment), "data": work.digest}, resume=resume)
-    trainers = [Trainer(run, work, experiment.train) for run in experiment.runs]
     params = work.params(experiment.seeds[0])
+    sites = jlora.sites(work.loss, params, work.batches(experiment.train.batch, 0)(0), jax.random.key(0))
+    trainers = [Trainer(run, work, experiment.train, sites) for run in experiment.runs]
     plans = _plans(experiment, trainers, params)
     for line in report.opening(experiment, work, params, list(plans.values()), trainers[0].steps):
         console.print(line, highlight=False, soft_wrap=True)
@@ -72,7 +72,8 @@ def run(experiment: Finetune, folder: Path, *, resume: bool, console: Console) -
                 label = _title(experiment, trainer, seed)
                 place = folder / trainer.run.name / f"seed_{seed}"
                 results[trainer.run.name].append(train(trainer, seed, params, place, live, label))
-        live.say("timing the steps")
+        if experiment.rounds:
+            live.say("timing the steps")
         prices = _prices(experiment, trainers, params)
     _say_samples(work, trainers, params, folder, experiment.seeds[0], console)
     _report(experiment, folder, work, plans, results, prices, time.monotonic() - started, console)
@@ -134,7 +135,7 @@ def _report(
     console: Console,
 ) -> None:
     title = f"{experiment.name}: {experiment.task.label}, test"
-    table = report.cells(work, plans, results, prices)
+    tables = [report.scores(work, plans, results), report.prices(plans, results, prices)]
     pictures = ["quality.png", "curves.png"]
     plots.quality(folder / pictures[0], work, plans, results, title)
     plots.curves(folder / pictures[1], work, plans, results, title)
@@ -152,8 +153,9 @@ def _report(
         f"Python {platform.python_version()}, JAX {jax.__version__}, {os.cpu_count()} CPUs, "
         f"{jax.devices()[0].device_kind}; {seconds:.0f} s",
     ]
-    write_text(folder / "results.md", markdown(table, title, notes, pictures))
-    console.print(rich_table(table, title))
+    write_text(folder / "results.md", report.as_markdown(tables, title, notes, pictures))
+    for table, heading in zip(tables, (title, "what a step costs"), strict=True):
+        console.print(rich_table(table, heading))
     minutes, rest = divmod(round(seconds), 60)
     names = ", ".join(["results.md", "results.json", *pictures])
     console.print(f"{minutes}:{rest:02d} minutes; {names} are in {folder}", highlight=False, soft_wrap=True)

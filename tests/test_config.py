@@ -9,6 +9,7 @@ import pytest
 from experiments import config
 from experiments.comparison import Comparison
 from experiments.config import ConfigError, Experiment, Run
+from experiments.finetuning import Finetune
 from experiments.folder import claim, size, write_text
 from experiments.train import main
 
@@ -24,7 +25,7 @@ def written(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("path", sorted(QUICKSTART.parent.glob("*.py")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("small", [False, True])
 def test_every_config_loads_in_both_forms(path, small):
-    kind = Comparison if path.stem.startswith("compare") else Experiment
+    kind = {"compare": Comparison, "quickstart": Experiment}.get(path.stem.split("_")[0], Finetune)
     experiment = config.load_as(kind, path, small=small)
     json.dumps(config.describe(experiment))
     assert experiment.name.startswith(path.stem.split("_")[0])

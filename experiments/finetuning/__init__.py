@@ -7,3 +7,4 @@ from experiments.finetuning.images import Images as Images
 from experiments.finetuning.schedule import Decoding as Decoding
 from experiments.finetuning.schedule import Run as Run
 from experiments.finetuning.schedule import Schedule as Schedule
+from experiments.finetuning.texts import Texts as Texts

@@ -81,16 +81,9 @@ class Completion:
             )  # fmt: skip
             return (packed_rows if packed else prompted_rows)(items, self.length, pad=pad)
 
-        def losses(params: Params, batch: Inputs, smoothing: float, apply: Apply, **rest: Any) -> jax.Array:
-            """Sum of the losses and number of the tokens that count, per row: (batch, 2)."""
-            logits = apply({"params": params}, batch["tokens"], **_inputs(batch), **rest)[:, :-1]
-            counts = batch["loss_mask"][:, 1:].astype(jnp.float32)
-            lost = smoothed(logits, batch["tokens"][:, 1:], smoothing) * counts
-            return jnp.stack([lost.sum(axis=1), counts.sum(axis=1)], axis=1)
-
         def loss(params: Params, batch: Inputs, key: jax.Array) -> jax.Array:
             rest: dict[str, Any] = {"deterministic": False, "rngs": {"dropout": key}}
-            total, count = losses(params, batch, train.label_smoothing, model.apply, **rest).sum(axis=0)
+            total, count = losses(model.apply, params, batch, train.label_smoothing, **rest).sum(axis=0)
             return total / jnp.maximum(count, 1.0)
 
         splits = self.data()
@@ -98,21 +91,22 @@ class Completion:
         held_out = Batches(rows(splits.validation, packed=False), evaluate_batch, last="pad", epochs=1)
         first, behind = ([] if token is None else [token] for token in (begin, separator))
         prompts = [[*first, *encode(item.source), *behind] for item in splits.test]
+        width = max(map(len, prompts))
 
         def evaluator(apply: Apply) -> Callable[[Params, Split], Scores]:
-            forward = jax.jit(lambda params, batch: losses(params, batch, 0.0, apply))
+            forward = jax.jit(lambda params, batch: losses(apply, params, batch, 0.0))
 
             def evaluate(params: Params, split: Split) -> Scores:
                 if split == "validation":
                     total, count = outputs(forward, params, held_out, ())["out"].sum(axis=0)
                     return {"loss": float(total / count)}
-                texts = completed(model, params, apply, prompts, tokenizer, self.decoding, pad)
+                texts = completed(model, params, apply, prompts, width, tokenizer, self.decoding, pad)
                 return self.measure(texts, splits.test)
 
             return evaluate
 
         def samples(apply: Apply, params: Params) -> list[str]:
-            few = completed(model, params, apply, prompts[:3], tokenizer, self.decoding, pad)
+            few = completed(model, params, apply, prompts[:3], width, tokenizer, self.decoding, pad)
             return [f"{item.source.strip()} -> {text}" for item, text in zip(splits.test[:3], few, strict=True)]
 
         shown = next(iter(self.measure(["a"], [References("a", ("a #### 1",))])))
@@ -133,36 +127,45 @@ class Completion:
         )
 
 
+def losses(apply: Apply, params: Params, batch: Inputs, smoothing: float, **rest: Any) -> jax.Array:
+    """Sum of the losses and number of the tokens that count, per row: (batch, 2)."""
+    logits = apply({"params": params}, batch["tokens"], **_inputs(batch), **rest)[:, :-1]
+    counts = batch["loss_mask"][:, 1:].astype(jnp.float32)
+    lost = smoothed(logits, batch["tokens"][:, 1:], smoothing) * counts
+    return jnp.stack([lost.sum(axis=1), counts.sum(axis=1)], axis=1)
+
+
 def completed(
     model: Any,
     params: Params,
     apply: Apply,
     prompts: Sequence[Sequence[int]],
+    width: int,
     tokenizer: models.Tokenizer,
     decoding: Decoding,
     pad: int,
 ) -> list[str]:
-    """The texts that follow prompts, in batches of one shape, padded on the left."""
-    longest = max(map(len, prompts))
+    """The texts that follow prompts, in batches of one shape, padded on the left to `width` tokens."""
     texts: list[str] = []
     for start in range(0, len(prompts), decoding.batch):
         part = list(prompts[start : start + decoding.batch])
         filled = [*part, *[part[0]] * (decoding.batch - len(part))]
-        tokens = np.array([[pad] * (longest - len(row)) + list(row) for row in filled], np.int32)
-        mask = np.array([[False] * (longest - len(row)) + [True] * len(row) for row in filled])
+        tokens = np.array([[pad] * (width - len(row)) + list(row) for row in filled], np.int32)
+        mask = np.array([[False] * (width - len(row)) + [True] * len(row) for row in filled])
         told: dict[str, Any] = {
             "mask": jnp.asarray(mask), "new_tokens": decoding.new_tokens, "eos": tokenizer.eos, "pad": pad,
             "apply": apply,
         }  # fmt: skip
         if decoding.beams == 1:
-            sampling = models.Sampling(no_repeat_ngram=decoding.no_repeat_ngram)
-            out = models.generate(model, params, jnp.asarray(tokens), sampling=sampling, **told)
+            sampling = models.Sampling(decoding.temperature, None, decoding.top_p, decoding.no_repeat_ngram)
+            key = jax.random.fold_in(jax.random.key(0), start)
+            out = models.generate(model, params, jnp.asarray(tokens), sampling=sampling, key=key, **told)
         else:
             out = models.beam_search(
                 model, params, jnp.asarray(tokens), beams=decoding.beams, length_penalty=decoding.length_penalty,
                 no_repeat_ngram=decoding.no_repeat_ngram, **told,
             ).tokens[:, 0]  # fmt: skip
-        for row in jax.device_get(out)[: len(part), longest:].tolist():
+        for row in jax.device_get(out)[: len(part), width:].tolist():
             kept = row[: row.index(tokenizer.eos)] if tokenizer.eos in row else row
             texts.append(tokenizer.decode(kept).strip())
     return texts

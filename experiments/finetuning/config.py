@@ -10,6 +10,7 @@ from experiments.finetuning.classification import Classification
 from experiments.finetuning.completion import Completion
 from experiments.finetuning.images import Images
 from experiments.finetuning.schedule import Run, Schedule
+from experiments.finetuning.texts import Texts
 
 Checkpoint = str | Callable[[Path], Path]
 """A repository on the hub, a folder, or a function that makes a checkpoint below a folder and returns where it is."""
@@ -34,7 +35,7 @@ class Finetune:
 
     name: str
     checkpoint: Checkpoint
-    task: Classification | Completion | Images
+    task: Classification | Completion | Images | Texts
     runs: tuple[Run, ...]
     train: Schedule
     seeds: tuple[int, ...] = (0,)

@@ -60,11 +60,15 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """A run's programs: each is compiled once, for all seeds."""
+    """A run's programs: each is compiled once, for all seeds.
+
+    `sites` are the axes of the model's weights, as its loss uses them: no name says those of stacked layers.
+    """
 
     run: Run
     work: Work
     schedule: Schedule
+    sites: tuple[jlora.Site, ...]
 
     @property
     def steps(self) -> int:
@@ -106,7 +110,7 @@ class Trainer:
         """The state before the first step."""
         run, work = self.run, self.work
         extras = "|".join(f"(?:{pattern})" for pattern in (work.head, run.extras) if pattern)
-        options: dict[str, Any] = {"extras": extras} if extras else {}
+        options: dict[str, Any] = {"sites": self.sites} | ({"extras": extras} if extras else {})
         if run.method.data is not None:
             batches = work.batches(self.schedule.batch, seed)
             options |= {

@@ -13,8 +13,11 @@ from experiments.finetuning.config import Finetune
 from experiments.finetuning.loop import Result, Trainer
 from experiments.finetuning.work import Work
 from experiments.measure import Cost
-from experiments.report import in_bytes
+from experiments.report import in_bytes, markdown_table
 from jlora.train import TrainState
+
+Cells = list[list[str]]
+"""A table as text, its header first."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ def opening(experiment: Finetune, work: Work, params: Any, plans: Sequence[Plan]
         f"{experiment.name}: {experiment.task.label}",
         f"data      {work.examples:,} training rows; {work.held_out}",
         f"model     {type(work.model).__name__}, {total:,} parameters, {dtypes}, {in_bytes(size)}",
-        f"schedule  {train.length}: {steps:,} steps of {train.batch} rows, "
-        f"{len(experiment.seeds)} seed{'s' if len(experiment.seeds) > 1 else ''} a run",
+        f"schedule  {steps:,} steps of {train.batch} rows"
+        + (f" ({train.length})" if isinstance(train.length, str) else "")
+        + f", {len(experiment.seeds)} seed{'s' if len(experiment.seeds) > 1 else ''} a run",
         *(
             f"{plan.label.ljust(width)}  {plan.sites} weights; trains {plan.count.trainable:,} parameters "
             f"({100 * plan.count.trainable / plan.count.total:.2f} %); beside the model {in_bytes(plan.factor_bytes)} "
@@ -77,21 +81,36 @@ def opening(experiment: Finetune, work: Work, params: Any, plans: Sequence[Plan]
     ]
 
 
-def cells(
-    work: Work, plans: Mapping[str, Plan], results: Mapping[str, Sequence[Result]], costs: Mapping[str, Cost]
-) -> list[list[str]]:
-    """The table: scores on the test split, mean ± sample deviation over the seeds, and what each run costs."""
+def scores(work: Work, plans: Mapping[str, Plan], results: Mapping[str, Sequence[Result]]) -> Cells:
+    """The table of what each run reached: scores on the test split, mean ± sample deviation over the seeds."""
     first = work.shows.name
     names = [first, *(name for name in next(iter(results.values()))[0].test if name != first)]
-    head = ["", *names, "trained", "optimizer", "temporaries", "tokens/s", *(["time of a step"] if costs else [])]
+    rows = [
+        [plans[run].label, *(_spread([result.test[name] for result in found]) for name in names)]
+        for run, found in results.items()
+    ]
+    return [["", *names], *rows]
+
+
+def prices(plans: Mapping[str, Plan], results: Mapping[str, Sequence[Result]], costs: Mapping[str, Cost]) -> Cells:
+    """The table of what each run costs; times are relative to the first run's."""
+    head = ["", "trained", "optimizer", "activations", "tokens/s", *(["time of a step"] if costs else [])]
     table = [head]
-    for name, found in results.items():
-        plan = plans[name]
-        row = [plan.label, *(_spread([result.test[score] for result in found]) for score in names)]
-        row += [f"{plan.count.trainable:,}", in_bytes(plan.optimizer_bytes), in_bytes(plan.temporary_bytes)]
-        row += [f"{statistics.median(result.tokens_per_second for result in found):,.0f}"]
-        table.append([*row, f"{costs[name].relative_time:.2f}"] if costs else row)
+    for run, found in results.items():
+        plan, speed = plans[run], statistics.median(result.tokens_per_second for result in found)
+        row = [plan.label, f"{plan.count.trainable:,}", in_bytes(plan.optimizer_bytes), in_bytes(plan.temporary_bytes)]
+        table.append([*row, f"{speed:,.0f}", *([f"{costs[run].relative_time:.2f}"] if costs else [])])
     return table
+
+
+def as_markdown(tables: Sequence[Cells], title: str, notes: Sequence[str], pictures: Sequence[str]) -> str:
+    """The tables, what they were measured on, and the plots."""
+    lines = [f"# {title}", ""]
+    for table in tables:
+        lines += [*markdown_table(table), ""]
+    lines += [f"- {note}" for note in notes] + [""]
+    lines += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+    return "\n".join(lines) + "\n"
 
 
 def as_json(

@@ -74,8 +74,10 @@ class Decoding:
 
     Attributes:
       new_tokens: at most.
-      beams: 1 for the likeliest token each time.
-      length_penalty, no_repeat_ngram: of the beams; see `jlora.models.beam_search`.
+      beams: 1 for one token after the other.
+      length_penalty: of the beams; see `jlora.models.beam_search`.
+      no_repeat_ngram: no n tokens in a row occur twice; 0 for no such rule.
+      temperature, top_p: how tokens are drawn where there is one beam, see `jlora.models.Sampling`; 0 for the best.
       batch: prompts at a time.
     """
 
@@ -83,4 +85,14 @@ class Decoding:
     beams: int = 1
     length_penalty: float = 1.0
     no_repeat_ngram: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
     batch: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.new_tokens, self.beams, self.batch) < 1:
+            raise ConfigError(
+                f"decoding: new_tokens={self.new_tokens}, beams={self.beams} and batch={self.batch} are at least 1 each"
+            )
+        if self.beams > 1 and self.temperature:
+            raise ConfigError(f"decoding: temperature={self.temperature} draws tokens, and beams={self.beams} do not")

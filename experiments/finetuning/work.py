@@ -1,5 +1,6 @@
 """What every task comes down to once its checkpoint and its data are read."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -25,11 +26,11 @@ class Metric(NamedTuple):
     name: str
     better: Literal["higher", "lower"]
 
-    def beats(self, scores: Scores, best: Scores | None) -> bool:
-        """Whether scores are better than the best so far."""
-        if best is None:
-            return True
+    def beats(self, scores: Scores, best: Scores) -> bool:
+        """Whether scores are better than the best so far; a NaN (a correlation of constants) is worse than any."""
         new, old = scores[self.name], best[self.name]
+        if math.isnan(old):
+            return not math.isnan(new)
         return new > old if self.better == "higher" else new < old
 
 

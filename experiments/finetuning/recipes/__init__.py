@@ -1,0 +1,1 @@
+"""What the configs of one paper's experiments share."""
