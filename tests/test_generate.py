@@ -17,6 +17,8 @@ from jlora.models import sampling
 from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.generate import Decoder, Prompt, sample
 from jlora.models.gpt2 import GPT2, GPT2Config
+from jlora.models.llama import Llama, LlamaConfig
+from jlora.models.llama.rope import Linear
 from jlora.models.sampling import Sampling
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
@@ -209,3 +211,13 @@ def test_a_classifier_makes_no_tokens(gpt2):
 def test_settings_that_mean_nothing(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+def test_a_rope_that_goes_beyond_the_context_is_asked():
+    model = Llama(LlamaConfig(vocab_size=32, context=8, width=8, layers=1, heads=2, hidden=8, rope=Linear(2.0)))
+    params = model.init(jax.random.key(0), PROMPT)["params"]
+    assert models.generate(model, params, PROMPT, new_tokens=12).shape == (2, 16)  # twice 8
+    with pytest.raises(
+        ValueError, match="4 tokens of the prompt and 13 new ones are more than the model's context, 16"
+    ):
+        models.generate(model, params, PROMPT, new_tokens=13)

@@ -97,10 +97,10 @@ def checked(model: nn.Module, tokens: jax.Array, mask: jax.Array | None, new_tok
     length = tokens.shape[1]
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
-    if length + new_tokens > config.context:
+    longest = getattr(config, "longest", config.context)
+    if length + new_tokens > longest:
         raise ValueError(
-            f"{length} tokens of the prompt and {new_tokens} new ones are more than the model's context, "
-            f"{config.context}"
+            f"{length} tokens of the prompt and {new_tokens} new ones are more than the model's context, {longest}"
         )
     if mask is None:
         if not length:

@@ -104,6 +104,11 @@ class LlamaConfig:
             if getattr(self, name) == value:
                 object.__setattr__(self, name, None)
 
+    @property
+    def longest(self) -> int:
+        """The longest sequence, in tokens, that the model takes: beyond `context` where the `rope` goes there."""
+        return self.rope.longest(self.context)
+
 
 _LLAMA2 = LlamaConfig()
 _LLAMA3 = LlamaConfig(
@@ -187,8 +192,8 @@ class Llama(nn.Module):
         """
         c = self.config
         length = tokens.shape[1]
-        if length > c.rope.longest(c.context):
-            raise ValueError(f"the sequence has {length} tokens, the model's context is {c.rope.longest(c.context)}")
+        if length > c.longest:
+            raise ValueError(f"the sequence has {length} tokens, the model's context is {c.longest}")
         if cache is not None and positions is None:
             raise ValueError("a call with a cache needs positions=: those of its tokens, (batch, length)")
         init = nn.initializers.normal(0.02)
