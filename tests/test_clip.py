@@ -1,0 +1,222 @@
+"""CLIP: what the golden checkpoints of `test_models.py` cannot show."""
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jlora
+from jlora import models
+from jlora.models.clip import CLIP, PRESETS, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from jlora.models.clip.params import read, read_text, read_vision
+from tests.conformance import normal, randomised
+
+GOLDEN = Path(__file__).parent / "golden" / "models"
+END = 39
+TEXT = CLIPTextConfig(vocab_size=40, context=16, width=16, layers=2, heads=2, hidden=24, end=END)
+VISION = CLIPVisionConfig(image_size=8, patch_size=4, width=24, layers=2, heads=3, hidden=32)
+SMALL = CLIPConfig(TEXT, VISION, projection=12)
+TOKENS = jnp.asarray([[38, 5, 9, END, END, END], [38, 4, 7, 11, 5, END]], jnp.int32)
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 3)), jnp.float32)
+
+
+def built(config):
+    model = {CLIPConfig: CLIP, CLIPTextConfig: CLIPText, CLIPVisionConfig: CLIPVision}[type(config)](config)
+    images = jnp.zeros((1, 224, 224, 3)) if config in PRESETS.values() else IMAGES
+    return model, {CLIPConfig: (TOKENS, images), CLIPTextConfig: (TOKENS,), CLIPVisionConfig: (images,)}[type(config)]
+
+
+def shapes(config):
+    model, inputs = built(config)
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+def parameters(config):
+    """At random, not as the model starts: its attention would be nearly the same everywhere."""
+    return jax.tree.map(lambda leaf: normal(*leaf.shape), shapes(config))
+
+
+@functools.cache
+def function(config):
+    """Of parameters."""
+    model, inputs = built(config)
+    return lambda params: model.apply({"params": params}, *inputs)
+
+
+def size(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "scan", "whole", "text", "vision"),  # transformers' CLIPModel, CLIPTextModel and CLIPVisionModel
+    [
+        ("clip-vit-base-patch32", False, 151_277_313, 63_165_952, 87_456_000),
+        ("clip-vit-large-patch14", True, 427_616_513, 123_060_480, 303_179_776),
+    ],
+)
+def test_a_preset_has_the_published_number_of_parameters(name, scan, whole, text, vision):
+    config = PRESETS[name]
+    model, (tokens, images) = built(config)
+    model = CLIP(dataclasses.replace(config, scan=scan))
+    tree = jax.eval_shape(model.init, jax.random.key(0), tokens, images)["params"]
+    assert size(tree) == whole and tree["logit_scale"].shape == ()
+    projections = [tree[tower].pop("projection")["kernel"] for tower in ("text", "vision")]
+    assert [size(tree[tower]) for tower in ("text", "vision")] == [text, vision]
+    widths = [config.text.width, config.vision.width]
+    assert [kernel.shape for kernel in projections] == [(width, config.projection) for width in widths]
+
+
+@pytest.mark.parametrize(("rank", "trained"), [(4, 294_912), (8, 589_824)])
+def test_lora_of_the_text_tower_of_stable_diffusion_has_the_published_size(rank, trained):
+    tree = shapes(PRESETS["clip-vit-large-patch14"].text)
+    adapted = jax.eval_shape(lambda params: jlora.apply(params, rank=rank, targets="attn/"), tree)
+    assert jlora.count(adapted).trainable == trained
+
+
+# -- what is pooled, and a tower alone ----------------------------------------------------------------------------------
+
+
+def test_the_first_closing_token_is_pooled():
+    out = jax.jit(function(TEXT))(parameters(TEXT))
+    np.testing.assert_array_equal(out["pooled"], np.asarray(out["out"])[[0, 1], [3, 5]])
+    largest = dataclasses.replace(TEXT, end=2)
+    np.testing.assert_array_equal(jax.jit(function(largest))(parameters(TEXT))["pooled"], out["pooled"])
+
+
+def test_padding_before_a_text_is_not_seen():
+    """Each part to its own: the mask, and positions that count the tokens that are real."""
+    run = jax.jit(
+        lambda tokens, **options: CLIPText(TEXT).apply({"params": parameters(TEXT)}, tokens, **options)["out"]
+    )
+    mask, positions = jnp.asarray([[False, False, True, True, True]]), jnp.asarray([[0, 0, 0, 1, 2]])
+    padded = run(jnp.asarray([[7, 7, 38, 5, END]]), mask=mask, positions=positions)
+    np.testing.assert_allclose(padded[:, 2:], run(jnp.asarray([[38, 5, END]])), atol=1e-5)
+
+
+def test_a_tower_alone_is_the_one_in_the_model():
+    params = parameters(SMALL)
+    whole = jax.jit(function(SMALL))(params)
+    text = jax.jit(function(SMALL.text_tower))(params["text"])["out"]
+    vision = jax.jit(function(SMALL.vision_tower))(params["vision"])["out"]
+    cosine = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    np.testing.assert_allclose(whole["text_embeds"], cosine(text), atol=1e-6)
+    by_hand = jnp.exp(params["logit_scale"]) * cosine(vision) @ cosine(text).T
+    np.testing.assert_allclose(whole["out"], by_hand, atol=1e-5)
+
+
+# -- adapters, and forms of the same model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["", "scanned"])
+def test_lora_is_lifted_without_building_a_weight(scan):
+    config = dataclasses.replace(SMALL, scan=scan)
+    fn = lambda params: function(config)(params)["out"]
+    params = parameters(config)
+    sites = jlora.sites(fn, params) if scan else None
+    adapted = randomised(jlora.apply(params, rank=4, targets=r"attn/(query|value)", sites=sites))
+    assert sum(math.prod(site.shape[:-2]) for site in adapted.sites) == 2 * (2 + 2)  # layers of both towers
+    lifted = jax.jit(jlora.lift(fn, strict=True))(adapted)
+    np.testing.assert_allclose(lifted, jax.jit(fn)(jlora.merge(adapted)), atol=1e-5)
+    assert jnp.abs(lifted - jax.jit(fn)(params)).max() > 1e-3
+
+
+def test_every_weight_is_adapted_without_building_it():
+    fn = lambda params: function(SMALL)(params)["out"]
+    adapted = jax.eval_shape(
+        lambda params: jlora.apply(params, rank=2, sites=jlora.sites(fn, params), targets="."), shapes(SMALL)
+    )
+    table = jlora.explain(fn, adapted).rows
+    assert {row.path for row in table} == {site.path for site in adapted.sites} and all(row.factored for row in table)
+    assert len(adapted.sites) == 2 * (6 * 2 + 1) + len(["wte", "wpe", "wpe", "patch"])
+
+
+def test_prefixes_are_seen():
+    fn = lambda params: function(SMALL)(params)["out"]
+    params = parameters(SMALL)
+    adapted = randomised(jlora.apply(params, method=jlora.prefix_tuning(3)), 2.0)
+    assert len(adapted.sites) == 2 * (2 + 2)
+    assert jnp.abs(jax.jit(jlora.lift(fn))(adapted) - jax.jit(fn)(params)).max() > 1e-2
+
+
+@pytest.mark.loose_promotion  # Flax's LayerNorm promotes to float32
+def test_bfloat16_is_close_to_float32():
+    params = parameters(SMALL)
+    full, half = (
+        jax.jit(function(dataclasses.replace(SMALL, dtype=dtype)))(params) for dtype in ("float32", "bfloat16")
+    )
+    assert all(value.dtype == jnp.float32 for value in half.values())
+    for name in ("text_embeds", "image_embeds"):
+        np.testing.assert_allclose(half[name], full[name], atol=0.03)  # of length 1, at 8 bits, after 2 layers
+
+
+def test_remat_changes_no_gradient():
+    def gradient(remat):
+        config = dataclasses.replace(SMALL, scan=True, remat=remat, text=dataclasses.replace(TEXT, layers=1))
+        loss = lambda params: jax.nn.log_softmax(function(config)(params)["out"])[:, 0].mean()
+        return jax.jit(jax.grad(loss))(parameters(config))
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradient(True), gradient(False))
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_a_tower_as_transformers_4_wrote_it(tower, tmp_path):
+    """With the prefix in the class without a head, too, and with a buffer."""
+    folder = GOLDEN / f"clip_{tower}"
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tensors = {f"{tower}_model.{key}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+    tensors[f"{tower}_model.embeddings.position_ids"] = np.arange(5)[None]
+    save_file(tensors, tmp_path / "model.safetensors")
+    pretrained, golden = models.load(tmp_path), models.load(folder)
+    assert pretrained.model == golden.model and not pretrained.unused
+    jax.tree.map(np.testing.assert_array_equal, pretrained.params, golden.params)
+    new = models.load(tmp_path, head="projection")
+    assert new.fresh == ("projection/kernel",)
+
+
+def test_old_configs_say_things_twice():
+    """As openai/clip-vit-large-patch14; what "text_config_dict" does not say is transformers' default."""
+    record = json.loads((GOLDEN / "clip" / "config.json").read_text())
+    assert read(record, "none").text.end == 20
+    record["text_config"]["eos_token_id"] = 2
+    assert read(record | {"text_config_dict": None}, "none").text.end == 2
+    config = read(record | {"text_config_dict": {"hidden_size": 768, "num_attention_heads": 12}}, "none")
+    assert (config.text.width, config.text.end, config.vision.width) == (768, 49407, 24)
+
+
+def test_a_model_saved_alone_has_the_configs_of_both_towers(tmp_path):
+    pretrained = models.load(GOLDEN / "clip")
+    models.save(tmp_path, pretrained.model, pretrained.params)
+    assert models.load(tmp_path).model == pretrained.model
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["text_config"]["hidden_size"] == 16 and record["vision_config"]["model_type"] == "clip_vision_model"
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"config.json has eos_token_id=\[1, 2\]; jlora's model has one number"):
+        read_text({"eos_token_id": [1, 2]}, "none")
+    with pytest.raises(ValueError, match=r"config.json has image_size=\[8, 16\]; jlora's model has one number"):
+        read_vision({"image_size": [8, 16]}, "none")
+    with pytest.raises(ValueError, match="width=15 is not a multiple of heads=2"):
+        dataclasses.replace(TEXT, width=15)
+    with pytest.raises(ValueError, match="image_size=9 is not a multiple of patch_size=4"):
+        dataclasses.replace(VISION, image_size=9)
+    with pytest.raises(ValueError, match="head='causal_lm' is not one of 'none', 'projection'"):
+        dataclasses.replace(TEXT, head="causal_lm")
+    with pytest.raises(ValueError, match="the sequence has 17 tokens, the model's context is 16"):
+        jax.eval_shape(CLIPText(TEXT).init, jax.random.key(0), jnp.ones((1, 17), jnp.int32))
+    with pytest.raises(ValueError, match=r"the images are \(8, 8, 1\), the model's are \(8, 8, 3\)"):
+        jax.eval_shape(CLIPVision(VISION).init, jax.random.key(0), IMAGES[..., :1])
