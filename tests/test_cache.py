@@ -69,3 +69,30 @@ def test_a_cache_needs_positions(name):
         ValueError, match=r"a call with a cache needs positions=: those of its tokens, \(batch, length\)"
     ):
         jax.eval_shape(lambda: model.apply({"params": parameters(model)}, TOKENS, cache=model.empty_cache(3, SLOTS)))
+
+
+def test_a_cache_that_is_too_small_is_said_to_be():
+    model = GPT2(GPT2Config(vocab_size=16, context=16, width=8, layers=1, heads=2))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    tokens = jnp.asarray([[1, 2, 3]])
+
+    def call(cache):
+        return model.apply({"params": params}, tokens, positions=jnp.asarray([[0, 1, 2]]), cache=cache)
+
+    out, cache = call(model.empty_cache(1, 4))
+    assert jnp.isfinite(out).all()
+    with pytest.raises(ValueError, match="the cache has 4 slots, 3 of them taken: no room for 3 tokens"):
+        call(cache)
+    assert jnp.isnan(jax.jit(call)(cache)[0]).all()
+
+
+def test_the_last_output_alone_is_the_last():
+    model = GPT2(GPT2Config(vocab_size=16, context=16, width=8, layers=1, heads=2))
+    tokens = jnp.asarray([[1, 2, 3]])
+    params = model.init(jax.random.key(0), tokens)["params"]
+    whole, last = (model.apply({"params": params}, tokens, last=last) for last in (False, True))
+    np.testing.assert_allclose(last, whole[:, -1:], rtol=1e-6)
+    flops = lambda last: (
+        jax.jit(lambda p: model.apply({"params": p}, tokens, last=last)).lower(params).cost_analysis()["flops"]
+    )
+    assert flops(True) < flops(False)

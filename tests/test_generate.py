@@ -165,7 +165,7 @@ def test_a_second_call_compiles_nothing(gpt2):
 
 def test_several_tokens_may_end_a_text(gpt2):
     free = models.generate(*gpt2, PROMPT, mask=MASK, new_tokens=6)
-    eos = (int(free[0, 5]), int(free[1, 4]))
+    eos = (free[0, 5], np.int64(free[1, 4]))  # integers of any kind
     out = models.generate(*gpt2, PROMPT, mask=MASK, new_tokens=6, eos=eos, pad=31)
     for row, full in zip(np.asarray(out)[:, 4:], np.asarray(free)[:, 4:], strict=True):
         stop = min(i for i, token in enumerate(full) if token in eos)
@@ -184,6 +184,8 @@ def test_one_beam_is_greedy(gpt2):
         ({"new_tokens": 0}, "new_tokens must be at least 1, got 0"),
         ({"mask": ~MASK}, "a prompt is empty or padded on the right: pad on the left, so that each ends in a token"),
         ({"tokens": PROMPT[:, :0]}, "the prompts are empty: give each of them at least one token, such as the one that starts"),
+        ({"mask": MASK[:, :3]}, "the mask is (2, 3), the tokens are (2, 4) (batch, length)"),
+        ({"key": jax.random.key(0)}, "nothing is drawn at a temperature of 0: leave key= out, or give sampling= a temperature"),
         ({"sampling": Sampling(temperature=0.7)}, "a temperature of 0.7 draws tokens: pass key=jax.random.key(...)"),
     ],
 )  # fmt: skip
@@ -191,6 +193,20 @@ def test_what_cannot_be_continued(gpt2, options, message):
     options = {"tokens": PROMPT, "new_tokens": 4} | options
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         models.generate(*gpt2, options.pop("tokens"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beams": 0}, "beams must be at least 1 and returned between 1 and beams, got 0 and 1"),
+        ({"returned": 3}, "beams must be at least 1 and returned between 1 and beams, got 2 and 3"),
+        ({"early_stopping": "nevr"}, "early_stopping is True, False or 'never', got 'nevr'"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram must be at least 0, got -1"),
+    ],
+)
+def test_searches_that_cannot_be(gpt2, options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        models.beam_search(*gpt2, PROMPT, **{"beams": 2, "new_tokens": 2} | options)
 
 
 def test_a_classifier_makes_no_tokens(gpt2):
@@ -203,6 +219,7 @@ def test_a_classifier_makes_no_tokens(gpt2):
     ("settings", "message"),
     [
         ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"top_k": 5}, "top_k and top_p say what is drawn from: give a temperature above 0, such as 1.0"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p is a probability in \(0, 1\], got 0.0"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram must be at least 0, got -1"),

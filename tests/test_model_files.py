@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, foreign, sharded over devices, or given another head."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from experiments.bench.load import measured
 from jlora import models
 from jlora.models import files
 from jlora.models.gpt2 import GPT2, GPT2Config
+from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.tensors import LINEAR, Leaf, Part, layered, leaf, linear, tensor_shape, tensor_slices, to_tensors
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
@@ -230,9 +232,14 @@ def test_dtypes(folder, scan):
 @pytest.mark.parametrize("scan", [False, True])
 def test_each_device_is_given_its_own_slices(folder, scan, monkeypatch):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
-    read: list[int] = []
+    read: dict[str, list[int]] = {}
     original = files.read_into
-    monkeypatch.setattr(files, "read_into", lambda out, *rest: (read.append(out.size), original(out, *rest)))
+
+    def read_into(out, tensor, index):
+        read.setdefault(tensor.key, []).append(out.size)
+        original(out, tensor, index)
+
+    monkeypatch.setattr(files, "read_into", read_into)
 
     def place(path, like):
         kernel = path.endswith("kernel")
@@ -247,7 +254,9 @@ def test_each_device_is_given_its_own_slices(folder, scan, monkeypatch):
     kernel = (sharded["h"] if scan else sharded["h_0"])["attn"]["query"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(*([None] if scan else []), "model", "data")
     assert kernel.addressable_shards[0].data.shape[-2:] == (8, 4)
-    assert min(read) <= 8 * 4  # a device's part of a kernel, and no more
+    sizes = read["transformer.h.0.attn.c_proj.weight"]
+    assert sizes == [8 * 4] * 8 + [16 * 16]  # a part of it for each of eight devices; then all of it, for `whole`
+    assert read["transformer.ln_f.bias"] == [16, 16]  # the same for all devices: read once
 
 
 def test_a_new_head_is_placed_too(folder):
@@ -333,3 +342,44 @@ def test_a_layer_is_named_by_its_number():
         ("layers_1/fc/kernel", ("h.1.fc.weight",)),
         ("layers_1/fc/bias", ("h.1.fc.bias",)),
     ]
+
+
+def test_a_save_that_cannot_be_leaves_what_was_there(tmp_path):
+    small = LlamaConfig(vocab_size=16, context=8, width=8, layers=1, heads=2, hidden=8)
+    model = Llama(small)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    models.save(tmp_path, model, params)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = Llama(dataclasses.replace(small, qk_norm=True))
+    more = other.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    with pytest.raises(ValueError, match="a model of family 'llama' is not saved with qk_norm=True"):
+        models.save(tmp_path, other, more)
+    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+        models.save(tmp_path, model, params, source=tmp_path / "absent")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_quantised_checkpoint_is_refused(folder):
+    change(folder, quantization_config={"quant_method": "gptq"})
+    assert error_of(lambda: models.load(folder)) == (
+        f"'{folder}' is quantised (gptq): load the checkpoint that it was made from"
+    )
+    change(folder, quantization_config=None)
+    retensor(folder, lambda tensors: tensors.update({"transformer.ln_f.bias": np.ones(16, np.int8)}))
+    assert error_of(lambda: models.load(folder)).splitlines()[1:] == [
+        "  'transformer.ln_f.bias' is of I8, expected one of F32, BF16, F16, F64"
+    ]
+
+
+@pytest.mark.loose_promotion
+def test_float16_is_computed_in_float32_and_dtypes_may_be_spelt_as_jax_does(folder):
+    retensor(folder, lambda tensors: tensors.update({k: v.astype(np.float16) for k, v in tensors.items()}))
+    config = models.load(folder).model.config
+    assert (config.param_dtype, config.dtype) == ("float16", "float32")
+    config = models.load(folder, dtype=jnp.bfloat16, param_dtype=np.float32).model.config
+    assert (config.param_dtype, config.dtype) == ("float32", "bfloat16")
+
+
+def test_labels_of_none_are_no_labels(folder):
+    with pytest.raises(ValueError, match="labels must be at least 1, got 0"):
+        models.load(folder, head="sequence_classification", labels=0)

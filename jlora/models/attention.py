@@ -1,10 +1,10 @@
 """Attention of queries, keys and values, as a module of its own: what acts on keys and values finds them there."""
 
+import re
 from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 Implementation = Literal["xla", "cudnn"]
@@ -52,45 +52,46 @@ class DotProductAttention(nn.Module):
             has none.
         """
         length, keys = query.shape[1], key.shape[1]
-        mask, causal = _masked(mask, length, keys, self.causal, self.window)
         if bias is not None and bias.shape[-1] < keys:
             bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (keys - bias.shape[-1], 0)))
-        if self.dropout and not self.deterministic:
-            mask, _ = _masked(mask, length, keys, causal, None, spelt=True)
+        drops = self.dropout > 0 and not self.deterministic
+        causal, window = self.causal, self.window if self.causal else None
+        if causal and (length != keys or drops):  # a prefix: it has to be spelt out
+            past = causal_mask(length, keys, window)
+            mask, causal, window = past if mask is None else mask & past, False, None
+        if drops:
             weights = _weights(query, key, mask, bias, self.scale).astype(value.dtype)
             return _mixed(nn.Dropout(self.dropout, deterministic=False)(weights), value)
-        implementation = self.implementation or ("cudnn" if _flash(query) else "xla")
+        flash = _flash(query, keys, masked=mask is not None or bias is not None)
+        implementation = self.implementation or ("cudnn" if flash else "xla")
         if implementation == "cudnn" and mask is not None:  # which wants to see every query's row
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
         return jax.nn.dot_product_attention(
-            query, key, value, bias, mask, scale=self.scale, is_causal=causal, implementation=implementation
-        )
+            query, key, value, bias, mask, scale=self.scale, is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
+        )  # fmt: skip
 
 
-def causal_mask(length: int, keys: int, window: int | None = None) -> np.ndarray:
+def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:
     """What the last `length` of `keys` positions see: (1, 1, length, keys), bool. Keys before them are seen by all."""
     before = keys - length
-    distance = before + np.arange(length)[:, None] - np.arange(keys)
-    seen = distance >= 0
+    query = before + jax.lax.broadcasted_iota(jnp.int32, (length, keys), 0)  # in the program: no constant of this size
+    key = jax.lax.broadcasted_iota(jnp.int32, (length, keys), 1)
+    seen = key <= query
     if window is not None:
-        seen &= (distance < window) | (np.arange(keys) < before)
+        seen &= (query - key < window) | (key < before)
     return seen[None, None]
 
 
-def _masked(
-    mask: jax.Array | None, length: int, keys: int, causal: bool, window: int | None, *, spelt: bool = False
-) -> tuple[jax.Array | None, bool]:
-    """The mask, and whether `causal` remains to be said: flash attention skips what it is not told in a mask."""
-    if not causal or (length == keys and window is None and not spelt):
-        return mask, causal
-    past = jnp.asarray(causal_mask(length, keys, window))
-    return past if mask is None else mask & past, False
-
-
-def _flash(query: jax.Array) -> bool:
-    width = query.shape[-1]
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    return half and width % 8 == 0 and width <= 128 and jax.default_backend() == "gpu"
+def _flash(query: jax.Array, keys: int, *, masked: bool) -> bool:
+    """Whether cuDNN has flash attention, and its gradient, for such operands. With a mask it wants even lengths."""
+    width, odd = query.shape[-1], query.shape[1] % 2 or keys % 2
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128 or (masked and odd):
+        return False
+    if jax.default_backend() != "gpu":
+        return False
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "9.0"; AMD's are otherwise
+    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
 
 
 def _weights(

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from jlora.models.cache import Cache, positions_of, taken
 from jlora.models.generate import Apply, Decoder, Prompt, checked, ends, is_end
-from jlora.models.sampling import without_repeats
+from jlora.models.sampling import check_ngram, without_repeats
 
 NEVER = -1e9  # a score that no text has
 
@@ -74,6 +74,9 @@ def beam_search(
     """
     if beams < 1 or not 1 <= returned <= beams:
         raise ValueError(f"beams must be at least 1 and returned between 1 and beams, got {beams} and {returned}")
+    if not (isinstance(early_stopping, bool) or early_stopping == "never"):
+        raise ValueError(f"early_stopping is True, False or 'never', got {early_stopping!r}")
+    check_ngram(no_repeat_ngram)
     prompt = checked(model, tokens, mask, new_tokens)
     told = Search(beams, returned, new_tokens, length_penalty, no_repeat_ngram, early_stopping, ends(eos), pad)
     return search(Decoder(model, model.apply if apply is None else apply), told, params, prompt)

@@ -72,11 +72,22 @@ def opened(cache: Cache | None, mask: jax.Array | None, tokens: jax.Array) -> tu
     if cache is None:
         return Context(None if mask is None else seen_by(mask), None), None
     length, slots = tokens.shape[1], cache.real.shape[1]
+    try:
+        full = bool(cache.used + length > slots)
+    except jax.errors.TracerBoolConversionError:  # under jit the outputs tell, see `within`
+        full = False
+    if full:
+        raise ValueError(f"the cache has {slots} slots, {int(cache.used)} of them taken: no room for {length} tokens")
     new = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     real = jax.lax.dynamic_update_slice(cache.real, new, (0, cache.used))
     order = cache.used + jnp.arange(length)[:, None] >= jnp.arange(slots)[None]  # (length, slots)
     seen = real[:, None, None, :] & order[None, None]
     return Context(seen, cache.used), Cache(cache.layers, real, cache.used + length)
+
+
+def within(cache: Cache, out: jax.Array) -> jax.Array:
+    """A decoder's output; NaN if more tokens were written than the cache has slots."""
+    return jnp.where(cache.used <= cache.real.shape[1], out, jnp.nan)
 
 
 def seen_by(mask: jax.Array) -> jax.Array:
@@ -110,8 +121,11 @@ def taken(cache: Cache, rows: jax.Array, *, stacked: bool) -> Cache:
     return Cache(layers, jnp.take(cache.real, rows, axis=0), cache.used)
 
 
-def windowed(context: Context, window: int, length: int) -> jax.Array | None:
-    """The mask of a layer whose queries see `window` slots, their own the last of them; for a call with a cache."""
+def windowed(context: Context, window: int, length: int) -> Any:
+    """The mask of a layer whose queries see `window` slots, their own the last of them.
+
+    Without a cache it is the context's, None for none: there the attention itself has the window.
+    """
     if context.start is None or context.mask is None:
         return context.mask
     distance = context.start + jnp.arange(length)[:, None] - jnp.arange(context.mask.shape[-1])[None]

@@ -26,7 +26,7 @@ from jlora.models.tensors import Leaf, Shape, differences, tensor_shape, tensor_
 Params = Any
 Sharding = jax.sharding.Sharding
 Place = Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding]
-DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt", "tokenizer.model", "spm.model", "sentencepiece.bpe.model",
@@ -78,7 +78,8 @@ def load(
       revision: of the repository: a branch, tag or commit.
       seed: of a new head's values.
       options: fields of the model's config, such as `scan=True`, `remat=True`, `dropout=0.1`, `dtype="bfloat16"` and
-        `param_dtype`. Both dtypes are the checkpoint's by default.
+        `param_dtype`. Both dtypes are the checkpoint's by default; but with float16, whose gradients vanish, the
+        computation is in float32. Dropout is 0 whatever config.json says.
 
     Raises:
       FileNotFoundError: if there is no such checkpoint, or it lacks files.
@@ -109,6 +110,9 @@ def load(
         {key: tensor.shape for key, tensor in found.items()},
         optional=[*unused, *(key for row in new for key in row.keys)],
     )
+    for key in (key for row in table if row not in new for key in row.keys if key in found):
+        if found[key].dtype not in DTYPES:
+            wrong.append(f"{key!r} is of {found[key].dtype}, expected one of {', '.join(DTYPES)}")
     if wrong:
         lines = "\n  ".join(wrong[:40] + ([f"and {len(wrong) - 40} more"] if len(wrong) > 40 else []))
         raise ValueError(f"'{folder}' is not the {architecture.model_type} of its config.json:\n  {lines}")
@@ -135,12 +139,13 @@ def save(
       folder: made if absent.
       model: one of jlora's.
       params: plain parameters, such as `jlora.merge(adapted)`.
-      source: the checkpoint's folder that the model was loaded from: its tokenizer goes along, and what else its
-        config.json says. Adapted models keep their tokens.
+      source: the checkpoint that the model was loaded from, a folder or a repository's name as in `load`: its tokenizer
+        goes along, and what else its config.json says.
       largest_shard: in bytes; larger checkpoints are cut into several files with an index.
 
     Raises:
-      ValueError: if the parameters are not the model's: all differences in one error.
+      ValueError: if the parameters are not the model's: all differences in one error; if they are spread over several
+        processes; or if the config cannot be written as its family's. What was in the folder then stays.
     """
     folder, config = Path(folder), model.config
     architecture = next((a for a in ARCHITECTURES if type(config) is a.config and a.fits(config)), None)
@@ -149,23 +154,18 @@ def save(
     flat = traverse_util.flatten_dict(params, sep="/")
     expected = {path: leaf.shape for path, leaf in _shapes(model, architecture.inputs(config)).items()}
     _check_params(flat, expected)
-    folder.mkdir(parents=True, exist_ok=True)
-    table = architecture.table(config)
+    origin = None if source is None else files.folder_of(source)
+    record = _record(architecture, config, str(next(iter(flat.values())).dtype), origin)
     strip = config.head == "none" and architecture.prefix
+    table = architecture.table(config)
     named = {key: key.removeprefix(architecture.prefix) if strip else key for row in table for key in row.keys}
+    folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder, table, flat, named, largest_shard)
-    record = files.read_json(Path(source) / files.CONFIG) if source is not None else {}
-    dtype = str(next(iter(flat.values())).dtype)
-    record = _merged(record, {"model_type": architecture.model_type, **architecture.write(config)})
-    record |= {"architectures": [architecture.classes[config.head]], "dtype": dtype}
-    record.pop("torch_dtype", None)
-    if config.head.endswith("classification") and len(record.get("id2label", ())) != config.labels:
-        record["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
-        record["label2id"] = {name: int(i) for i, name in record["id2label"].items()}
-    (folder / files.CONFIG).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in TOKENIZER if source is not None else ():
-        if (Path(source or "") / name).is_file() and Path(source or "").resolve() != folder.resolve():
-            shutil.copyfile(Path(source or "") / name, folder / name)
+    _write_json(folder / files.CONFIG, record)
+    if origin is not None and origin.resolve() != folder.resolve():
+        for name in TOKENIZER:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, folder / name)
 
 
 def build(
@@ -199,6 +199,9 @@ def _opened(
     record = files.read_json(folder / files.CONFIG)
     architecture = _architecture(folder, record)
     saved = _saved_head(folder, record, architecture, head)
+    if quantised := record.get("quantization_config"):
+        how = quantised.get("quant_method", "in some way") if isinstance(quantised, dict) else quantised
+        raise ValueError(f"'{folder}' is quantised ({how}): load the checkpoint that it was made from")
     found = files.tensors(folder)
     config = _config(folder, record, architecture, head or saved, labels, found, options)
     return _Opened(folder, architecture, saved, found, architecture.build(config))
@@ -248,16 +251,20 @@ def _config(
         raise ValueError(f"'{folder / files.CONFIG}' lacks {error}") from error
     except ValueError as error:
         raise ValueError(f"'{folder / files.CONFIG}': {error}") from error
-    stored = [DTYPES[tensor.dtype] for tensor in found.values() if tensor.dtype in DTYPES]
-    if not stored:
-        raise ValueError(f"'{folder}' holds no tensors of floating point numbers")
-    param_dtype = str(options.get("param_dtype", max(set(stored), key=stored.count)))
+    sizes = dict.fromkeys(DTYPES, 0)
+    for tensor in found.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    if not any(sizes[name] for name in DTYPES):
+        raise ValueError(f"'{folder}' holds no tensors of {', '.join(DTYPES)}")
+    options = {k: jnp.dtype(v).name if k in ("dtype", "param_dtype") else v for k, v in options.items()}
+    param_dtype = options.get("param_dtype", DTYPES[max(DTYPES, key=lambda name: sizes[name])])
     known = [field.name for field in dataclasses.fields(config)]
     wrong = [name for name in options if name not in known]
     if wrong:
         raise TypeError(f"load: {type(config).__name__} has no field {wrong[0]!r}; it has {', '.join(known)}")
-    given: dict[str, Any] = {"labels": labels or len(record.get("id2label", ())) or int(record.get("num_labels", 2))}
-    given |= {"param_dtype": param_dtype, "dtype": param_dtype, **options}
+    saved = len(record.get("id2label", ())) or int(record.get("num_labels", 2))
+    given: dict[str, Any] = {"labels": saved if labels is None else labels, "param_dtype": param_dtype}
+    given |= {"dtype": "float32" if param_dtype == "float16" else param_dtype, **options}
     return dataclasses.replace(config, **{name: value for name, value in given.items() if name in known})
 
 
@@ -305,9 +312,16 @@ def _new_head(
 
 def _placed(row: Leaf, tensors: list[files.Tensor], like: jax.ShapeDtypeStruct, place: Place | None) -> jax.Array:
     """A parameter, on its devices: each of them is given its own slice alone."""
+    read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same slices
 
     def part(given: tuple[slice, ...] | None) -> np.ndarray:
         index = tuple(slice(*i.indices(n)) for i, n in zip(given or (), like.shape, strict=True))
+        place = tuple((i.start, i.stop) for i in index)
+        if place not in read:
+            read[place] = fresh(index)
+        return read[place]
+
+    def fresh(index: tuple[slice, ...]) -> np.ndarray:
         out = _aligned(tuple(i.stop - i.start for i in index), like.dtype)
         slices = tensor_slices(row, like.shape, index)
         for layer, tensor in zip(out, tensors[index[0]], strict=True) if row.stacked else [(out, tensors[0])]:
@@ -353,6 +367,18 @@ def _initial(
     return found
 
 
+def _record(architecture: Architecture, config: Any, dtype: str, origin: Path | None) -> dict[str, Any]:
+    """The config.json of a model, over that of the checkpoint which it comes from."""
+    old = {} if origin is None else files.read_json(origin / files.CONFIG)
+    record = _merged(old, {"model_type": architecture.model_type, **architecture.write(config)})
+    record |= {"architectures": [architecture.classes[config.head]], "dtype": dtype}
+    record.pop("torch_dtype", None)
+    if config.head.endswith("classification") and len(record.get("id2label", ())) != config.labels:
+        record["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
+        record["label2id"] = {name: int(i) for i, name in record["id2label"].items()}
+    return record
+
+
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """What `new` says over what `old` does; so too in the configs within, such as those of CLIP's towers."""
     parts = [k for k, v in new.items() if isinstance(v, Mapping) and "model_type" in v]
@@ -369,6 +395,9 @@ def _check_params(flat: Mapping[str, Any], expected: Mapping[str, Shape]) -> Non
     ]
     if wrong:
         raise ValueError("save: the parameters are not the model's:\n  " + "\n  ".join(wrong))
+    for path, value in flat.items():
+        if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+            raise ValueError(f"save: {path!r} is spread over several processes: replicate the parameters, save on one")
 
 
 def _write_tensors(
@@ -381,19 +410,29 @@ def _write_tensors(
         for key in row.keys:
             sizes[key] = sizes.get(key, 0) + value.size * value.dtype.itemsize // len(row.keys)
     groups = files.shards(sizes, largest)
-    for old in [*folder.glob("model*.safetensors"), folder / files.INDEX]:
-        old.unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
+    written: dict[Path, Path] = {}
     for number, group in enumerate(groups, 1):
         name = files.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         rows = [_within(row, group) for row in table if set(row.keys) & set(group)]
         values = {row.path: _rows_of(flat[row.path], full, row) for full, row in _pairs(table, rows)}
         tensors = {named[key]: tensor for key, tensor in to_tensors(rows, values).items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        written[folder / name] = folder / f".{name}.tmp"
+        save_file(tensors, written[folder / name], metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
+    for old in [*folder.glob("model*.safetensors"), folder / files.INDEX]:  # all is written: what was there may go
+        old.unlink(missing_ok=True)
+    for path, temporary in written.items():
+        temporary.replace(path)
     if len(groups) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / files.INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / files.INDEX, content)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def _within(row: Leaf, group: list[str]) -> Leaf:

@@ -32,8 +32,8 @@ class Decoder(NamedTuple):
         self, params: Any, tokens: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """The logits that follow the last token, (batch, vocab_size), and the cache with the tokens in it."""
-        logits, cache = self.apply({"params": params}, tokens, mask=mask, positions=positions, cache=cache)
-        return logits[:, -1], cache
+        logits, cache = self.apply({"params": params}, tokens, mask=mask, positions=positions, cache=cache, last=True)
+        return logits[:, 0], cache
 
 
 def generate(
@@ -82,6 +82,8 @@ def generate(
     """
     if sampling.temperature and key is None:
         raise ValueError(f"a temperature of {sampling.temperature} draws tokens: pass key=jax.random.key(...)")
+    if key is not None and not sampling.temperature:
+        raise ValueError("nothing is drawn at a temperature of 0: leave key= out, or give sampling= a temperature")
     prompt = checked(model, tokens, mask, new_tokens)
     key = jax.random.key(0) if key is None else key
     decoder = Decoder(model, model.apply if apply is None else apply)
@@ -106,6 +108,8 @@ def checked(model: nn.Module, tokens: jax.Array, mask: jax.Array | None, new_tok
         if not length:
             raise ValueError("the prompts are empty: give each of them at least one token, such as the one that starts")
         return Prompt(tokens.astype(jnp.int32), jnp.ones(tokens.shape, bool))
+    if mask.shape != tokens.shape:
+        raise ValueError(f"the mask is {mask.shape}, the tokens are {tokens.shape} (batch, length)")
     try:
         ready = bool(length) and bool(jnp.all(mask[:, -1]))
     except jax.errors.TracerBoolConversionError:  # under jit the caller answers for it
@@ -117,7 +121,7 @@ def checked(model: nn.Module, tokens: jax.Array, mask: jax.Array | None, new_tok
 
 def ends(eos: int | tuple[int, ...] | None) -> tuple[int, ...]:
     """The tokens that end a text."""
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    return () if eos is None else tuple(map(int, eos)) if isinstance(eos, tuple | list) else (int(eos),)
 
 
 def is_end(tokens: jax.Array, eos: tuple[int, ...]) -> jax.Array:

@@ -29,8 +29,15 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is a probability in (0, 1], got {self.top_p}")
-        if self.no_repeat_ngram < 0:
-            raise ValueError(f"no_repeat_ngram must be at least 0, got {self.no_repeat_ngram}")
+        if not self.temperature and (self.top_k is not None or self.top_p < 1):
+            raise ValueError("top_k and top_p say what is drawn from: give a temperature above 0, such as 1.0")
+        check_ngram(self.no_repeat_ngram)
+
+
+def check_ngram(n: int) -> None:
+    """Raises a ValueError for a negative length of n-grams."""
+    if n < 0:
+        raise ValueError(f"no_repeat_ngram must be at least 0, got {n}")
 
 
 def chosen(logits: jax.Array, settings: Sampling, key: jax.Array) -> jax.Array:

@@ -102,6 +102,7 @@ class GPT2(nn.Module):
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
+        last: bool = False,
         deterministic: bool = True,
     ) -> jax.Array | tuple[jax.Array, Cache]:
         """See the class.
@@ -112,7 +113,8 @@ class GPT2(nn.Module):
             tokens, as where several texts share a row.
           positions: (batch, length), int32; 0, 1, ... when None.
           cache: from `empty_cache`, or of the call before. It is returned with the tokens of this call, after the
-            output; `positions` must then be given.
+            output; `positions` must then be given. A cache that is too small raises, and under jit gives NaN.
+          last: the output of the last token alone, (batch, 1, ...), in place of all.
           deterministic: no dropout.
         """
         c = self.config
@@ -128,16 +130,18 @@ class GPT2(nn.Module):
         h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
         context, cache = kv.opened(cache, mask, tokens)
         h, layers = stack(Block, c, h, cache and cache.layers, context, deterministic=deterministic)
+        if last:
+            h = h[:, -1:]
         h = _norm(c, "ln_f")(h)  # (batch, length, width)
         if c.head == "causal_lm":
             h = wte.attend(h)  # (batch, length, vocab_size)
         elif c.head == "sequence_classification":
-            h = _dense(c, c.labels, "score", bias=False)(last_token(h, mask))  # (batch, labels)
+            h = _dense(c, c.labels, "score", bias=False)(last_token(h, None if last else mask))  # (batch, labels)
         elif c.head == "token_classification":
             h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
             h = _dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         h = h.astype(jnp.float32)
-        return h if cache is None else (h, cache._replace(layers=layers))
+        return h if cache is None else (kv.within(cache, h), cache._replace(layers=layers))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """For sequences of up to `slots` tokens, padding among them."""

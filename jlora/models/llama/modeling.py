@@ -8,8 +8,8 @@ they leave something open, transformers 5.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -140,16 +140,20 @@ PRESETS = {
 }
 
 
-class Layer(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layer:
     """What a layer has of its own.
 
     Attributes:
       cached: its keys and values; None without a cache.
-      slides: whether it has the window, known while tracing where the layers are unrolled; None where all are alike.
+      slides: () bool: whether it has the window, in a scan over layers of which some have it; None otherwise.
+      always: whether it has the window, known while tracing.
     """
 
     cached: KeyValue | None
-    slides: bool | jax.Array | None
+    slides: jax.Array | None = None
+    always: bool = field(default=True, metadata={"static": True})
 
 
 class Llama(nn.Module):
@@ -177,6 +181,7 @@ class Llama(nn.Module):
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
+        last: bool = False,
         deterministic: bool = True,
     ) -> jax.Array | tuple[jax.Array, Cache]:
         """See the class.
@@ -187,7 +192,8 @@ class Llama(nn.Module):
             tokens, as where several texts share a row.
           positions: (batch, length), int32; 0, 1, ... when None.
           cache: from `empty_cache`, or of the call before. It is returned with the tokens of this call, after the
-            output; `positions` must then be given.
+            output; `positions` must then be given. A cache that is too small raises, and under jit gives NaN.
+          last: the output of the last token alone, (batch, 1, ...), in place of all.
           deterministic: no dropout.
         """
         c = self.config
@@ -203,16 +209,18 @@ class Llama(nn.Module):
         at = turn(c.rope, c.head_width or c.width // c.heads, c.context, places)
         context, cache = kv.opened(cache, mask, tokens)
         h, layers = stack(Block, c, h, _layers(c, cache), context, at, deterministic=deterministic)
+        if last:
+            h = h[:, -1:]
         h = _norm(c, "ln_f")(h)  # (batch, length, width)
         if c.head == "causal_lm":
             h = wte.attend(h) if c.tied else _dense(c, c.vocab_size, "head")(h)  # (batch, length, vocab_size)
         elif c.head == "sequence_classification":
-            h = _dense(c, c.labels, "score")(last_token(h, mask))  # (batch, labels)
+            h = _dense(c, c.labels, "score")(last_token(h, None if last else mask))  # (batch, labels)
         elif c.head == "token_classification":
             h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
             h = _dense(c, c.labels, "classifier", bias=True)(h)  # (batch, length, labels)
         h = h.astype(jnp.float32)
-        return h if cache is None else (h, cache._replace(layers=layers))
+        return h if cache is None else (kv.within(cache, h), cache._replace(layers=layers))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """For sequences of up to `slots` tokens, padding among them."""
@@ -228,8 +236,9 @@ def _layers(c: LlamaConfig, cache: Cache | None) -> Layer | tuple[Layer, ...]:
     cached = None if cache is None else cache.layers
     if c.scan:
         return Layer(cached, None if c.sliding is None else jnp.asarray(c.sliding))
-    none = (None,) * c.layers
-    return tuple(Layer(*own) for own in zip(cached or none, c.sliding or none, strict=True))
+    each = cached or (None,) * c.layers
+    slides = c.sliding or (True,) * c.layers
+    return tuple(Layer(own, always=always) for own, always in zip(each, slides, strict=True))
 
 
 class Block(nn.Module):
@@ -266,7 +275,7 @@ class Attention(nn.Module):
             q, k = _norm(c, "query_norm")(q), _norm(c, "key_norm")(k)
         q, k = turned(q, at), turned(k, at)
         new = kv.write(layer.cached, context.start, k, v)
-        mask, window = _seen(c, layer.slides, context, length)
+        mask, window = _seen(c, layer, context, length)
         attend = DotProductAttention(
             causal=layer.cached is None,  # otherwise the mask says it
             window=window, dropout=c.dropout, deterministic=self.deterministic, name="core",
@@ -277,18 +286,16 @@ class Attention(nn.Module):
         return y, None if layer.cached is None else new
 
 
-def _seen(
-    c: LlamaConfig, slides: bool | jax.Array | None, context: Context, length: int
-) -> tuple[jax.Array | None, int | None]:
+def _seen(c: LlamaConfig, layer: Layer, context: Context, length: int) -> tuple[jax.Array | None, int | None]:
     """What a layer's queries see: the mask, and the window where that does not say it."""
-    if c.window is None or slides is False:
+    if c.window is None or not layer.always:
         return context.mask, None
-    near = kv.windowed(context, c.window, length)
-    if slides is None or slides is True:
-        return near, c.window
+    if layer.slides is None:
+        return kv.windowed(context, c.window, length), c.window
     far = jnp.ones((1, 1, 1, length), bool) if context.mask is None else context.mask
-    within = jnp.asarray(causal_mask(length, length, c.window)) if context.start is None else near
-    return far if within is None else jnp.where(slides, far & within, far), None
+    if context.start is None:
+        return far & (causal_mask(length, length, c.window) | ~layer.slides), None
+    return jnp.where(layer.slides, kv.windowed(context, c.window, length), far), None
 
 
 class MLP(nn.Module):
