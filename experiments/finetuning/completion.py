@@ -158,7 +158,7 @@ def completed(
         }  # fmt: skip
         if decoding.beams == 1:
             sampling = models.Sampling(decoding.temperature, None, decoding.top_p, decoding.no_repeat_ngram)
-            key = jax.random.fold_in(jax.random.key(0), start)
+            key = jax.random.fold_in(jax.random.key(0), start) if decoding.temperature else None
             out = models.generate(model, params, jnp.asarray(tokens), sampling=sampling, key=key, **told)
         else:
             out = models.beam_search(

@@ -26,7 +26,7 @@ def experiment(name: str, label: str, checkpoint: str) -> Finetune:
             f"{label} on E2E", read, partial(measure, java=True),
             Decoding(new_tokens=64, beams=10, length_penalty=0.8, no_repeat_ngram=4), length=512, separated=True,
         ),
-        runs=(Run("lora", "LoRA q,v r=4", jlora.lora(4, alpha=32, dropout=0.1), 2e-4, QV),),
+        runs=(Run("lora", "LoRA q,v r=4", jlora.lora(4, alpha=32, init="kaiming_uniform", dropout=0.1), 2e-4, QV),),
         train=Schedule("5 epochs", batch=8, warmup=500, weight_decay=0.01, label_smoothing=0.1),
         seeds=(0, 1, 2),
         options={"scan": True},
@@ -45,6 +45,7 @@ def small(whole: Finetune) -> Finetune:
         task=dataclasses.replace(
             whole.task, data=few, measure=partial(measure, java=False), decoding=decoding, length=48
         ),
+        runs=tuple(dataclasses.replace(run, learning_rate=1e-2) for run in whole.runs),
         train=dataclasses.replace(whole.train, length=4, batch=4, evaluate_every=2, warmup=1),
         seeds=(0,),
         evaluate_batch=8,

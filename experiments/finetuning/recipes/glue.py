@@ -65,7 +65,7 @@ def experiment(
         name=f"{name}_{task}",
         checkpoint=checkpoint,
         task=Classification(
-            f"{label} on {found.folder}, dev for", partial(read, task), found.classes, partial(metrics.glue, task),
+            f"{label} on {found.folder} (dev as test)", partial(read, task), found.classes, partial(metrics.glue, task),
             length=recipe.length,
         ),
         runs=(Run("lora", f"LoRA q,v r={method.rank}", method, recipe.learning_rate, QV),),

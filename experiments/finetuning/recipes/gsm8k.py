@@ -5,7 +5,7 @@ Shared by the five configs. What is the papers' and what is ours:
 - Training data: the first 100,000 rows of MetaMathQA whose type has "GSM" in it, each up to "The answer is", after the
   prompt `Q: ...\nA: `; the loss counts the answer alone (LoRA-GA's reproduce/data.py). 512 tokens: longer rows are cut
   here and left out there.
-- Weights: all linear layers of the blocks, r=8, alpha=16 (reproduce/conf/peft/all.yaml).
+- Weights: all linear layers of the blocks, r=8, alpha=16, A uniform (reproduce/conf/peft/all.yaml, conf/init).
 - Schedule: one epoch of 32 rows (conf/model/llama.yaml), 3 % of warm-up, a cosine to zero, no weight decay, gradients
   clipped at 1 (examples/float_llama2-7b_metamath.py).
 - Learning rate: 2e-5, of that example and of PiSSA's scripts/run_*.sh. What Table 2's baselines had is in neither.
@@ -63,6 +63,7 @@ def small(whole: Finetune) -> Finetune:
         name=f"{whole.name}_small",
         checkpoint=tiny.llama,
         task=dataclasses.replace(whole.task, data=few, decoding=decoding, length=96, glue=" "),
+        runs=tuple(dataclasses.replace(run, learning_rate=1e-2) for run in whole.runs),
         train=dataclasses.replace(whole.train, length=4, batch=4, evaluate_every=2),
         seeds=(0,),
         evaluate_batch=8,
