@@ -56,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(experiment: Finetune, folder: Path, *, resume: bool, console: Console) -> None:
     """The whole experiment, from the checkpoint to the plots, in `folder`."""
     started = time.monotonic()
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "experiments.finetune runs in one process: data and parameters are not sharded by process yet"
+        )
     checkpoint = _checkpoint(experiment, folder)
     work = experiment.task.open(checkpoint, experiment.train, experiment.evaluate_batch, **experiment.options)
     claim(folder, {"config": config.describe(experiment), "data": work.digest}, resume=resume)
@@ -69,7 +73,11 @@ def run(experiment: Finetune, folder: Path, *, resume: bool, console: Console) -
     results: dict[str, list[Result]] = {t.run.name: [] for t in trainers}
     with Live(console, phases) as live:
         for seed in experiment.seeds:
-            params = params if seed == experiment.seeds[0] else work.params(seed)
+            if (
+                seed != experiment.seeds[0] and work.head
+            ):  # another head; the old parameters go before the new ones come
+                del params
+                params = work.params(seed)
             for trainer in trainers:
                 label = _title(experiment, trainer, seed)
                 place = folder / trainer.run.name / f"seed_{seed}"

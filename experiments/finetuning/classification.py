@@ -14,6 +14,7 @@ from experiments.config import ConfigError
 from experiments.data.batches import Batches
 from experiments.data.examples import Classified
 from experiments.data.pipeline import Rows, classified_rows, tokenise_classified
+from experiments.finetuning.completion import shortened
 from experiments.finetuning.schedule import Schedule
 from experiments.finetuning.work import Apply, Inputs, Metric, Params, Scores, Split, Work, outputs, smoothed
 from jlora import models
@@ -65,10 +66,13 @@ class Classification:
         pad = 0 if tokenizer.pad is None else tokenizer.pad
         typed = getattr(model.config, "types", 0) > 1
 
+        cut: list[int] = []
+
         def rows(examples: Sequence[Classified]) -> Rows:
             items = tokenise_classified(
                 examples, tokenizer.encode, length=self.length, classes=self.classes, truncate=self.truncate
             )
+            cut.append(items.cut)
             return classified_rows(items, self.length, pad=pad)
 
         def inputs(batch: Inputs) -> dict[str, Any]:
@@ -80,7 +84,14 @@ class Classification:
             )
             return jnp.mean(self._losses(out, batch["labels"], train.label_smoothing))
 
+        if self.classes is None and train.label_smoothing:
+            raise ConfigError("train.label_smoothing is of classes; this task has values (task.classes=None)")
         splits = self.data()
+        for name, examples in splits._asdict().items():
+            if not examples or examples[0].label is None:
+                raise ConfigError(
+                    f"the {name} split has {'no labels' if examples else 'no examples'}: take another one"
+                )
         made: dict[str, Rows] = {"train": rows(splits.train)}
         held_out = {
             name: Batches(rows(getattr(splits, name)), evaluate_batch, last="pad", epochs=1)
@@ -106,7 +117,7 @@ class Classification:
             decides=shown,
             shows=shown,
             examples=len(splits.train),
-            held_out=f"{len(splits.validation):,} validation, {len(splits.test):,} test examples",
+            held_out=f"{len(splits.validation):,} validation, {len(splits.test):,} test examples{shortened(cut)}",
             batches=lambda batch, seed: Batches(made["train"], batch, seed),
             loss=loss,
             evaluator=evaluator,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import ConfigError
-from experiments.data.batches import Batches
+from experiments.data.batches import Batch, Batches
 from experiments.data.examples import Prompted, References
 from experiments.data.pipeline import packed_rows, prompted_rows, tokenise_prompted
 from experiments.finetuning.schedule import Decoding, Schedule
@@ -74,24 +74,31 @@ class Completion:
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, special=False)
 
+        cut: list[int] = []
+
         def rows(examples: Sequence[Prompted], *, packed: bool) -> Any:
             items = tokenise_prompted(
                 examples, encode, length=self.length, begin=begin, separator=separator, end=end, glue=self.glue,
                 truncate=self.truncate,
             )  # fmt: skip
+            cut.append(items.cut)
             return (packed_rows if packed else prompted_rows)(items, self.length, pad=pad)
 
         def loss(params: Params, batch: Inputs, key: jax.Array) -> jax.Array:
             rest: dict[str, Any] = {"deterministic": False, "rngs": {"dropout": key}}
-            total, count = losses(model.apply, params, batch, train.label_smoothing, **rest).sum(axis=0)
-            return total / jnp.maximum(count, 1.0)
+            return per_token(losses(model.apply, params, batch, train.label_smoothing, **rest), batch)
 
         splits = self.data()
         made = rows(splits.train, packed=self.packed)
         held_out = Batches(rows(splits.validation, packed=False), evaluate_batch, last="pad", epochs=1)
         first, behind = ([] if token is None else [token] for token in (begin, separator))
         prompts = [[*first, *encode(item.source), *behind] for item in splits.test]
-        width = max(map(len, prompts))
+        width = max(map(len, prompts), default=0)
+        if not 0 < width <= model.config.context - self.decoding.new_tokens:
+            raise ConfigError(
+                f"the longest test prompt has {width} tokens; with task.decoding.new_tokens={self.decoding.new_tokens} "
+                f"it has to fit into the model's context, {model.config.context}"
+            )
 
         def evaluator(apply: Apply) -> Callable[[Params, Split], Scores]:
             forward = jax.jit(lambda params, batch: losses(apply, params, batch, 0.0))
@@ -116,8 +123,8 @@ class Completion:
             decides=Metric("loss", "lower"),
             shows=Metric(shown, "higher"),
             examples=len(made),
-            held_out=f"{len(splits.validation):,} validation examples, {len(prompts):,} test prompts",
-            batches=lambda batch, seed: Batches(made, batch, seed),
+            held_out=f"{len(splits.validation):,} validation examples, {len(prompts):,} test prompts{shortened(cut)}",
+            batches=lambda batch, seed: shared(Batches(made, batch, seed)),
             loss=loss,
             evaluator=evaluator,
             tokens=lambda batch: int(batch["mask"].sum()),
@@ -125,6 +132,29 @@ class Completion:
             digest=hashlib.sha256(repr(splits).encode()).hexdigest()[:16],
             samples=samples,
         )
+
+
+def shared(batches: Batches) -> Callable[[int], Batch]:
+    """Batches with `share` (batch,): the tokens of the whole batch that count, per row; see `per_token`."""
+
+    def batch(step: int) -> Batch:
+        found = batches(step)
+        count = found["loss_mask"][:, 1:].sum() / len(found["loss_mask"])
+        return found | {"share": np.full(len(found["loss_mask"]), count, np.float32)}
+
+    return batch
+
+
+def per_token(sums: jax.Array, batch: Inputs) -> jax.Array:
+    """The mean loss of a batch's tokens, from `losses`; or such a part of it that the mean over the parts of a batch is
+    the mean over its tokens, however many each part has.
+    """
+    return sums[:, 0].sum() / jnp.maximum(batch["share"].sum(), 1.0)
+
+
+def shortened(cut: Sequence[int]) -> str:
+    """What is said of examples that were cut."""
+    return f"; {sum(cut):,} examples were cut to the rows' length" if any(cut) else ""
 
 
 def losses(apply: Apply, params: Params, batch: Inputs, smoothing: float, **rest: Any) -> jax.Array:

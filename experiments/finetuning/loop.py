@@ -44,8 +44,8 @@ class Result:
       points: its evaluations.
       best: the step whose evaluation decided.
       test: the scores there, on the test split.
-      tokens_per_second: in training, evaluations aside.
-      seconds: of the training steps.
+      tokens_per_second: in training, evaluations and the first step, which is compiled, aside.
+      seconds: of those steps.
       diverged: the error's words; the run's result is what was best before.
     """
 
@@ -92,8 +92,9 @@ class Trainer:
 
     @property
     def merges(self) -> bool:
-        """Whether the method gives plain weights."""
-        return self.run.method.activation is None
+        """Whether the method gives plain weights, and those of the base take the update without rounding it away."""
+        config: Any = self.work.model.config
+        return self.run.method.activation is None and config.param_dtype == "float32"
 
     @functools.cached_property
     def merged(self) -> Callable[[jlora.Adapted], Params]:
@@ -162,19 +163,22 @@ def train(trainer: Trainer, seed: int, params: Params, folder: Path, live: Live,
         losses: list[jax.Array] = []
         try:
             for i in range(done, trainer.steps):
-                batch = batches(i)
                 began = time.monotonic()
+                batch = batches(i)
                 with jax.transfer_guard("disallow"):
                     state, metrics = trainer.step(state, batch)
                 losses.append(metrics["loss"])
                 end = (i + 1) % every == 0 or i + 1 == trainer.steps
                 if end:
                     state.check()
-                seconds, tokens = seconds + time.monotonic() - began, tokens + work.tokens(batch)
+                if i == done:
+                    state.check()  # the first step is compiled: it is waited for, and not counted
+                else:
+                    seconds, tokens = seconds + time.monotonic() - began, tokens + work.tokens(batch)
                 if len(losses) > 1:  # the one before the last is there already: the step has looked at it
                     loss = float(jax.device_get(losses[-2]))
-                    board.scalars(i, {"train/loss": loss, "train/tokens_per_second": tokens / seconds})
-                    live.note(label, f"loss {loss:.3f}  {tokens / seconds:,.0f} tokens/s")
+                    board.scalars(i, {"train/loss": loss, "train/tokens_per_second": tokens / max(seconds, 1e-9)})
+                    live.note(label, f"loss {loss:.3f}  {tokens / max(seconds, 1e-9):,.0f} tokens/s")
                 live.advance(label, i + 1)
                 if end:
                     points.add(i + 1, losses, state.adapted)

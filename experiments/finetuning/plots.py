@@ -42,7 +42,14 @@ def curves(
             points, colour = found[0].points, COLOURS[i % len(COLOURS)]
             style = "-" if i < len(COLOURS) else "--"
             trained = [(p.step, p.loss) for p in points if p.loss is not None]
-            left.plot(*zip(*trained, strict=True), style, color=colour, marker="o", markersize=3)
+            left.plot(
+                [step for step, _ in trained],
+                [loss for _, loss in trained],
+                style,
+                color=colour,
+                marker="o",
+                markersize=3,
+            )
             right.plot(
                 [p.step for p in points], [p.scores[decides] for p in points], style, color=colour, marker="o",
                 markersize=3, label=plans[name].label,

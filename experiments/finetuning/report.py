@@ -65,13 +65,15 @@ def opening(experiment: Finetune, work: Work, params: Any, plans: Sequence[Plan]
     dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
     width = max(len(plan.label) for plan in plans)
     train = experiment.train
+    dropout = getattr(getattr(work.model, "config", None), "dropout", 0.0)
     return [
         f"{experiment.name}: {experiment.task.label}",
         f"data      {work.examples:,} training rows; {work.held_out}",
         f"model     {type(work.model).__name__}, {total:,} parameters, {dtypes}, {in_bytes(size)}",
         f"schedule  {steps:,} steps of {train.batch} rows"
         + (f" ({train.length})" if isinstance(train.length, str) else "")
-        + f", {len(experiment.seeds)} seed{'s' if len(experiment.seeds) > 1 else ''} a run",
+        + f", {len(experiment.seeds)} seed{'s' if len(experiment.seeds) > 1 else ''} a run, "
+        f"dropout {dropout:g} in the model",
         *(
             f"{plan.label.ljust(width)}  {plan.sites} weights; trains {plan.count.trainable:,} parameters "
             f"({100 * plan.count.trainable / plan.count.total:.2f} %); beside the model {in_bytes(plan.factor_bytes)} "
@@ -86,7 +88,7 @@ def scores(work: Work, plans: Mapping[str, Plan], results: Mapping[str, Sequence
     first = work.shows.name
     names = [first, *(name for name in next(iter(results.values()))[0].test if name != first)]
     rows = [
-        [plans[run].label, *(_spread([result.test[name] for result in found]) for name in names)]
+        [plans[run].label + _diverged(found), *(_spread([result.test[name] for result in found]) for name in names)]
         for run, found in results.items()
     ]
     return [["", *names], *rows]
@@ -125,6 +127,12 @@ def as_json(
         }
         for name, found in results.items()
     }
+
+
+def _diverged(found: Sequence[Result]) -> str:
+    """What is said of runs whose result is what was best before they diverged."""
+    count = sum(result.diverged is not None for result in found)
+    return f" ({count} of {len(found)} diverged)" if count else ""
 
 
 def _spread(values: Sequence[float]) -> str:

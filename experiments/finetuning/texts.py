@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import ConfigError
 from experiments.data.batches import Batches
 from experiments.data.files import DataError
 from experiments.data.token_file import TokenWindows
-from experiments.finetuning.completion import completed, losses
+from experiments.finetuning.completion import completed, losses, per_token, shared
 from experiments.finetuning.schedule import Decoding, Schedule
 from experiments.finetuning.work import Apply, Inputs, Metric, Params, Scores, Split, Work, outputs
 from jlora import models
@@ -67,8 +66,7 @@ class Texts:
 
         def loss(params: Params, batch: Inputs, key: jax.Array) -> jax.Array:
             rest: dict[str, Any] = {"deterministic": False, "rngs": {"dropout": key}}
-            total, count = losses(model.apply, params, batch, train.label_smoothing, **rest).sum(axis=0)
-            return total / jnp.maximum(count, 1.0)
+            return per_token(losses(model.apply, params, batch, train.label_smoothing, **rest), batch)
 
         def evaluator(apply: Apply) -> Callable[[Params, Split], Scores]:
             forward = jax.jit(lambda params, batch: losses(apply, params, batch, 0.0))
@@ -97,7 +95,7 @@ class Texts:
             shows=Metric(BITS, "lower"),
             examples=len(windows["train"]),
             held_out=f"{len(windows['validation']):,} validation, {len(windows['test']):,} test windows",
-            batches=lambda batch, seed: Batches(windows["train"], batch, seed),
+            batches=lambda batch, seed: shared(Batches(windows["train"], batch, seed)),
             loss=loss,
             evaluator=evaluator,
             tokens=lambda batch: int(batch["mask"].sum()),

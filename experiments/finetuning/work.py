@@ -45,7 +45,7 @@ class Work:
       shows: the score of the plot and the table's first column, on the test split.
       examples: in an epoch.
       held_out: what the other splits have, for people: "872 validation, 1,821 test examples".
-      batches: (batch size, seed) -> the training batches of each step.
+      batches: (batch size, seed) -> step -> the training batch.
       loss: (params, batch, key) -> the mean loss in nats, with the model's dropout.
       evaluator: apply -> a function (params, split) -> scores; "loss" is among those of the validation split.
       tokens: batch -> how many tokens are no padding; images have patches.
@@ -60,7 +60,7 @@ class Work:
     shows: Metric
     examples: int
     held_out: str
-    batches: Callable[[int, int], Batches]
+    batches: Callable[[int, int], Callable[[int], Batch]]
     loss: Callable[[Params, Inputs, jax.Array], jax.Array]
     evaluator: Callable[[Apply], Callable[[Params, Split], Scores]]
     tokens: Callable[[Batch], int]
