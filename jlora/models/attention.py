@@ -66,6 +66,8 @@ class DotProductAttention(nn.Module):
         implementation = self.implementation or ("cudnn" if flash else "xla")
         if implementation == "cudnn" and mask is not None:  # which wants to see every query's row
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
+        if implementation == "cudnn" and bias is not None:  # and a bias of the operands' dtype
+            bias = bias.astype(query.dtype)
         return jax.nn.dot_product_attention(
             query, key, value, bias, mask, scale=self.scale, is_causal=causal,
             local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
