@@ -21,6 +21,8 @@ from jlora.models.bert import Bert, BertConfig
 from jlora.models.roberta import Roberta, RobertaConfig
 from tests.conformance import normal, randomised
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden" / "models"
 SHAPE = {"vocab_size": 40, "context": 16, "width": 16, "layers": 2, "heads": 2, "hidden": 24}
 MODELS = {"bert": Bert(BertConfig(**SHAPE)), "roberta": Roberta(RobertaConfig(**SHAPE))}

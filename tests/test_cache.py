@@ -12,6 +12,8 @@ from jlora.models import cache as kv
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 
+pytestmark = pytest.mark.once
+
 SHAPE = {"vocab_size": 32, "context": 16, "width": 16, "layers": 2, "heads": 4, "hidden": 24}
 MODELS = {
     "gpt2": GPT2(GPT2Config(**SHAPE)),

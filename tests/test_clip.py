@@ -19,6 +19,8 @@ from jlora.models.clip import CLIP, PRESETS, CLIPConfig, CLIPText, CLIPTextConfi
 from jlora.models.clip.params import read, read_text, read_vision
 from tests.conformance import normal, randomised
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden" / "models"
 END = 39
 TEXT = CLIPTextConfig(vocab_size=40, context=16, width=16, layers=2, heads=2, hidden=24, end=END)

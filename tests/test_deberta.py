@@ -20,6 +20,8 @@ from jlora.models.deberta.params import read
 from jlora.models.deberta.relative import bucketed, rows
 from tests.conformance import normal, randomised
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden" / "models"
 SHAPE = {"vocab_size": 40, "context": 16, "width": 16, "layers": 2, "heads": 2, "hidden": 24, "buckets": 8}
 V3 = Deberta(DebertaConfig(**SHAPE))

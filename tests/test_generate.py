@@ -21,6 +21,8 @@ from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.llama.rope import Linear
 from jlora.models.sampling import Sampling
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden" / "models"
 TYPES = {architecture.model_type for architecture in ARCHITECTURES}
 FILES = sorted(

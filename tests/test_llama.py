@@ -20,6 +20,8 @@ from jlora.models.llama.params import read_rope, write_rope
 from jlora.models.llama.rope import Default, Dynamic, Linear, Llama3, Yarn, turn, turned
 from tests.conformance import randomised
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden" / "models"
 SMALL = LlamaConfig(
     family="qwen3",

@@ -22,6 +22,8 @@ from experiments.adapters import loralib, torch_file
 from jlora import models
 from jlora.models.roberta import PRESETS, Roberta
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "loralib.bin"
 MNLI = Path(os.environ.get("JLORA_WEIGHTS", "")) / "real_loras" / "microsoft_roberta_base_lora_mnli.bin"

@@ -15,6 +15,8 @@ import pytest
 from jlora import models
 from jlora.models.llama import llama2c
 
+pytestmark = pytest.mark.once
+
 STORIES = Path(os.environ.get("JLORA_WEIGHTS", "."), "stories260K")
 needs_weights = pytest.mark.skipif(
     not STORIES.is_dir(), reason="JLORA_WEIGHTS names no folder in which stories260K/ lies"

@@ -13,6 +13,8 @@ import pytest
 
 from jlora.models import Tokenizer
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden" / "models"
 NAMES = ("tokenizers/gpt2", "tokenizers/bert", "tokenizers/llama", "tokenizers/llama_legacy", "gpt2_causal_lm")
 FILES = (
