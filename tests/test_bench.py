@@ -1,12 +1,14 @@
 """The benchmark runs, refuses to compare programs that compute different things, and keeps what it printed."""
 
 import json
+import unittest.mock
 from pathlib import Path
 
 import pytest
 
-from experiments.bench import step
+from experiments.bench import generate, step
 from experiments.bench.step import Variant
+from jlora.models.gpt2 import GPT2Config
 
 # As a user runs it: the optimizer and the model are under the promotion that they were written for.
 pytestmark = [pytest.mark.once, pytest.mark.loose_promotion]
@@ -66,3 +68,15 @@ def test_options_replace_the_presets_shape():
     )
     assert step.SIZES["gpt2-medium"].batch * step.SIZES["gpt2-medium"].length == 8192
     assert step.SIZES["gpt2-medium"].model.vocab_size == 50257
+
+
+def test_tokens_per_second_are_reported_for_each_form(capsys):
+    options = {"layers": 1, "batch": 1, "prompt": 2, "new-tokens": 2, "rounds": 1, "rank": 1}
+    told = [text for name, value in options.items() for text in (f"--{name}", str(value))] + ["--beams", "1", "2"]
+    with unittest.mock.patch.dict(
+        generate.PRESETS, {"gpt2": GPT2Config(vocab_size=16, context=8, width=8, layers=1, heads=2)}
+    ):
+        assert generate.main(told) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].count("to base") == 3 and [line.split("|")[2].strip() for line in lines[4:]] == ["1", "2"]
+    assert all(float(cell.replace(",", "")) > 0 for line in lines[4:] for cell in line.strip("|").split("|"))
