@@ -37,5 +37,5 @@ def config() -> Finetune:
 
 
 def small() -> Finetune:
-    """A few steps of a tiny Llama."""
-    return gsm8k.small(config())
+    """A few steps of a tiny Llama, in bfloat16 as the large one."""
+    return gsm8k.small(config(), dtype="bfloat16", param_dtype="bfloat16", remat=True)

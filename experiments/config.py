@@ -266,7 +266,7 @@ def _replace(node: Any, path: list[str], value: Any) -> Any:
 
 
 def _parse(path: str, text: str, hint: Any) -> Any:
-    """The value of a text as the type of its field: int, float, bool, str, a tuple of floats, or a union of these."""
+    """The value of a text as the type of its field: int, float, bool, str, a tuple of numbers, or a union of these."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     try:
         value = ast.literal_eval(text)
@@ -277,8 +277,9 @@ def _parse(path: str, text: str, hint: Any) -> Any:
             return float(value)
         if typing.get_origin(kind) is tuple and isinstance(value, int | float | tuple):
             members = value if isinstance(value, tuple) else (value,)
-            if all(type(member) in (int, float) for member in members):
-                return tuple(float(member) for member in members)
+            whole = typing.get_args(kind)[0] is int
+            if all(type(member) in ((int,) if whole else (int, float)) for member in members):
+                return members if whole else tuple(float(member) for member in members)
         if isinstance(kind, type) and type(value) is kind:
             return value
     if str in kinds:

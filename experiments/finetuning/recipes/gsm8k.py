@@ -54,8 +54,8 @@ def experiment(run: Run) -> Finetune:
     )  # fmt: skip
 
 
-def small(whole: Finetune) -> Finetune:
-    """A few steps of a tiny Llama, in bfloat16 as the large one."""
+def small(whole: Finetune, **options: Any) -> Finetune:
+    """A few steps of a tiny Llama."""
     assert isinstance(whole.task, Completion)
     decoding = dataclasses.replace(whole.task.decoding, new_tokens=8, batch=16)
     return dataclasses.replace(
@@ -66,6 +66,7 @@ def small(whole: Finetune) -> Finetune:
         runs=tuple(dataclasses.replace(run, learning_rate=1e-2) for run in whole.runs),
         train=dataclasses.replace(whole.train, length=4, batch=4, evaluate_every=2),
         seeds=(0,),
+        options={"scan": True, **options},
         evaluate_batch=8,
     )
 
