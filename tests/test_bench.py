@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench import generate, step
+from experiments.bench import generate, models, step
 from experiments.bench.step import Variant
 from jlora.models.gpt2 import GPT2Config
 
@@ -80,3 +80,19 @@ def test_tokens_per_second_are_reported_for_each_form(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].count("to base") == 3 and [line.split("|")[2].strip() for line in lines[4:]] == ["1", "2"]
     assert all(float(cell.replace(",", "")) > 0 for line in lines[4:] for cell in line.strip("|").split("|"))
+
+
+def test_where_torch_is_absent_the_comparison_with_peft_is_skipped(monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setattr(models, "NEEDED", ("torch_that_is_not_there", "peft_neither"))
+    assert models.main(["--out", str(tmp_path)]) == []
+    said = capsys.readouterr().out
+    assert said.startswith("skipped: PEFT's side needs torch_that_is_not_there, peft_neither: pip install ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_comparison_wants_an_even_rank(capsys):
+    with pytest.raises(SystemExit):
+        models.main(["--rank", "3"])
+    assert (
+        "--rank 3: PEFT's rank for GPT-2's c_attn is half as large again: give an even one" in capsys.readouterr().err
+    )
