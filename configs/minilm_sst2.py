@@ -44,7 +44,7 @@ def small() -> Finetune:
         name="minilm_sst2_small",
         checkpoint=tiny.bert,
         task=dataclasses.replace(whole.task, data=few),
-        runs=(whole.runs[0], whole.runs[1]),
+        runs=tuple(dataclasses.replace(run, learning_rate=1e-2) for run in whole.runs[:2]),
         train=dataclasses.replace(whole.train, length=4, batch=4, evaluate_every=2),
         seeds=(0,),
         options={**whole.options, "scan": True},

@@ -129,7 +129,7 @@ def test_a_small_form_ends_and_leaves_what_it_promises(ended):
     for picture in ("quality.png", "curves.png"):
         assert len(np.unique((255 * plt.imread(folder / picture)[..., :3]).astype(int) @ (65536, 256, 1))) > 50
         assert f"({picture})" in table
-    title, *tables, last = out[out.rindex(f"{out.partition(chr(10))[0]}, test\n") :].splitlines()
+    _, *tables, last = out[out.rindex(f"{out.partition(chr(10))[0]}, test\n") :].splitlines()
     assert len(tables) > 8 and max(map(len, tables)) <= 80 and str(folder) in last
 
 
@@ -261,6 +261,8 @@ def test_a_config_trains_as_many_parameters_as_its_docstring_says(name):
     )
     factors = sum(leaf.size for site in adapted.sites for leaf in adapted.factors[site.path].values())
     assert (factors, jlora.count(adapted).trainable) == COUNTS[name]
+    linear = {"query", "key", "value", "out", "gate", "up", "down"}
+    assert {site.path.split("/")[-2] for site in adapted.sites} == (linear if name in GSM8K else {"query", "value"})
     assert f"{factors:,}" in (CONFIGS / f"{name}.py").read_text()
 
 
