@@ -307,7 +307,7 @@ def test_e2e_is_trained_and_decoded_as_in_the_paper():
     assert repr(run.method) == "lora(rank=4, alpha=32, init='kaiming_uniform', dropout=0.1)"
     assert (run.learning_rate, train.length, train.batch, train.warmup) == (2e-4, "5 epochs", 8, 500)
     assert (train.weight_decay, train.label_smoothing, train.clip, train.decay) == (0.01, 0.1, None, "linear")
-    assert decoding == Decoding(64, beams=10, length_penalty=0.8)
+    assert decoding == Decoding(64, beams=10, length_penalty=0.8, no_repeat_ngram=4, of_prompt=False)
     assert experiment.task.length == 512 and "dropout" not in experiment.options
 
 

@@ -174,6 +174,18 @@ def test_several_tokens_may_end_a_text(gpt2):
         np.testing.assert_array_equal(row, [*full[: stop + 1], *[31] * (5 - stop)])
 
 
+def test_the_prompts_ngrams_count_or_not(gpt2):
+    plan = {"mask": MASK, "beams": 3, "new_tokens": 8, "no_repeat_ngram": 1}
+    texts = {of: models.beam_search(*gpt2, PROMPT, of_prompt=of, **plan).tokens[:, 0] for of in (True, False)}
+    for of, rows in texts.items():
+        for row, prompt in zip(np.asarray(rows), np.asarray(PROMPT), strict=True):
+            new = row[4:].tolist()
+            assert len(set(new)) == 8  # no token twice
+            if of:
+                assert not set(new) & set(prompt.tolist())
+    assert (texts[True] != texts[False]).any()  # some text wants a token of its prompt
+
+
 def test_one_beam_is_greedy(gpt2):
     found = models.beam_search(*gpt2, PROMPT, mask=MASK, beams=1, new_tokens=6)
     np.testing.assert_array_equal(found.tokens[:, 0], models.generate(*gpt2, PROMPT, mask=MASK, new_tokens=6))

@@ -193,7 +193,7 @@ def completed(
         else:
             out = models.beam_search(
                 model, params, jnp.asarray(tokens), beams=decoding.beams, length_penalty=decoding.length_penalty,
-                no_repeat_ngram=decoding.no_repeat_ngram, **told,
+                no_repeat_ngram=decoding.no_repeat_ngram, of_prompt=decoding.of_prompt, **told,
             ).tokens[:, 0]  # fmt: skip
         for row in jax.device_get(out)[: len(part), width:].tolist():
             kept = row[: row.index(tokenizer.eos)] if tokenizer.eos in row else row

@@ -77,6 +77,7 @@ class Decoding:
       beams: 1 for one token after the other.
       length_penalty: of the beams; see `jlora.models.beam_search`.
       no_repeat_ngram: no n tokens in a row occur twice; 0 for no such rule.
+      of_prompt: with beams, whether those of the prompt count, as in transformers; not so in the LoRA paper's code.
       temperature, top_p: how tokens are drawn where there is one beam, see `jlora.models.Sampling`; 0 for the best.
       batch: prompts at a time.
     """
@@ -85,6 +86,7 @@ class Decoding:
     beams: int = 1
     length_penalty: float = 1.0
     no_repeat_ngram: int = 0
+    of_prompt: bool = True
     temperature: float = 0.0
     top_p: float = 1.0
     batch: int = 16

@@ -34,6 +34,7 @@ class Search(NamedTuple):
     new_tokens: int
     length_penalty: float
     no_repeat_ngram: int
+    of_prompt: bool
     early_stopping: bool | Literal["never"]
     eos: tuple[int, ...]
     pad: int
@@ -50,6 +51,7 @@ def beam_search(
     returned: int = 1,
     length_penalty: float = 1.0,
     no_repeat_ngram: int = 0,
+    of_prompt: bool = True,
     early_stopping: bool | Literal["never"] = False,
     eos: int | tuple[int, ...] | None = None,
     pad: int = 0,
@@ -63,6 +65,8 @@ def beam_search(
       returned: how many of them come back, at most `beams`.
       length_penalty: 0 prefers short texts, larger values longer ones. The LoRA paper has 0.9 (its code 0.8) on E2E.
       no_repeat_ngram: as in `Sampling`.
+      of_prompt: the prompt's n-grams count among the repeated ones, as in Hugging Face's `generate`; False for those of
+        the new tokens alone, as in the LoRA paper's code.
       early_stopping: True ends a search when `beams` texts have ended; False also when what goes on could not be
         better at its present length; "never" at no length up to `new_tokens`.
 
@@ -78,7 +82,9 @@ def beam_search(
         raise ValueError(f"early_stopping is True, False or 'never', got {early_stopping!r}")
     check_ngram(no_repeat_ngram)
     prompt = checked(model, tokens, mask, new_tokens)
-    told = Search(beams, returned, new_tokens, length_penalty, no_repeat_ngram, early_stopping, ends(eos), pad)
+    told = Search(
+        beams, returned, new_tokens, length_penalty, no_repeat_ngram, of_prompt, early_stopping, ends(eos), pad
+    )
     return search(Decoder(model, model.apply if apply is None else apply), told, params, prompt)
 
 
@@ -116,7 +122,8 @@ def search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> Beams
     def advance(state: _State) -> _State:
         used = length + state.step
         flat = state.running.reshape(batch * beams, slots)
-        log_probs = without_repeats(state.log_probs, flat, used, told.no_repeat_ngram)
+        seen, count = (flat, used) if told.of_prompt else (flat[:, length:], state.step)
+        log_probs = without_repeats(state.log_probs, seen, count, told.no_repeat_ngram)
         scores, parents, new = _continuations(log_probs, state.running_scores, told)
         candidates = jnp.take_along_axis(state.running, parents[:, :, None], axis=1)  # (batch, kept, slots)
         candidates = jax.lax.dynamic_update_slice_in_dim(candidates, new[:, :, None], used, axis=2)

@@ -24,8 +24,8 @@ def experiment(name: str, label: str, checkpoint: str) -> Finetune:
         checkpoint=checkpoint,
         task=Completion(
             f"{label} on E2E", read, partial(measure, java=True),
-            # no_repeat_ngram=4 in the paper, of the new tokens alone: here the prompt's names could not be written.
-            Decoding(new_tokens=64, beams=10, length_penalty=0.8), length=512, separated=True,
+            # Of the new tokens alone, as in the paper's code: the references repeat four tokens of the prompt's names.
+            Decoding(64, beams=10, length_penalty=0.8, no_repeat_ngram=4, of_prompt=False), length=512, separated=True,
         ),
         runs=(Run("lora", "LoRA q,v r=4", jlora.lora(4, alpha=32, init="kaiming_uniform", dropout=0.1), 2e-4, QV),),
         train=Schedule("5 epochs", batch=8, warmup=500, weight_decay=0.01, label_smoothing=0.1),
