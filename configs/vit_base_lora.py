@@ -7,9 +7,9 @@ Hardware:  not run: needs a GPU and the hub
 
 Trained:   294,912 parameters of LoRA, 4 * 12 layers * 768 * r with r=8, and a new head of 769 for each class: 76,900
            with CIFAR-100's. VeRA counts without the head: 294.9K.
-Recipe:    Kopiczko et al., "VeRA", arXiv 2310.11454, Table 5 and section 4.4: q and v, r=8, ten images of each class
-           to learn from, which the folder has to hold. Its learning rates, batch and epochs could not be had: those
-           here are ours and not tried.
+Recipe:    Kopiczko et al., "VeRA", arXiv 2310.11454, Table 5: q and v, r=8. That it learns from ten images of each
+           class is from memory, not checked; the folder has to hold them. Its learning rates, batch and epochs could
+           not be had: those here are ours and not tried.
 
 Published (accuracy in percent):
 
