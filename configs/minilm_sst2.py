@@ -29,7 +29,7 @@ def config() -> Finetune:
         checkpoint=minilm,
         task=Classification("MiniLM on SST-2", sst2, 2, partial(metrics.glue, "sst2"), length=32),
         runs=runs(),
-        train=Schedule("2 epochs", batch=32, evaluate_every="0.5 epochs", weight_decay=0.01),
+        train=Schedule("1 epochs", batch=32, evaluate_every="0.5 epochs", weight_decay=0.01),
         seeds=(0, 1, 2),
         options={"dropout": 0.1},
         evaluate_batch=128,

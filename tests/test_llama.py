@@ -170,7 +170,6 @@ def test_prefixes_are_seen_and_padding_is_not(scan):
 # -- the computation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.loose_promotion  # of jax.nn.dot_product_attention, in bfloat16
 def test_bfloat16_is_close_to_float32():
     model = changed(WINDOWS, head="none", scan=True)
     params = parameters(model)

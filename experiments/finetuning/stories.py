@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import tokenizers  # type: ignore[import-untyped]
+import tokenizers
 from tokenizers import decoders, normalizers
 
 from experiments.config import ConfigError

@@ -68,10 +68,11 @@ class DotProductAttention(nn.Module):
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
         if implementation == "cudnn" and bias is not None:  # and a bias of the operands' dtype
             bias = bias.astype(query.dtype)
-        return jax.nn.dot_product_attention(
-            query, key, value, bias, mask, scale=self.scale, is_causal=causal,
-            local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
-        )  # fmt: skip
+        with jax.numpy_dtype_promotion("standard"):  # inside, it promotes half operands to float32 by itself
+            return jax.nn.dot_product_attention(
+                query, key, value, bias, mask, scale=self.scale, is_causal=causal,
+                local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
+            )  # fmt: skip
 
 
 def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:

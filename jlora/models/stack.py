@@ -23,7 +23,13 @@ class Config(Protocol):
 
 
 def stack(
-    block: type[nn.Module], config: Config, h: jax.Array, each: Any, *shared: Any, deterministic: bool
+    block: type[nn.Module],
+    config: Config,
+    h: jax.Array,
+    each: Any,
+    *shared: Any,
+    deterministic: bool,
+    last: type[nn.Module] | None = None,
 ) -> tuple[jax.Array, Any]:
     """Sends `h` through `config.layers` blocks, called within a compact method.
 
@@ -34,13 +40,15 @@ def stack(
       each: what each layer has of its own, such as a cache: a tuple, or stacked on axis 0 when scanned; or None.
       shared: what all layers share, such as a mask.
       deterministic: no dropout.
+      last: the last block, where it need not answer for every token. A scan has `block` there, too: it has one program.
 
     Returns:
       h, and what is new of all layers, in the form of `each`; None where that is.
     """
+    kinds = [block] * (config.layers - 1) + [last or block]
     if config.remat:
         policy = None if config.remat is True else getattr(jax.checkpoint_policies, config.remat)
-        block = nn.remat(block, prevent_cse=not config.scan, policy=policy)
+        block, *kinds = (nn.remat(kind, prevent_cse=not config.scan, policy=policy) for kind in (block, *kinds))
     if config.scan:
         layers = nn.scan(
             block,
@@ -51,8 +59,8 @@ def stack(
         )
         return layers(config, deterministic, name="h")(h, each, *shared)
     new = []
-    for i in range(config.layers):
-        h, mine = block(config, deterministic, name=f"h_{i}")(h, None if each is None else each[i], *shared)
+    for i, kind in enumerate(kinds):
+        h, mine = kind(config, deterministic, name=f"h_{i}")(h, None if each is None else each[i], *shared)
         new.append(mine)
     return h, None if each is None else tuple(new)
 

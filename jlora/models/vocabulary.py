@@ -105,10 +105,10 @@ def _checked(token: Any, file: Path, key: str) -> Token:
 
 def _library() -> ModuleType:
     try:
-        import tokenizers  # type: ignore[import-untyped]
+        import tokenizers
     except ImportError as error:
         raise ImportError("to read a tokenizer needs the tokenizers library: pip install jlora[models]") from error
-    return cast(ModuleType, tokenizers)
+    return tokenizers
 
 
 def _backend(library: ModuleType, read: _Files) -> tuple[Any, "_Family | None"]:

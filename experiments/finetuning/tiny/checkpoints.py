@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers  # type: ignore[import-untyped]
+import tokenizers
 from flax import linen as nn
 from flax import traverse_util
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers

@@ -5,6 +5,7 @@ Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers fo
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -132,32 +133,40 @@ class Bert(nn.Module):
 class Block(nn.Module):
     """norm(h + attention(h)), then norm(h + mlp(h))."""
 
+    answers: ClassVar[int | None] = None  # for so many tokens, the first ones; None for all
     config: BertConfig
     deterministic: bool
 
     @nn.compact
     def __call__(self, h: jax.Array, each: None, mask: jax.Array | None) -> tuple[jax.Array, None]:
         c = self.config
-        h = norm(c, "ln_1")(h + Attention(c, self.deterministic, name="attn")(h, mask))
+        queries = h[:, : self.answers]
+        h = norm(c, "ln_1")(queries + Attention(c, self.deterministic, name="attn")(queries, h, mask))
         h = norm(c, "ln_2")(h + MLP(c, self.deterministic, name="mlp")(h))
         return h, each
 
 
+class FirstToken(Block):
+    """A block whose output has the first token alone: (batch, length, width) -> (batch, 1, width)."""
+
+    answers = 1
+
+
 class Attention(nn.Module):
-    """Self-attention: every token sees every token that is no padding."""
+    """Attention to every token that is no padding: (batch, queries, width), (batch, length, width) -> the first."""
 
     config: BertConfig
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, queries: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         c = self.config
         q, k, v = (
-            dense(c, c.width, name)(x).reshape(*x.shape[:2], c.heads, -1)  # (batch, length, heads, width / heads)
-            for name in ("query", "key", "value")
+            dense(c, c.width, name)(of).reshape(*of.shape[:2], c.heads, -1)  # (batch, length, heads, width / heads)
+            for name, of in (("query", queries), ("key", x), ("value", x))
         )
         attend = DotProductAttention(dropout=c.dropout, deterministic=self.deterministic, name="core")
-        y = dense(c, c.width, "out")(attend(q, k, v, mask).reshape(x.shape))
+        y = dense(c, c.width, "out")(attend(q, k, v, mask).reshape(queries.shape))
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
 
 
@@ -205,10 +214,15 @@ def embedded(
 
 
 def encoded(config: BertConfig, h: jax.Array, mask: jax.Array | None, deterministic: bool) -> jax.Array:
-    """The last block's output, from the sum of the embeddings: (batch, length, width) both."""
+    """The last block's output, from the sum of the embeddings: (batch, length, width) both.
+
+    Who labels the whole sequence reads the first token: of its last block the others are not computed, a twelfth of
+    BERT-base's work. The output is (batch, 1, width) then, but of a scan.
+    """
     h = nn.Dropout(config.dropout, deterministic=deterministic)(norm(config, "ln_e")(h))
     seen = None if mask is None else mask[:, None, None, :].astype(bool)  # (batch, 1, 1, length)
-    h, _ = stack(Block, config, h, None, seen, deterministic=deterministic)
+    last = FirstToken if config.head == "sequence_classification" else None
+    h, _ = stack(Block, config, h, None, seen, deterministic=deterministic, last=last)
     return h
 
 

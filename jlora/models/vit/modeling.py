@@ -5,6 +5,7 @@ as in Hugging Face's `ViTForImageClassification`, the pooler as in its `ViTModel
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,8 @@ class ViT(nn.Module):
             raise ValueError(f"the images are {images.shape[1:]}, the model's are {expected} (height, width, channels)")
         h = _embedded(c, self, images)  # (batch, 1 + patches, width)
         h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
-        h, _ = stack(Block, c, h, None, deterministic=deterministic)
+        last = FirstToken if c.head == "image_classification" else None  # which reads no other
+        h, _ = stack(Block, c, h, None, deterministic=deterministic, last=last)
         h = _norm(c, "ln_f")(h)  # (batch, 1 + patches, width)
         if c.head == "image_classification":
             return _dense(c, c.labels, "head")(h[:, 0]).astype(jnp.float32)  # (batch, labels)
@@ -132,34 +134,41 @@ def _embedded(c: ViTConfig, module: nn.Module, images: jax.Array) -> jax.Array:
 class Block(nn.Module):
     """h + attention(norm(h)), then h + mlp(norm(h)); with a None, as `stack` wants it."""
 
+    answers: ClassVar[int | None] = None  # for so many tokens, the first ones; None for all
     config: ViTConfig
     deterministic: bool
 
     @nn.compact
     def __call__(self, h: jax.Array, _: None) -> tuple[jax.Array, None]:
         c = self.config
-        h = h + Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h))
+        x = _norm(c, "ln_1")(h)
+        h = h[:, : self.answers] + Attention(c, self.deterministic, name="attn")(x[:, : self.answers], x)
         h = h + MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h))
         return h, None
 
 
+class FirstToken(Block):
+    """A block whose output has [CLS] alone: (batch, 1 + patches, width) -> (batch, 1, width)."""
+
+    answers = 1
+
+
 class Attention(nn.Module):
-    """Self-attention of all tokens with all, each of query, key and value with a kernel of its own."""
+    """Attention to all tokens, each of query, key and value with a kernel of its own: queries, x -> as the queries."""
 
     config: ViTConfig
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, queries: jax.Array, x: jax.Array) -> jax.Array:
         c = self.config
-        batch, length, width = x.shape
         q, k, v = (
-            _dense(c, width, name)(x).reshape(batch, length, c.heads, -1)  # (batch, length, heads, width / heads)
-            for name in ("query", "key", "value")
+            _dense(c, c.width, name)(of).reshape(*of.shape[:2], c.heads, -1)  # (batch, length, heads, width / heads)
+            for name, of in (("query", queries), ("key", x), ("value", x))
         )
         attend = DotProductAttention(dropout=c.dropout, deterministic=self.deterministic, name="core")
-        y = attend(q, k, v).reshape(batch, length, width)
-        return nn.Dropout(c.dropout, deterministic=self.deterministic)(_dense(c, width, "out")(y))
+        y = _dense(c, c.width, "out")(attend(q, k, v).reshape(queries.shape))
+        return nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
 
 
 class MLP(nn.Module):
