@@ -94,6 +94,17 @@ def test_lora_of_queries_and_values_of_roberta_with_its_head_has_the_published_s
     assert jlora.count(adapted).trainable == 887_042
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_classifier_of_the_first_token_computes_no_other_in_the_last_block(name):
+    """There only keys and values of the others are left: 512 of 1,792 weights act on them."""
+    flops = {
+        head: compiled(model).lower(shapes(model)).cost_analysis()["flops"]
+        for head in ("none", "sequence_classification")
+        for model in [changed(MODELS[name], head=head)]
+    }
+    assert flops["sequence_classification"] < 0.75 * flops["none"]
+
+
 @pytest.mark.parametrize(("name", "scan"), [("bert", False), ("roberta", True)])
 def test_lora_is_lifted_without_building_a_weight(name, scan):
     model = changed(MODELS[name], scan=scan, head="sequence_classification")

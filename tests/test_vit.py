@@ -55,6 +55,14 @@ def test_a_preset_has_the_published_number_of_parameters(name, parameters):
     assert size(pooler) == body.width**2 + body.width
 
 
+def test_the_last_block_answers_for_the_first_token_alone_where_a_head_reads_no_other():
+    """A third of three blocks, but the keys and values."""
+    whole = dataclasses.replace(SMALL, head="none")
+    run = lambda config: jax.jit(lambda params: forward(params, images(), config)).lower(shapes(config))
+    flops = [run(config).cost_analysis()["flops"] for config in (whole, SMALL)]
+    assert flops[1] < 0.8 * flops[0]
+
+
 def test_the_parts_are_named_as_gpt2s():
     paths = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
