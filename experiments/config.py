@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -156,12 +157,14 @@ def in_steps(duration: Duration, *, batch: int, examples: int) -> int:
     count, _, unit = str(duration).strip().partition(" ")
     per_step = {"": 1.0, "steps": 1.0, "examples": 1 / batch, "epochs": examples / batch}.get(unit.strip())
     try:
-        steps = round(float(count) * per_step) if per_step else 0
+        exact = float(count) * per_step if per_step else 0.0
     except ValueError:
-        steps = 0
-    if steps < 1:
+        exact = 0.0
+    if not 0 < exact < math.inf:
         raise ConfigError(f"a duration is a positive number of steps, '2 epochs' or '5000 examples'; got {duration!r}")
-    return steps
+    if round(exact) < 1:
+        raise ConfigError(f"{duration!r} is no whole step: an epoch has {examples} examples, a step {batch}")
+    return round(exact)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

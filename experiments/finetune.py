@@ -84,7 +84,8 @@ def run(experiment: Finetune, folder: Path, *, resume: bool, console: Console) -
                 results[trainer.run.name].append(train(trainer, seed, params, place, live, label))
         if experiment.rounds:
             live.say("timing the steps")
-        prices = _prices(experiment, trainers, params)
+        finite = [t for t in trainers if all(result.diverged is None for result in results[t.run.name])]
+        prices = _prices(experiment, finite, params)
     _say_samples(work, trainers, params, folder, experiment.seeds[0], console)
     _report(experiment, folder, work, plans, results, prices, time.monotonic() - started, console)
 
@@ -123,7 +124,7 @@ def _plans(experiment: Finetune, trainers: Sequence[Trainer], params: Params) ->
 
 
 def _prices(experiment: Finetune, trainers: Sequence[Trainer], params: Params) -> dict[str, Cost]:
-    if not experiment.rounds:
+    if not experiment.rounds or not trainers:
         return {}
     programs = {t.run.name: (t.step, t.start(experiment.seeds[0], params)) for t in trainers}
     batch = trainers[0].work.batches(experiment.train.batch, 0)(0)

@@ -189,6 +189,14 @@ def test_a_tower_as_transformers_4_wrote_it(tower, tmp_path):
     assert new.fresh == ("projection/kernel",)
 
 
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_a_tower_is_written_as_transformers_4_reads_it(tower, tmp_path):
+    pretrained = models.load(GOLDEN / f"clip_{tower}")
+    models.save(tmp_path, pretrained.model, pretrained.params)
+    assert all(key.startswith(f"{tower}_model.") for key in load_file(tmp_path / "model.safetensors"))
+    jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path).params, pretrained.params)
+
+
 def test_old_configs_say_things_twice():
     """As openai/clip-vit-large-patch14; what "text_config_dict" does not say is transformers' default."""
     record = json.loads((GOLDEN / "clip" / "config.json").read_text())

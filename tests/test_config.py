@@ -74,6 +74,7 @@ def test_an_override_sets_one_field(item, path, value):
             "train.steps=2 weeks",
             "a duration is a positive number of steps, '2 epochs' or '5000 examples'; got '2 weeks'",
         ),
+        ("train.steps=inf", "a duration is a positive number of steps, '2 epochs' or '5000 examples'; got 'inf'"),
         ("runs.full.learning_rate=fast", "runs.full.learning_rate is of type float, got 'fast'"),
         ("runs.full.method=lora", "runs.full.method is a function: set it in the config file"),
         ("model.heads=3", "width=256 is not a multiple of heads=3"),

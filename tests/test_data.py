@@ -328,6 +328,9 @@ def test_rows_of_the_hub():
         Classified("One.", None, "Two."),
     ]
     assert classified("stsb", [{"sentence1": "A", "sentence2": "B", "label": 2.5}]) == [Classified("A", 2.5, "B")]
+    rows = [{"question1": "Why?", "question2": other, "label": 0} for other in ("", "How?")]
+    with pytest.warns(UserWarning, match="1 malformed rows were left out; the first: qqp, row 1: empty question2"):
+        assert classified("qqp", rows, malformed="skip") == [Classified("Why?", 0, "How?")]
     assert fails(classified, "mnli", [row, {**row, "label": 3}]) == (
         "mnli, row 2: label 3, expected 0 to 2, or -1 for none"
     )

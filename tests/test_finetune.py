@@ -21,8 +21,11 @@ from experiments import config as configs
 from experiments.config import ConfigError
 from experiments.data import hub
 from experiments.data.files import DataError
+from experiments.data.images import ImageFolder
 from experiments.finetune import main
 from experiments.finetuning import Decoding, Finetune, loop, sources, stories, tiny
+from experiments.finetuning.images import Images
+from experiments.finetuning.images import Splits as ImageSplits
 from experiments.finetuning.recipes import e2e, glue, gsm8k
 from experiments.finetuning.texts import Splits, Texts
 from jlora import models
@@ -345,6 +348,17 @@ def test_glue_is_read_from_the_download(task, tmp_path):
     )
 
 
+def test_questions_that_are_empty_in_qqps_training_split_are_left_out(tmp_path):
+    tiny.glue("qqp", tmp_path / "glue")
+    file = next((tmp_path / "glue").rglob("train.tsv"))
+    lines = file.read_text().splitlines()
+    cells = lines[1].split("\t")
+    cells[lines[0].split("\t").index("question2")] = ""
+    file.write_text("\n".join([lines[0], "\t".join(cells), *lines[2:]]) + "\n")
+    with environment(JLORA_DATA=tmp_path), pytest.warns(UserWarning, match="1 malformed lines were left out"):
+        assert len(glue.read("qqp").train) == 23
+
+
 def test_glue_comes_from_the_hub_where_there_is_no_folder(tmp_path, monkeypatch):
     asked = []
 
@@ -467,7 +481,12 @@ def checkpoints(tmp_path_factory):
         ("stories_shakespeare", "task.length=65", "task.length=65 is more than the model's context, 64"),
         ("gpt2_medium_e2e_lora", "task.length=65", "task.length=65 is more than the model's context, 64"),
         ("gpt2_medium_e2e_lora", "task.decoding.beams=0", "decoding: new_tokens=6, beams=0 and batch=4 are at least 1 each"),
-        ("gpt2_medium_e2e_lora", "task.decoding.temperature=1", "decoding: temperature=1.0 draws tokens, and beams=2 do not"),
+        ("gpt2_medium_e2e_lora", "task.decoding.temperature=1", "decoding: temperature=1.0 and top_p=1.0 draw tokens, and beams=2 do not"),
+        ("gpt2_medium_e2e_lora", ["task.decoding.beams=1", "task.decoding.top_p=2"], "decoding: top_p is a probability in (0, 1], got 2.0"),
+        ("minilm_trec", "train.warmup=4", "runs.lora_qv: train.warmup=4 is 4 of the run's 4 steps: none is left after it"),
+        ("minilm_trec", "train.evaluate_every=0.01 epochs", "'0.01 epochs' is no whole step: an epoch has 24 examples, a step 4"),
+        ("stories_shakespeare", "task.decoding.new_tokens=60", "task.prompts: 11 tokens and decoding.new_tokens=60 are more than the model's context, 64"),
+        ("stories_shakespeare", "task.prompts=()", "task.prompts: at least one, and none without tokens; got []"),
         ("gpt2_medium_e2e_lora", "task.decoding.new_tokens=60", "the longest test prompt has 24 tokens; with task.decoding.new_tokens=60 it has to fit into the model's context, 64"),
         ("roberta_base_glue_lora", ["task.truncate=False", "task.length=8"], "24 of 24 examples are longer than the context of 8 tokens; the longest, example 4, has 39. Pass truncate=True to cut them, or a longer context"),
     ],
@@ -603,6 +622,24 @@ def test_an_empty_text_is_refused(checkpoints):
     task = Texts("", lambda: Splits("some words " * 20, "  \n", "more words"), ("a",), Decoding(2), length=8)
     with pytest.raises(DataError, match=r"^the validation text is empty$"):
         task.open(checkpoints["llama"], loaded("stories_shakespeare").train, 4)
+
+
+def test_images_of_other_classes_are_refused(checkpoints):
+    of = lambda *classes: ImageFolder((), (), classes, 8)
+    task = Images("", lambda size: ImageSplits(of("cat", "dog"), of("dog"), of("cat", "dog")))
+    message = "the validation images are of the classes dog, those to train on of cat, dog"
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        task.open(checkpoints["vit"], loaded("vit_base_lora").train, 4)
+
+
+@pytest.mark.once
+@pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
+def test_a_run_that_diverges_does_not_take_the_report_along(tmp_path):
+    status, out, err = called("minilm_sst2", "runs.full.learning_rate=1e38", "--folder", tmp_path / "run")
+    assert (status, err) == (0, "") and "full (1 of 1 diverged)" in out
+    runs = numbers(tmp_path / "run")
+    assert runs["full"]["results"][0]["diverged"] and runs["full"]["cost"] is None
+    assert runs["lora_qv"]["results"][0]["diverged"] is None and runs["lora_qv"]["cost"]["relative_time"] == 1
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path, monkeypatch):

@@ -92,7 +92,12 @@ def test_a_checkpoint_without_tensors(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert error_of(lambda: models.load(folder), FileNotFoundError) == (
         f"'{folder}' holds neither model.safetensors nor model.safetensors.index.json; pytorch_model.bin is a pickle: "
-        "save it with safe_serialization=True"
+        "load it with transformers, and save it again"
+    )
+    (folder / "pytorch_model.bin").unlink()
+    assert error_of(lambda: models.load(folder), FileNotFoundError) == (
+        f"'{folder}' holds neither model.safetensors nor model.safetensors.index.json; if its repository has pickles "
+        "alone: load it with transformers, and save it again"
     )
 
 
@@ -378,6 +383,33 @@ def test_float16_is_computed_in_float32_and_dtypes_may_be_spelt_as_jax_does(fold
     assert (config.param_dtype, config.dtype) == ("float16", "float32")
     config = models.load(folder, dtype=jnp.bfloat16, param_dtype=np.float32).model.config
     assert (config.param_dtype, config.dtype) == ("float32", "bfloat16")
+
+
+def test_labels_are_of_a_classification(folder):
+    with pytest.raises(ValueError, match=r"^load: labels=3 are of a classification, and the head is 'causal_lm'$"):
+        models.load(folder, labels=3)
+
+
+def test_the_number_of_labels_that_is_saved_makes_no_head_new(folder, tmp_path):
+    classifier = models.load(folder, head="sequence_classification", labels=3)
+    models.save(tmp_path / "own", classifier.model, classifier.params)
+    retensor(tmp_path / "own", lambda tensors: tensors.pop("score.weight"))
+    assert "'score.weight' is missing" in error_of(lambda: models.load(tmp_path / "own", labels=3), ValueError)
+    assert models.load(tmp_path / "own", labels=2).fresh == ("score/kernel",)
+
+
+def test_what_goes_along_comes_from_the_revision_that_is_named(folder, tmp_path, monkeypatch):
+    """Without the tensors, and with the template of a chat."""
+    import huggingface_hub
+
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **told: asked.update(told) or str(folder))
+    pretrained = models.load("someone/model", revision="v1")
+    assert {"*.jinja", "vocab.bpe", "model*.safetensors"} <= set(asked["allow_patterns"])
+    models.save(tmp_path / "out", pretrained.model, pretrained.params, source="someone/model", revision="v1")
+    assert asked["revision"] == "v1" and not any("safetensors" in pattern for pattern in asked["allow_patterns"])
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_labels_of_none_are_no_labels(folder):

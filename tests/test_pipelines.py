@@ -93,8 +93,10 @@ def test_what_is_longer_than_the_context_is_an_error_or_cut_and_counted():
     assert items.summary() == "3 examples, 25 tokens, 8.3 on average; 2 were cut, the longest had 21"
     assert bytes(items[1].tokens[1:-1].tolist()) == b"one two"  # whole words; [CLS] and [SEP] stay
     assert items[2].tokens.tolist() == bert("a b c", "i j") and items[2].mark == 7  # the longer text alone is cut
-    assert fails(tokenise_classified, [Classified("wonderful", 0)], bert, length=5, classes=2, truncate=True) == (
-        "not even the first word fits in a context of 5 tokens: 'wonderful'"
+    items = tokenise_classified([Classified("wonderful news", 0)], bert, length=5, classes=2, truncate=True)
+    assert bytes(items[0].tokens[1:-1].tolist()) == b"won"  # not even the first word fits: so many characters
+    assert fails(tokenise_classified, [Classified("wonderful", 0)], bert, length=2, classes=2, truncate=True) == (
+        "not even the first character fits in a context of 2 tokens: 'wonderful'"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.data.examples import Classified, Prompted
-from experiments.data.files import DataError, collect, filled
+from experiments.data.files import DataError, Malformed, collect, filled
 from experiments.data.glue import task
 
 # Where the hub's columns are named otherwise than in the GLUE download.
@@ -51,8 +51,11 @@ def from_hub(
     return rows
 
 
-def classified(name: str, rows: Iterable[Mapping[str, Any]]) -> list[Classified]:
-    """Rows of "nyu-mll/glue" as examples of the GLUE task `name`. A label of -1 (test splits) becomes None."""
+def classified(name: str, rows: Iterable[Mapping[str, Any]], *, malformed: Malformed = "raise") -> list[Classified]:
+    """Rows of "nyu-mll/glue" as examples of the GLUE task `name`. A label of -1 (test splits) becomes None.
+
+    `malformed` is as in `read_glue`.
+    """
     found = task(name)
     text, pair = _COLUMNS.get(name, (found.text, found.pair))
 
@@ -65,7 +68,7 @@ def classified(name: str, rows: Iterable[Mapping[str, Any]]) -> list[Classified]
         second = None if pair is None else filled(row[pair], pair)
         return Classified(filled(row[text], text), None if label == -1 else label, second)
 
-    return collect(name, enumerate(rows, 1), read, unit="row")
+    return collect(name, enumerate(rows, 1), read, unit="row", malformed=malformed)
 
 
 def prompted(

@@ -157,19 +157,23 @@ def _overlong(lengths: Sequence[int], length: int, truncate: bool) -> tuple[int,
 
 
 def _fitted(encode: Encode, parts: tuple[str, ...], length: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """The texts with as many words each as fit, at most the same number, and their tokens."""
-    ends = [[word.end() for word in re.finditer(r"\S+", part)] for part in parts]
+    """The texts with as many words each as fit, at most the same number, and their tokens.
 
-    def first(words: int) -> tuple[str, ...]:
-        return tuple(part[: end[min(words, len(end)) - 1]] for part, end in zip(parts, ends, strict=True))
+    Where not even the first word does, a long link or a text without blanks, it is so many characters.
+    """
+    for unit in (r"\S+", r"\S"):
+        ends = [[found.end() for found in re.finditer(unit, part)] for part in parts]
 
-    low, high = 0, max(map(len, ends))  # fits, does not fit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(encode(*first(middle))) <= length else (low, middle)
-    if not low:
-        raise DataError(f"not even the first word fits in a context of {length} tokens: {first(1)[0][:60]!r}")
-    return first(low), np.array(encode(*first(low)), np.int32)
+        def first(units: int, ends: list[list[int]] = ends) -> tuple[str, ...]:
+            return tuple(part[: end[min(units, len(end)) - 1]] for part, end in zip(parts, ends, strict=True))
+
+        low, high = 0, max(map(len, ends))  # fits, does not fit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if len(encode(*first(middle))) <= length else (low, middle)
+        if low:
+            return first(low), np.array(encode(*first(low)), np.int32)
+    raise DataError(f"not even the first character fits in a context of {length} tokens: {parts[0][:60]!r}")
 
 
 def _shared(tokens: np.ndarray, others: Sequence[int]) -> int:

@@ -187,9 +187,8 @@ def completed(
             "apply": apply,
         }  # fmt: skip
         if decoding.beams == 1:
-            sampling = models.Sampling(decoding.temperature, None, decoding.top_p, decoding.no_repeat_ngram)
             key = jax.random.fold_in(jax.random.key(0), start) if decoding.temperature else None
-            out = models.generate(model, params, jnp.asarray(tokens), sampling=sampling, key=key, **told)
+            out = models.generate(model, params, jnp.asarray(tokens), sampling=decoding.sampling, key=key, **told)
         else:
             out = models.beam_search(
                 model, params, jnp.asarray(tokens), beams=decoding.beams, length_penalty=decoding.length_penalty,

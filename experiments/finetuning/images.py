@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import metrics
+from experiments.config import ConfigError
 from experiments.data.batches import Batches
 from experiments.data.images import ImageFolder
 from experiments.finetuning.schedule import Schedule
@@ -44,6 +45,12 @@ class Images:
         """Reads the checkpoint and the data."""
         body: Any = models.build(folder, head="none", **options)
         splits = self.data(body.config.image_size)
+        for name, split in splits._asdict().items():
+            if split.classes != splits.train.classes:
+                raise ConfigError(
+                    f"the {name} images are of the classes {', '.join(split.classes)}, those to train on of "
+                    f"{', '.join(splits.train.classes)}"
+                )
         told = {"head": "image_classification", "labels": len(splits.train.classes), **options}
         model: Any = models.build(folder, **told)
 

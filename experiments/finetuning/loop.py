@@ -15,7 +15,7 @@ import optax
 
 import jlora
 from experiments.board import Board
-from experiments.config import in_steps
+from experiments.config import ConfigError, in_steps
 from experiments.finetuning.schedule import Run, Schedule
 from experiments.finetuning.work import Apply, Params, Scores, Split, Work
 from experiments.folder import write_json
@@ -125,7 +125,10 @@ class Trainer:
 def optimizer(schedule: Schedule, learning_rate: float, steps: int) -> optax.GradientTransformation:
     """AdamW with the schedule's warm-up and decay."""
     warmup = round(schedule.warmup if schedule.warmup >= 1 else schedule.warmup * steps)
-    warmup = min(warmup, max(steps - 1, 0))
+    if warmup >= steps:
+        raise ConfigError(
+            f"train.warmup={schedule.warmup:g} is {warmup} of the run's {steps} steps: none is left after it"
+        )
     rise = optax.linear_schedule(0.0, learning_rate, max(warmup, 1))
     after: Any = {
         "linear": optax.linear_schedule(learning_rate, 0.0, steps - warmup),

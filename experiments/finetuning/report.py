@@ -95,14 +95,18 @@ def scores(work: Work, plans: Mapping[str, Plan], results: Mapping[str, Sequence
 
 
 def prices(plans: Mapping[str, Plan], results: Mapping[str, Sequence[Result]], costs: Mapping[str, Cost]) -> Cells:
-    """The table of what each run costs; times are relative to the first run's."""
+    """The table of what each run costs; times are relative to the first run's that did not diverge."""
     head = ["", "trained", "optimizer", "activations", "tokens/s", *(["time of a step"] if costs else [])]
     table = [head]
     for run, found in results.items():
         plan, speed = plans[run], statistics.median(result.tokens_per_second for result in found)
         row = [plan.label, f"{plan.count.trainable:,}", in_bytes(plan.optimizer_bytes), in_bytes(plan.temporary_bytes)]
-        table.append([*row, f"{speed:,.0f}", *([f"{costs[run].relative_time:.2f}"] if costs else [])])
+        table.append([*row, f"{speed:,.0f}", *([_relative(costs.get(run))] if costs else [])])
     return table
+
+
+def _relative(cost: Cost | None) -> str:
+    return "" if cost is None else f"{cost.relative_time:.2f}"
 
 
 def as_markdown(tables: Sequence[Cells], title: str, notes: Sequence[str], pictures: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jlora
 from experiments.config import ConfigError, Duration, in_steps
+from jlora import models
 
 
 @dataclass(frozen=True)
@@ -96,5 +97,17 @@ class Decoding:
             raise ConfigError(
                 f"decoding: new_tokens={self.new_tokens}, beams={self.beams} and batch={self.batch} are at least 1 each"
             )
-        if self.beams > 1 and self.temperature:
-            raise ConfigError(f"decoding: temperature={self.temperature} draws tokens, and beams={self.beams} do not")
+        if self.beams > 1 and (self.temperature or self.top_p < 1):
+            raise ConfigError(
+                f"decoding: temperature={self.temperature} and top_p={self.top_p} draw tokens, and "
+                f"beams={self.beams} do not"
+            )
+        try:
+            self.sampling  # noqa: B018
+        except ValueError as error:
+            raise ConfigError(f"decoding: {error}") from error
+
+    @property
+    def sampling(self) -> models.Sampling:
+        """How a token is chosen without beams."""
+        return models.Sampling(self.temperature, None, self.top_p, self.no_repeat_ngram)

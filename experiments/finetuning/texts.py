@@ -81,10 +81,17 @@ class Texts:
 
         first = [] if tokenizer.bos is None else [tokenizer.bos]
         pad = next((token for token in (tokenizer.pad, tokenizer.eos) if token is not None), 0)
+        prompts = [[*first, *tokenizer.encode(prompt, special=False)] for prompt in self.prompts]
+        if not prompts or not all(prompts):
+            raise ConfigError(f"task.prompts: at least one, and none without tokens; got {list(self.prompts)}")
+        width = max(map(len, prompts))
+        if width + self.decoding.new_tokens > model.config.context:
+            raise ConfigError(
+                f"task.prompts: {width} tokens and decoding.new_tokens={self.decoding.new_tokens} are more than the "
+                f"model's context, {model.config.context}"
+            )
 
         def samples(apply: Apply, params: Params) -> list[str]:
-            prompts = [[*first, *tokenizer.encode(prompt, special=False)] for prompt in self.prompts]
-            width = max(map(len, prompts))
             texts = completed(model, params, apply, prompts, width, tokenizer, self.decoding, pad)
             return [line for prompt, text in zip(self.prompts, texts, strict=True) for line in _lines(prompt, text)]
 

@@ -27,7 +27,8 @@ class Architecture(NamedTuple):
       build: config -> the linen module.
       inputs: config -> arguments to initialise the module with.
       table: config -> the rows of all parameters, under the keys of the class with that head.
-      prefix: of the body's keys in the classes with a head; those without one have the keys without it.
+      prefix: of the body's keys in the classes with a head; those without one are read with it and without it.
+      bare: the class without a head has the keys without the prefix.
       ignored: a regex: keys that are no parameters, such as buffers.
       renamed: (regex, replacement) of keys in older checkpoints.
       fits: config -> whether it is this architecture's; for those that share a dataclass.
@@ -42,6 +43,7 @@ class Architecture(NamedTuple):
     inputs: Callable[[Any], tuple[Any, ...]]
     table: Callable[[Any], list[Leaf]]
     prefix: str = ""
+    bare: bool = True
     ignored: str = r"(?!)"
     renamed: tuple[tuple[str, str], ...] = ()
     fits: Callable[[Any], bool] = lambda config: True

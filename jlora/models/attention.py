@@ -1,7 +1,7 @@
 """Attention of queries, keys and values, as a module of its own: what acts on keys and values finds them there."""
 
 import re
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +91,11 @@ def _flash(query: jax.Array, keys: int, *, masked: bool) -> bool:
     width, odd = query.shape[-1], query.shape[1] % 2 or keys % 2
     if query.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128 or (masked and odd):
         return False
-    if jax.default_backend() != "gpu":
-        return False
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "9.0"; AMD's are otherwise
+    device: Any = (
+        getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
+    )  # set, it may be a platform's name
+    device = jax.devices(device)[0] if isinstance(device, str) else device
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0" of CUDA; AMD's are otherwise, CPUs have none
     return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
 
 

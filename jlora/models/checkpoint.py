@@ -102,7 +102,7 @@ def load(
     table = architecture.table(config)
     shapes = _shapes(model, architecture.inputs(config))
     found, unused = _canonical(found, architecture, config)
-    asked = head not in (None, saved) or labels is not None
+    asked = head not in (None, saved) or labels not in (None, _labels(files.read_json(folder / files.CONFIG)))
     new = _new_head(table, found, shapes, architecture, config) if asked else []
     wrong = differences(
         [row for row in table if row not in new],
@@ -131,6 +131,7 @@ def save(
     params: Params,
     *,
     source: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
     largest_shard: int = 5 * 10**9,
 ) -> None:
     """Writes a checkpoint that `load`, and transformers' `from_pretrained`, read.
@@ -141,6 +142,7 @@ def save(
       params: plain parameters, such as `jlora.merge(adapted)`.
       source: the checkpoint that the model was loaded from, a folder or a repository's name as in `load`: its tokenizer
         goes along, and what else its config.json says.
+      revision: of that repository.
       largest_shard: in bytes; larger checkpoints are cut into several files with an index.
 
     Raises:
@@ -154,9 +156,9 @@ def save(
     flat = traverse_util.flatten_dict(params, sep="/")
     expected = {path: leaf.shape for path, leaf in _shapes(model, architecture.inputs(config)).items()}
     _check_params(flat, expected)
-    origin = None if source is None else files.folder_of(source)
+    origin = None if source is None else files.folder_of(source, revision, (files.CONFIG, *TOKENIZER))
     record = _record(architecture, config, str(next(iter(flat.values())).dtype), origin)
-    strip = config.head == "none" and architecture.prefix
+    strip = config.head == "none" and architecture.bare
     table = architecture.table(config)
     named = {key: key.removeprefix(architecture.prefix) if strip else key for row in table for key in row.keys}
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,6 +205,8 @@ def _opened(
         how = quantised.get("quant_method", "in some way") if isinstance(quantised, dict) else quantised
         raise ValueError(f"'{folder}' is quantised ({how}): load the checkpoint that it was made from")
     found = files.tensors(folder)
+    if labels is not None and not (head or saved).endswith("classification"):
+        raise ValueError(f"load: labels={labels} are of a classification, and the head is {head or saved!r}")
     config = _config(folder, record, architecture, head or saved, labels, found, options)
     return _Opened(folder, architecture, saved, found, architecture.build(config))
 
@@ -262,10 +266,14 @@ def _config(
     wrong = [name for name in options if name not in known]
     if wrong:
         raise TypeError(f"load: {type(config).__name__} has no field {wrong[0]!r}; it has {', '.join(known)}")
-    saved = len(record.get("id2label", ())) or int(record.get("num_labels", 2))
-    given: dict[str, Any] = {"labels": saved if labels is None else labels, "param_dtype": param_dtype}
+    given: dict[str, Any] = {"labels": _labels(record) if labels is None else labels, "param_dtype": param_dtype}
     given |= {"dtype": "float32" if param_dtype == "float16" else param_dtype, **options}
     return dataclasses.replace(config, **{name: value for name, value in given.items() if name in known})
+
+
+def _labels(record: Mapping[str, Any]) -> int:
+    """How many a checkpoint's classification has."""
+    return len(record.get("id2label", ())) or int(record.get("num_labels", 2))
 
 
 def _shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -14,7 +14,7 @@ from jlora.models.tensors import Shape
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 CHUNK = 2**20  # elements of a tensor that are read at a time
-WANTED = ("*.json", "*.txt", "*.model", "model*.safetensors")  # no pickles, no other copies of the tensors
+WANTED = ("*.json", "*.txt", "*.model", "*.jinja", "vocab.bpe", "model*.safetensors")  # no pickles, no other copies
 
 
 class Tensor(NamedTuple):
@@ -82,8 +82,10 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         return _header(folder / SINGLE)
     if not (folder / INDEX).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; {pickles[0]} is a pickle: save it with safe_serialization=True" if pickles else ""
-        raise FileNotFoundError(f"'{folder}' holds neither {SINGLE} nor {INDEX}{hint}")
+        hint = f"{pickles[0]} is a pickle" if pickles else "if its repository has pickles alone"
+        raise FileNotFoundError(
+            f"'{folder}' holds neither {SINGLE} nor {INDEX}; {hint}: load it with transformers, and save it again"
+        )
     index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict):
         raise ValueError(f"'{folder / INDEX}' has no 'weight_map'")

@@ -12,6 +12,7 @@ import jlora
 from experiments import metrics
 from experiments.config import ConfigError, Duration
 from experiments.data import glue, hub
+from experiments.data.files import Malformed
 from experiments.finetuning import Classification, Finetune, Run, Schedule, sources, tiny
 from experiments.finetuning.classification import Splits
 from experiments.finetuning.config import Checkpoint
@@ -97,7 +98,9 @@ def small(whole: Finetune, task: str, checkpoint: Checkpoint) -> Finetune:
 def read(task: str) -> Splits:
     """The training and the validation split; the test split's labels are not published."""
     dev = "validation_matched" if task == "mnli" else "validation"
-    load = lambda split: hub.classified(task, hub.from_hub("nyu-mll/glue", task, split=split))
+    load = lambda split: hub.classified(
+        task, hub.from_hub("nyu-mll/glue", task, split=split), malformed=_malformed(task)
+    )
     return sources.folder_or_hub("glue", partial(splits, task), lambda: _twice(load("train"), load(dev)))
 
 
@@ -109,7 +112,12 @@ def few(task: str) -> Splits:
 def splits(task: str, folder: Path) -> Splits:
     """What the GLUE download has in its folder of the task."""
     dev = "dev_matched" if task == "mnli" else "dev"
-    return _twice(glue.read_glue(task, folder), glue.read_glue(task, folder, dev))
+    return _twice(glue.read_glue(task, folder, malformed=_malformed(task)), glue.read_glue(task, folder, dev))
+
+
+def _malformed(task: str) -> Malformed:
+    """Some of QQP's training questions are empty."""
+    return "skip" if task == "qqp" else "raise"
 
 
 def _twice(train: Any, dev: Any) -> Splits:

@@ -148,6 +148,7 @@ TEXT_ARCHITECTURE = Architecture(
     inputs=lambda c: (jnp.zeros((1, 1), jnp.int32),),
     table=text_table,
     prefix="text_model.",
+    bare=False,  # transformers 4 knows no others; 5 reads both
     ignored=IGNORED,
 )
 VISION_ARCHITECTURE = Architecture(
@@ -160,6 +161,7 @@ VISION_ARCHITECTURE = Architecture(
     inputs=lambda c: (_images(c),),
     table=vision_table,
     prefix="vision_model.",
+    bare=False,  # transformers 4 knows no others; 5 reads both
     ignored=IGNORED,
 )
 ARCHITECTURE = Architecture(
