@@ -635,11 +635,14 @@ def test_images_of_other_classes_are_refused(checkpoints):
 @pytest.mark.once
 @pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
 def test_a_run_that_diverges_does_not_take_the_report_along(tmp_path):
-    status, out, err = called("minilm_sst2", "runs.full.learning_rate=1e38", "--folder", tmp_path / "run")
+    overrides = ("runs.full.learning_rate=1e38", "train.evaluate_every=3")
+    status, out, err = called("minilm_sst2", *overrides, "--folder", tmp_path / "run")
     assert (status, err) == (0, "") and "full (1 of 1 diverged)" in out
     runs = json.loads((tmp_path / "run" / "results.json").read_text())["runs"]
     assert runs["full"]["results"][0]["diverged"] and runs["full"]["cost"] is None
     assert runs["lora_qv"]["results"][0]["diverged"] is None and runs["lora_qv"]["cost"]["relative_time"] == 1
+    steps = [point["step"] for point in runs["lora_qv"]["results"][0]["points"]]
+    assert steps == [0, 4]  # none at 3, a step before the last
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path, monkeypatch):

@@ -171,7 +171,8 @@ def train(trainer: Trainer, seed: int, params: Params, folder: Path, live: Live,
                 with jax.transfer_guard("disallow"):
                     state, metrics = trainer.step(state, batch)
                 losses.append(metrics["loss"])
-                end = (i + 1) % every == 0 or i + 1 == trainer.steps
+                # Half a period before the last evaluation there is no other: 155 steps by 77 have two, not three.
+                end = i + 1 == trainer.steps or ((i + 1) % every == 0 and trainer.steps - i - 1 >= every / 2)
                 if end:
                     state.check()
                 if i == done:

@@ -18,18 +18,19 @@ def quality(
     with figure_of(path, (8.6, 5.2)) as (figure, (ax,)):
         for i, (name, found) in enumerate(results.items()):
             plan, colour = plans[name], COLOURS[i % len(COLOURS)]
-            values = [result.test[score] for result in found]
+            values, marker = [result.test[score] for result in found], "o" if i < len(COLOURS) else "s"
             x = [plan.count.trainable] * len(values)
-            ax.plot(x, values, "o", color=colour, markerfacecolor="none", markersize=5, alpha=0.7)
-            ax.plot(x[0], statistics.fmean(values), "o", color=colour, markersize=9, markeredgecolor="white")
-            ax.annotate(
-                plan.label, (x[0], statistics.fmean(values)), xytext=(9, 4 if i % 2 else -12),
-                textcoords="offset points", color=colour, fontsize=9.5, fontweight="bold",
+            ax.plot(x, values, marker, color=colour, markerfacecolor="none", markersize=5, alpha=0.7)
+            ax.plot(
+                x[0], statistics.fmean(values), marker, color=colour, markersize=9, markeredgecolor="white",
+                label=plan.label,
             )  # fmt: skip
         ax.set_xscale("log")
         ax.margins(0.14, 0.12)
         ax.set(title=title, xlabel="trained parameters", ylabel=f"{score} (test)")
-        figure.subplots_adjust(left=0.1, right=0.96, bottom=0.12, top=0.9)
+        # Beside the axes: methods often have nearly the same number and score, and labels at the dots would collide.
+        ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.subplots_adjust(left=0.09, right=0.76, bottom=0.12, top=0.9)
 
 
 def curves(
