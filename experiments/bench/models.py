@@ -18,6 +18,9 @@ What is trained, with rank r:
        has for query, key and value, which is as many parameters (with DoRA PEFT has one magnitude more for each key).
   all  every linear layer of the blocks. For c_attn PEFT has rank 3r/2, which is as many parameters as jlora's three.
 
+BERT is a classifier of its first token. jlora's computes no other in the last block (a twelfth of the work), that of
+transformers all of them.
+
 In bfloat16 the base is bfloat16 and the adapters are float32, as both libraries have it; PEFT then runs under autocast.
 Memory is measured on each side alone, in a process of its own: on a CPU by how much the process grows from before its
 weights are read to its peak in a step, on a GPU the peak that its allocator tells. "XLA MB" is what the compiler says
