@@ -36,7 +36,7 @@ def config() -> Finetune:
             Run("lora_r16", "LoRA r=16", jlora.lora(16, alpha=32), 5e-3, LINEAR),
             Run("dora_r4", "DoRA r=4", jlora.dora(jlora.lora(4, alpha=8)), 5e-3, LINEAR),
         ),
-        train=Schedule("2 epochs", batch=8, evaluate_every="0.25 epochs", decay="cosine", b2=0.95, clip=1.0),
+        train=Schedule("1 epochs", batch=8, evaluate_every="0.25 epochs", decay="cosine", b2=0.95, clip=1.0),
         options={"scan": True},
         evaluate_batch=16,
     )  # fmt: skip
