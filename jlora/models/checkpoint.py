@@ -97,12 +97,11 @@ def load(
       >>> jlora.models.load(folder, scan=True).params["h"]["attn"]["query"]["kernel"].shape
       (1, 8, 8)
     """
-    folder, architecture, saved, found, model = _opened(name, head, labels, revision, options)
+    folder, architecture, asked, found, model = _opened(name, head, labels, revision, options)
     config: Any = model.config
     table = architecture.table(config)
     shapes = _shapes(model, architecture.inputs(config))
     found, unused = _canonical(found, architecture, config)
-    asked = head not in (None, saved) or labels not in (None, _labels(files.read_json(folder / files.CONFIG)))
     new = _new_head(table, found, shapes, architecture, config) if asked else []
     wrong = differences(
         [row for row in table if row not in new],
@@ -156,7 +155,7 @@ def save(
     flat = traverse_util.flatten_dict(params, sep="/")
     expected = {path: leaf.shape for path, leaf in _shapes(model, architecture.inputs(config)).items()}
     _check_params(flat, expected)
-    origin = None if source is None else files.folder_of(source, revision, (files.CONFIG, *TOKENIZER))
+    origin = None if source is None else files.folder_of(source, revision, files.SMALL)
     record = _record(architecture, config, str(next(iter(flat.values())).dtype), origin)
     strip = config.head == "none" and architecture.bare
     table = architecture.table(config)
@@ -188,7 +187,7 @@ def build(
 class _Opened(NamedTuple):
     folder: Path
     architecture: Architecture
-    saved: Head
+    asked: bool  # for a head that the checkpoint does not have, or of another size
     found: dict[str, files.Tensor]
     model: nn.Module
 
@@ -208,7 +207,8 @@ def _opened(
     if labels is not None and not (head or saved).endswith("classification"):
         raise ValueError(f"load: labels={labels} are of a classification, and the head is {head or saved!r}")
     config = _config(folder, record, architecture, head or saved, labels, found, options)
-    return _Opened(folder, architecture, saved, found, architecture.build(config))
+    asked = head not in (None, saved) or labels not in (None, _labels(record))
+    return _Opened(folder, architecture, asked, found, architecture.build(config))
 
 
 def _names() -> str:

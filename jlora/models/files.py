@@ -14,7 +14,8 @@ from jlora.models.tensors import Shape
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 CHUNK = 2**20  # elements of a tensor that are read at a time
-WANTED = ("*.json", "*.txt", "*.model", "*.jinja", "vocab.bpe", "model*.safetensors")  # no pickles, no other copies
+SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "vocab.bpe")  # config and tokenizer
+WANTED = (*SMALL, "model*.safetensors")  # no pickles, no other copies of the tensors
 
 
 class Tensor(NamedTuple):

@@ -45,10 +45,10 @@ def stack(
     Returns:
       h, and what is new of all layers, in the form of `each`; None where that is.
     """
-    kinds = [block] * (config.layers - 1) + [last or block]
+    last = last or block
     if config.remat:
         policy = None if config.remat is True else getattr(jax.checkpoint_policies, config.remat)
-        block, *kinds = (nn.remat(kind, prevent_cse=not config.scan, policy=policy) for kind in (block, *kinds))
+        block, last = (nn.remat(kind, prevent_cse=not config.scan, policy=policy) for kind in (block, last))
     if config.scan:
         layers = nn.scan(
             block,
@@ -59,7 +59,8 @@ def stack(
         )
         return layers(config, deterministic, name="h")(h, each, *shared)
     new = []
-    for i, kind in enumerate(kinds):
+    for i in range(config.layers):
+        kind = last if i + 1 == config.layers else block
         h, mine = kind(config, deterministic, name=f"h_{i}")(h, None if each is None else each[i], *shared)
         new.append(mine)
     return h, None if each is None else tuple(new)

@@ -82,7 +82,7 @@ class Tokenizer:
           'low ranks'
         """
         folder = Path(name)
-        found = vocabulary.read(folder if folder.is_dir() else files.folder_of(name, revision, vocabulary.WANTED))
+        found = vocabulary.read(folder if folder.is_dir() else files.folder_of(name, revision, files.SMALL))
         specials = dict(found.specials)
         if pad is not None:
             if found.backend.token_to_id(pad) is None:

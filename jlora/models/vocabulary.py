@@ -13,7 +13,6 @@ SETTINGS, SPECIALS, ADDED = "tokenizer_config.json", "special_tokens_map.json", 
 PIECES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("vocab.txt",))  # the second are OpenAI's names
 SENTENCEPIECE = ("tokenizer.model", "spm.model", "sentencepiece.bpe.model", "spiece.model")
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
-WANTED = ("*.json", "*.txt", "*.model", "*.jinja", "vocab.bpe")
 
 
 class Read(NamedTuple):
