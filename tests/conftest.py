@@ -1,4 +1,4 @@
-"""Every test runs on eight fake CPU devices and under strict promotion."""
+"""Every test runs on eight fake CPU devices, under strict promotion, in programs that are compiled in haste."""
 
 import os
 
@@ -6,6 +6,9 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Compiling is most of what the tests do, and takes half as long without LLVM's expensive passes; XLA's own are those of
+# every user. JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest has all of them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 from collections.abc import Iterator
 
@@ -32,3 +35,14 @@ def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Programs are compiled as a user's are, for a test that compares bits; it finds none of others and leaves none."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()

@@ -20,7 +20,6 @@ MODELS = {
     "llama": Llama(LlamaConfig(**SHAPE, key_heads=2, window=3)),
     "llama, one window": Llama(LlamaConfig(**SHAPE, key_heads=2, window=3, sliding=(False, True))),
 }
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # each runs once
 PREFILL, LENGTH, SLOTS = 6, 9, 11
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (3, LENGTH)), jnp.int32)
 MASK = jnp.ones((3, LENGTH), bool).at[1, :4].set(False).at[2, 4:6].set(False)  # padding before, and between
@@ -40,11 +39,11 @@ def test_a_prefill_and_single_steps_equal_the_full_call(name, scan):
     model = type(MODELS[name])(dataclasses.replace(MODELS[name].config, scan=scan))
     params, positions = parameters(model), kv.positions_of(MASK)
 
-    @jit
+    @jax.jit
     def whole(params):
         return model.apply({"params": params}, TOKENS, mask=MASK, positions=positions)
 
-    @jit
+    @jax.jit
     def parts(params):
         def read(cache, tokens, mask, positions):
             out, cache = model.apply({"params": params}, tokens, mask=mask, positions=positions, cache=cache)

@@ -209,7 +209,7 @@ def test_a_seed_gives_the_same_numbers_and_another_one_others(finished, tmp_path
     assert one == again and [point["scores"]["loss"] for point in one] != [point["scores"]["loss"] for point in other]
 
 
-def test_xla_is_told_to_hurry_in_small_forms_alone(tmp_path, monkeypatch):
+def test_xla_is_told_to_hurry_in_small_forms_alone(optimized, monkeypatch):
     seen, read = [], lambda: jax.config.read("jax_disable_most_optimizations")
     monkeypatch.setattr("experiments.finetune.run", lambda *_, **__: seen.append(read()))
     for small in (True, False):

@@ -38,7 +38,6 @@ SMALL = LlamaConfig(
 WINDOWS = dataclasses.replace(SMALL, window=3, sliding=(True, False))
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 7)), jnp.int32)
 MASK = jnp.arange(7)[None] < jnp.asarray([[7], [4]])
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # each runs once or twice
 
 
 def changed(config=SMALL, **fields):
@@ -68,7 +67,7 @@ def function(model):
 
 @functools.cache
 def compiled(model):
-    return jit(function(model))
+    return jax.jit(function(model))
 
 
 def forward(model, params, *args):
@@ -141,7 +140,7 @@ def test_lora_is_lifted_without_building_a_weight(scan):
     sites = jlora.sites(function(model), params) if scan else None
     adapted = randomised(jlora.apply(params, rank=4, targets=r"attn/(query|value)", sites=sites))
     assert sum(math.prod(site.shape[:-2]) for site in adapted.sites) == 2 * model.config.layers
-    lifted = jit(jlora.lift(function(model), strict=True))(adapted)
+    lifted = jax.jit(jlora.lift(function(model), strict=True))(adapted)
     np.testing.assert_allclose(lifted, forward(model, jlora.merge(adapted)), atol=2e-4, rtol=1e-4)
     assert jnp.abs(lifted - forward(model, params)).max() > 1e-1
 
@@ -160,7 +159,7 @@ def test_prefixes_are_seen_and_padding_is_not(scan):
     model = changed(WINDOWS, scan=scan, head="token_classification")
     sites = jlora.sites(function(model), parameters(model)) if scan else None
     adapted = randomised(jlora.apply(parameters(model), method=jlora.prefix_tuning(3), sites=sites), 2.0)
-    run = jit(jlora.lift(function(model)))
+    run = jax.jit(jlora.lift(function(model)))
     out = run(adapted)
     assert jnp.abs(out - forward(model, parameters(model))).max() > 1e-2
     other = run(adapted, jnp.where(MASK, TOKENS, 5))
@@ -182,7 +181,7 @@ def test_bfloat16_is_close_to_float32():
 def gradient(scan, remat):
     model, params = changed(WINDOWS, scan=scan, remat=remat), parameters(changed(WINDOWS))
     loss = lambda params: jax.nn.log_softmax(function(model)(params))[:, :, 0].mean()
-    return jit(jax.grad(loss))(stacked(params) if scan else params)
+    return jax.jit(jax.grad(loss))(stacked(params) if scan else params)
 
 
 @pytest.mark.parametrize(("scan", "remat"), [(False, True), (True, "dots_with_no_batch_dims_saveable")])
@@ -200,7 +199,7 @@ def stacked(params):
 
 def test_dropout_drops():
     model = changed(dropout=0.5, scan=True)
-    run = jit(
+    run = jax.jit(
         lambda key: model.apply({"params": parameters(model)}, TOKENS, deterministic=False, rngs={"dropout": key})
     )
     assert jnp.abs(run(jax.random.key(0)) - run(jax.random.key(1))).max() > 1e-3
@@ -211,7 +210,7 @@ def test_texts_that_share_a_row_do_not_see_each_other():
     model, params = changed(WINDOWS), parameters(changed(WINDOWS))
     text, places = jnp.asarray([0, 0, 0, 0, 1, 1, 1]), jnp.asarray([[0, 1, 2, 3, 0, 1, 2]])
     pairs = jnp.broadcast_to(text[:, None] == text[None], (2, 7, 7))
-    run = jit(lambda tokens, mask, at: model.apply({"params": params}, tokens, mask=mask, positions=at))
+    run = jax.jit(lambda tokens, mask, at: model.apply({"params": params}, tokens, mask=mask, positions=at))
     packed = run(TOKENS, pairs, jnp.broadcast_to(places, (2, 7)))
     np.testing.assert_allclose(packed[:, 4:], forward(model, params, TOKENS[:, 4:], None), atol=1e-5, rtol=1e-5)
 

@@ -56,8 +56,7 @@ def loaded(name, scan=False):
 @pytest.mark.parametrize("name", WITH_OUTPUTS)
 def test_outputs_are_those_of_transformers(name, scan):
     pretrained = loaded(name, scan)
-    # Each program runs once: LLVM's own optimizations would take most of the time, XLA's are those of every user.
-    apply = jax.jit(pretrained.model.apply, compiler_options={"xla_backend_optimization_level": 0})
+    apply = jax.jit(pretrained.model.apply)
     for call, arrays in calls(name).items():
         out = outputs(apply({"params": pretrained.params}, **inputs(arrays)))
         compared = [part for part in out if part in arrays]

@@ -83,11 +83,11 @@ def test_the_small_form_runs_to_the_end(text: Path, tmp_path: Path, monkeypatch)
 
 
 def small_form(folder: Path) -> dict[str, str]:
-    """The environment of a person at one device, and of code that is compiled fast rather than well."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("MPLBACKEND", "PYTHONWARNINGS")}
+    """The environment of a person at one device."""
+    others = "MPLBACKEND", "PYTHONWARNINGS", "XLA_FLAGS"
+    environment = {key: value for key, value in os.environ.items() if key not in others}
     return environment | {
         "JLORA_NOTEBOOK": "small",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "PYTHONPATH": str(ROOT),
         "IPYTHONDIR": str(folder / "ipython"),
     }

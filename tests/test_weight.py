@@ -3,7 +3,6 @@
 The numbers are small and whole, so that float32 sums are exact in any order and every comparison is of bits.
 """
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,8 +17,6 @@ from jlora.weight import NotSeparable, Weight, drop
 from tests.conformance import close
 
 R = 3
-# Most of the time goes into compiling programs that run once.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def whole(*shape: int, seed: int = 0) -> jax.Array:
@@ -86,7 +83,7 @@ every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 def check(weight: Weight, cases: dict[Any, tuple[Callable[[Weight], Weight], Any]]) -> dict[Any, Weight]:
     """Every operation against its NumPy result. All of them are one program: compiling is what takes the time."""
-    got = dict(zip(cases, jit(lambda weight: [act(weight) for act, _ in cases.values()])(weight), strict=True))
+    got = dict(zip(cases, jax.jit(lambda weight: [act(weight) for act, _ in cases.values()])(weight), strict=True))
     for name, (_, expected) in cases.items():
         try:
             check_one(got[name], np.asarray(expected))
@@ -448,7 +445,7 @@ CHAINS = {
 def test_chains_of_operations(lazy, dense):
     weight = make(Form((4, 3, 6), (0, 1), (2,), (2,)))
     check(weight, {"": (lazy, dense(built(weight)))})
-    np.testing.assert_array_equal(jit(lambda w: lazy(w).dense())(weight), dense(built(weight)))
+    np.testing.assert_array_equal(jax.jit(lambda w: lazy(w).dense())(weight), dense(built(weight)))
 
 
 # -- the product -------------------------------------------------------------------------------------------------------
@@ -496,7 +493,7 @@ def check_dots(form: Form, all_roles) -> None:
         name = f"{roles} {spec}"
         xs[name], acts[name], expected[name] = x, dot, np.einsum(spec, x, built(weight))
     assert len(acts) + refusals == 2 * len(all_roles) and acts
-    both = jit(lambda w, xs: {name: [acts[name](w, x, mode) for mode in (True, False)] for name, x in xs.items()})
+    both = jax.jit(lambda w, xs: {name: [acts[name](w, x, mode) for mode in (True, False)] for name, x in xs.items()})
     for name, ys in both(weight, xs).items():
         for y in ys:
             np.testing.assert_array_equal(y, expected[name], err_msg=name)
@@ -566,7 +563,7 @@ def test_gradients_of_dot_are_those_of_the_dense_product(form, roles, weight_fir
         y = jnp.einsum(spec, x, value, precision=lax.Precision.HIGHEST)
         return jnp.vdot(whole(*y.shape, seed=5), y)
 
-    @jit
+    @jax.jit
     def gradients(parts, x):
         return jax.grad(dense, (0, 1))(parts, x), *(
             jax.grad(factored, (0, 1))(parts, x, mode) for mode in (True, False)
