@@ -24,6 +24,7 @@ from rich.console import Console
 import jlora
 from experiments import config
 from experiments.config import ConfigError
+from experiments.data.files import DataError
 from experiments.finetuning import Finetune, plots, report
 from experiments.finetuning.loop import Result, Trainer, train
 from experiments.finetuning.report import Plan
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = options.folder or Path("runs") / experiment.name
         with _compiled_in_haste() if options.small else contextlib.nullcontext():
             run(experiment, folder, resume=options.resume, console=console)
-    except (ValueError, FileNotFoundError, ImportError) as error:  # ConfigError and DataError are ValueErrors
+    except (ConfigError, DataError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -60,10 +61,12 @@ def run(experiment: Finetune, folder: Path, *, resume: bool, console: Console) -
         raise ConfigError(
             "experiments.finetune runs in one process: data and parameters are not sharded by process yet"
         )
-    checkpoint = _checkpoint(experiment, folder)
-    work = experiment.task.open(checkpoint, experiment.train, experiment.evaluate_batch, **experiment.options)
+    with _as_config_errors():
+        checkpoint = _checkpoint(experiment, folder)
+        work = experiment.task.open(checkpoint, experiment.train, experiment.evaluate_batch, **experiment.options)
     claim(folder, {"config": config.describe(experiment), "data": work.digest}, resume=resume)
-    params = work.params(experiment.seeds[0])
+    with _as_config_errors():
+        params = work.params(experiment.seeds[0])
     sites = jlora.sites(work.loss, params, work.batches(experiment.train.batch, 0)(0), jax.random.key(0))
     trainers = [Trainer(run, work, experiment.train, sites) for run in experiment.runs]
     plans = _plans(experiment, trainers, params)
@@ -101,6 +104,17 @@ def _compiled_in_haste() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+@contextlib.contextmanager
+def _as_config_errors(prefix: str = "") -> Iterator[None]:
+    """What jlora says of a checkpoint or a method that does not fit is the user's to mend: no traceback is shown."""
+    try:
+        yield
+    except DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from error
+
+
 # -- the parts of the story --------------------------------------------------------------------------------------------
 
 
@@ -116,10 +130,8 @@ def _plans(experiment: Finetune, trainers: Sequence[Trainer], params: Params) ->
     """What each run will do. A run that cannot be is found here, before anything is trained."""
     plans = {}
     for trainer in trainers:
-        try:
+        with _as_config_errors(f"runs.{trainer.run.name}: "):
             plans[trainer.run.name] = report.planned(trainer, trainer.start(experiment.seeds[0], params))
-        except ValueError as error:
-            raise ConfigError(f"runs.{trainer.run.name}: {error}") from error
     return plans
 
 

@@ -561,6 +561,16 @@ def test_weights_that_are_not_there_are_named(tmp_path):
     assert (status, err) == (2, f"error: {message}\n")
 
 
+@pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
+def test_a_mistake_in_the_code_keeps_its_traceback(tmp_path, monkeypatch):
+    def mistaken(*_):
+        raise ValueError("shapes (2,) and (3,)")
+
+    monkeypatch.setattr("experiments.finetune.train", mistaken)
+    with pytest.raises(ValueError, match="shapes"):
+        called("vit_base_lora", "--folder", tmp_path / "run")
+
+
 def test_a_checkpoint_that_is_none_is_named(tmp_path):
     for folder, message in (
         (tmp_path, f"'{tmp_path}' is no checkpoint: there is no config.json in it"),
