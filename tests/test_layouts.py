@@ -1117,7 +1117,9 @@ def test_sites_are_those_of_the_program(name):
 
 
 @pytest.mark.parametrize("name", AGREEING)
-def test_agrees_with_the_merged_weights(name):
+def test_agrees_with_the_merged_weights(name, request):
+    if name == "T5X, stored as matrices":  # the start has the base's bits, but not where LLVM's passes are left out
+        request.getfixturevalue("optimized")
     check(AGREEING[name].case)
 
 
