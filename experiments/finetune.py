@@ -109,8 +109,6 @@ def _as_config_errors(prefix: str = "") -> Iterator[None]:
     """What jlora says of a checkpoint or a method that does not fit is the user's to mend: no traceback is shown."""
     try:
         yield
-    except DataError:
-        raise
     except ValueError as error:
         raise ConfigError(f"{prefix}{error}") from error
 
