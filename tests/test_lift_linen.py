@@ -389,9 +389,7 @@ CASES = {**LAYERS, **CONVS, **RECURRENT, **TRANSFORMS, **BOXES, **GPT2S}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_agrees_with_the_merged_weights(name, request):
-    if name == "Embed and attend":  # the start has the base's bits, but not where LLVM's passes are left out
-        request.getfixturevalue("optimized")
+def test_agrees_with_the_merged_weights(name):
     case = CASES[name]()
     check(case)
     assert set(adapt(case).factors) == kernels(case.params)

@@ -20,7 +20,7 @@ import jlora
 from jlora.methods import from_json, to_json
 from jlora.methods.lora import low_rank_init
 from jlora.models.attention import DotProductAttention
-from tests.conformance import close, normal, randomised
+from tests.conformance import close, normal, optimized, randomised
 
 LINEAR, WINDOWED, EVERY = ("linear",), ("linear", "conv"), ("linear", "conv", "embedding")
 
@@ -176,14 +176,12 @@ def name(request):
 # -- laws --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_start_is_the_base_bit_for_bit(name, request):
-    if name == "ia3":  # it has the base's bits, but not where LLVM's passes are left out
-        request.getfixturevalue("optimized")
+def test_the_start_is_the_base_bit_for_bit(name):
     start, row, (fn, base) = adapted(name), METHODS[name], model(name)
     if row.kinds and name != "eva":  # which gives all ranks of a weight away if others explain more
         sites = jlora.sites(predict, params(), IDS)
         assert set(start.factors) == {site.path for site in sites if site.kind in row.kinds} | {"scale"}
-    lifted, plain = jax.jit(jlora.lift(fn))(start, IDS), jax.jit(fn)(base, IDS)
+    lifted, plain = optimized(jlora.lift(fn))(start, IDS), optimized(fn)(base, IDS)
     if row.exact:
         chex.assert_trees_all_equal(lifted, plain)
     elif row.exact is not None:  # |W| / |W| is 1, and A B - A0 B0 is 0, up to a rounding
