@@ -19,6 +19,7 @@ from safetensors.numpy import save as serialise
 from jlora import tree
 from jlora.adapt import Adapted, extra_shapes, rebuild, shared_shapes, stored
 from jlora.checkpoint.fingerprint import fingerprint
+from jlora.checkpoint.place import folder_of
 from jlora.methods import Method, from_json, to_json
 from jlora.methods.method import SHARED
 from jlora.select import Extra
@@ -37,7 +38,7 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
     the old adapter or the new one.
 
     Args:
-      folder: made if absent.
+      folder: a local one, or its `file://` URL; made if absent.
       adapted: from `apply`. Its base is not written; its `fingerprint` is.
 
     Raises:
@@ -55,7 +56,7 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
     """
     if not isinstance(adapted, Adapted):
         raise TypeError(f"save takes a folder and an Adapted (state.adapted of a state), got {type(adapted).__name__}")
-    folder = Path(folder)
+    folder = folder_of(folder)
     named, _ = tree.leaves(adapted.base)
     tensors = _host(stored(adapted))
     _check_tensors(folder, tensors, _expected(named, adapted.method, adapted.sites, adapted.extras))
@@ -88,7 +89,7 @@ def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False)
       ValueError: for a file that is no adapter, of another version or damaged; an unknown method; another base;
         missing, unexpected or misshaped tensors; values that are not finite. It names the file, and each tensor.
     """
-    folder = Path(folder)
+    folder = folder_of(folder)
     file = folder / NAME
     if not file.exists():
         near = sorted(path.parent.name for path in folder.glob(f"*/{NAME}")) if folder.is_dir() else []
