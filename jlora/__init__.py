@@ -9,11 +9,7 @@ from jlora.adapt import apply as apply
 from jlora.adapt import combine as combine
 from jlora.adapt import count as count
 from jlora.adapt import mask as mask
-from jlora.adapt import merge as merge
 from jlora.adapt import partition as partition
-from jlora.adapt import rounding as rounding
-from jlora.adapt import summary as summary
-from jlora.adapt import unmerge as unmerge
 from jlora.adapt import with_key as with_key
 from jlora.checkpoint import Checkpoints as Checkpoints
 from jlora.checkpoint import load as load
@@ -23,8 +19,11 @@ from jlora.convert import to_plain as to_plain
 from jlora.convert import truncate as truncate
 from jlora.explain import Explanation as Explanation
 from jlora.explain import explain as explain
-from jlora.interpret import MaterialisedError as MaterialisedError
+from jlora.explain import summary as summary
 from jlora.lift import lift as lift
+from jlora.merge import merge as merge
+from jlora.merge import rounding as rounding
+from jlora.merge import unmerge as unmerge
 from jlora.methods import Method as Method
 from jlora.methods import adalora as adalora
 from jlora.methods import bitfit as bitfit
@@ -57,5 +56,6 @@ from jlora.optim import optimizer as optimizer
 from jlora.select import Extra as Extra
 from jlora.sites import Site as Site
 from jlora.sites import sites as sites
+from jlora.trace import MaterialisedError as MaterialisedError
 from jlora.train import TrainState as TrainState
 from jlora.train import train_step as train_step

@@ -328,80 +328,6 @@ def rebuilt(adapted: Adapted, arrays: Factors) -> Adapted:
     return adapted.replace(factors=factors, buffers=buffers)
 
 
-def merge(adapted: Adapted) -> Any:
-    """The plain tree with `W0 + (alpha/r) B A` (or the method's weight) in place of every adapted weight.
-
-    Pure. The sum is taken in float32 and cast once to the base's dtype. Extras take their trained values.
-
-    Raises:
-      ValueError: if the method acts on activations, so that no weights give the same function; or if a factor is not
-        finite (not under `jit`, where values are not known).
-
-    Example:
-      >>> import jax.numpy as jnp, jlora
-      >>> params = {"kernel": jnp.ones((3, 2))}
-      >>> merged = jlora.merge(jlora.apply(params, rank=1))
-      >>> bool((merged["kernel"] == params["kernel"]).all())
-      True
-    """
-    if not isinstance(adapted, Adapted):
-        raise TypeError(f"merge takes an Adapted (from jlora.apply or jlora.load), got {type(adapted).__name__}")
-    _check_mergeable(adapted.method)
-    _check_finite(adapted.factors)
-    return jax.tree.map(
-        lambda leaf: leaf.dense() if isinstance(leaf, Weight) else leaf,
-        adapted.replace(key=None).as_weights(),
-        is_leaf=lambda leaf: isinstance(leaf, Weight),
-    )
-
-
-def rounding(adapted: Adapted) -> dict[str, float]:
-    """What `merge` loses to the base's dtype: of each weight's update, the share that the cast rounds away.
-
-    `|merged - exact| / |exact - W0|` in the Frobenius norm, exact being the sum in float32; 0 where nothing is updated.
-    Around 1, most of what was learned is gone: serve the factors apart, or merge into a float32 copy of the base.
-
-    Example:
-      >>> import jax.numpy as jnp, jlora
-      >>> adapted = jlora.apply({"kernel": jnp.ones((3, 2), jnp.bfloat16)}, rank=1)
-      >>> jlora.rounding(adapted)
-      {'kernel': 0.0}
-    """
-    _check_mergeable(adapted.method)
-    weights, _ = tree.leaves(adapted.replace(key=None).as_weights(), lambda leaf: isinstance(leaf, Weight))
-    named, _ = tree.leaves(adapted.base)
-    lost = {}
-    for path in (site.path for site in adapted.sites):
-        base = jnp.asarray(named[path], jnp.float32)
-        exact = weights[path].astype(jnp.float32).dense()
-        update = jnp.linalg.norm(exact - base)
-        error = jnp.linalg.norm(weights[path].dense().astype(jnp.float32) - exact)
-        lost[path] = float(jnp.where(update > 0, error / jnp.where(update > 0, update, 1.0), 0.0))
-    return lost
-
-
-def unmerge(params: Any, adapted: Adapted) -> Adapted:
-    """Takes the factors out of merged parameters again, bit for bit.
-
-    W0 + BA - BA is not W0 in floating point, so the base comes from `adapted`, after a check that `params` is what
-    `merge(adapted)` gives, up to a few roundings (compiled, the sum is rounded in another order). Leaves that no factor
-    belongs to come from `params`.
-
-    Raises:
-      ValueError: if an adapted weight of `params` is not the merged one.
-    """
-    merged, structure = tree.leaves(merge(adapted))
-    given, given_structure = tree.leaves(params)
-    if structure != given_structure:
-        raise ValueError("unmerge: the parameters have another tree structure than the adapter's base")
-    base, _ = tree.leaves(adapted.base)
-    for path in adapted.factors:
-        if not _same(given[path], merged[path]):
-            raise ValueError(f"unmerge: {path!r} is not the merged weight of this adapter")
-        given[path] = base[path]
-    return adapted.replace(base=jax.tree.unflatten(structure, given.values()))
-
-
 def partition(adapted: Adapted) -> tuple[Factors, Adapted]:
     """Splits into what is trained and what is frozen (an `Adapted` without factors); `combine` is the inverse."""
     return adapted.factors, adapted.replace(factors={})
@@ -434,40 +360,9 @@ def count(adapted: Adapted) -> Count:
 
     Works on abstract trees (`jax.eval_shape`), so that nothing need be allocated.
     """
-    trainable = _size(adapted.factors)
-    extra = sum(_size(adapted.factors[e.path]) for e in adapted.extras if e.path in adapted.factors)
-    return Count(trainable, _size(adapted.base) + trainable - extra)
-
-
-def summary(adapted: Adapted) -> str:
-    """A table of what is trained: path, shape, axes, rank, parameters."""
-    named, _ = tree.leaves(adapted.base)
-    rows = [("weight", "shape", "in -> out (stack)", "rank", "parameters")]
-    for site in adapted.sites:
-        axes = f"{list(site.in_axes)} -> {list(site.out_axes)}" + (
-            f" ({list(site.stack_axes)})" if site.stack_axes else ""
-        )
-        size = _size(adapted.factors.get(site.path, {}))
-        rows.append((site.path, str(site.shape), axes, str(site.rank), f"{size:,}"))
-    for extra in adapted.extras:
-        what = "whole" if extra.rows is None else f"{len(extra.rows)} rows"
-        rows.append(
-            (extra.path, "", f"trained as it is: {what}", "", f"{_size(adapted.factors.get(extra.path, {})):,}")
-        )
-    if SHARED in adapted.factors:
-        rows.append((SHARED, "", "shared by all of them", "", f"{_size(adapted.factors[SHARED]):,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    total = count(adapted)
-    trained = {site.path for site in adapted.sites} | {extra.path for extra in adapted.extras}
-    left = [f"{path!r} {leaf.shape}" for path, leaf in named.items() if path not in trained and np.ndim(leaf) > 1]
-    if left:
-        more = f", ... ({len(left) - 8} more)" if len(left) > 8 else ""
-        lines.append(f"frozen, of two axes or more: {', '.join(left[:8])}{more}")
-    lines.append(
-        f"{adapted.method!r}: {total.trainable:,} of {total.total:,} parameters are trained ({total.percent:.4f} %)"
-    )
-    return "\n".join(lines)
+    trainable = size_of(adapted.factors)
+    extra = sum(size_of(adapted.factors[e.path]) for e in adapted.extras if e.path in adapted.factors)
+    return Count(trainable, size_of(adapted.base) + trainable - extra)
 
 
 def _check_modules(params: Any) -> None:
@@ -530,37 +425,6 @@ def _site_key(key: jax.Array, site: Site) -> jax.Array:
     return jax.random.split(tree.fold_path(key, site.path), shape)
 
 
-def _check_mergeable(method: Method) -> None:
-    if method.activation is not None:
-        raise ValueError(
-            f"merge: {method.name} acts on activations, and no weights of the model give the same function; run it as "
-            "it is, with jlora.lift"
-        )
-
-
-def _check_finite(factors: Factors) -> None:
-    for path, arrays in factors.items():
-        for name, value in arrays.items():
-            if not _is_known_finite(value):
-                raise ValueError(f"merge: factor {name!r} of {path!r} is not finite; the base is left as it is")
-
-
-def _is_known_finite(value: jax.Array) -> bool:
-    """True also under a transformation, where the value is not known."""
-    finite = jnp.isfinite(value).all()
-    try:
-        return bool(finite)
-    except jax.errors.ConcretizationTypeError:
-        return True
-
-
-def _same(x: Any, y: Any) -> bool:
-    if jnp.shape(x) != jnp.shape(y) or x.dtype != y.dtype:
-        return False
-    few = 4 * float(jnp.finfo(y.dtype).eps)
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    return bool(np.all(np.abs(x - y) <= few * np.max(np.abs(y), initial=0.0)))
-
-
-def _size(arrays: Any) -> int:
+def size_of(arrays: Any) -> int:
+    """The number of elements of a tree of arrays."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(arrays) if hasattr(leaf, "shape"))

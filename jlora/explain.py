@@ -1,17 +1,18 @@
-"""`explain`: what becomes of every adapted weight in a function."""
+"""Two tables of what is adapted: `explain`, how a function uses each weight, and `summary`, what is trained."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jlora import tree
-from jlora.adapt import Adapted
-from jlora.interpret import Trace
+from jlora.adapt import Adapted, count, size_of
 from jlora.lift import run
-from jlora.rules import Use
+from jlora.methods.method import SHARED
 from jlora.sites import Site
+from jlora.trace import Trace, Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,3 +92,34 @@ def _cells(row: Explained) -> tuple[str, ...]:
     axes = f"{list(row.in_axes)} -> {list(row.out_axes)}" + (f" ({list(row.stack_axes)})" if row.stack_axes else "")
     how = "factored" if row.factored else f"materialised: {row.reason}"
     return (row.path, row.op, axes, how, str(row.rank), f"{row.parameters:,}", f"{row.flops:,}", row.line)
+
+
+def summary(adapted: Adapted) -> str:
+    """A table of what is trained: path, shape, axes, rank, parameters."""
+    named, _ = tree.leaves(adapted.base)
+    rows = [("weight", "shape", "in -> out (stack)", "rank", "parameters")]
+    for site in adapted.sites:
+        axes = f"{list(site.in_axes)} -> {list(site.out_axes)}" + (
+            f" ({list(site.stack_axes)})" if site.stack_axes else ""
+        )
+        size = size_of(adapted.factors.get(site.path, {}))
+        rows.append((site.path, str(site.shape), axes, str(site.rank), f"{size:,}"))
+    for extra in adapted.extras:
+        what = "whole" if extra.rows is None else f"{len(extra.rows)} rows"
+        rows.append(
+            (extra.path, "", f"trained as it is: {what}", "", f"{size_of(adapted.factors.get(extra.path, {})):,}")
+        )
+    if SHARED in adapted.factors:
+        rows.append((SHARED, "", "shared by all of them", "", f"{size_of(adapted.factors[SHARED]):,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = count(adapted)
+    trained = {site.path for site in adapted.sites} | {extra.path for extra in adapted.extras}
+    left = [f"{path!r} {leaf.shape}" for path, leaf in named.items() if path not in trained and np.ndim(leaf) > 1]
+    if left:
+        more = f", ... ({len(left) - 8} more)" if len(left) > 8 else ""
+        lines.append(f"frozen, of two axes or more: {', '.join(left[:8])}{more}")
+    lines.append(
+        f"{adapted.method!r}: {total.trainable:,} of {total.total:,} parameters are trained ({total.percent:.4f} %)"
+    )
+    return "\n".join(lines)

@@ -7,7 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from jlora.interpret import UNTOUCHED, Trace, trace_weights
+from jlora.interpret import trace_weights
+from jlora.trace import UNTOUCHED, Trace
 from jlora.weight import Weight
 
 

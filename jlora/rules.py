@@ -4,8 +4,6 @@ A primitive that is not listed here, or a case that the form cannot express, mat
 operation: slower, never wrong.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,37 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import axes as ax
+from jlora.convolution import conv_general_dilated
 from jlora.product import compute_dtype
-from jlora.weight import RANK, NotSeparable, Weight, amplify, drop
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One operation that reads a weight.
-
-    Attributes:
-      path: the weight.
-      op: the primitive's name.
-      in_axes, out_axes, stack_axes: the stored parameter's axes that this operation contracts, keeps, and runs over.
-      factored: whether the low-rank part stays apart; False where the weight is materialised.
-      rank: of the low-rank part, 0 for a weight that is only followed.
-      flops: multiply-adds times two of the low-rank part in one forward pass (of building the weight, if materialised).
-      line: the place in the model's own code, "file.py:12".
-      reason: why it is materialised, empty where it is not.
-    """
-
-    path: str
-    op: str
-    in_axes: tuple[int, ...]
-    out_axes: tuple[int, ...]
-    stack_axes: tuple[int, ...]
-    factored: bool
-    rank: int
-    flops: int
-    line: str = ""
-    reason: str = ""
-
+from jlora.trace import Product, stored_axes
+from jlora.weight import NotSeparable, Weight, drop
 
 # -- operations that stay in the form: (weight, other operands, params) -> weight or weights ---------------------------
 
@@ -137,25 +108,14 @@ def _scaled(primitive: str, left: Any, right: Any) -> list[Weight] | None:
 # -- products: (weight, values, params, forward_mode) -> result, low-rank FLOPs, stored axes in, out, stack ------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A result, and what `Use` says of it."""
-
-    value: Any
-    in_axes: tuple[int, ...]
-    out_axes: tuple[int, ...]
-    stack_axes: tuple[int, ...]
-    flops: int
-
-
 def dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
     """`lax.dot_general` with the weight as either operand."""
     weight_first = values[0] is weight
     x = values[1] if weight_first else values[0]
     (left, right), (left_batch, right_batch) = params["dimension_numbers"]
     contracted, batch = (left, left_batch) if weight_first else (right, right_batch)
-    in_axes, stack_axes = _stored(weight, contracted), _stored(weight, batch) + weight.stack
-    out_axes = _stored(weight, [i for i in range(weight.ndim) if i not in contracted and i not in batch])
+    in_axes, stack_axes = stored_axes(weight, contracted), stored_axes(weight, batch) + weight.stack
+    out_axes = stored_axes(weight, [i for i in range(weight.ndim) if i not in contracted and i not in batch])
     if weight.gathered and not (in_axes and out_axes):
         raise NotSeparable("rows of a table")
     if params.get("out_sharding") is not None:
@@ -170,114 +130,6 @@ def dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any], f
     )
     flops = 2 * weight.rank * (x.size + value.size)
     return Product(value, in_axes, out_axes, stack_axes + weight.gathered, flops)
-
-
-def conv_general_dilated(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
-    """A thin convolution to rank channels and a 1x1 map; or, for a transposed kernel, the map first."""
-    x, kernel = values
-    if kernel is not weight or params["batch_group_count"] != 1:
-        raise NotSeparable("convolution with the weight as its input, or with batch groups")
-    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    out_axis, in_axis, *spatial = numbers.rhs_spec
-    options = {k: v for k, v in params.items() if k in _CONV_OPTIONS}
-    channel_in, channel_out = numbers.lhs_spec[1], numbers.out_spec[1]
-    x_gain, y_gain = _conv_gains(weight, in_axis, out_axis, groups)
-    if x_gain is not None:
-        x = amplify(x, _on_axis(x_gain, x.ndim, channel_in), x.dtype)
-    value = lax.conv_general_dilated(x, weight.w, feature_group_count=groups, **options)
-    flops = 0
-    if weight.rank:
-        branch = x if weight.key is None else drop(x, weight.key, weight.dropout)
-        delta, flops = _conv_delta(weight, branch, numbers, groups, options)
-        value = value + delta.astype(value.dtype)
-    if y_gain is not None:
-        value = amplify(value, _on_axis(y_gain, value.ndim, channel_out), value.dtype)
-    inputs = _stored(weight, sorted((*spatial, in_axis)))
-    return Product(value, inputs, _stored(weight, [out_axis]), weight.stack, flops)
-
-
-_CONV_OPTIONS = (
-    "window_strides",
-    "padding",
-    "lhs_dilation",
-    "rhs_dilation",
-    "dimension_numbers",
-    "precision",
-    "preferred_element_type",
-)
-
-
-def _conv_delta(weight: Weight, x: jax.Array, numbers: Any, groups: int, options: dict[str, Any]) -> Any:
-    out_axis, in_axis, *spatial = numbers.rhs_spec
-    window = [in_axis, *spatial]
-    a, b = weight.a, weight.b
-    assert a is not None and b is not None
-    spans = {id(p): {i for i in range(weight.ndim) if p.shape[i] > 1} for p in (a, b)}
-    if not spans[id(b)] & set(window) and out_axis not in spans[id(a)]:
-        thin, point = a, b
-    elif not spans[id(a)] & set(window) and out_axis not in spans[id(b)]:
-        thin, point = b, a
-    elif groups == 1:
-        return _transposed_conv_delta(weight, x, numbers, options, spans)
-    else:
-        raise NotSeparable("grouped convolution with a transposed kernel")
-    order = [i for i in range(weight.ndim) if i != out_axis]
-    kernel = _rank_to(thin.astype(x.dtype), out_axis)  # (*window, rank at the output axis)
-    if groups > 1:
-        kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
-    inner = lax.conv_general_dilated(x, kernel, feature_group_count=groups, **options)
-    channel = numbers.out_spec[1]
-    point = lax.reshape(point.astype(x.dtype), (groups, point.shape[out_axis] // groups, weight.rank))
-    split = inner.shape[:channel] + (groups, weight.rank) + inner.shape[channel + 1 :]
-    labels: list[int | str] = list(range(inner.ndim))
-    inner_labels = (*labels[:channel], "group", RANK, *labels[channel + 1 :])
-    out_labels = (*labels[:channel], "group", "out", *labels[channel + 1 :])
-    value = ax.contract(
-        lax.reshape(inner, split), inner_labels, point, ("group", "out", RANK), out_labels, options["precision"]
-    )
-    merged = value.shape[:channel] + (-1,) + value.shape[channel + 2 :]
-    flops = 2 * inner.size * (math.prod(weight.shape[i] for i in order) + point.shape[1])
-    return value.reshape(merged), flops
-
-
-def _transposed_conv_delta(weight: Weight, x: jax.Array, numbers: Any, options: dict[str, Any], spans: Any) -> Any:
-    """The kernel of a gradient convolution: its input channels are the low-rank map, its window the thin part."""
-    out_axis, in_axis, *_ = numbers.rhs_spec
-    a, b = weight.a, weight.b
-    assert a is not None and b is not None
-    thin, point = (a, b) if spans[id(b)] <= {in_axis} else (b, a)
-    if not spans[id(point)] <= {in_axis} or in_axis in spans[id(thin)]:
-        raise NotSeparable("convolution whose window is split between the factors")
-    channel = numbers.lhs_spec[1]
-    labels: list[int | str] = list(range(x.ndim))
-    inner_labels = (*labels[:channel], RANK, *labels[channel + 1 :])
-    flat = lax.reshape(point.astype(x.dtype), (point.shape[in_axis], weight.rank))
-    inner = ax.contract(x, tuple(labels), flat, (channel, RANK), inner_labels, options["precision"])
-    value = lax.conv_general_dilated(inner, _rank_to(thin.astype(x.dtype), in_axis), **options)
-    return value, 2 * (inner.size * point.shape[in_axis] + value.size * thin.size // max(thin.shape[out_axis], 1))
-
-
-def _rank_to(part: jax.Array, axis: int) -> jax.Array:
-    """Puts the rank, the last axis, where `part` has an axis of size 1."""
-    order = list(range(part.ndim - 1))
-    order[axis] = part.ndim - 1
-    return lax.squeeze(lax.transpose(part, (*order, axis)), (part.ndim - 1,))
-
-
-def _conv_gains(weight: Weight, in_axis: int, out_axis: int, groups: int) -> Any:
-    gain = weight.gain
-    if gain is None:
-        return None, None
-    spanned = {i for i in range(weight.ndim) if gain.shape[i] > 1}
-    if spanned <= {out_axis}:
-        return None, gain.reshape(-1)
-    if spanned <= {in_axis} and groups == 1:
-        return gain.reshape(-1), None
-    raise NotSeparable("convolution of a kernel whose gain spans its window")
-
-
-def _on_axis(vector: jax.Array, ndim: int, axis: int) -> jax.Array:
-    return lax.reshape(vector, tuple(vector.size if i == axis else 1 for i in range(ndim)))
 
 
 def ragged_dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
@@ -304,7 +156,9 @@ def ragged_dot_general(weight: Weight, values: Sequence[Any], params: dict[str, 
         out = lax.transpose(lax.squeeze(v, (1,)), (0, 2, 1)).astype(dtype)  # (group, rank, n)
         value = value + lax.ragged_dot(inner.astype(dtype), out, sizes, **options).astype(value.dtype)
     flops = 2 * weight.rank * (x.size + value.size)
-    return Product(value, _stored(weight, [1]), _stored(weight, [2]), _stored(weight, [0]) + weight.stack, flops)
+    return Product(
+        value, stored_axes(weight, [1]), stored_axes(weight, [2]), stored_axes(weight, [0]) + weight.stack, flops
+    )
 
 
 def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
@@ -320,7 +174,7 @@ def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any], forwar
     if numbers.operand_batching_dims or any(params["slice_sizes"][i] != 1 for i in looked_up):
         raise NotSeparable("gather with batching dimensions or windows")
     rows = _gathered(weight, indices, params, looked_up, batch_ndim)
-    stored = _stored(weight, looked_up)
+    stored = stored_axes(weight, looked_up)
     if batch_ndim == 0:
         return Product(rows.replace(stack=weight.stack + stored), (), (), (), 0)
     rows = rows.replace(gathered=weight.gathered + stored)
@@ -331,7 +185,7 @@ def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any], forwar
 
 def table_rows(rows: Weight) -> Product:
     """The rows that a gather has looked up, as an array: the base's rows plus `a[ids] b`."""
-    out_axes = _stored(rows, range(rows.ndim))
+    out_axes = stored_axes(rows, range(rows.ndim))
     value = rows.dense(precision=None)
     return Product(value, rows.gathered, out_axes, rows.stack, 2 * rows.rank * value.size)
 
@@ -376,8 +230,3 @@ PRODUCTS: dict[str, Callable[[Weight, Sequence[Any], dict[str, Any], bool], Prod
     "gather": gather,
     "ragged_dot_general": ragged_dot_general,
 }
-
-
-def _stored(weight: Weight, axes: Any) -> tuple[int, ...]:
-    """The stored parameter's axes behind these axes of the value at hand."""
-    return tuple(sorted({i for axis in axes for i in weight.origin[axis]}))

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.interpret import Trace, trace_weights
-from jlora.rules import PRODUCTS, Use
+from jlora.interpret import trace_weights
+from jlora.rules import PRODUCTS
+from jlora.trace import Trace, Use
 from jlora.weight import Weight
 
 ADAPTABLE = ("linear", "conv", "embedding")

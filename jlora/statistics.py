@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.interpret import Trace
 from jlora.lift import run
 from jlora.methods.matrix import a_form, a_matrix, matrices, sizes, without_stack
 from jlora.sites import Site
+from jlora.trace import Trace
 from jlora.weight import Weight
 
 

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("tree", "axes"),
     ("product",),
-    ("weight",),
+    ("weight", "jaxprs"),
+    ("trace",),
+    ("marks", "convolution"),
     ("rules",),
     ("interpret",),
     ("lift",),
@@ -25,13 +27,13 @@ LAYERS = (
     ("methods", "quant"),
     ("select", "statistics"),
     ("adapt",),
-    ("convert", "explain", "optim", "sharding", "checkpoint", "serve", "analysis", "search"),
+    ("merge", "convert", "explain", "optim", "sharding", "checkpoint", "serve", "analysis", "search"),
     ("train", "plan"),
     ("cli",),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 APART = "models"  # imports nothing of the core, and the core nothing of it
-KNOWS_JAXPRS = ("interpret", "rules")
+KNOWS_JAXPRS = ("interpret", "jaxprs", "rules")
 OUTER = ("experiments", "configs", "notebooks", "tests")
 VAGUE = ("utils", "util", "helpers", "helper", "common", "base", "misc")
 LONGEST = 600  # lines

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jlora.intercept import Adapter, Interceptor, adapters_below, bound_arguments, check_cut, of_calls, stacked
-from jlora.interpret import mark
+from jlora.marks import mark
 from jlora.methods.lora import as_it_is
 from jlora.methods.method import SHARED, Activation, Arrays, Config, Factors, Method, check_number, check_rank
 from jlora.sites import Site

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.intercept import Adapter, Interceptor, adapter_of, adapters_within, bound_arguments, check_cut
-from jlora.interpret import mark
+from jlora.marks import mark
 from jlora.methods.lora import as_it_is
 from jlora.methods.method import Activation, Arrays, Config, Factors, Method, check_rank
 from jlora.sites import Site

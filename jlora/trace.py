@@ -1,0 +1,127 @@
+"""What one evaluation of a lifted function notes down: the uses of every weight."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from jlora.jaxprs import line_of
+from jlora.weight import Weight
+
+UNTOUCHED = "returned as it is by the function"  # why a weight is materialised that nothing has read
+
+
+class MaterialisedError(ValueError):
+    """Raised by `lift(fn, strict=True)` where a weight would be materialised."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that reads a weight.
+
+    Attributes:
+      path: the weight.
+      op: the primitive's name.
+      in_axes, out_axes, stack_axes: the stored parameter's axes that this operation contracts, keeps, and runs over.
+      factored: whether the low-rank part stays apart; False where the weight is materialised.
+      rank: of the low-rank part, 0 for a weight that is only followed.
+      flops: multiply-adds times two of the low-rank part in one forward pass (of building the weight, if materialised).
+      line: the place in the model's own code, "file.py:12".
+      reason: why it is materialised, empty where it is not.
+    """
+
+    path: str
+    op: str
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    factored: bool
+    rank: int
+    flops: int
+    line: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A result, and what `Use` says of it."""
+
+    value: Any
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    flops: int
+
+
+@dataclasses.dataclass
+class Trace:
+    """What one evaluation of a lifted function needs to know, and what it notes down.
+
+    Attributes:
+      strict: raise where a weight would be materialised.
+      forward_mode: use products that forward-mode differentiation can pass.
+      uses: every operation that read a weight, in program order.
+      repeat: how often the code at hand runs: the product of the lengths of the scans around it.
+      around: the equations being evaluated, outermost first.
+      extras: of the leaves trained as they are, by path: whether an operation reads them.
+    """
+
+    strict: bool = False
+    forward_mode: bool = False
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    repeat: int = 1
+    around: list[Any] = dataclasses.field(default_factory=list)
+    extras: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+    @property
+    def line(self) -> str:
+        """The model's line, of the innermost equation that knows one: what is cached inside a jit does not."""
+        return next(filter(None, map(line_of, reversed(self.around))), "")
+
+    def note(self, weight: Weight, op: str, product: Product) -> None:
+        """A factored use."""
+        stack = tuple(sorted(set(product.stack_axes)))
+        self.uses.append(
+            Use(weight.path, op, product.in_axes, product.out_axes, stack, True, weight.rank,
+                product.flops * self.repeat, self.line)
+        )  # fmt: skip
+
+    def note_dense(self, weight: Weight, op: str, reason: str) -> None:
+        """A use that materialises the weight."""
+        line = self.line
+        if weight.key is not None:
+            reason = f"{reason or f'`{op}` has no factored form'}; dropout is not applied"
+        if self.strict:
+            raise MaterialisedError(
+                f"strict: {weight.path!r} would be materialised by `{op}` at {line}"
+                f"{' (' + reason + ')' if reason else ''}; leave it out with targets=, or lift without strict=True"
+            )
+        axes = tuple(sorted({i for origin in weight.origin for i in origin}))
+        flops = 2 * weight.rank * weight.w.size * self.repeat
+        self.uses.append(
+            Use(weight.path, op, (), axes, weight.stack, False, weight.rank, flops, line,
+                reason or f"`{op}` has no factored form")
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def inside(self, eqn: Any) -> Iterator[None]:
+        """Marks the equation that is being evaluated."""
+        self.around.append(eqn)
+        try:
+            yield
+        finally:
+            self.around.pop()
+
+    @contextlib.contextmanager
+    def repeated(self, times: int) -> Iterator[None]:
+        """Counts the FLOPs of a loop's body `times` times."""
+        self.repeat *= times
+        try:
+            yield
+        finally:
+            self.repeat //= times
+
+
+def stored_axes(weight: Weight, axes: Any) -> tuple[int, ...]:
+    """The stored parameter's axes behind these axes of the value at hand."""
+    return tuple(sorted({i for axis in axes for i in weight.origin[axis]}))
