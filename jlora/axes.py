@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 Labels = tuple[int | str, ...]
 
@@ -54,6 +55,7 @@ def contract(
     out: Labels,
     precision: lax.PrecisionLike = None,
     dtype: jnp.dtype | None = None,
+    sharding: NamedSharding | None = None,
 ) -> jax.Array:
     """The product of two arrays with named axes, as `einsum` has it, in one `dot_general`.
 
@@ -66,6 +68,7 @@ def contract(
       out: the labels of the result, in order.
       precision: as in `lax.dot_general`.
       dtype: `preferred_element_type` of the product, the arrays' own when None.
+      sharding: where the result lies, on an explicit mesh; as JAX infers it when None.
     """
     x, x_labels = _sum_out(x, x_labels, y_labels + out)
     y, y_labels = _sum_out(y, y_labels, x_labels + out)
@@ -73,6 +76,8 @@ def contract(
     contracted = tuple(label for label in x_labels if label in y_labels and label not in out)
     x_free = tuple(label for label in out if label in x_labels and label not in batch)
     y_free = tuple(label for label in out if label in y_labels and label not in batch)
+    # dot_general keeps the free axes in the operand's own order.
+    order = batch + tuple(n for n in x_labels if n in x_free) + tuple(n for n in y_labels if n in y_free)
     product = lax.dot_general(
         x,
         y,
@@ -82,10 +87,14 @@ def contract(
         ),
         precision=precision,
         preferred_element_type=dtype,
+        out_sharding=None if sharding is None else _permuted(sharding, out, order),
     )  # (batch, free of x, free of y)
-    # dot_general keeps the free axes in the operand's own order.
-    order = batch + tuple(n for n in x_labels if n in x_free) + tuple(n for n in y_labels if n in y_free)
     return permute(product, order, out)
+
+
+def _permuted(sharding: NamedSharding, labels: Labels, order: Labels) -> NamedSharding:
+    names = dict(zip(labels, sharding.spec, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(names[label] for label in order)))
 
 
 def permute(x: jax.Array, labels: Labels, out: Labels) -> jax.Array:

@@ -93,7 +93,7 @@ def _apply(eqn: Any, values: list[Any], trace: Trace, make_dense: Callable[..., 
     if name in HIGHER_ORDER:
         return HIGHER_ORDER[name](eqn, values, trace, make_dense)
     try:
-        kept = rules.structural(name, values, eqn.params)
+        kept = rules.structural(eqn.primitive, values, eqn.params)
         if kept is not None:
             return list(kept)
         if name in rules.PRODUCTS:
@@ -283,6 +283,8 @@ def _shard_map(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> li
         check_vma=params["check_vma"],
         axis_names=params[name],
     )
+    if set(params[name]) != set(params["mesh"].axis_names):  # JAX 0.10.0 takes some of the axes under jit alone
+        mapped = jax.jit(mapped)
     return list(mapped(*leaves))
 
 

@@ -111,3 +111,8 @@ def bodies(eqn: Any) -> list[Any]:
     """The jaxprs among an equation's parameters."""
     values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple) else (value,))]
     return [body for body in (open_jaxpr(v)[0] for v in values) if hasattr(body, "eqns")]
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The axes of a mesh over which a value differs from device to device, inside `shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying

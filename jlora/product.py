@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora.axes import Labels, contract, expand
 
@@ -25,6 +25,7 @@ class Spec(NamedTuple):
     weight_first: bool  # whether the weight is its left operand
     precision: Any
     dtype: Any  # its preferred_element_type
+    sharding: NamedSharding | None = None  # where the model says that the product lies, on an explicit mesh
 
     @property
     def inner(self) -> Labels:
@@ -33,24 +34,40 @@ class Spec(NamedTuple):
         from_x = tuple(label for label in self.x if label in needed)
         return from_x + tuple(label for label in self.u if label in needed and label not in from_x)
 
+    def placed(self, labels: Labels) -> NamedSharding | None:
+        """Where an array with these labels lies: as the product does, on the axes that it has of it."""
+        if self.sharding is None:
+            return None
+        names = dict(zip(self.y, self.sharding.spec, strict=False))
+        return NamedSharding(self.sharding.mesh, PartitionSpec(*(names.get(label) for label in labels)))
+
 
 def base_product(x: jax.Array, w: jax.Array, spec: Spec) -> jax.Array:
     """`x W` as the model's own program has it, operand for operand, so that the bits agree."""
     operands = (w, x) if spec.weight_first else (x, w)
     return lax.dot_general(
-        *operands, spec.dimension_numbers, precision=spec.precision, preferred_element_type=spec.dtype
+        *operands,
+        spec.dimension_numbers,
+        precision=spec.precision,
+        preferred_element_type=spec.dtype,
+        out_sharding=spec.sharding,
     )
 
 
 def low_rank_product(z: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
     """`(z u) v`, never the product of u and v, in the label order of `spec.y`."""
-    return _outer_product(contract(z, spec.x, u, spec.u, spec.inner, spec.precision), v, spec)
+    return _outer_product(_inner_product(z, u, spec), v, spec)
+
+
+def _inner_product(z: jax.Array, u: jax.Array, spec: Spec) -> jax.Array:
+    """`z u`, (..., rank)."""
+    return contract(z, spec.x, u, spec.u, spec.inner, spec.precision, sharding=spec.placed(spec.inner))
 
 
 def _outer_product(inner: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
     """`(z u) v` from `z u`, (..., rank)."""
     out = tuple(label for label in spec.y if label in spec.inner or label in spec.v)
-    y = contract(inner, spec.inner, v, spec.v, out, spec.precision, spec.dtype)
+    y = contract(inner, spec.inner, v, spec.v, out, spec.precision, spec.dtype, spec.placed(out))
     return expand(y, out, spec.y)  # a weight's axis of size 1 is in no factor
 
 
@@ -114,7 +131,7 @@ def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
     x, z, w, u, v = (operand.value for operand in operands)
     known = _Known(_like(x), _like(z), operands[2].perturbed, operands[3].perturbed)
     base = base_product(x, w, spec)
-    inner = contract(z, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
+    inner = _inner_product(z, u, spec)
     delta = _outer_product(inner, v, spec).astype(base.dtype)
     y = base + delta
     if v.size:

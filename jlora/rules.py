@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.convolution import conv_general_dilated
+from jlora.jaxprs import varying_axes
 from jlora.product import compute_dtype
 from jlora.trace import Product, stored_axes
-from jlora.weight import NotSeparable, Weight, drop
+from jlora.weight import NotSeparable, Weight, drop, restricted
 
 # -- operations that stay in the form: (weight, other operands, params) -> weight or weights ---------------------------
 
@@ -39,7 +40,7 @@ def _convert(weight: Weight, params: dict[str, Any]) -> Weight:
 def _reshape(weight: Weight, params: dict[str, Any]) -> Weight:
     if params.get("dimensions") is not None:
         raise NotSeparable("reshape with an order of dimensions")
-    return weight.reshape(params["new_sizes"])
+    return weight.reshape(params["new_sizes"], params.get("sharding"))
 
 
 def _squeeze(weight: Weight, params: dict[str, Any]) -> Weight:
@@ -58,7 +59,6 @@ UNARY: dict[str, Callable[[Weight, dict[str, Any]], Weight | list[Weight]]] = {
     "copy_p": lambda weight, params: weight,
     "name": lambda weight, params: weight,
     "neg": lambda weight, params: weight.negate(),
-    "pvary": lambda weight, params: weight,  # products insert it where their operands need it
     "reshape": _reshape,
     "rev": lambda weight, params: weight.rev(params["dimensions"]),
     "sharding_constraint": _constrain,
@@ -70,27 +70,55 @@ UNARY: dict[str, Callable[[Weight, dict[str, Any]], Weight | list[Weight]]] = {
 }
 
 
-def structural(primitive: str, values: Sequence[Any], params: dict[str, Any]) -> list[Weight] | None:
+def _reshard(weight: Weight, bind: Callable[..., Any], params: dict[str, Any]) -> Weight:
+    """Another place on an explicit mesh, or another mesh: each part follows on the axes that it spans."""
+    target = params["dst_sharding"]
+
+    def part(x: jax.Array, extra: int) -> jax.Array:
+        return bind(x, **{**params, "dst_sharding": restricted(target, x.shape, weight.shape)})
+
+    return weight.map(part)
+
+
+def _vary(weight: Weight, bind: Callable[..., Any], params: dict[str, Any]) -> Weight:
+    """Inside `shard_map`: parts that vary over the mesh already, as a sharded base, stay as they are."""
+
+    def part(x: jax.Array, extra: int) -> jax.Array:
+        missing = tuple(axis for axis in params["axes"] if axis not in varying_axes(x))
+        return bind(x, **{**params, "axes": missing}) if missing else x
+
+    return weight.map(part)
+
+
+PLACES: dict[str, Callable[[Weight, Callable[..., Any], dict[str, Any]], Weight]] = {
+    "pvary": _vary,
+    "reshard": _reshard,
+}
+
+
+def structural(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> list[Weight] | None:
     """The lazy result of an operation that stays in the form, or None if it is not such an operation.
 
     Raises:
       NotSeparable: if it is, but not for this weight.
     """
-    first = values[0]
-    if primitive == "optimization_barrier":
+    first, name = values[0], primitive.name
+    if name == "optimization_barrier":
         return list(values)
-    if primitive in ("mul", "div") and len(values) == 2:
-        return _scaled(primitive, *values)
+    if name in ("mul", "div") and len(values) == 2:
+        return _scaled(name, *values)
     if not isinstance(first, Weight) or any(isinstance(v, Weight) for v in values[1:]):
         return None
-    if primitive in UNARY and len(values) == 1:
-        out = UNARY[primitive](first, params)
+    if name in PLACES and len(values) == 1:
+        return [PLACES[name](first, primitive.bind, params)]
+    if name in UNARY and len(values) == 1:
+        out = UNARY[name](first, params)
         return out if isinstance(out, list) else [out]
-    if primitive == "broadcast_in_dim" and len(values) == 1:
-        return [first.broadcast_in_dim(params["shape"], params["broadcast_dimensions"])]
-    if primitive == "dynamic_slice":
+    if name == "broadcast_in_dim" and len(values) == 1:
+        return [first.broadcast_in_dim(params["shape"], params["broadcast_dimensions"], params.get("sharding"))]
+    if name == "dynamic_slice":
         return [first.dynamic_slice(values[1:], params["slice_sizes"])]
-    if primitive == "pad":
+    if name == "pad":
         return [first.pad(values[1], params["padding_config"])]
     return None
 
@@ -118,8 +146,6 @@ def dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any], f
     out_axes = stored_axes(weight, [i for i in range(weight.ndim) if i not in contracted and i not in batch])
     if weight.gathered and not (in_axes and out_axes):
         raise NotSeparable("rows of a table")
-    if params.get("out_sharding") is not None:
-        raise NotSeparable("product with out_sharding")
     value = weight.dot(
         x,
         params["dimension_numbers"],
@@ -127,6 +153,7 @@ def dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any], f
         params["precision"],
         params["preferred_element_type"],
         forward_mode,
+        params.get("out_sharding"),
     )
     flops = 2 * weight.rank * (x.size + value.size)
     return Product(value, in_axes, out_axes, stack_axes + weight.gathered, flops)

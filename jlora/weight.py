@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import axes as ax
 from jlora.product import Spec, adapted_product, base_product, compute_dtype, is_placed, observed_product, plain_product
@@ -96,8 +97,11 @@ class Weight:
             origin=tuple(self.origin[i] for i in p),
         )
 
-    def reshape(self, shape: Sequence[int]) -> "Weight":
-        """Row-major reshape; every group of axes must be spanned wholly or not at all by each part."""
+    def reshape(self, shape: Sequence[int], sharding: NamedSharding | None = None) -> "Weight":
+        """Row-major reshape; every group of axes must be spanned wholly or not at all by each part.
+
+        `sharding` says where the result lies on an explicit mesh, and each part on the axes that it spans.
+        """
         groups = ax.reshape_groups(self.shape, shape)
         origin: list[tuple[int, ...]] = [()] * len(shape)
         for old, new in groups:
@@ -114,12 +118,15 @@ class Weight:
                         sizes[axis] = shape[axis]
                 elif any(size != 1 for size in mine):
                     raise NotSeparable(f"reshape of {self.shape} to {tuple(shape)} merges an input with an output axis")
-            return lax.reshape(x, tuple(sizes) + x.shape[x.ndim - extra :])
+            full = tuple(sizes) + x.shape[x.ndim - extra :]
+            return lax.reshape(x, full, out_sharding=restricted(sharding, full, tuple(shape)))
 
         return self.map(part, origin=tuple(origin))
 
-    def broadcast_in_dim(self, shape: Sequence[int], dimensions: Sequence[int]) -> "Weight":
-        """New axes are broadcast in the base and have size 1 in the other parts."""
+    def broadcast_in_dim(
+        self, shape: Sequence[int], dimensions: Sequence[int], sharding: NamedSharding | None = None
+    ) -> "Weight":
+        """New axes are broadcast in the base, which lies as `sharding` says, and have size 1 in the other parts."""
         origin: list[tuple[int, ...]] = [()] * len(shape)
         for old, new in enumerate(dimensions):
             origin[new] = self.origin[old]
@@ -131,7 +138,7 @@ class Weight:
             return lax.reshape(x, tuple(sizes) + x.shape[x.ndim - extra :])
 
         widened = self.map(part, origin=tuple(origin))
-        return widened.replace(w=jnp.broadcast_to(widened.w, tuple(shape)))
+        return widened.replace(w=jnp.broadcast_to(widened.w, tuple(shape), out_sharding=sharding))
 
     def along(self, act: Callable[[jax.Array, tuple[int, ...], int], jax.Array], axes: Sequence[int]) -> "Weight":
         """Applies `act(part, the axes among `axes` that the part spans, trailing)`: for operations that act on some
@@ -274,14 +281,23 @@ class Weight:
         return ax.expand(ax.contract(a, a_labels, b, b_labels, out, precision), out, labels)
 
     def dot(
-        self, x: jax.Array, dimension_numbers: Any, weight_first: bool, precision: Any, dtype: Any, forward_mode: bool
+        self,
+        x: jax.Array,
+        dimension_numbers: Any,
+        weight_first: bool,
+        precision: Any,
+        dtype: Any,
+        forward_mode: bool,
+        sharding: NamedSharding | None = None,
     ) -> jax.Array:
         """`dot_general` of x with the weight, factored: x meets one factor, then the other.
+
+        `sharding` is where the model says that the product lies, on an explicit mesh.
 
         Raises:
           NotSeparable: if `gain` spans both a contracted and a free axis.
         """
-        spec = self._spec(x.ndim, dimension_numbers, weight_first, precision, dtype)
+        spec = self._spec(x.ndim, dimension_numbers, weight_first, precision, dtype)._replace(sharding=sharding)
         gain_in, gain_out = self._gains(spec)
         if gain_in is not None:
             x = amplify(x, gain_in, compute_dtype(x, self.w))
@@ -303,7 +319,7 @@ class Weight:
         spec = spec._replace(u=a_labels, v=b_labels)
         if self.key is not None:
             z = drop(z, self.key, self.dropout)
-        placed = forward_mode or any(map(is_placed, (x, self.w, u, v)))
+        placed = forward_mode or spec.sharding is not None or any(map(is_placed, (x, self.w, u, v)))
         product = plain_product if placed else adapted_product
         return product(x, z, self.w, u, v, spec)
 
@@ -333,6 +349,15 @@ class Weight:
         if all(label in spec.x for label in labels):
             return ax.expand(gain, labels, spec.x), None
         raise NotSeparable("product of a weight whose gain spans inputs and outputs")
+
+
+def restricted(sharding: NamedSharding | None, shape: Sequence[int], whole: Sequence[int]) -> NamedSharding | None:
+    """The sharding of an array of `shape` that lies like one of `whole`: on the axes of that one's size."""
+    if sharding is None:
+        return None
+    names = (*sharding.spec, *[None] * (len(whole) - len(sharding.spec)))
+    mine = [name if n == m else None for name, n, m in zip(names, shape, whole, strict=False)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*mine, *[None] * (len(shape) - len(whole))))
 
 
 def amplify(x: jax.Array, gain: jax.Array, dtype: jnp.dtype) -> jax.Array:
