@@ -6,7 +6,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +19,10 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from jlora.models import files
-from jlora.models.architecture import Architecture, Head
+from jlora.models import files, reading
+from jlora.models.architecture import Architecture, Head, names_of, number_of, object_of
 from jlora.models.catalogue import ARCHITECTURES
+from jlora.models.fields import LABELS, shown
 from jlora.models.tensors import Leaf, Shape, differences, tensor_shape, tensor_slices, to_tensor, to_tensors
 
 Params = Any
@@ -97,11 +99,10 @@ def load(
       >>> jlora.models.load(folder, scan=True).params["h"]["attn"]["query"]["kernel"].shape
       (1, 8, 8)
     """
-    folder, architecture, asked, found, model = _opened(name, head, labels, revision, options)
+    folder, architecture, asked, found, unused, model = _opened(name, head, labels, revision, options)
     config: Any = model.config
     table = architecture.table(config)
     shapes = _shapes(model, architecture.inputs(config))
-    found, unused = _canonical(found, architecture, config)
     new = _new_head(table, found, shapes, architecture, config) if asked else []
     wrong = differences(
         [row for row in table if row not in new],
@@ -165,8 +166,8 @@ def save(
     _write_json(folder / files.CONFIG, record)
     if origin is not None and origin.resolve() != folder.resolve():
         for name in TOKENIZER:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, folder / name)
+            if reading.has(origin / name):
+                shutil.copyfile(reading.regular(origin / name), folder / name)
 
 
 def build(
@@ -188,7 +189,8 @@ class _Opened(NamedTuple):
     folder: Path
     architecture: Architecture
     asked: bool  # for a head that the checkpoint does not have, or of another size
-    found: dict[str, files.Tensor]
+    found: dict[str, files.Tensor]  # under the keys that the table has
+    unused: list[str]  # the keys that belong to other heads
     model: nn.Module
 
 
@@ -197,18 +199,21 @@ def _opened(
 ) -> _Opened:
     """A checkpoint of which the config and the tensors' headers are read."""
     folder = files.folder_of(name, revision)
-    record = files.read_json(folder / files.CONFIG)
+    record = reading.read_json(folder / files.CONFIG)
     architecture = _architecture(folder, record)
     saved = _saved_head(folder, record, architecture, head)
     if quantised := record.get("quantization_config"):
         how = quantised.get("quant_method", "in some way") if isinstance(quantised, dict) else quantised
-        raise ValueError(f"'{folder}' is quantised ({how}): load the checkpoint that it was made from")
+        how = how if isinstance(how, str) else shown(how)
+        raise ValueError(f"'{folder}' is quantised ({how[:80]}): load the checkpoint that it was made from")
     found = files.tensors(folder)
     if labels is not None and not (head or saved).endswith("classification"):
         raise ValueError(f"load: labels={labels} are of a classification, and the head is {head or saved!r}")
     config = _config(folder, record, architecture, head or saved, labels, found, options)
-    asked = head not in (None, saved) or labels not in (None, _labels(record))
-    return _Opened(folder, architecture, asked, found, architecture.build(config))
+    found, unused = _canonical(found, architecture, config)
+    _check_layers(folder, architecture, config, found)
+    asked = head not in (None, saved) or labels not in (None, _labels(folder, record))
+    return _Opened(folder, architecture, asked, found, unused, architecture.build(config))
 
 
 def _names() -> str:
@@ -219,14 +224,15 @@ def _architecture(folder: Path, record: Mapping[str, Any]) -> Architecture:
     name = record.get("model_type")
     found = [architecture for architecture in ARCHITECTURES if architecture.model_type == name]
     if not found:
-        said = "has no model_type" if name is None else f"is of model_type {name!r}"
+        said = "has no model_type" if name is None else f"is of model_type {shown(name)}"
         raise ValueError(f"'{folder / files.CONFIG}' {said}; supported are {_names()}")
     return found[0]
 
 
 def _saved_head(folder: Path, record: Mapping[str, Any], architecture: Architecture, asked: Head | None) -> Head:
     """The head that the checkpoint was saved with; none for a class that is not known, if another head is asked for."""
-    names = record.get("architectures") or [architecture.classes["none"]]
+    with _naming(folder):
+        names = names_of(record, "architectures") or [architecture.classes["none"]]
     for head, name in architecture.classes.items():
         if name in names:
             return head
@@ -249,12 +255,8 @@ def _config(
     options: Mapping[str, Any],
 ) -> Any:
     """The model's config from the checkpoint's and the caller's."""
-    try:
+    with _naming(folder):
         config = architecture.read(record, head)
-    except KeyError as error:
-        raise ValueError(f"'{folder / files.CONFIG}' lacks {error}") from error
-    except ValueError as error:
-        raise ValueError(f"'{folder / files.CONFIG}': {error}") from error
     sizes = dict.fromkeys(DTYPES, 0)
     for tensor in found.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
@@ -266,17 +268,53 @@ def _config(
     wrong = [name for name in options if name not in known]
     if wrong:
         raise TypeError(f"load: {type(config).__name__} has no field {wrong[0]!r}; it has {', '.join(known)}")
-    given: dict[str, Any] = {"labels": _labels(record) if labels is None else labels, "param_dtype": param_dtype}
+    said = _labels(folder, record)
+    given: dict[str, Any] = {"labels": said if labels is None else labels, "param_dtype": param_dtype}
     given |= {"dtype": "float32" if param_dtype == "float16" else param_dtype, **options}
     return dataclasses.replace(config, **{name: value for name, value in given.items() if name in known})
 
 
-def _labels(record: Mapping[str, Any]) -> int:
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Errors of what config.json says name it."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"'{folder / files.CONFIG}' lacks {error}") from error
+    except ValueError as error:
+        raise ValueError(f"'{folder / files.CONFIG}': {error}") from error
+
+
+def _labels(folder: Path, record: Mapping[str, Any]) -> int:
     """How many a checkpoint's classification has."""
-    return len(record.get("id2label", ())) or int(record.get("num_labels", 2))
+    names = _names_of_labels(folder, record)
+    with _naming(folder):
+        return len(names) or number_of({"num_labels": 2} | {**record}, "num_labels", LABELS)
 
 
-def _shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+def _names_of_labels(folder: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    with _naming(folder):
+        names = object_of(record, "id2label")
+        numbers = {int(number) for number in names if re.fullmatch("[0-9]{1,9}", number)}
+        if len(numbers) < len(names) or not all(isinstance(name, str | int | float) for name in names.values()):
+            raise ValueError(f"config.json has id2label={shown(names)}, expected the name of each number")
+        if wrong := LABELS.wrong("labels", len(names) or 1):
+            raise ValueError(f"config.json has id2label={shown(names)}: {wrong}")
+    return names
+
+
+def _check_layers(folder: Path, architecture: Architecture, config: Any, found: Mapping[str, files.Tensor]) -> None:
+    """Raises a ValueError for more layers than have tensors, before modules are built for all of them."""
+    rows = [row for row in architecture.table(dataclasses.replace(config, scan=True)) if row.stacked]
+    for before, name in architecture.layers:
+        stacks = [row.keys for row in rows if row.path.startswith(f"{before}h/")]
+        layers = len(stacks[0])
+        there = sum(any(key in found for key in keys) for keys in zip(*stacks, strict=True))
+        if there < layers:
+            raise ValueError(f"'{folder / files.CONFIG}' has {name}={layers}, and there are tensors of {there} layers")
+
+
+def _shapes(model: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     tree = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     return traverse_util.flatten_dict(tree, sep="/")
 
@@ -285,6 +323,7 @@ def _canonical(
     found: Mapping[str, files.Tensor], architecture: Architecture, config: Any
 ) -> tuple[dict[str, files.Tensor], list[str]]:
     """The tensors under the keys that the table has, and which of them belong to other heads."""
+    config = dataclasses.replace(config, scan=True)  # the same keys in fewer rows
     mine = {key for row in architecture.table(config) for key in row.keys}
     heads = [dataclasses.replace(config, head=head) for head in architecture.classes]
     known = mine | {key for other in heads for row in architecture.table(other) for key in row.keys}
@@ -356,7 +395,7 @@ def _sharding(path: str, like: jax.ShapeDtypeStruct, place: Place) -> Sharding:
 
 def _initial(
     model: nn.Module,
-    inputs: tuple[Any, ...],
+    inputs: tuple[jax.ShapeDtypeStruct, ...],
     paths: list[str],
     seed: int,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
@@ -367,7 +406,8 @@ def _initial(
         return {}
 
     def some(key: jax.Array) -> dict[str, jax.Array]:
-        flat = traverse_util.flatten_dict(model.init(key, *inputs)["params"], sep="/")
+        zeros = [jnp.zeros(like.shape, like.dtype) for like in inputs]
+        flat = traverse_util.flatten_dict(model.init(key, *zeros)["params"], sep="/")
         return {path: flat[path] for path in paths}
 
     where = None if place is None else {path: _sharding(path, shapes[path], place) for path in paths}
@@ -377,11 +417,14 @@ def _initial(
 
 def _record(architecture: Architecture, config: Any, dtype: str, origin: Path | None) -> dict[str, Any]:
     """The config.json of a model, over that of the checkpoint which it comes from."""
-    old = {} if origin is None else files.read_json(origin / files.CONFIG)
-    record = _merged(old, {"model_type": architecture.model_type, **architecture.write(config)})
+    old = {} if origin is None else reading.read_json(origin / files.CONFIG)
+    own = {"model_type": architecture.model_type, **architecture.write(config)}
+    with _naming(origin or Path()):
+        record = _merged(old, own)
     record |= {"architectures": [architecture.classes[config.head]], "dtype": dtype}
     record.pop("torch_dtype", None)
-    if config.head.endswith("classification") and len(record.get("id2label", ())) != config.labels:
+    names = {} if origin is None else _names_of_labels(origin, old)
+    if config.head.endswith("classification") and len(names) != config.labels:
         record["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
         record["label2id"] = {name: int(i) for i, name in record["id2label"].items()}
     return record
@@ -390,7 +433,7 @@ def _record(architecture: Architecture, config: Any, dtype: str, origin: Path | 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """What `new` says over what `old` does; so too in the configs within, such as those of CLIP's towers."""
     parts = [k for k, v in new.items() if isinstance(v, Mapping) and "model_type" in v]
-    return {**old, **new, **{k: _merged(old.get(k, {}), new[k]) for k in parts}}
+    return {**old, **new, **{k: _merged(object_of(old, k), new[k]) for k in parts}}
 
 
 def _check_params(flat: Mapping[str, Any], expected: Mapping[str, Shape]) -> None:

@@ -1,18 +1,24 @@
 """The files of a checkpoint: a folder or a hub's snapshot, its config, and the tensors in its safetensors files."""
 
-import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jlora.models import reading
+from jlora.models.fields import shown
 from jlora.models.tensors import Shape
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+LARGEST_HEADER, LARGEST_INDEX = 2**25, 2**25  # bytes
+AXES = 32  # that a tensor may have
 CHUNK = 2**20  # elements of a tensor that are read at a time
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "vocab.bpe")  # config and tokenizer
 WANTED = (*SMALL, "model*.safetensors")  # no pickles, no other copies of the tensors
@@ -32,11 +38,12 @@ def folder_of(name: str | os.PathLike[str], revision: str | None = None, wanted:
 
     Raises:
       FileNotFoundError: if the name is no folder and no repository that can be had, or a folder without config.json.
+      ValueError: if the folder's config.json is no regular file, or a link that leads elsewhere.
       ImportError: if a download needs huggingface_hub and it is absent.
     """
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / CONFIG).is_file():
+        if not reading.has(folder / CONFIG):
             near = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
             hint = f"; its folders {', '.join(map(repr, near[:5]))} hold one" if near else ""
             raise FileNotFoundError(f"'{folder}' is no checkpoint: there is no {CONFIG} in it{hint}")
@@ -61,65 +68,101 @@ def folder_of(name: str | os.PathLike[str], revision: str | None = None, wanted:
         ) from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises a ValueError that names the file for anything else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{file}' is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{file}' holds a {type(content).__name__}, expected an object")
-    return content
-
-
 def tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, by key, from one file or from those that an index names. Reads the headers alone.
 
     Raises:
       FileNotFoundError: if there are none, or one that the index names is missing.
-      ValueError: for a damaged file, or an index that says otherwise than its files.
+      ValueError: for a damaged file, a file that is not read (see `reading.regular`), or an index that says otherwise
+        than its files.
     """
-    if (folder / SINGLE).is_file():
+    if reading.has(folder / SINGLE):
         return _header(folder / SINGLE)
-    if not (folder / INDEX).is_file():
+    if not reading.has(folder / INDEX):
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"{pickles[0]} is a pickle" if pickles else "if its repository has pickles alone"
         raise FileNotFoundError(
             f"'{folder}' holds neither {SINGLE} nor {INDEX}; {hint}: load it with transformers, and save it again"
         )
-    index = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict):
-        raise ValueError(f"'{folder / INDEX}' has no 'weight_map'")
-    absent = sorted({name for name in index.values() if not (folder / name).is_file()})
-    if absent:
-        raise FileNotFoundError(f"'{folder / INDEX}' names files that are missing: {', '.join(absent)}")
-    found = {key: tensor for name in sorted(set(index.values())) for key, tensor in _header(folder / name).items()}
+    index = _index(folder / INDEX)
+    found: dict[str, Tensor] = {}
+    for name in sorted(set(index.values())):
+        for key, tensor in _header(folder / name).items():
+            if key in found:
+                raise ValueError(f"'{folder}' holds {key!r} twice, in {found[key].file.name!r} and in {name!r}")
+            found[key] = tensor
     wrong = [key for key, name in index.items() if key not in found or found[key].file.name != name]
     if wrong:
         raise ValueError(f"'{folder / INDEX}' places {wrong[0]!r} in '{index[wrong[0]]}', and it is not there")
     return found
 
 
+def _index(file: Path) -> dict[str, str]:
+    """The shard of each tensor. All shards are there."""
+    index = reading.read_json(file, LARGEST_INDEX).get("weight_map")
+    if not isinstance(index, dict):
+        raise ValueError(f"'{file}' has no 'weight_map'")
+    for key, name in index.items():
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise ValueError(
+                f"'{file}' places {key!r} in {shown(name)}, expected the name of a safetensors file beside it"
+            )
+    absent = sorted({name for name in index.values() if not reading.has(file.parent / name)})
+    if absent:
+        raise FileNotFoundError(f"'{file}' names files that are missing: {', '.join(absent[:20])}")
+    return index
+
+
 def _header(file: Path) -> dict[str, Tensor]:
+    _check_header(file)
+    with _opened(file) as opened:
+        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+        return {key: Tensor(file, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+
+
+def _check_header(file: Path) -> None:
+    """Raises for what the safetensors library takes: whatever can be opened, a long header, a key twice, 1000 axes."""
+    damaged = f"'{file}' is damaged or no safetensors file: its header "
+    with reading.regular(file).open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise ValueError(f"{damaged}is of {length} bytes, more than the {LARGEST_HEADER} that are read")
+        header = content.read(length)
+    try:
+        entries = reading.parsed(header.decode("utf-8")) if len(header) == length > 0 else {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{damaged}is no text: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{damaged}{error}") from error
+    for key, entry in entries.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if isinstance(shape, list) and len(shape) > AXES:
+            raise ValueError(f"{damaged}gives {key!r} {len(shape)} axes, more than {AXES}")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, its header checked by the library."""
     try:
         with safe_open(file, framework="numpy") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            return {key: Tensor(file, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+            yield opened
     except SafetensorError as error:
         raise ValueError(f"'{file}' is damaged or no safetensors file: {error}") from error
+    except OSError as error:
+        raise ValueError(f"'{file}' cannot be read: {error}") from error
 
 
 def read_into(out: np.ndarray, tensor: Tensor, index: tuple[slice, ...]) -> None:
     """Reads some elements of a tensor, a part at a time: neither a copy of all of them nor the file's pages pile up."""
     if not tensor.shape:
-        with safe_open(tensor.file, framework="numpy") as opened:
+        with _opened(tensor.file) as opened:
             out[...] = opened.get_tensor(tensor.key)
         return
     first, *rest = index
     rows = max(CHUNK // max(math.prod(out.shape[1:]), 1), 1)
     for start in range(first.start, first.stop, rows):
         stop = min(start + rows, first.stop)
-        with safe_open(tensor.file, framework="numpy") as opened:  # anew: closing it gives the pages back
+        with _opened(tensor.file) as opened:  # anew: closing it gives the pages back
             out[start - first.start : stop - first.start] = opened.get_slice(tensor.key)[(slice(start, stop), *rest)]
 
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+
+from jlora.models.fields import OneOf
 
 _tanh_gelu = partial(jax.nn.gelu, approximate=True)
 NONLINEARITIES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -18,8 +21,4 @@ NONLINEARITIES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
 }
 
-
-def check_nonlinearity(name: str) -> None:
-    """Raises a ValueError for a name that is not in `NONLINEARITIES`."""
-    if name not in NONLINEARITIES:
-        raise ValueError(f"nonlinearity={name!r} is not one of {', '.join(NONLINEARITIES)}")
+Nonlinearity = Annotated[str, OneOf(tuple(NONLINEARITIES))]

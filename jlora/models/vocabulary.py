@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
-from jlora.models import files
+from jlora.models import files, reading
 
 Side = Literal["left", "right"]
 WHOLE = "tokenizer.json"
@@ -63,7 +63,7 @@ class _Files(NamedTuple):
     @classmethod
     def of(cls, folder: Path) -> "_Files":
         paths = [folder / name for name in (SETTINGS, SPECIALS, ADDED, files.CONFIG)]
-        return cls(folder, *(files.read_json(path) if path.is_file() else {} for path in paths))
+        return cls(folder, *(reading.read_json(path) if path.is_file() else {} for path in paths))
 
     @property
     def kind(self) -> str | None:
@@ -117,7 +117,7 @@ def _backend(library: ModuleType, read: _Files) -> tuple[Any, "_Family | None"]:
         try:
             return library.Tokenizer.from_file(str(folder / WHOLE)), _FAMILIES.get(read.kind or "")
         except Exception as error:  # the library raises nothing more precise
-            files.read_json(folder / WHOLE)
+            reading.read_json(folder / WHOLE)
             raise ValueError(f"'{folder / WHOLE}' is damaged, or the tokenizers library too old: {error}") from error
     names = next((names for names in PIECES if (folder / names[0]).is_file()), None)
     if names is None:
@@ -158,7 +158,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _pieces(file: Path) -> dict[str, int]:
-    pieces = files.read_json(file)
+    pieces = reading.read_json(file)
     taken: set[int] = set()
     for piece, number in pieces.items():
         if type(number) is not int or number < 0 or number in taken:

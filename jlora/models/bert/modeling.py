@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.models import fields
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
-from jlora.models.nonlinear import NONLINEARITIES, check_nonlinearity
+from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
 HEADS: tuple[Head, ...] = ("none", "masked_lm", "sequence_classification", "token_classification")
@@ -42,29 +43,28 @@ class BertConfig:
         `jax.checkpoint_policies`.
     """
 
-    vocab_size: int = 30522
-    context: int = 512
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    types: int = 2
-    nonlinearity: str = "gelu"
-    epsilon: float = 1e-12
+    vocab_size: fields.Rows = 30522
+    context: fields.Rows = 512
+    width: fields.Features = 768
+    layers: fields.Layers = 12
+    heads: fields.Heads = 12
+    hidden: fields.Features = 3072
+    types: fields.Features = 2
+    nonlinearity: Nonlinearity = "gelu"
+    epsilon: fields.Epsilon = 1e-12
     head: Head = "masked_lm"
-    labels: int = 2
+    labels: fields.Labels = 2
     pooler: bool = False
-    dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dropout: fields.Dropout = 0.0
+    dtype: fields.Dtype = "float32"
+    param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        check_head(self.head, HEADS, self.labels)
-        check_nonlinearity(self.nonlinearity)
+        fields.check_fields(self)
+        fields.check_multiple(self, "width", "heads")
+        check_head(self.head, HEADS)
         check_remat(self.remat)
 
 

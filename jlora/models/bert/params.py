@@ -3,29 +3,34 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from jlora.models.architecture import Architecture, Head, unsupported
+from jlora.models.architecture import TOKENS, Architecture, Head, configured, flag_of, names_of, unsupported
 from jlora.models.bert.modeling import Bert, BertConfig
 from jlora.models.tensors import Leaf, embedding, layered, leaf, linear, norm
 
 BODY = "BertModel"
+POSITIONS = "max_position_embeddings"
+KEYS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "types": "type_vocab_size",
+    "nonlinearity": "hidden_act",
+    "epsilon": "layer_norm_eps",
+}  # of RoBERTa's, too
 
 
 def read(json: Mapping[str, Any], head: Head) -> BertConfig:
     """A BERT's config.json."""
     supported(json, head)
-    return BertConfig(
-        context=json["max_position_embeddings"],
-        pooler=has_pooler(json, head, BODY),
-        head=head,
-        **read_encoder(json),
-    )
+    pooler = has_pooler(json, head, BODY)
+    return configured(BertConfig, json, KEYS | {"context": POSITIONS}, optional={}, pooler=pooler, head=head)
 
 
 def write(c: BertConfig) -> dict[str, Any]:
     """What `read` reads."""
-    return {"max_position_embeddings": c.context} | write_encoder(c)
+    return {POSITIONS: c.context} | write_encoder(c)
 
 
 def table(c: BertConfig) -> list[Leaf]:
@@ -57,35 +62,15 @@ def supported(json: Mapping[str, Any], head: Head) -> None:
 
 def has_pooler(json: Mapping[str, Any], head: Head, body: str) -> bool:
     """Whether a checkpoint without a head holds a pooler. Without one it was saved here: see `write_encoder`."""
-    return head == "none" and body in (json.get("architectures") or [body]) and json.get("add_pooling_layer", True)
-
-
-def read_encoder(json: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the config that have the same names in config.json."""
-    return {
-        "vocab_size": json["vocab_size"],
-        "width": json["hidden_size"],
-        "layers": json["num_hidden_layers"],
-        "heads": json["num_attention_heads"],
-        "hidden": json["intermediate_size"],
-        "types": json["type_vocab_size"],
-        "nonlinearity": json["hidden_act"],
-        "epsilon": json["layer_norm_eps"],
-    }
+    said = flag_of(json, "add_pooling_layer", default=True)
+    return head == "none" and body in (names_of(json, "architectures") or [body]) and said
 
 
 def write_encoder(c: BertConfig) -> dict[str, Any]:
-    """What `read_encoder` and `has_pooler` read; transformers passes over the latter, and makes a pooler of its own."""
-    return {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "intermediate_size": c.hidden,
-        "type_vocab_size": c.types,
-        "hidden_act": c.nonlinearity,
-        "layer_norm_eps": c.epsilon,
-    } | ({"add_pooling_layer": False} if c.head == "none" and not c.pooler else {})
+    """Of `KEYS` and what `has_pooler` reads; transformers passes over the latter, and makes a pooler of its own."""
+    return {key: getattr(c, name) for name, key in KEYS.items()} | (
+        {"add_pooling_layer": False} if c.head == "none" and not c.pooler else {}
+    )
 
 
 def encoder(name: str, c: BertConfig) -> list[Leaf]:
@@ -122,7 +107,7 @@ ARCHITECTURE = Architecture(
     read=read,
     write=write,
     build=Bert,
-    inputs=lambda c: (jnp.zeros((1, 1), jnp.int32),),
+    inputs=lambda c: (TOKENS,),
     table=table,
     prefix="bert.",
     # a buffer, the decoder's copies of the embedding and the bias, and the head of the next sentence

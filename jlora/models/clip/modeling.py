@@ -7,15 +7,16 @@ initial values as in the released code, https://github.com/openai/CLIP; outputs 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.models import fields
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
-from jlora.models.nonlinear import NONLINEARITIES, check_nonlinearity
+from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
 HEADS: tuple[Head, ...] = ("none", "projection")
@@ -24,10 +25,9 @@ LARGEST = 2  # stands for the largest token of a text: what configs say that wer
 
 def _check(c: "Tower") -> None:
     """What both towers' configs have in common."""
-    if c.width % c.heads:
-        raise ValueError(f"width={c.width} is not a multiple of heads={c.heads}")
-    check_head(c.head, HEADS, 1)
-    check_nonlinearity(c.nonlinearity)
+    fields.check_fields(c)
+    fields.check_multiple(c, "width", "heads")
+    check_head(c.head, HEADS)
     check_remat(c.remat)
 
 
@@ -54,25 +54,27 @@ class CLIPTextConfig:
     """
 
     causal: ClassVar[bool] = True
-    vocab_size: int = 49408
-    context: int = 77
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
-    hidden: int = 2048
-    nonlinearity: str = "quick_gelu"
-    epsilon: float = 1e-5
-    end: int = 49407
+    vocab_size: fields.Rows = 49408
+    context: fields.Rows = 77
+    width: fields.Features = 512
+    layers: fields.Layers = 12
+    heads: fields.Heads = 8
+    hidden: fields.Features = 2048
+    nonlinearity: Nonlinearity = "quick_gelu"
+    epsilon: fields.Epsilon = 1e-5
+    end: fields.Token = 49407
     head: Head = "none"
-    projection: int = 512
-    dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    projection: fields.Projection = 512
+    dropout: fields.Dropout = 0.0
+    dtype: fields.Dtype = "float32"
+    param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.end >= self.vocab_size and self.end != LARGEST:
+            raise fields.FieldError(f"end={self.end} is no token of vocab_size={self.vocab_size}", "end", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -88,27 +90,26 @@ class CLIPVisionConfig:
     """
 
     causal: ClassVar[bool] = False
-    image_size: int = 224
-    patch_size: int = 32
-    channels: int = 3
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    nonlinearity: str = "quick_gelu"
-    epsilon: float = 1e-5
+    image_size: fields.Pixels = 224
+    patch_size: fields.Pixels = 32
+    channels: fields.Channels = 3
+    width: fields.Features = 768
+    layers: fields.Layers = 12
+    heads: fields.Heads = 12
+    hidden: fields.Features = 3072
+    nonlinearity: Nonlinearity = "quick_gelu"
+    epsilon: fields.Epsilon = 1e-5
     head: Head = "none"
-    projection: int = 512
-    dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    projection: fields.Projection = 512
+    dropout: fields.Dropout = 0.0
+    dtype: fields.Dtype = "float32"
+    param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
         _check(self)
+        fields.check_multiple(self, "image_size", "patch_size")
 
     @property
     def patches(self) -> int:
@@ -133,17 +134,18 @@ class CLIPConfig:
 
     text: CLIPTextConfig = CLIPTextConfig()
     vision: CLIPVisionConfig = CLIPVisionConfig()
-    projection: int = 512
-    temperature: float = 2.6592
+    projection: fields.Projection = 512
+    temperature: Annotated[float, fields.Real(-80.0, 80.0)] = 2.6592  # its exponential is a float32
     head: Head = "none"
-    dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dropout: fields.Dropout = 0.0
+    dtype: fields.Dtype = "float32"
+    param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
 
     def __post_init__(self) -> None:
-        check_head(self.head, ("none",), 1)
+        fields.check_fields(self)
+        check_head(self.head, ("none",))
         check_remat(self.remat)
 
     @property

@@ -1,12 +1,13 @@
 """CLIP's checkpoints: Hugging Face's `CLIPModel`, and those of one tower."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-from jlora.models.architecture import Architecture, Head
+from jlora.models.architecture import TOKENS, Architecture, Config, Head, configured, object_of, value_of
 from jlora.models.clip.modeling import (
     CLIP,
     CLIPConfig,
@@ -16,6 +17,7 @@ from jlora.models.clip.modeling import (
     CLIPVisionConfig,
     Tower,
 )
+from jlora.models.fields import shown
 from jlora.models.tensors import CONV, Leaf, embedding, layered, leaf, linear, norm
 
 SHAPE = {
@@ -38,7 +40,7 @@ IGNORED = r"(^|\.)embeddings\.position_ids$"  # a buffer
 
 def read_text(json: Mapping[str, Any], head: Head) -> CLIPTextConfig:
     """The config.json of a tower for texts. What it does not say is as in transformers, whose defaults are ours."""
-    return CLIPTextConfig(**_read(json, TEXT, "end"), head=head)
+    return _read(CLIPTextConfig, json, TEXT, head, "end")
 
 
 def write_text(c: CLIPTextConfig) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def write_text(c: CLIPTextConfig) -> dict[str, Any]:
 
 def read_vision(json: Mapping[str, Any], head: Head) -> CLIPVisionConfig:
     """The config.json of a tower for images."""
-    return CLIPVisionConfig(**_read(json, VISION, "image_size", "patch_size"), head=head)
+    return _read(CLIPVisionConfig, json, VISION, head, "image_size", "patch_size")
 
 
 def write_vision(c: CLIPVisionConfig) -> dict[str, Any]:
@@ -58,11 +60,16 @@ def write_vision(c: CLIPVisionConfig) -> dict[str, Any]:
 
 def read(json: Mapping[str, Any], head: Head) -> CLIPConfig:
     """The config.json of both. Older ones say things twice: "text_config_dict" goes before "text_config"."""
-    text, vision = (
-        json[f"{name}_config"] if json.get(f"{name}_config_dict") is None else json[f"{name}_config_dict"]
-        for name in ("text", "vision")
-    )
-    return CLIPConfig(read_text(text, "none"), read_vision(vision, "none"), **_read(json, BOTH), head=head)
+    names = [f"{name}_config" for name in ("text", "vision")]
+    names = [name if json.get(f"{name}_dict") is None else f"{name}_dict" for name in names]
+    for name in names:
+        value_of(json, name)
+    (text, towers), (vision, images) = ((object_of(json, name), f"{name}.") for name in names)
+    return _read(
+        CLIPConfig, json, BOTH, head,
+        text=_read(CLIPTextConfig, text, TEXT, "none", "end", within=towers),
+        vision=_read(CLIPVisionConfig, vision, VISION, "none", "image_size", "patch_size", within=images),
+    )  # fmt: skip
 
 
 def write(c: CLIPConfig) -> dict[str, Any]:
@@ -73,12 +80,22 @@ def write(c: CLIPConfig) -> dict[str, Any]:
     }
 
 
-def _read(json: Mapping[str, Any], names: Mapping[str, str], *numbers: str) -> dict[str, Any]:
-    for field in numbers:
-        found = json.get(names[field], 0)
+def _read(
+    kind: type[Config],
+    json: Mapping[str, Any],
+    keys: Mapping[str, str],
+    head: Head,
+    *numbers: str,
+    within: str = "",
+    **computed: Any,
+) -> Config:
+    """A config whose fields all have defaults; `numbers` are those that other models have several of."""
+    for name in numbers:
+        found = json.get(keys[name], 0)
         if not isinstance(found, int):
-            raise ValueError(f"config.json has {names[field]}={found!r}; jlora's model has one number")
-    return {field: json[name] for field, name in names.items() if name in json}
+            raise ValueError(f"config.json has {within}{keys[name]}={shown(found)}; jlora's model has one number")
+    defaults = {field.name: field.default for field in fields(cast(Any, kind)) if field.name in keys}
+    return configured(kind, json, keys, optional=defaults, within=within, head=head, **computed)
 
 
 def _write(c: Tower | CLIPConfig, names: Mapping[str, str]) -> dict[str, Any]:
@@ -134,8 +151,8 @@ def _blocks(c: Tower, name: str) -> list[Leaf]:
     return layered(block, c.layers, scan=c.scan)
 
 
-def _images(c: CLIPVisionConfig) -> jax.Array:
-    return jnp.zeros((1, c.image_size, c.image_size, c.channels))
+def _images(c: CLIPVisionConfig) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, c.image_size, c.image_size, c.channels), jnp.float32)
 
 
 TEXT_ARCHITECTURE = Architecture(
@@ -145,7 +162,7 @@ TEXT_ARCHITECTURE = Architecture(
     read=read_text,
     write=write_text,
     build=CLIPText,
-    inputs=lambda c: (jnp.zeros((1, 1), jnp.int32),),
+    inputs=lambda c: (TOKENS,),
     table=text_table,
     prefix="text_model.",
     bare=False,  # transformers 4 knows no others; 5 reads both
@@ -171,8 +188,9 @@ ARCHITECTURE = Architecture(
     read=read,
     write=write,
     build=CLIP,
-    inputs=lambda c: (jnp.zeros((1, 1), jnp.int32), _images(c.vision)),
+    inputs=lambda c: (TOKENS, _images(c.vision)),
     table=table,
     ignored=IGNORED,
+    layers=(("text/", "text_config.num_hidden_layers"), ("vision/", "vision_config.num_hidden_layers")),
 )
 ARCHITECTURES = (ARCHITECTURE, TEXT_ARCHITECTURE, VISION_ARCHITECTURE)

@@ -7,20 +7,22 @@ https://github.com/microsoft/DeBERTa, and in Hugging Face's `DebertaV2Model`.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.models import fields
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
 from jlora.models.deberta.relative import Rows, rows
-from jlora.models.nonlinear import NONLINEARITIES, check_nonlinearity
+from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
 HEADS: tuple[Head, ...] = ("none", "masked_lm", "sequence_classification", "token_classification")
 Term = Literal["c2p", "p2c"]
+Distance = Annotated[int, fields.Whole(-1, 2**24)]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class DebertaConfig:
       absolute: positions are added to the embeddings too.
       terms: of the scores, beside content to content: "c2p", content to position, and "p2c", position to content.
       shared: positions have the queries' and keys' kernels, and none of their own.
-      buckets: of relative positions in each direction; 0 or less for a row for each distance.
-      reach: the longest distance that is told from those beyond; `context` when 0 or less.
+      buckets: of relative positions in each direction; 0 or -1 for a row for each distance.
+      reach: the longest distance that is told from those beyond; `context` when 0 or -1.
       norm_positions: the table of relative positions is normalised.
       convolution: tokens that a convolution beside the first block sees at once, an odd number; 0 for none.
       nonlinearity, conv_nonlinearity, pooler_nonlinearity: of the MLPs and the masked LM, of the convolution, and of
@@ -57,44 +59,46 @@ class DebertaConfig:
         `jax.checkpoint_policies`.
     """
 
-    vocab_size: int = 128100
-    context: int = 512
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    types: int = 0
+    vocab_size: fields.Rows = 128100
+    context: fields.Rows = 512
+    width: fields.Features = 768
+    layers: fields.Layers = 12
+    heads: fields.Heads = 12
+    hidden: fields.Features = 3072
+    types: Annotated[int, fields.Whole(0, 2**24)] = 0
     absolute: bool = False
     terms: tuple[Term, ...] = ("p2c", "c2p")
     shared: bool = True
-    buckets: int = 256
-    reach: int = -1
+    buckets: Distance = 256
+    reach: Distance = -1
     norm_positions: bool = True
-    convolution: int = 0
-    nonlinearity: str = "gelu"
-    conv_nonlinearity: str = "tanh"
-    pooler_nonlinearity: str = "gelu"
-    epsilon: float = 1e-7
+    convolution: Annotated[int, fields.Whole(0, 2**10)] = 0
+    nonlinearity: Nonlinearity = "gelu"
+    conv_nonlinearity: Nonlinearity = "tanh"
+    pooler_nonlinearity: Nonlinearity = "gelu"
+    epsilon: fields.Epsilon = 1e-7
     head: Head = "masked_lm"
-    labels: int = 2
+    labels: fields.Labels = 2
     legacy: bool = True
-    dropout: float = 0.0
-    head_dropout: float | None = None
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dropout: fields.Dropout = 0.0
+    head_dropout: fields.OptionalDropout = None
+    dtype: fields.Dtype = "float32"
+    param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        if not self.terms or len({*self.terms}) != len(self.terms) or not {*self.terms} <= {"c2p", "p2c"}:
-            raise ValueError(f"terms={self.terms!r} are not 'c2p', 'p2c' or both")
+        fields.check_fields(self)
+        fields.check_multiple(self, "width", "heads")
+        if self.terms not in (("c2p",), ("p2c",), ("c2p", "p2c"), ("p2c", "c2p")):
+            raise fields.FieldError(f"terms={fields.shown(self.terms)} are not 'c2p', 'p2c' or both", "terms")
         if self.convolution and self.convolution % 2 == 0:
-            raise ValueError(f"convolution={self.convolution} is not odd, nor 0 for none")
-        check_head(self.head, HEADS, self.labels)
-        for name in (self.nonlinearity, self.conv_nonlinearity, self.pooler_nonlinearity):
-            check_nonlinearity(name)
+            raise fields.FieldError(f"convolution={self.convolution} is not odd, nor 0 for none", "convolution")
+        if self.buckets == 1 or (self.buckets > 0 and self.farthest - 1 in (0, self.buckets // 2)):
+            raise fields.FieldError(  # no logarithm of a ratio of 0 or 1 divides distances into steps
+                f"buckets={self.buckets} cannot share out distances up to {self.farthest}", "buckets", "reach"
+            )
+        check_head(self.head, HEADS)
         check_remat(self.remat)
 
     @property

@@ -3,70 +3,63 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from jlora.models.architecture import Architecture, Head, unsupported
+from jlora.models.architecture import TOKENS, Architecture, Head, configured, names_of, unsupported, value_of
 from jlora.models.deberta.modeling import Deberta, DebertaConfig
 from jlora.models.tensors import CONV_1D, Leaf, embedding, layered, leaf, linear, norm
+
+TERMS = "pos_att_type"
+KEYS = {
+    "vocab_size": "vocab_size",
+    "context": "max_position_embeddings",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "types": "type_vocab_size",
+    "absolute": "position_biased_input",
+    "shared": "share_att_key",
+    "buckets": "position_buckets",
+    "reach": "max_relative_positions",
+    "convolution": "conv_kernel_size",
+    "nonlinearity": "hidden_act",
+    "conv_nonlinearity": "conv_act",
+    "pooler_nonlinearity": "pooler_hidden_act",
+    "epsilon": "layer_norm_eps",
+    "legacy": "legacy",
+}
+OPTIONAL = {
+    "absolute": True, "shared": False, "buckets": -1, "reach": -1, "convolution": 0, "conv_nonlinearity": "tanh",
+    "pooler_nonlinearity": "gelu", "legacy": True,
+}  # fmt: skip
+CONVOLUTION = ("convolution", "conv_nonlinearity")
 
 
 def read(json: Mapping[str, Any], head: Head) -> DebertaConfig:
     """A DeBERTa's config.json."""
-    width, heads = json["hidden_size"], json["num_attention_heads"]
     unsupported(
         {"relative_attention": False} | {**json}, relative_attention=True, norm_rel_ebd=("layer_norm", "none"),
-        attention_head_size=width // heads, embedding_size=width, pooler_hidden_size=width, pooler_dropout=0,
-        conv_groups=1, tie_word_embeddings=True,
+        pooler_dropout=0, conv_groups=1, tie_word_embeddings=True,
     )  # fmt: skip
-    terms: Any = json["pos_att_type"] or []
-    if isinstance(terms, str):
-        terms = terms.lower().split("|")
-    return DebertaConfig(
-        vocab_size=json["vocab_size"],
-        context=json["max_position_embeddings"],
-        width=width,
-        layers=json["num_hidden_layers"],
-        heads=heads,
-        hidden=json["intermediate_size"],
-        types=json["type_vocab_size"],
-        absolute=json.get("position_biased_input", True),
-        terms=tuple(term.strip() for term in terms),
-        shared=json.get("share_att_key", False),
-        buckets=json.get("position_buckets", -1),
-        reach=json.get("max_relative_positions", -1),
+    terms = value_of(json, TERMS)
+    terms = terms.lower().split("|") if isinstance(terms, str) else names_of(json, TERMS)
+    config = configured(
+        DebertaConfig, json, KEYS, optional=OPTIONAL, origins={"terms": TERMS},
+        terms=tuple(term.strip() for term in terms), head=head,
         norm_positions=json.get("norm_rel_ebd", "none") == "layer_norm",
-        convolution=json.get("conv_kernel_size", 0),
-        nonlinearity=json["hidden_act"],
-        conv_nonlinearity=json.get("conv_act", "tanh"),
-        pooler_nonlinearity=json.get("pooler_hidden_act", "gelu"),
-        epsilon=json["layer_norm_eps"],
-        legacy=json.get("legacy", True),
-        head=head,
-    )
+    )  # fmt: skip
+    width = config.width
+    unsupported(json, attention_head_size=width // config.heads, embedding_size=width, pooler_hidden_size=width)
+    return config
 
 
 def write(c: DebertaConfig) -> dict[str, Any]:
     """What `read` reads."""
     return {
-        "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.context,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "intermediate_size": c.hidden,
-        "type_vocab_size": c.types,
-        "position_biased_input": c.absolute,
+        **{key: getattr(c, name) for name, key in KEYS.items() if name not in CONVOLUTION},
         "relative_attention": True,
-        "pos_att_type": list(c.terms),
-        "share_att_key": c.shared,
-        "position_buckets": c.buckets,
-        "max_relative_positions": c.reach,
+        TERMS: list(c.terms),
         "norm_rel_ebd": "layer_norm" if c.norm_positions else "none",
-        "hidden_act": c.nonlinearity,
-        "pooler_hidden_act": c.pooler_nonlinearity,
-        "layer_norm_eps": c.epsilon,
-        "legacy": c.legacy,
-    } | ({"conv_kernel_size": c.convolution, "conv_act": c.conv_nonlinearity} if c.convolution else {})
+    } | ({KEYS[name]: getattr(c, name) for name in CONVOLUTION} if c.convolution else {})
 
 
 def table(c: DebertaConfig) -> list[Leaf]:
@@ -125,7 +118,7 @@ ARCHITECTURE = Architecture(
     read=read,
     write=write,
     build=Deberta,
-    inputs=lambda c: (jnp.zeros((1, 1), jnp.int32),),
+    inputs=lambda c: (TOKENS,),
     table=table,
     prefix="deberta.",
     # a buffer, positions that are not added, copies of the embedding and the bias, and heads of the pretraining

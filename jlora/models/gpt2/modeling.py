@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jlora.models import cache as kv
+from jlora.models import fields
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
 from jlora.models.cache import Cache, Context, KeyValue
 from jlora.models.heads import last_token
-from jlora.models.nonlinear import NONLINEARITIES, check_nonlinearity
+from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
 HEADS: tuple[Head, ...] = ("none", "causal_lm", "sequence_classification", "token_classification")
@@ -44,27 +45,26 @@ class GPT2Config:
         `jax.checkpoint_policies`.
     """
 
-    vocab_size: int = 50257
-    context: int = 1024
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int | None = None
-    nonlinearity: str = "gelu_new"
-    epsilon: float = 1e-5
+    vocab_size: fields.Rows = 50257
+    context: fields.Rows = 1024
+    width: fields.Features = 768
+    layers: fields.Layers = 12
+    heads: fields.Heads = 12
+    hidden: fields.OptionalFeatures = None
+    nonlinearity: Nonlinearity = "gelu_new"
+    epsilon: fields.Epsilon = 1e-5
     head: Head = "causal_lm"
-    labels: int = 2
-    dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    labels: fields.Labels = 2
+    dropout: fields.Dropout = 0.0
+    dtype: fields.Dtype = "float32"
+    param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        check_head(self.head, HEADS, self.labels)
-        check_nonlinearity(self.nonlinearity)
+        fields.check_fields(self)
+        fields.check_multiple(self, "width", "heads")
+        check_head(self.head, HEADS)
         check_remat(self.remat)
 
 

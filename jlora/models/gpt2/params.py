@@ -3,11 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from jlora.models.architecture import Architecture, Head, unsupported
+from jlora.models.architecture import TOKENS, Architecture, Head, configured, unsupported
 from jlora.models.gpt2.modeling import GPT2, GPT2Config
 from jlora.models.tensors import Leaf, Part, embedding, layered, leaf, linear, norm
+
+KEYS = {
+    "vocab_size": "vocab_size",
+    "context": "n_positions",
+    "width": "n_embd",
+    "layers": "n_layer",
+    "heads": "n_head",
+    "hidden": "n_inner",
+    "nonlinearity": "activation_function",
+    "epsilon": "layer_norm_epsilon",
+}
+OPTIONAL = {"hidden": None, "nonlinearity": "gelu_new", "epsilon": 1e-5}
 
 
 def read(json: Mapping[str, Any], head: Head) -> GPT2Config:
@@ -16,31 +26,12 @@ def read(json: Mapping[str, Any], head: Head) -> GPT2Config:
         json, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
         tie_word_embeddings=True,
     )  # fmt: skip
-    return GPT2Config(
-        vocab_size=json["vocab_size"],
-        context=json["n_positions"],
-        width=json["n_embd"],
-        layers=json["n_layer"],
-        heads=json["n_head"],
-        hidden=json.get("n_inner"),
-        nonlinearity=json.get("activation_function", "gelu_new"),
-        epsilon=json.get("layer_norm_epsilon", 1e-5),
-        head=head,
-    )
+    return configured(GPT2Config, json, KEYS, optional=OPTIONAL, head=head)
 
 
 def write(c: GPT2Config) -> dict[str, Any]:
     """What `read` reads."""
-    return {
-        "vocab_size": c.vocab_size,
-        "n_positions": c.context,
-        "n_embd": c.width,
-        "n_layer": c.layers,
-        "n_head": c.heads,
-        "n_inner": c.hidden,
-        "activation_function": c.nonlinearity,
-        "layer_norm_epsilon": c.epsilon,
-    }
+    return {key: getattr(c, name) for name, key in KEYS.items()}
 
 
 def table(c: GPT2Config) -> list[Leaf]:
@@ -86,8 +77,9 @@ ARCHITECTURE = Architecture(
     read=read,
     write=write,
     build=GPT2,
-    inputs=lambda c: (jnp.zeros((1, 1), jnp.int32),),
+    inputs=lambda c: (TOKENS,),
     table=table,
     prefix="transformer.",
     ignored=r"\.attn\.(masked_)?bias$|^lm_head\.weight$",
+    layers=(("", "n_layer"),),
 )

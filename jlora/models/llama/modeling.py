@@ -9,19 +9,20 @@ they leave something open, transformers 5.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jlora.models import cache as kv
+from jlora.models import fields
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention, causal_mask
 from jlora.models.cache import Cache, Context, KeyValue
 from jlora.models.heads import last_token
-from jlora.models.llama.rope import Default, Llama3, Rope, Turn, turn, turned
-from jlora.models.nonlinear import NONLINEARITIES, check_nonlinearity
+from jlora.models.llama.rope import Default, Dynamic, Llama3, Rope, Turn, turn, turned
+from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
 HEADS: tuple[Head, ...] = ("none", "causal_lm", "sequence_classification", "token_classification")
@@ -61,43 +62,46 @@ class LlamaConfig:
     """
 
     family: Family = "llama"
-    vocab_size: int = 32000
-    context: int = 4096
-    width: int = 4096
-    layers: int = 32
-    heads: int = 32
-    key_heads: int | None = None
-    head_width: int | None = None
-    hidden: int = 11008
-    nonlinearity: str = "silu"
-    epsilon: float = 1e-5
+    vocab_size: fields.Rows = 32000
+    context: fields.Rows = 4096
+    width: fields.Features = 4096
+    layers: fields.Layers = 32
+    heads: fields.Heads = 32
+    key_heads: fields.OptionalHeads = None
+    head_width: Annotated[int | None, fields.Whole(2, 2**12)] = None
+    hidden: fields.Features = 11008
+    nonlinearity: Nonlinearity = "silu"
+    epsilon: fields.Epsilon = 1e-5
     rope: Rope = _PLAIN
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    window: int | None = None
+    window: fields.OptionalRows = None
     sliding: tuple[bool, ...] | None = None
     tied: bool = False
     head: Head = "causal_lm"
-    labels: int = 2
-    dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    labels: fields.Labels = 2
+    dropout: fields.Dropout = 0.0
+    dtype: fields.Dtype = "float32"
+    param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
 
     def __post_init__(self) -> None:
-        if self.head_width is None and self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}, and there is no head_width")
-        if (self.head_width or self.width // self.heads) % 2:
-            raise ValueError(f"head_width={self.head_width or self.width // self.heads} is odd: it is turned in pairs")
-        if self.heads % (self.key_heads or self.heads):
-            raise ValueError(f"heads={self.heads} is not a multiple of key_heads={self.key_heads}")
+        fields.check_fields(self)
+        _check_heads(self)
         if self.sliding is not None and (self.window is None or len(self.sliding) != self.layers):
-            raise ValueError(f"sliding={self.sliding} needs a window, and an element for each of {self.layers} layers")
-        check_head(self.head, HEADS, self.labels)
-        check_nonlinearity(self.nonlinearity)
+            raise fields.FieldError(
+                f"sliding={fields.shown(self.sliding)} needs a window, and an element for each of {self.layers} layers",
+                "sliding",
+                "layers",
+            )
+        if self.sliding is not None and not all(isinstance(one, bool) for one in self.sliding):
+            raise fields.FieldError(
+                f"sliding={fields.shown(self.sliding)} is not True or False for each layer", "sliding"
+            )
+        check_head(self.head, HEADS)
         check_remat(self.remat)
         plain = {"key_heads": self.heads, "head_width": self.width / self.heads, "sliding": (True,) * self.layers}
         for name, value in plain.items():  # one spelling of each shape, so that equal models have equal configs
@@ -108,6 +112,22 @@ class LlamaConfig:
     def longest(self) -> int:
         """The longest sequence, in tokens, that the model takes: beyond `context` where the `rope` goes there."""
         return self.rope.longest(self.context)
+
+
+def _check_heads(c: LlamaConfig) -> None:
+    if c.head_width is None and c.width % c.heads:
+        raise fields.FieldError(
+            f"width={c.width} is not a multiple of heads={c.heads}, and there is no head_width", "width", "heads"
+        )
+    width = c.head_width or c.width // c.heads
+    if width % 2:
+        raise fields.FieldError(f"head_width={width} is odd: it is turned in pairs", "head_width", "width", "heads")
+    if isinstance(c.rope, Dynamic) and width == 2:
+        raise fields.FieldError(
+            "head_width=2 is one pair, whose frequency no Dynamic rope stretches", "head_width", "rope"
+        )
+    if c.key_heads is not None:
+        fields.check_multiple(c, "heads", "key_heads")
 
 
 _LLAMA2 = LlamaConfig()

@@ -4,9 +4,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-import jax.numpy as jnp
-
-from jlora.models.architecture import Architecture, Head, unsupported
+from jlora.models.architecture import (
+    TOKENS,
+    Architecture,
+    Head,
+    configured,
+    flag_of,
+    names_of,
+    number_of,
+    object_of,
+    refused,
+    unsupported,
+)
+from jlora.models.fields import LAYERS, TOKEN, FieldError
 from jlora.models.llama.modeling import Family, Llama, LlamaConfig
 from jlora.models.llama.rope import Default, Dynamic, Linear, Llama3, Rope, Yarn
 from jlora.models.tensors import Leaf, embedding, layered, leaf, linear
@@ -16,6 +26,21 @@ ROPES: dict[str, type[Rope]] = {
     "default": Default, "linear": Linear, "dynamic": Dynamic, "llama3": Llama3, "yarn": Yarn,
 }  # fmt: skip
 SLIDING, FULL = "sliding_attention", "full_attention"
+KEYS = {
+    "vocab_size": "vocab_size",
+    "context": "max_position_embeddings",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "key_heads": "num_key_value_heads",
+    "head_width": "head_dim",
+    "hidden": "intermediate_size",
+    "nonlinearity": "hidden_act",
+    "epsilon": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+}
+ORIGINS = {"window": "sliding_window", "sliding": "layer_types", "rope": "rope_scaling"}
+OPTIONAL = {"nonlinearity": "silu", "epsilon": 1e-6, "tied": False}
 NOT_SAID = {"head", "labels", "dropout", "dtype", "param_dtype", "scan", "remat"}  # by `write`
 
 
@@ -24,7 +49,8 @@ NOT_SAID = {"head", "labels", "dropout", "dtype", "param_dtype", "scan", "remat"
 
 def read_rope(json: Json) -> Rope:
     """From `rope_parameters`, or `rope_scaling` and `rope_theta` as they were before transformers 5."""
-    said = {k: v for k, v in (json.get("rope_scaling") or json.get("rope_parameters") or {}).items() if v is not None}
+    scaling = object_of(json, "rope_scaling") or object_of(json, "rope_parameters")
+    said = {k: v for k, v in scaling.items() if v is not None}
     said = {"rope_type": said.pop("type", "default"), "rope_theta": json.get("rope_theta", 10000.0)} | said
     unsupported({**json, **said}, rope_type=tuple(ROPES), partial_rotary_factor=(None, 1.0))
     said.pop("partial_rotary_factor", None)
@@ -34,7 +60,10 @@ def read_rope(json: Json) -> Rope:
     wrong += [f"has {key!r}, which is none of {', '.join(known)}" for key in said if key not in known]
     if wrong:
         raise ValueError(f"RoPE of type {name!r} {wrong[0]}")
-    return kind(**said)
+    try:
+        return kind(**said)
+    except FieldError as error:
+        raise refused(error, {name: said.get(name) for name in error.fields}) from error
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -51,13 +80,15 @@ def write_rope(rope: Rope) -> dict[str, Any]:
 
 def _windows(json: Json) -> dict[str, Any]:
     """Qwen's windows: of the layers that say so, or of all from a number on."""
-    window = json.get("sliding_window", 4096) if json.get("use_sliding_window") else None
-    if window is None:
-        return {}
-    first, layers = json.get("max_window_layers", 28), json["num_hidden_layers"]
-    kinds = json.get("layer_types") or [SLIDING if i >= first else FULL for i in range(layers)]
+    kinds = names_of(json, "layer_types")
     for kind in kinds:
         unsupported({"layer_types": kind}, layer_types=(SLIDING, FULL))
+    window = json.get("sliding_window", 4096)
+    if not flag_of(json, "use_sliding_window", default=False) or window is None:
+        return {}
+    layers = number_of(json, "num_hidden_layers", LAYERS)
+    first = number_of({"max_window_layers": 28} | {**json}, "max_window_layers", TOKEN)
+    kinds = kinds or [SLIDING if i >= first else FULL for i in range(layers)]
     return {"window": window, "sliding": tuple(kind == SLIDING for kind in kinds)}
 
 
@@ -72,7 +103,7 @@ def _said_windows(c: LlamaConfig) -> dict[str, Any]:
 
 
 def _biases(json: Json) -> dict[str, Any]:
-    bias = json.get("attention_bias", False)
+    bias = flag_of(json, "attention_bias", default=False)
     return {"qkv_bias": bias, "out_bias": bias}
 
 
@@ -95,37 +126,17 @@ def _architecture(
     """
 
     def read(json: Json, head: Head) -> LlamaConfig:
-        return LlamaConfig(
-            family=family,
-            vocab_size=json["vocab_size"],
-            context=json["max_position_embeddings"],
-            width=json["hidden_size"],
-            layers=json["num_hidden_layers"],
-            heads=json["num_attention_heads"],
-            key_heads=json.get("num_key_value_heads", key_heads),
-            head_width=json.get("head_dim", head_width),
-            hidden=json["intermediate_size"],
-            nonlinearity=json.get("hidden_act", "silu"),
-            epsilon=json.get("rms_norm_eps", 1e-6),
-            rope=read_rope(json),
-            tied=json.get("tie_word_embeddings", False),
-            head=head,
-            **own(json),
-        )
+        return configured(
+            LlamaConfig, json, KEYS,
+            optional=OPTIONAL | {"key_heads": key_heads, "head_width": head_width}, origins=ORIGINS,
+            family=family, rope=read_rope(json), head=head, **own(json),
+        )  # fmt: skip
 
     def write(c: LlamaConfig) -> dict[str, Any]:
         json = {
-            "vocab_size": c.vocab_size,
-            "max_position_embeddings": c.context,
-            "hidden_size": c.width,
-            "num_hidden_layers": c.layers,
-            "num_attention_heads": c.heads,
+            **{key: getattr(c, name) for name, key in KEYS.items()},
             "num_key_value_heads": c.key_heads or c.heads,
             "head_dim": c.head_width or c.width // c.heads,
-            "intermediate_size": c.hidden,
-            "hidden_act": c.nonlinearity,
-            "rms_norm_eps": c.epsilon,
-            "tie_word_embeddings": c.tied,
             **write_rope(c.rope),
             **said(c),
         }
@@ -147,7 +158,7 @@ def _architecture(
         read=read,
         write=write,
         build=Llama,
-        inputs=lambda c: (jnp.zeros((1, 1), jnp.int32),),
+        inputs=lambda c: (TOKENS,),
         table=table,
         prefix="model.",
         ignored=r"\.rotary_emb\.inv_freq$|^lm_head\.weight$",
@@ -191,7 +202,7 @@ def _norm(path: str, key: str) -> list[Leaf]:
 ARCHITECTURES = (
     _architecture(
         "llama", "Llama",
-        own=lambda json: {**_biases(json), "mlp_bias": json.get("mlp_bias", False)},
+        own=lambda json: {**_biases(json), "mlp_bias": flag_of(json, "mlp_bias", default=False)},
         said=lambda c: {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias},
     ),
     _architecture(

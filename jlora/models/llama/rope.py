@@ -7,22 +7,38 @@ has them. Fields are named as in a config.json.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.models.fields import FieldError, OptionalRows, Real, check_fields
+
 Turn = tuple[jax.Array, jax.Array]
 """Cosine and sine of the angles, each (batch or 1, length, 1, width / 2), float32."""
 Stretched = tuple[jax.Array, float]
 """The frequencies, (width / 2), float32, and what queries and keys are multiplied by."""
+Theta = Annotated[float, Real(1.0, 1e15, "low")]
+Factor = Annotated[float, Real(1.0, 2.0**20)]
+Turns = Annotated[float, Real(1e-6, 2.0**20)]
+OptionalTurns = Annotated[float | None, Real(1e-6, 2.0**20)]
+Scale = Annotated[float | None, Real(0.0, 2.0**10)]
+OptionalFactor = Annotated[float | None, Real(2.0**-10, 2.0**10)]
+
+
+class _Checked:
+    """A dataclass whose fields hold what their types say."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
-class Default:
+class Default(_Checked):
     """`frequency_i = theta^(-2i / width)`."""
 
-    rope_theta: float = 10000.0
+    rope_theta: Theta = 10000.0
 
     def frequencies(self, width: int, context: int, positions: jax.Array) -> Stretched:
         return jnp.asarray(_plain(width, self.rope_theta)), 1.0
@@ -32,15 +48,15 @@ class Default:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Checked):
     """`frequency_i / factor`: positions are interpolated.
 
     Source: Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation", arXiv
     2306.15595, eq. 4.
     """
 
-    factor: float
-    rope_theta: float = 10000.0
+    factor: Factor
+    rope_theta: Theta = 10000.0
 
     def frequencies(self, width: int, context: int, positions: jax.Array) -> Stretched:
         return jnp.asarray(_plain(width, self.rope_theta) / np.float32(self.factor)), 1.0
@@ -50,7 +66,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Dynamic:
+class Dynamic(_Checked):
     """`theta' = theta (factor * length / context - factor + 1)^(width / (width - 2))` for a length beyond the context.
 
     The length is that of a call's last position in all of its rows, as in transformers: within the context this is
@@ -60,8 +76,8 @@ class Dynamic:
     formula in Peng et al., "YaRN", arXiv 2309.00071, section 3.1 and appendix A.
     """
 
-    factor: float
-    rope_theta: float = 10000.0
+    factor: Factor
+    rope_theta: Theta = 10000.0
 
     def frequencies(self, width: int, context: int, positions: jax.Array) -> Stretched:
         length = jnp.maximum(positions.max() + 1, context).astype(jnp.float32)
@@ -74,7 +90,7 @@ class Dynamic:
 
 
 @dataclass(frozen=True)
-class Llama3:
+class Llama3(_Checked):
     """Llama 3.1's: short waves stay, long ones are interpolated, and those between are mixed.
 
     A wave of length `2 pi / frequency` turns `r = original / wavelength` times over the original context. Above
@@ -87,11 +103,19 @@ class Llama3:
       original_max_position_embeddings: tokens of the original context; the model's context when None.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int | None = None
-    rope_theta: float = 10000.0
+    factor: Factor
+    low_freq_factor: Turns
+    high_freq_factor: Turns
+    original_max_position_embeddings: OptionalRows = None
+    rope_theta: Theta = 10000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not low < high:
+            raise FieldError(
+                f"low_freq_factor={low} is not below high_freq_factor={high}", "low_freq_factor", "high_freq_factor"
+            )
 
     def frequencies(self, width: int, context: int, positions: jax.Array) -> Stretched:
         plain = _plain(width, self.rope_theta)
@@ -105,7 +129,7 @@ class Llama3:
 
 
 @dataclass(frozen=True)
-class Yarn:
+class Yarn(_Checked):
     """YaRN: interpolation by parts of the frequencies, and warmer or colder attention.
 
     Pair `d(n) = width ln(original / (2 pi n)) / (2 ln theta)` turns n times over the original context. Pairs up to
@@ -122,15 +146,21 @@ class Yarn:
       truncate: the ramp's ends are whole numbers, rounded outwards; when None too.
     """
 
-    factor: float
-    original_max_position_embeddings: int | None = None
-    rope_theta: float = 10000.0
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    factor: Factor
+    original_max_position_embeddings: OptionalRows = None
+    rope_theta: Theta = 10000.0
+    attention_factor: OptionalFactor = None
+    beta_fast: OptionalTurns = None
+    beta_slow: OptionalTurns = None
+    mscale: Scale = None
+    mscale_all_dim: Scale = None
     truncate: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fast, slow = self.beta_fast or 32, self.beta_slow or 1
+        if fast < slow:
+            raise FieldError(f"beta_fast={fast} is below beta_slow={slow}", "beta_fast", "beta_slow")
 
     def frequencies(self, width: int, context: int, positions: jax.Array) -> Stretched:
         original = self.original_max_position_embeddings or context

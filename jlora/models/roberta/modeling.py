@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.models import fields
 from jlora.models.bert.modeling import BertConfig, MaskedLM, dense, embed, embedded, encoded, pooled
 
 
@@ -21,10 +22,15 @@ class RobertaConfig(BertConfig):
       pad: the id of the padding, and its position. That of the first token is `pad` + 1.
     """
 
-    vocab_size: int = 50265
-    types: int = 1
-    epsilon: float = 1e-5
-    pad: int = 1
+    vocab_size: fields.Rows = 50265
+    types: fields.Features = 1
+    epsilon: fields.Epsilon = 1e-5
+    pad: fields.Token = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pad >= self.vocab_size:
+            raise fields.FieldError(f"pad={self.pad} is no token of vocab_size={self.vocab_size}", "pad", "vocab_size")
 
 
 PRESETS = {

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from jlora.models.architecture import Architecture, Head
-from jlora.models.bert.params import encoder, has_pooler, read_encoder, supported, write_encoder
+from jlora.models.architecture import TOKENS, Architecture, Head, configured, number_of
+from jlora.models.bert.params import KEYS, POSITIONS, encoder, has_pooler, supported, write_encoder
+from jlora.models.fields import TOKEN
 from jlora.models.roberta.modeling import Roberta, RobertaConfig
 from jlora.models.tensors import Leaf, leaf, linear, norm
 
@@ -16,19 +15,16 @@ BODY = "RobertaModel"
 def read(json: Mapping[str, Any], head: Head) -> RobertaConfig:
     """A RoBERTa's config.json, whose number of positions counts those that no token has."""
     supported(json, head)
-    pad = json["pad_token_id"]
-    return RobertaConfig(
-        context=json["max_position_embeddings"] - pad - 1,
-        pad=pad,
-        pooler=has_pooler(json, head, BODY),
-        head=head,
-        **read_encoder(json),
-    )
+    pad, positions = number_of(json, "pad_token_id", TOKEN), number_of(json, POSITIONS, TOKEN)
+    return configured(
+        RobertaConfig, json, KEYS, optional={}, origins={"context": POSITIONS, "pad": "pad_token_id"},
+        context=positions - pad - 1, pad=pad, pooler=has_pooler(json, head, BODY), head=head,
+    )  # fmt: skip
 
 
 def write(c: RobertaConfig) -> dict[str, Any]:
     """What `read` reads."""
-    return {"max_position_embeddings": c.context + c.pad + 1, "pad_token_id": c.pad} | write_encoder(c)
+    return {POSITIONS: c.context + c.pad + 1, "pad_token_id": c.pad} | write_encoder(c)
 
 
 def table(c: RobertaConfig) -> list[Leaf]:
@@ -61,7 +57,7 @@ ARCHITECTURE = Architecture(
     read=read,
     write=write,
     build=Roberta,
-    inputs=lambda c: (jnp.zeros((1, 1), jnp.int32),),
+    inputs=lambda c: (TOKENS,),
     table=table,
     prefix="roberta.",
     # a buffer, the decoder's copies of the embedding and the bias, and a pooler where none is asked for

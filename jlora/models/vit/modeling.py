@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.models import fields
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
-from jlora.models.nonlinear import NONLINEARITIES, check_nonlinearity
+from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
 HEADS: tuple[Head, ...] = ("none", "image_classification")
@@ -41,31 +42,29 @@ class ViTConfig:
         `jax.checkpoint_policies`.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    channels: int = 3
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int | None = None
-    nonlinearity: str = "gelu"
-    epsilon: float = 1e-12
+    image_size: fields.Pixels = 224
+    patch_size: fields.Pixels = 16
+    channels: fields.Channels = 3
+    width: fields.Features = 768
+    layers: fields.Layers = 12
+    heads: fields.Heads = 12
+    hidden: fields.OptionalFeatures = None
+    nonlinearity: Nonlinearity = "gelu"
+    epsilon: fields.Epsilon = 1e-12
     head: Head = "image_classification"
-    labels: int = 1000
+    labels: fields.Labels = 1000
     pooler: bool = False
-    dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dropout: fields.Dropout = 0.0
+    dtype: fields.Dtype = "float32"
+    param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
-        check_head(self.head, HEADS, self.labels)
-        check_nonlinearity(self.nonlinearity)
+        fields.check_fields(self)
+        fields.check_multiple(self, "width", "heads")
+        fields.check_multiple(self, "image_size", "patch_size")
+        check_head(self.head, HEADS)
         check_remat(self.remat)
 
     @property

@@ -3,50 +3,47 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jlora.models.architecture import Architecture, Head, unsupported
+from jlora.models.architecture import Architecture, Head, configured, unsupported, value_of
 from jlora.models.bert.params import has_pooler
+from jlora.models.fields import shown
 from jlora.models.tensors import CONV, Leaf, layered, leaf, linear, norm
 from jlora.models.vit.modeling import ViT, ViTConfig
 
 BODY = "ViTModel"
+KEYS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "channels": "num_channels",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "nonlinearity": "hidden_act",
+    "epsilon": "layer_norm_eps",
+}
+OPTIONAL = {"nonlinearity": "gelu", "epsilon": 1e-12}
 
 
 def read(json: Mapping[str, Any], head: Head) -> ViTConfig:
     """A ViT's config.json."""
-    unsupported(json, qkv_bias=True, pooler_act="tanh", pooler_output_size=(json["hidden_size"], None))
+    unsupported(json, qkv_bias=True, pooler_act="tanh")
     for name in ("image_size", "patch_size"):
-        if not isinstance(json[name], int):
-            raise ValueError(f"config.json has {name}={json[name]!r}; jlora's model has squares, of one number")
-    return ViTConfig(
-        image_size=json["image_size"],
-        patch_size=json["patch_size"],
-        channels=json["num_channels"],
-        width=json["hidden_size"],
-        layers=json["num_hidden_layers"],
-        heads=json["num_attention_heads"],
-        hidden=json["intermediate_size"],
-        nonlinearity=json.get("hidden_act", "gelu"),
-        epsilon=json.get("layer_norm_eps", 1e-12),
-        head=head,
-        pooler=has_pooler(json, head, BODY),
-    )
+        if not isinstance(value_of(json, name), int):
+            raise ValueError(f"config.json has {name}={shown(json[name])}; jlora's model has squares, of one number")
+    config = configured(
+        ViTConfig, json, KEYS, optional=OPTIONAL, head=head, pooler=has_pooler(json, head, BODY)
+    )  # fmt: skip
+    unsupported(json, pooler_output_size=(config.width, None))
+    return config
 
 
 def write(c: ViTConfig) -> dict[str, Any]:
     """What `read` reads. transformers passes over `add_pooling_layer`, and makes a pooler of its own."""
-    return {
-        "image_size": c.image_size,
-        "patch_size": c.patch_size,
-        "num_channels": c.channels,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "intermediate_size": c.hidden or 4 * c.width,
-        "hidden_act": c.nonlinearity,
-        "layer_norm_eps": c.epsilon,
-    } | ({"add_pooling_layer": False} if c.head == "none" and not c.pooler else {})
+    said = {key: getattr(c, name) for name, key in KEYS.items()} | {KEYS["hidden"]: c.hidden or 4 * c.width}
+    return said | ({"add_pooling_layer": False} if c.head == "none" and not c.pooler else {})
 
 
 def table(c: ViTConfig) -> list[Leaf]:
@@ -80,7 +77,7 @@ ARCHITECTURE = Architecture(
     read=read,
     write=write,
     build=ViT,
-    inputs=lambda c: (jnp.zeros((1, c.image_size, c.image_size, c.channels)),),
+    inputs=lambda c: (jax.ShapeDtypeStruct((1, c.image_size, c.image_size, c.channels), jnp.float32),),
     table=table,
     prefix="vit.",
     ignored=r"^vit\.pooler\.",  # where none is asked for
