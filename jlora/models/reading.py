@@ -7,6 +7,7 @@ files are links to ../../blobs, to those of the same repository.
 
 import json
 import math
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any
 
 LARGEST = 2**23  # bytes of a JSON file; those of vocabularies and indices may be larger
 DEEPEST = 64  # lists and objects within one another
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
 DIGITS = 20  # of a whole number: all of 64 bits have fewer
 
 
@@ -85,8 +87,8 @@ def read_json(file: Path, largest: int = LARGEST) -> dict[str, Any]:
     Raises:
       FileNotFoundError, ValueError: as `read`.
       ValueError: for what is no JSON or no object, a key that an object has twice, whole numbers of over 20 digits,
-        others beyond the largest float, and lists or objects more than 64 deep. NaN and infinities are JSON to Python
-        and pass: where a number is used, it is checked.
+        others beyond the largest float, halves of characters, and lists or objects more than 64 deep. NaN and
+        infinities are JSON to Python and pass: where a number is used, it is checked.
     """
     text = read_text(file, largest, what="JSON")
     try:
@@ -106,9 +108,18 @@ def parsed(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"is no JSON: {error}") from error
     _check_depth(content)
+    if HALF.search(text):
+        _check_characters(content)
     if not isinstance(content, dict):
         raise ValueError(f"holds a {type(content).__name__}, expected an object")
     return content
+
+
+def _check_characters(content: Any) -> None:
+    try:
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("has half of a character, a surrogate without its other half") from error
 
 
 class _Refused(ValueError):

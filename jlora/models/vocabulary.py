@@ -1,17 +1,22 @@
 """The files of a tokenizer: what they say, and the tokenizers that are built from a vocabulary where none is whole."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
 from jlora.models import files, reading
+from jlora.models.fields import TOKEN, shown
 
 Side = Literal["left", "right"]
 WHOLE = "tokenizer.json"
 SETTINGS, SPECIALS, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 PIECES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("vocab.txt",))  # the second are OpenAI's names
 SENTENCEPIECE = ("tokenizer.model", "spm.model", "sentencepiece.bpe.model", "spiece.model")
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of a token
+LARGEST = 2**27  # bytes of a vocabulary
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
 
@@ -34,6 +39,7 @@ def read(folder: Path) -> Read:
     _add(library, backend, read)
     specials = _specials(backend, read, family, padding.get("pad_token"))
     _register(library, backend, read, specials)
+    _check_ids(backend, folder)
     named = {role: _content(token) for role, token in specials.items()}
     side = read.side("padding_side", padding.get("direction"))
     return Read(backend, named, side, read.side("truncation_side", truncation.get("direction")))
@@ -63,18 +69,32 @@ class _Files(NamedTuple):
     @classmethod
     def of(cls, folder: Path) -> "_Files":
         paths = [folder / name for name in (SETTINGS, SPECIALS, ADDED, files.CONFIG)]
-        return cls(folder, *(reading.read_json(path) if path.is_file() else {} for path in paths))
+        return cls(folder, *(reading.read_json(path) if reading.has(path) else {} for path in paths))
 
     @property
     def kind(self) -> str | None:
         """The tokenizer's class in transformers, or else the model's type."""
-        classes = (content.get("tokenizer_class") for content in (self.settings, self.config))
-        kind = next(filter(None, classes), None) or self.config.get("model_type")
-        return None if kind is None else str(kind).removesuffix("Fast")
+        said = [(SETTINGS, self.settings, "tokenizer_class")]
+        said += [(files.CONFIG, self.config, key) for key in ("tokenizer_class", "model_type")]
+        for file, content, key in said:
+            name = content.get(key)
+            if name is not None and not isinstance(name, str):
+                raise ValueError(f"'{self.folder / file}' has {key}={shown(name)}, expected a string")
+            if name:
+                return name.removesuffix("Fast")
+        return None
+
+    def flag(self, key: str) -> bool | None:
+        """A setting; None where there is none."""
+        value = self.settings.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"'{self.folder / SETTINGS}' has {key}={shown(value)}, expected true or false")
+        return value
 
     def side(self, key: str, otherwise: str | None) -> Side:
-        value = self.settings.get(key) or otherwise or "right"
-        return as_side(f"'{self.folder / SETTINGS}' has {key}", str(value).lower())
+        value = self.settings.get(key)
+        side = otherwise or "right" if value is None else shown(value) if not isinstance(value, str) else value
+        return as_side(f"'{self.folder / SETTINGS}' has {key}", side.lower())
 
     def special(self, role: str, default: Token | None = None) -> Token | None:
         """The token of a role; None where a file says that there is none, `default` where none speaks of it."""
@@ -88,8 +108,22 @@ class _Files(NamedTuple):
     def more(self) -> list[Token]:
         """Special tokens that have no role."""
         key = "additional_special_tokens"
-        listed = self.settings.get(key) or self.specials.get(key) or []
-        return [_checked(token, self.folder, key) for token in listed]
+        for file, content in ((SETTINGS, self.settings), (SPECIALS, self.specials)):
+            listed = content.get(key)
+            if listed is not None and not isinstance(listed, list):
+                raise ValueError(f"'{self.folder / file}' has {key}={shown(listed)}, expected a list of tokens")
+            if listed:
+                return [_checked(token, self.folder / file, key) for token in listed]
+        return []
+
+    def number(self, role: str) -> int | None:
+        """The token of a role by its id in config.json; None where there is none, which -1 says, too."""
+        key = f"{role}_token_id"
+        number: Any = self.config.get(key)
+        number = number[0] if isinstance(number, list) and number else number  # of several ends the first
+        if number is not None and number != -1 and (wrong := TOKEN.wrong(key, number)):
+            raise ValueError(f"'{self.folder / files.CONFIG}': {wrong}")
+        return None if number is None or number == -1 else int(number)
 
 
 def _content(token: Any) -> Any:
@@ -97,8 +131,9 @@ def _content(token: Any) -> Any:
 
 
 def _checked(token: Any, file: Path, key: str) -> Token:
-    if not isinstance(_content(token), str):
-        raise ValueError(f"'{file}' has {key}={token!r}, expected a token")
+    flags = [token[name] for name in FLAGS if name in token] if isinstance(token, Mapping) else []
+    if not isinstance(_content(token), str) or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError(f"'{file}' has {key}={shown(token)}, expected a token")
     return cast(Token, token)
 
 
@@ -113,16 +148,12 @@ def _library() -> ModuleType:
 def _backend(library: ModuleType, read: _Files) -> tuple[Any, "_Family | None"]:
     """The tokenizer as its files have it, and which of the three it is, if it is one."""
     folder = read.folder
-    if (folder / WHOLE).is_file():
-        try:
-            return library.Tokenizer.from_file(str(folder / WHOLE)), _FAMILIES.get(read.kind or "")
-        except Exception as error:  # the library raises nothing more precise
-            reading.read_json(folder / WHOLE)
-            raise ValueError(f"'{folder / WHOLE}' is damaged, or the tokenizers library too old: {error}") from error
-    names = next((names for names in PIECES if (folder / names[0]).is_file()), None)
+    if reading.has(folder / WHOLE):
+        return _whole(library, folder / WHOLE), _FAMILIES.get(read.kind or "")
+    names = next((names for names in PIECES if reading.has(folder / names[0])), None)
     if names is None:
         raise FileNotFoundError(_no_tokenizer(folder))
-    absent = [name for name in names if not (folder / name).is_file()]
+    absent = [name for name in names if not reading.has(folder / name)]
     if absent:
         raise FileNotFoundError(f"'{folder}' holds {names[0]} and no {absent[0]}: it takes both, or {WHOLE}")
     if len(names) == 1:
@@ -130,10 +161,47 @@ def _backend(library: ModuleType, read: _Files) -> tuple[Any, "_Family | None"]:
     else:
         vocabulary, merges = _pieces(folder / names[0]), _merges(folder / names[1])
     family = _family(read, names, vocabulary)
-    try:
+    with _library_errors(f"no tokenizer can be made of {' and '.join(names)} in '{folder}'"):
         return family.build(library, read, vocabulary, merges), family
-    except Exception as error:  # as above
-        raise ValueError(f"no tokenizer can be made of {' and '.join(names)} in '{folder}': {error}") from error
+
+
+def _whole(library: ModuleType, file: Path) -> Any:
+    """The tokenizer of a tokenizer.json."""
+    text = reading.read_text(file, LARGEST, what="JSON")
+    try:
+        with _library_errors(f"'{file}' is damaged, or the tokenizers library too old"):
+            backend = library.Tokenizer.from_str(text)
+    except ValueError:
+        if len(text) <= reading.LARGEST:
+            reading.read_json(file)
+        raise
+    ids = list(backend.get_vocab(with_added_tokens=False).values())
+    if len({*ids}) < len(ids):
+        raise ValueError(f"'{file}' is damaged: it gives {len(ids) - len({*ids})} tokens the id of another")
+    return backend
+
+
+@contextmanager
+def _library_errors(said: str) -> Iterator[None]:
+    """Errors of the tokenizers library, which raises nothing more precise than Exception, or panics."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, no Exception
+            raise
+        raise ValueError(f"{said}: {error}") from error
+
+
+def _check_ids(backend: Any, folder: Path) -> None:
+    """Raises a ValueError for ids that no array of tokens holds, and for those around texts that no token has."""
+    largest = max(backend.get_vocab().values(), default=0)
+    if largest > TOKEN.highest:
+        raise ValueError(f"the tokenizer of '{folder}' gives {backend.id_to_token(largest)!r} the id {largest}")
+    with _library_errors(f"the tokenizer of '{folder}' cannot be used"):
+        around = {*backend.encode("").ids, *backend.encode("", "").ids}
+    wrong = sorted(number for number in around if backend.id_to_token(number) is None)
+    if wrong:
+        raise ValueError(f"the tokenizer of '{folder}' puts the id {wrong[0]} around texts, and no token has it")
 
 
 _CONVERT = f"transformers makes a {WHOLE} of it, AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
@@ -150,20 +218,18 @@ def _no_tokenizer(folder: Path) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would split at characters of the vocabulary
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{file}' is no text: {error}") from error
+    text = reading.read_text(file, LARGEST).replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")  # splitlines would split at characters of the vocabulary
     return lines[:-1] if lines[-1] == "" else lines
 
 
 def _pieces(file: Path) -> dict[str, int]:
-    pieces = reading.read_json(file)
+    pieces = reading.read_json(file, LARGEST)
     taken: set[int] = set()
     for piece, number in pieces.items():
-        if type(number) is not int or number < 0 or number in taken:
+        if TOKEN.wrong("id", number) or number in taken:
             raise ValueError(
-                f"'{file}' is damaged: {piece!r} has the id {number!r}, expected a number of its own from 0"
+                f"'{file}' is damaged: {piece!r} has the id {shown(number)}, expected a number of its own from 0"
             )
         taken.add(number)
     return pieces
@@ -184,21 +250,24 @@ def _merges(file: Path) -> list[tuple[str, ...]]:
 
 def _add(library: ModuleType, backend: Any, read: _Files) -> None:
     """Adds the tokens that the files beside give ids to, where the vocabulary does not have them."""
-    decoder = read.settings.get("added_tokens_decoder") or {}
+    decoder = read.settings.get("added_tokens_decoder")
+    decoder = {} if decoder is None else decoder
     if not isinstance(decoder, dict):
         raise ValueError(f"'{read.folder / SETTINGS}' has an added_tokens_decoder that is no object")
     listed = [(number, token, ADDED) for token, number in read.added.items()]
     listed += [(number, token, SETTINGS) for number, token in decoder.items()]
     for number, token, file in listed:
-        if not (str(number).isdecimal() and isinstance(_content(token), str)):
-            raise ValueError(f"'{read.folder / file}' gives the token {token!r} the id {number!r}")
+        _checked(token, read.folder / file, f"the id {shown(number)}")
+        if not re.fullmatch("[0-9]{1,10}", str(number)) or int(number) > TOKEN.highest:
+            raise ValueError(f"'{read.folder / file}' gives the token {shown(token)} the id {shown(number)}")
     special = {_content(token) for token in [*map(read.special, ROLES), *read.more]}
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for number, token, file in sorted(listed, key=lambda row: int(row[0])):
         content = _content(token)
         if content not in known:
             marked = content in special or (isinstance(token, Mapping) and bool(token.get("special")))
-            (backend.add_special_tokens if marked else backend.add_tokens)([_added(library, token, marked)])
+            with _library_errors(f"'{read.folder / file}' has a token that cannot be added"):
+                (backend.add_special_tokens if marked else backend.add_tokens)([_added(library, token, marked)])
             known.add(content)
         has = backend.token_to_id(content)
         if has != int(number):
@@ -216,11 +285,10 @@ def _specials(backend: Any, read: _Files, family: "_Family | None", pad: str | N
     usual = ({} if pad is None else {"pad": pad}) | ({} if family is None else dict(family.specials))
     found = {}
     for role in ROLES:
-        number = read.config.get(f"{role}_token_id")
-        number = number[0] if isinstance(number, list) and number else number  # of several ends the first
+        number = read.number(role)
         token = usual.get(role)
         if backend.token_to_id(_content(token) or "") is None:
-            token = backend.id_to_token(number) if isinstance(number, int) and number >= 0 else None
+            token = None if number is None else backend.id_to_token(number)
         found[role] = read.special(role, token)
     return {role: token for role, token in found.items() if token is not None}
 
@@ -258,7 +326,7 @@ def _family(read: _Files, names: tuple[str, ...], vocabulary: Mapping[str, Any])
             f"'{read.folder}' has no {WHOLE}, and of {' and '.join(names)} can be built {', '.join(possible)}, not "
             f"{read.kind!r}: {_CONVERT}"
         )
-    if read.settings.get("add_bos_token"):
+    if read.flag("add_bos_token"):
         raise ValueError(f"'{read.folder / SETTINGS}' has add_bos_token, which takes a {WHOLE}: {_CONVERT}")
     return possible[read.kind]
 
@@ -276,7 +344,7 @@ def _byte_level(library: ModuleType, read: _Files, vocabulary: dict[str, Any], m
     if len(lost) > 0.1 * len(vocabulary):  # a few are special; a file of merges that is cut off is whole to its readers
         raise ValueError(f"{len(lost)} of {len(vocabulary)} pieces, such as {lost[-1]!r}, come of no merge")
     backend = library.Tokenizer(library.models.BPE(vocabulary, merges))
-    blank = bool(read.settings.get("add_prefix_space", False))
+    blank = bool(read.flag("add_prefix_space"))
     backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=blank)
     backend.decoder = library.decoders.ByteLevel()
     backend.post_processor = library.processors.ByteLevel(trim_offsets=False)
@@ -292,11 +360,11 @@ def _roberta(library: ModuleType, read: _Files, vocabulary: dict[str, Any], merg
 
 def _word_pieces(library: ModuleType, read: _Files, vocabulary: dict[str, Any], merges: list[tuple[str, ...]]) -> Any:
     unk, cls, sep = (_needed(read, _BERT, role, vocabulary) for role in ("unk", "cls", "sep"))
-    lower = read.settings.get("do_lower_case")
+    lower = read.flag("do_lower_case")
     if lower is None:  # transformers says True, and would make every capital of a cased vocabulary unreachable
         lower = all(word == word.lower() for word in vocabulary if not word.startswith("["))
     backend = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token=unk[0]))
-    chinese, accents = bool(read.settings.get("tokenize_chinese_chars", True)), read.settings.get("strip_accents")
+    chinese, accents = read.flag("tokenize_chinese_chars") is not False, read.flag("strip_accents")
     backend.normalizer = library.normalizers.BertNormalizer(True, chinese, accents, bool(lower))
     backend.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
     backend.decoder = library.decoders.WordPiece(prefix="##")

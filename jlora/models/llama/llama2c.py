@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.models import reading
 from jlora.models.llama.modeling import Llama, LlamaConfig
 
 HEADER = struct.Struct("<7i")
 NEWER = 0x616B3432  # "ak42": what the formats from version 1 on begin with
 UNKNOWN, BOS, EOS = 0, 1, 2
+LARGEST = 2**24  # bytes of a tokenizer
 BYTES = 3  # the token of byte 0; the other bytes follow
 
 
@@ -31,16 +33,25 @@ def load(path: str | os.PathLike[str]) -> tuple[Llama, Any]:
     keys move accordingly, and their scores stay.
 
     Raises:
-      ValueError: for a file of another size than its header says, or of a newer version.
+      FileNotFoundError: if there is no such file.
+      ValueError: for a file of another size than its header says, of a newer version, or that is no regular one.
     """
-    content = Path(path).read_bytes()
-    if len(content) < HEADER.size:
-        raise ValueError(f"'{path}' has {len(content)} bytes, fewer than a llama2.c checkpoint's header")
-    width, hidden, layers, heads, key_heads, vocab, context = HEADER.unpack_from(content)
+    file = _regular(path)
+    size = file.stat().st_size
+    if size < HEADER.size:
+        raise ValueError(f"'{path}' has {size} bytes, fewer than a llama2.c checkpoint's header")
+    with file.open("rb") as opened:
+        header = HEADER.unpack(opened.read(HEADER.size))
+    width, hidden, layers, heads, key_heads, vocab, context = header
     if width == NEWER:
         raise ValueError(f"'{path}' is of llama2.c's format version {hidden}; version 0 is read")
-    if min(width, hidden, layers, heads, key_heads, context) < 1 or width % heads or heads % key_heads:
-        raise ValueError(f"'{path}' is no llama2.c checkpoint: it begins with {HEADER.unpack_from(content)}")
+    try:
+        config = LlamaConfig(
+            vocab_size=abs(vocab), context=context, width=width, layers=layers, heads=heads, key_heads=key_heads,
+            hidden=hidden, epsilon=1e-5, tied=vocab > 0,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"'{path}' is no llama2.c checkpoint: it begins with {header}: {error}") from error
     head_width = width // heads
     shapes = {
         "wte": (abs(vocab), width),
@@ -59,21 +70,26 @@ def load(path: str | os.PathLike[str]) -> tuple[Llama, Any]:
     }
     sizes = [math.prod(shape) for shape in shapes.values()]
     expected = HEADER.size + 4 * sum(sizes)
-    if len(content) != expected:
-        raise ValueError(
-            f"'{path}' has {len(content)} bytes, its header says {expected}: it is cut off, or no checkpoint"
-        )
+    if size != expected:
+        raise ValueError(f"'{path}' has {size} bytes, its header says {expected}: it is cut off, or no checkpoint")
+    content = reading.read(file, expected)
     values = np.split(np.frombuffer(content, "<f4", offset=HEADER.size), np.cumsum(sizes)[:-1])
     read = {name: value.reshape(shapes[name]) for name, value in zip(shapes, values, strict=True)}
     read["query"], read["key"] = _halved(read["query"], head_width), _halved(read["key"], head_width)
-    config = LlamaConfig(
-        vocab_size=abs(vocab), context=context, width=width, layers=layers, heads=heads, key_heads=key_heads,
-        hidden=hidden, epsilon=1e-5, tied=vocab > 0,
-    )  # fmt: skip
     tree = {f"h_{i}": _block(read, i) for i in range(layers)}
     tree |= {"wte": {"embedding": read["wte"]}, "ln_f": {"scale": read["ln_f"]}}
     tree |= {} if config.tied else {"head": {"kernel": read["head"].T}}
     return Llama(config), jax.tree.map(jnp.asarray, tree)
+
+
+def _regular(path: str | os.PathLike[str]) -> Path:
+    """Where the file lies that a caller names: links are the caller's own."""
+    try:
+        return reading.regular(Path(path).resolve(strict=True))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"there is no file '{path}'") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself, before Python 3.13
+        raise ValueError(f"'{path}' cannot be read: {error}") from error
 
 
 def _halved(kernels: np.ndarray, width: int) -> np.ndarray:
@@ -130,14 +146,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """From a tokenizer.bin: the longest piece's length (int32), then each token's score (float32), length and bytes.
 
     Raises:
-      ValueError: for a file that ends within a token.
+      FileNotFoundError: if there is no such file.
+      ValueError: for a file that ends within a token, a score that is no finite number, or no regular file.
     """
-    content = Path(path).read_bytes()
-    pieces, scores, at = [], [], 4
+    content = reading.read(_regular(path), LARGEST)
+    pieces: list[bytes] = []
+    scores: list[float] = []
+    at = 4
     try:
         while at < len(content):
             score, length = struct.unpack_from("<fi", content, at)
             (piece,) = struct.unpack_from(f"<{length}s", content, at + 8)
+            if not math.isfinite(score):
+                raise ValueError(f"'{path}' gives token {len(pieces)} the score {score}")
             pieces.append(piece)
             scores.append(score)
             at += 8 + length
