@@ -14,6 +14,7 @@ from experiments.config import Train
 from experiments.evaluate import Point, Scores, bits
 from experiments.folder import write_json
 from experiments.progress import Live
+from experiments.resume import restored
 from jlora.checkpoint import Checkpoints
 from jlora.train import Step, TrainState
 
@@ -60,8 +61,9 @@ def fit(
     Raises:
       FloatingPointError: at the first evaluation after a non-finite loss, naming the step.
     """
-    with Checkpoints(folder / "training", keep=1) as checkpoints:
-        state, done = _restored(checkpoints, state)
+    with Checkpoints(folder / "training", keep=2) as checkpoints:
+        state, _ = restored(checkpoints, state, live.say)
+        done = int(state.step)
         curve = [point for point in read_curve(folder) if point.step <= done]
         if not curve:
             curve = [_point(0, [], evaluate(state.adapted))]
@@ -81,13 +83,6 @@ def fit(
             checkpoints.save(state)
             live.point(label, curve[-1])
     return state, tuple(curve)
-
-
-def _restored(checkpoints: Checkpoints, state: TrainState) -> tuple[TrainState, int]:
-    if checkpoints.latest is None:
-        return state, 0
-    state, _ = checkpoints.restore(state)
-    return state, int(state.step)
 
 
 def _point(step: int, losses: list[jax.Array], scores: Scores) -> Point:

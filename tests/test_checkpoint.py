@@ -433,9 +433,9 @@ def test_a_state_is_refused_where_it_does_not_belong(tmp_path):
         sgd = jlora.train_step(loss_fn, optax.sgd(0.1))
         with pytest.raises(ValueError, match="checkpoint of step 1 in .* was written with another optimizer"):
             checkpoints.restore(state(step=sgd))
-        # The leaves of its state are the same: weight decay has none.
+        # The leaves of its state are the same, weight decay has none: the moments are taken, and it is said.
         decay = jlora.train_step(loss_fn, optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1e-2, momentum=0.9)))
-        with pytest.raises(ValueError, match="checkpoint of step 1 in .* was written with another optimizer"):
+        with pytest.warns(UserWarning, match="checkpoint of step 1 in .* was written with another optimizer"):
             checkpoints.restore(state(step=decay))
 
 

@@ -20,6 +20,7 @@ from experiments.finetuning.schedule import Run, Schedule
 from experiments.finetuning.work import Apply, Params, Scores, Split, Work
 from experiments.folder import write_json
 from experiments.progress import Live
+from experiments.resume import restored
 from jlora.checkpoint import Checkpoints
 from jlora.train import Step, TrainState, train_step
 
@@ -153,12 +154,12 @@ def train(trainer: Trainer, seed: int, params: Params, folder: Path, live: Live,
     work, every = trainer.work, trainer.in_steps(trainer.schedule.evaluate_every)
     batches, state = work.batches(trainer.schedule.batch, seed), trainer.start(seed, params)
     diverged: str | None = None
-    with Checkpoints(folder / "training", keep=1) as checkpoints, Board(folder / "events") as board:
+    with Checkpoints(folder / "training", keep=2) as checkpoints, Board(folder / "events") as board:
         points, seconds, tokens = _Points(trainer, folder, board), 0.0, 0
-        done = 0
-        if checkpoints.latest is not None:
-            state, position = checkpoints.restore(state)
-            done, (seconds, tokens) = int(state.step), position
+        state, position = restored(checkpoints, state, live.say)
+        done = int(state.step)
+        if position is not None:
+            seconds, tokens = position
         points.read(done)
         if not points.all:
             points.add(0, [], state.adapted)

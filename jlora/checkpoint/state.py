@@ -1,16 +1,26 @@
 """The state of a training run on disk, kept by Orbax: asynchronous, atomic, and without the base."""
 
+import contextlib
+import dataclasses
 import json
+import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jlora.adapt import Adapted, rebuilt, stored
+from jlora.checkpoint import agreement, seal
 from jlora.checkpoint.adapter import describe
+from jlora.checkpoint.lock import Lock
+from jlora.checkpoint.place import folder_of
+from jlora.checkpoint.resume import DamagedCheckpoint, Plan, key_like, key_of, kind_of
+from jlora.checkpoint.seal import SealedPath
 
 Position = Any
 
@@ -21,9 +31,15 @@ class Checkpoints:
     The base is not written; its fingerprint is, with what the adapter is made of. A state is any registered dataclass
     with the fields of `jlora.TrainState`. A context manager: at its end, writing is waited for.
 
+    A list of every file's checksum is written with each checkpoint, and compared before one is read. The folder belongs
+    to one `Checkpoints` at a time, until `close` or the end of its process.
+
     Args:
-      folder: made if absent; nothing else may lie in it.
-      keep: how many of the newest are kept.
+      folder: a local one, or its `file://` URL; made if absent; nothing else may lie in it.
+      keep: how many of the newest are kept. With one, there is none before it to go back to when it is damaged.
+
+    Raises:
+      ValueError: if the folder is in use by another `Checkpoints`, of this process or another one.
 
     Example:
       >>> import jax.numpy as jnp, jlora, optax, tempfile
@@ -37,10 +53,20 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._folder = Path(folder).absolute()
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._folder = folder_of(folder).absolute()
+        # Of several processes that train together, the first one writes: the folder is theirs when it is its.
+        self._lock = Lock(self._folder) if jax.process_index() == 0 else None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, temporary_path_class=SealedPath
+        )
+        try:
+            with _without_log(str(self._folder)):
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except BaseException:
+            self._unlock()
+            raise
         self._fingerprint: tuple[list[Any], str] | None = None
+        self._damaged: set[int] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -51,10 +77,12 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
-        return self._manager.latest_step()
+        return max(self._steps(), default=None)
 
     def save(self, state: Any, position: Position = None) -> None:
         """Copies the state on its devices and writes the copy in the background: the next step may donate the state.
+
+        A checkpoint that `restore` found damaged is deleted before.
 
         Args:
           state: the state after `state.step` steps.
@@ -70,47 +98,74 @@ class Checkpoints:
             json.dumps(position)
         except TypeError as error:
             raise ValueError(f"position is JSON (numbers, strings, lists, dicts) to be written: {error}") from error
-        optimizer = str(jax.tree.structure(state.opt_state))
-        record = {"adapter": self._describe(state.adapted), "position": position, "optimizer": optimizer}
+        record = {
+            "adapter": self._describe(state.adapted),
+            "position": position,
+            "optimizer": agreement.as_json(agreement.nodes(state.opt_state)),
+            "key": kind_of(state.key),
+            "sealed": True,
+        }
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.map(jnp.copy, _arrays(state))), record=ocp.args.JsonSave(record)
         )
-        if step in self._manager.all_steps():
+        self._sweep()
+        if step in self._steps():
             raise ValueError(f"'{self._folder}' holds a checkpoint of step {step} already")
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, state: Any, step: int | None = None) -> tuple[Any, Position]:
+    def restore(
+        self,
+        state: Any,
+        step: int | None = None,
+        *,
+        optimizer: Literal["all", "matching", "none"] = "all",
+        hyperparams: Literal["state", "checkpoint"] = "state",
+    ) -> tuple[Any, Position]:
         """The newest checkpoint, or that of `step`, onto the base of `state`, and the position in the data.
 
+        The optimizer may have another schedule, clipping or weight decay than that of the checkpoint: whatever
+        accumulates (moments, averages) is taken, a schedule that is new is read at the checkpoint's number of updates,
+        and a warning names what differs. The run's key is the checkpoint's; a warning says where it is of another kind.
+
         Args:
-          state: a state of the same adapter, optimizer and base, as `TrainState.create` makes it; its arrays' shardings
-            are kept, their values are not used.
+          state: a state of the same adapter and base, as `TrainState.create` makes it; its arrays' shardings are kept,
+            their values are not used unless an argument says so.
+          step: of the checkpoint, the newest if None.
+          optimizer: what is taken of the optimizer's state. "all": what accumulates has to be the same on both sides.
+            "matching": what is the same is taken, the rest begins anew as in `state`, and a warning names it. "none":
+            all of it begins anew; factors, step, key and position are taken alone.
+          hyperparams: whose constants count where `optax.inject_hyperparams` keeps them in the optimizer's state and
+            both sides have other ones. "state": those that the new optimizer was given, with a warning that names both.
+            "checkpoint": those of the checkpoint, for a loop that sets them itself as it goes (a plateau's rate).
 
         Raises:
           FileNotFoundError: if there is none.
-          ValueError: if it belongs to another base, another adapter or another optimizer.
+          DamagedCheckpoint: a ValueError, if a file of it is missing or is not what was written. It names the step
+            before it that is whole.
+          ValueError: if it belongs to another base, another adapter or another optimizer; it names the first
+            difference.
         """
+        _check_choice("optimizer", optimizer, ("all", "matching", "none"))
+        _check_choice("hyperparams", hyperparams, ("state", "checkpoint"))
         self.wait()
         step = self.latest if step is None else step
-        if step is None or step not in self._manager.all_steps():
+        if step is None or step not in self._steps():
             raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in '{self._folder}'")
+        self._check_whole(step)
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        self._check(record["adapter"], self._describe(state.adapted))
-        expected = str(jax.tree.structure(state.opt_state))
-        if record["optimizer"] != expected:
-            raise ValueError(
-                f"the checkpoint of step {step} in '{self._folder}' was written with another optimizer: its state is "
-                f"{record['optimizer']:.300}, that of this one {expected:.300}"
-            )
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(state))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        self._check_adapter(record["adapter"], self._describe(state.adapted))
+        what = f"the checkpoint of step {step} in '{self._folder}'"
+        plan = Plan.of(what, record["optimizer"], state.opt_state, optimizer)
+        like = _like(state, plan, record)
         try:
-            arrays = self._manager.restore(step, args=args)["state"]
+            arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"the checkpoint of step {step} in '{self._folder}' was written with another optimizer: {error}"
-            ) from error
-        return _filled(state, arrays), record["position"]
+            raise ValueError(f"{what} cannot be read: {str(error).splitlines()[0]}") from error
+        opt_state = plan.filled(state.opt_state, arrays["opt_state"], arrays["step"], hyperparams)
+        key = key_of(what, arrays["key"], record.get("key"), state.key)
+        rest = {name: value for name, value in arrays.items() if name not in ("factors", "opt_state", "key")}
+        adapted = rebuilt(state.adapted, arrays["factors"])
+        return dataclasses.replace(state, adapted=adapted, opt_state=opt_state, key=key, **rest), record["position"]
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk."""
@@ -118,8 +173,38 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _steps(self) -> list[int]:
+        """Of the checkpoints, those that are being written and those that Orbax no longer takes for one included."""
+        lying = (int(path.name) for path in self._folder.iterdir() if path.name.isdigit() and path.is_dir())
+        return sorted({*self._manager.all_steps(), *lying})
+
+    def _sweep(self) -> None:
+        """Deletes the checkpoints that were found damaged."""
+        for step in self._damaged & set(self._steps()):
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            elif jax.process_index() == 0:
+                shutil.rmtree(self._folder / str(step))
+        self._damaged.clear()
+
+    def _check_whole(self, step: int) -> None:
+        wrong = _damage(self._folder / str(step))
+        if wrong is None:
+            return
+        self._damaged.add(step)
+        earlier = (s for s in reversed(self._steps()) if s < step)
+        before = next((s for s in earlier if _damage(self._folder / str(s)) is None), None)
+        raise DamagedCheckpoint(self._folder, step, wrong, before)
 
     def _describe(self, adapted: Adapted) -> dict[str, Any]:
         """`describe`, with the base read once as long as its leaves stay the same objects and the extras the same."""
@@ -128,7 +213,7 @@ class Checkpoints:
             self._fingerprint = (read, describe(adapted)["base"])
         return describe(adapted, base=self._fingerprint[1])
 
-    def _check(self, there: dict[str, Any], here: dict[str, Any]) -> None:
+    def _check_adapter(self, there: dict[str, Any], here: dict[str, Any]) -> None:
         here = _as_json(here)
         if there["base"] != here["base"]:
             raise ValueError(
@@ -139,30 +224,70 @@ class Checkpoints:
         if different:
             raise ValueError(
                 f"the checkpoint in '{self._folder}' belongs to another adapter: {', '.join(different)} differ "
-                f"({', '.join(f'{there.get(n)!r:.80} there, {here[n]!r:.80} here' for n in different[:1])})"
+                f"({_json_difference(there, here)})"
             )
+
+
+@contextlib.contextmanager
+def _without_log(folder: str) -> Iterator[None]:
+    """Orbax opens a folder with complaints about what is damaged in it, which `restore` says in one line."""
+    log, elsewhere = logging.getLogger("absl"), lambda record: folder not in record.getMessage()
+    log.addFilter(elsewhere)
+    try:
+        yield
+    finally:
+        log.removeFilter(elsewhere)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if nothing is. Earlier versions of jlora wrote no seal."""
+    if os.path.lexists(folder / seal.NAME):
+        return seal.damage(folder)
+    try:
+        sealed = json.loads((folder / "record" / "metadata").read_bytes()).get("sealed", False)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return "'record/metadata' is no JSON"
+    return f"'{seal.NAME}' is missing" if sealed else None
 
 
 def _arrays(state: Any) -> dict[str, Any]:
     """What is written: all but the base and the method's buffers. A key as its data."""
-    return {
+    own = {
         "factors": stored(state.adapted),
         "opt_state": jax.tree.leaves(state.opt_state),
-        "step": state.step,
         "key": jax.random.key_data(state.key),
-        "loss": state.loss,
     }
+    names = [field.name for field in dataclasses.fields(state) if field.name != "adapted"]
+    return {name: getattr(state, name) for name in names} | own
 
 
-def _filled(state: Any, arrays: dict[str, Any]) -> Any:
-    opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), arrays["opt_state"])
-    return type(state)(
-        adapted=rebuilt(state.adapted, arrays["factors"]),
-        opt_state=opt_state,
-        step=arrays["step"],
-        key=jax.random.wrap_key_data(arrays["key"], impl=jax.random.key_impl(state.key)),
-        loss=arrays["loss"],
-    )
+def _like(state: Any, plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
+    """Shapes and places of what is read."""
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(state))
+    return like | {"opt_state": plan.like(like["opt_state"]), "key": key_like(state.key, record.get("key"))}
+
+
+def _json_difference(there: Any, here: Any, path: str = "") -> str | None:
+    """The first place where two JSON values differ, in words."""
+    if isinstance(there, list) and isinstance(here, list):
+        there, here = (
+            {str(item.get("path", i)) if isinstance(item, dict) else str(i): item for i, item in enumerate(side)}
+            for side in (there, here)
+        )
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in {**there, **here}:
+            inner = f"{path}.{name}" if path else name
+            if name not in here or name not in there:
+                return f"{inner} is in the {'state' if name in here else 'checkpoint'} alone"
+            if difference := _json_difference(there[name], here[name], inner):
+                return difference
+        return None
+    return None if there == here else f"{path} is {there!r:.80} in the checkpoint and {here!r:.80} in the state"
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose {', '.join(map(repr, choices))}")
 
 
 def _same_objects(some: list[Any], others: list[Any]) -> bool:

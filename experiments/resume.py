@@ -1,0 +1,30 @@
+"""Going on after an interruption: from the newest state that is whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+from experiments.config import ConfigError
+from jlora.checkpoint import Checkpoints, DamagedCheckpoint
+from jlora.train import TrainState
+
+
+def restored(checkpoints: Checkpoints, start: TrainState, say: Callable[[str], None]) -> tuple[TrainState, Any]:
+    """The newest state that a run left, or the one before it where that is damaged, and the position kept with it.
+
+    Args:
+      checkpoints: of the run.
+      start: the state before its first step; it comes back, with None, where the run left nothing.
+      say: shows the warning.
+
+    Raises:
+      ConfigError: if the newest is damaged and there is none before it.
+    """
+    if checkpoints.latest is None:
+        return start, None
+    try:
+        return checkpoints.restore(start)
+    except DamagedCheckpoint as error:
+        if error.before is None:
+            raise ConfigError(f"{error}. Delete that folder to begin this run anew") from error
+        say(f"warning: {str(error).rsplit('; ', 1)[0]}; going on from step {error.before}")
+        return checkpoints.restore(start, step=error.before)

@@ -1,0 +1,299 @@
+"""Training checkpoints that are spoilt, in each of their files and in several ways; and folders with two users."""
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import jlora
+from experiments.config import ConfigError
+from experiments.resume import restored
+from jlora.checkpoint import Checkpoints, DamagedCheckpoint, seal
+from jlora.checkpoint.lock import Lock
+from tests.conformance import normal
+
+ADAPTED = jlora.apply({"kernel": normal(4, 3)}, rank=2)
+
+
+def state(step: int = 0) -> jlora.TrainState:
+    made = jlora.TrainState.create(ADAPTED, optax.adam(1e-2))
+    factors = jax.tree.map(lambda x: x + step, made.adapted.factors)
+    return jlora.TrainState(
+        made.adapted.replace(factors=factors), made.opt_state, jnp.int32(step), made.key, jnp.float32(step)
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """Two checkpoints, of steps 3 and 12."""
+    folder = tmp_path_factory.mktemp("written") / "run"
+    with Checkpoints(folder) as checkpoints:
+        for step in (3, 12):
+            checkpoints.save(state(step), step)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path) -> Path:
+    return shutil.copytree(written, tmp_path / "run")
+
+
+def files(step: Path) -> list[Path]:
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def flip(file: Path, rng: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+
+
+def become(make):
+    def spoil(file: Path, rng: random.Random) -> None:
+        file.unlink()
+        make(file)
+
+    return spoil
+
+
+SPOILT = {
+    "cut": lambda file, rng: os.truncate(file, rng.randrange(file.stat().st_size)),
+    "emptied": lambda file, rng: os.truncate(file, 0),
+    "a bit": flip,
+    "longer": lambda file, rng: file.write_bytes(file.read_bytes() + b" "),
+    "zeros": lambda file, rng: file.write_bytes(bytes(file.stat().st_size)),
+    "gone": lambda file, rng: file.unlink(),
+    "a folder": become(Path.mkdir),
+    "a pipe": become(os.mkfifo),  # opened, it would be waited for
+    "a link": become(lambda file: file.symlink_to("/dev/zero")),  # read, it would have no end
+}
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_file_of_a_checkpoint_is_watched(written, caplog):
+    """Each in every way, three bits of each flipped: never a state, always the same error, in one line."""
+    seen = 0
+    with Checkpoints(written) as checkpoints:
+        for file in files(written / "12"):
+            content, name = file.read_bytes(), file.relative_to(written / "12").as_posix()
+            for kind, seed in [(kind, 0) for kind in SPOILT] + [("a bit", 1), ("a bit", 2)]:
+                SPOILT[kind](file, random.Random(f"{name} {kind} {seed}"))
+                with pytest.raises(DamagedCheckpoint) as caught:
+                    checkpoints.restore(state())
+                text = str(caught.value)
+                assert re.fullmatch(
+                    rf"the checkpoint of step 12 in '{written}' is damaged: '{name}' (is|has) [^\n]*; "
+                    r"restore\(state, step=3\) takes the one before it",
+                    text,
+                ), (kind, text)
+                assert (caught.value.step, caught.value.before) == (12, 3)
+                seen += 1
+                shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+                file.write_bytes(content)
+        checkpoints._damaged.clear()
+        assert int(checkpoints.restore(state())[0].step) == 12  # all is as it was
+    names = {file.relative_to(written / "12").parts[0] for file in files(written / "12")}
+    assert seen > 100 and names == {"_CHECKPOINT_METADATA", "seal.json", "state", "record"}
+    assert any("ocdbt" in str(file) for file in files(written / "12")) and caplog.records == []
+
+
+@pytest.mark.parametrize("kind", ["cut", "a bit", "gone"])
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "seal.json", "record/metadata", "state/manifest.ocdbt"])
+def test_a_spoilt_folder_is_opened_without_a_sound(name, kind, folder, caplog, capfd):
+    SPOILT[kind](folder / "12" / name, random.Random(0))
+    with caplog.at_level(logging.INFO, "absl"), Checkpoints(folder) as checkpoints:
+        caplog.clear()
+        assert checkpoints.latest == 12
+        with pytest.raises(ValueError, match=f"the checkpoint of step 12 in '{folder}' is damaged: '{name}' "):
+            checkpoints.restore(state())
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_step_before_is_whole_or_there_is_none(folder):
+    with Checkpoints(folder) as checkpoints:
+        SPOILT["cut"](folder / "12" / "record" / "metadata", random.Random(0))
+        got, position = checkpoints.restore(state(), step=3)
+        assert position == 3
+        chex.assert_trees_all_equal(got.adapted.factors, state(3).adapted.factors)
+        SPOILT["gone"](folder / "3" / "seal.json", random.Random(0))
+        for step in (None, 12, 3):
+            with pytest.raises(DamagedCheckpoint, match="; there is none before it that is whole$") as caught:
+                checkpoints.restore(state(), step=step)
+            assert caught.value.before is None
+
+
+def test_a_damaged_checkpoint_is_replaced(folder):
+    """The run comes to the same step again, or to another one before it: what is damaged is no longer the newest."""
+    for step in (12, 7):
+        with Checkpoints(folder) as checkpoints:
+            SPOILT["a bit"](files(folder / str(checkpoints.latest))[0], random.Random(0))
+            with pytest.raises(DamagedCheckpoint, match=f"of step 12 .*; {re.escape('restore(state, step=3)')}"):
+                checkpoints.restore(state())
+            checkpoints.save(state(step), step)
+            checkpoints.wait()
+            assert checkpoints.latest == step and checkpoints.restore(state())[1] == step
+            assert sorted(path.name for path in folder.iterdir()) == [".lock", *sorted(["3", str(step)])]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "null", "{}", '{"files": 1}', '{"files": {"a": [1, 2, 3]}}', "[" * 100_000, '{"files": {"a": [1, ""]}}'],
+)
+def test_a_list_of_files_that_is_none(text, folder):
+    (folder / "12" / "seal.json").write_text(text)
+    with Checkpoints(folder) as checkpoints, pytest.raises(DamagedCheckpoint, match="'seal.json' is not what was"):
+        checkpoints.restore(state())
+
+
+def test_only_files_inside_are_opened(tmp_path):
+    (tmp_path / "step").mkdir()
+    (tmp_path / "outside").write_text("x")
+    for name in ("../outside", str(tmp_path / "outside"), "a/../../outside"):
+        (tmp_path / "step" / "seal.json").write_text(seal._text({name: [1, seal._digest(tmp_path / "outside")]}))
+        assert seal.damage(tmp_path / "step") == "'seal.json' is not what was written"
+
+
+def test_checkpoints_of_before_the_list_are_read(folder):
+    """Those of earlier versions have neither the list nor the nodes of the optimizer's state."""
+    record = folder / "12" / "record" / "metadata"
+    content = json.loads(record.read_text())
+    del content["sealed"], content["key"]
+    content["optimizer"] = str(jax.tree.structure(state().opt_state))
+    record.write_text(json.dumps(content))
+    (folder / "12" / "seal.json").unlink()
+    with Checkpoints(folder) as checkpoints:
+        got, position = checkpoints.restore(state())
+        chex.assert_trees_all_equal(got, state(12))
+        assert position == 12
+        with pytest.raises(ValueError, match="was written with another optimizer, and by a version of jlora that did"):
+            checkpoints.restore(jlora.TrainState.create(ADAPTED, optax.sgd(0.1)))
+        record.write_text("{")
+        with pytest.raises(DamagedCheckpoint, match="of step 12 .* is damaged: 'record/metadata' is no JSON; "):
+            checkpoints.restore(state())
+
+
+# -- --resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_resume_takes_the_step_before_with_a_warning(folder):
+    said = []
+    with Checkpoints(folder) as checkpoints:
+        assert restored(checkpoints, state(), said.append)[1] == 12 and said == []
+        file = folder / "12" / "state" / "_METADATA"
+        SPOILT["gone"](file, random.Random(0))
+        got, position = restored(checkpoints, state(), said.append)
+        assert (int(got.step), position) == (3, 3)
+        assert said == [
+            f"warning: the checkpoint of step 12 in '{folder}' is damaged: 'state/_METADATA' is missing; going on from "
+            "step 3"
+        ]
+        SPOILT["cut"](folder / "3" / "state" / "_METADATA", random.Random(0))
+        with pytest.raises(ConfigError) as caught:
+            restored(checkpoints, state(), said.append)
+    assert str(caught.value) == (
+        f"the checkpoint of step 12 in '{folder}' is damaged: 'state/_METADATA' is missing; there is none before it that "
+        "is whole. Delete that folder to begin this run anew"
+    )
+
+
+def test_there_may_be_nothing_to_go_on_from(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        start = state()
+        assert restored(checkpoints, start, print) == (start, None)
+
+
+# -- one user ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_on_one_folder(tmp_path):
+    with Checkpoints(tmp_path / "a") as checkpoints:
+        with pytest.raises(ValueError, match="is in use") as caught:
+            Checkpoints(tmp_path / "a")
+        assert str(caught.value) == (
+            f"'{tmp_path}/a' is in use by this process ({os.getpid()}): two that write there would spoil each other's files. "
+            "Wait for the other one, close it, or choose another folder"
+        )
+        checkpoints.save(state(1))  # the first is as it was
+        Checkpoints(tmp_path / "b").close()
+    assert not (tmp_path / "a" / ".lock").exists()
+    with Checkpoints(tmp_path / "a") as checkpoints:
+        assert checkpoints.latest == 1
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from jlora.checkpoint.lock import Lock
+lock = Lock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"'{tmp_path}' is in use by process {other.pid} on "):
+            Checkpoints(tmp_path)
+        other.send_signal(signal.SIGKILL)
+        other.wait(timeout=60)
+    assert (tmp_path / ".lock").exists()  # a killed one leaves it behind
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_ends_with_its_object(tmp_path):
+    Lock(tmp_path)  # nobody keeps it
+    with Lock(tmp_path) as lock:
+        lock.close()
+        with Lock(tmp_path):
+            lock.close()  # is not the second one's
+            with pytest.raises(ValueError, match="is in use by this process"):
+                Lock(tmp_path)
+
+
+def test_a_constructor_that_fails_lets_go(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("orbax.checkpoint.CheckpointManager", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Checkpoints(tmp_path)
+    Checkpoints(tmp_path).close()
+
+
+def test_what_cannot_be_locked_is_said(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(RuntimeWarning, match=f"^'{tmp_path}' cannot be locked \\(No locks available\\): see to it that"):
+        Checkpoints(tmp_path).close()
+
+
+def test_addresses_are_refused(tmp_path):
+    for address in ("gs://bucket/run", "s3://bucket/run", Path("gs://bucket/run")):
+        with pytest.raises(ValueError, match="is no local folder: jlora reads and writes local folders and file:// "):
+            Checkpoints(address)
+    with Checkpoints((tmp_path / "my run").as_uri()) as checkpoints:
+        checkpoints.save(state(2))
+    with Checkpoints(tmp_path / "my run") as checkpoints:
+        assert checkpoints.latest == 2
+    assert not Path("gs:").exists()
