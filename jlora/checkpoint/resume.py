@@ -87,7 +87,7 @@ class Plan:
         return cls(what, leaves, taken, agreed, difference)
 
     def like(self, own: Sequence[Any]) -> list[Any]:
-        """Shapes and places of the checkpoint's leaves: those of the state's `own`, or no device where none is taken."""
+        """Shapes and places of the checkpoint's leaves: those of the state's `own`; on the host what is not taken."""
         return [own[self.taken[leaf.place]] if leaf.place in self.taken else _on_host(leaf) for leaf in self.leaves]
 
     def filled(self, opt_state: Any, arrays: Sequence[Any], step: Any, hyperparams: str) -> Any:
