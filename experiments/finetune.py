@@ -166,11 +166,12 @@ def _report(
     seconds: float,
     console: Console,
 ) -> None:
-    title = f"{experiment.name}: {experiment.task.label}, test"
+    of_all = plots.title_of(experiment.name, experiment.task.label)
+    title = f"{of_all}, test split"
     tables = [report.scores(work, plans, results), report.prices(plans, results, prices)]
     pictures = ["quality.png", "curves.png"]
     plots.quality(folder / pictures[0], work, plans, results, title)
-    plots.curves(folder / pictures[1], work, plans, results, title)
+    plots.curves(folder / pictures[1], work, plans, results, of_all)
     setting = {
         "config": config.describe(experiment),
         "data": work.digest,
@@ -179,7 +180,8 @@ def _report(
         "cpus": os.cpu_count(),
         "seconds": seconds,
     }
-    write_json(folder / "results.json", {"runs": report.as_json(plans, results, prices)} | setting)
+    metrics = {"decides": work.decides, "shows": work.shows}
+    write_json(folder / "results.json", {"runs": report.as_json(plans, results, prices), "metrics": metrics} | setting)
     notes = [
         f"{work.examples:,} training rows; {work.held_out}; seeds {', '.join(map(str, experiment.seeds))}",
         f"Python {platform.python_version()}, JAX {jax.__version__}, {os.cpu_count()} CPUs, "

@@ -1,122 +1,213 @@
-"""The plots of an experiment. Colours are those of Okabe and Ito, told apart by people of any colour vision."""
+"""The plots of an experiment, and what the plots of all experiments share: colours, ticks, legends.
 
-from collections.abc import Iterator, Sequence
+Colours are those of Okabe and Ito, told apart by people of any colour vision. A label has the same one in every plot.
+"""
+
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")  # files alone, on machines without a screen
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from experiments.config import Run
 from experiments.evaluate import Point
+from experiments.labels import GRID, label_points
 from experiments.report import Results
 
-COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
-INK, FAINT = "#333333", "#9a9a9a"
+COLOURS = ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#333333")
+INK, FAINT = "#333333", "#8a8a8a"
+DASHED = (0, (4, 3))
+SUBTITLE: dict[str, Any] = {"fontweight": "normal", "fontsize": 10}  # of a panel below a heading
 _STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
+    "figure.dpi": 160,  # names are placed between the pixels that are written
+    "savefig.dpi": "figure",
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.titlesize": 11,
-    "axes.titlepad": 12,
+    "axes.titlepad": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#ebebeb",
+    "axes.formatter.useoffset": False,
+    "grid.color": GRID,
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.labelcolor": INK,
     "text.color": INK,
     "font.size": 10,
     "lines.linewidth": 2.0,
     "lines.solid_capstyle": "round",
-    "savefig.dpi": 160,
 }
+
+
+class Look(NamedTuple):
+    """How a contender is drawn."""
+
+    colour: str
+    marker: str
+    dash: Any
+
+
+_PLAIN = [Look(colour, "o", "-") for colour in COLOURS]
+_OTHERS = [
+    Look(colour, marker, dash)
+    for marker, dash in (("s", (0, (5, 1.2))), ("^", (0, (1.5, 1.2))), ("D", (0, (5, 1.2, 1.5, 1.2))))
+    for colour in COLOURS
+]
+_KNOWN = {
+    label: look
+    for labels, look in zip(
+        (
+            ("full", "full fine-tuning", "baselines"),
+            ("LoRA r=4", "LoRA q,v r=4", "LoRA q,v r=8", "LoRA and variants"),
+            ("LoRA r=8", "LoRA r=16", "LoRA, other starts"),
+            ("rsLoRA r=8", "LoRA+ r=8, ratio 16", "other weights"),
+            ("DoRA r=4", "DoRA r=8", "activations"),
+            ("BitFit", "PiSSA r=8"),
+            ("Houlsby adapters m=16",),
+        ),
+        _PLAIN,
+        strict=True,
+    )
+    for label in labels
+}
+
+
+def looks(labels: Iterable[str]) -> dict[str, Look]:
+    """Colour, marker and dash of each label: those of the label, whatever else a plot shows.
+
+    The labels of this repository's configs have theirs in a table, any other has one of 21 by its letters. Where two of
+    a plot have the same, the second in alphabetical order takes the next that is free.
+    """
+    found: dict[str, Look] = {}
+    labels = list(dict.fromkeys(labels))
+    for label in sorted(labels, key=lambda label: (label not in _KNOWN, label)):
+        first = zlib.crc32(label.encode()) % len(_OTHERS)
+        wanted = [_OTHERS[(first + i) % len(_OTHERS)] for i in range(len(_OTHERS))]
+        wanted = [_KNOWN[label], *wanted] if label in _KNOWN else wanted
+        found[label] = next((look for look in wanted if look not in found.values()), wanted[0])
+    return {label: found[label] for label in labels}
+
+
+# -- the plots ---------------------------------------------------------------------------------------------------------
 
 
 def learning_curves(path: Path, results: Results) -> None:
     """Bits per byte on both domains against the step, on the validation split."""
     outcomes = results.outcomes
+    drawn = looks(outcome.run.label for outcome in outcomes)
     panels = (("new", f"{results.new}: what is learned"), ("old", f"{results.old}: what is forgotten"))
-    with figure_of(path, (10, 4.2), columns=2) as (figure, (left, right)):
-        for ax, (domain, title) in zip((left, right), panels, strict=True):
-            ends = []
-            for colour, outcome in zip(_colours(len(outcomes)), outcomes, strict=True):
-                steps = [point.step for point in outcome.curve]
-                values = [getattr(point, domain) for point in outcome.curve]
-                ax.plot(steps, values, color=colour)
-                ends.append((values[-1], outcome.run.label, colour))
-            start = getattr(outcomes[0].curve[0], domain)
-            ax.axhline(start, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
-            ax.set(title=title, xlabel="step", xlim=(0, None))
-            _end_labels(ax, [*ends, (start, "base", FAINT)])
-        left.set_ylabel("bits per byte (validation)")
-        figure.subplots_adjust(wspace=0.55, right=0.85, left=0.07, bottom=0.13, top=0.88)
+    with figure_of(path, (10, 4.4), columns=2) as (figure, axes):
+        for ax, (domain, title) in zip(axes, panels, strict=True):
+            first, *_, last = outcomes[0].curve
+            (base,) = ax.plot(
+                [first.step, last.step], [getattr(first, domain)] * 2, color=FAINT, linewidth=1.2, linestyle=DASHED,
+                label="base",
+            )  # fmt: skip
+            lines = [
+                ax.plot(
+                    [point.step for point in outcome.curve], [getattr(point, domain) for point in outcome.curve],
+                    color=look.colour, linestyle=look.dash, label=outcome.run.label,
+                )[0]
+                for outcome in outcomes
+                for look in [drawn[outcome.run.label]]
+            ]  # fmt: skip
+            ax.set_title(title, **SUBTITLE)
+            ax.set(xlabel="step", ylabel="bits per byte (validation)")
+            end_at_data(ax, x_ends=[point.step for outcome in outcomes for point in outcome.curve])
+        heading(figure, "Learning curves (validation split)")
+        legend(figure, [*lines, base])
 
 
 def learned_forgotten(path: Path, results: Results) -> None:
-    """The way of each run in the plane of what it learned and what it forgot, on the validation split."""
+    """What each run learned and what it forgot: the table's numbers, on the test split."""
+    start = results.base.scores
     outcomes = results.outcomes
-    with figure_of(path, (7.6, 4.8)) as (figure, (ax,)):
-        ends = []
-        for colour, outcome in zip(_colours(len(outcomes)), outcomes, strict=True):
-            first = outcome.curve[0]
-            learned = [first.new - point.new for point in outcome.curve]
-            forgotten = [point.old - first.old for point in outcome.curve]
-            ax.plot(learned, forgotten, color=colour, marker="o", markersize=3.5, markeredgewidth=0, alpha=0.75)
-            ax.plot(learned[-1], forgotten[-1], color=colour, marker="o", markersize=10, markeredgecolor="white")
-            ends.append(
-                (forgotten[-1], f"{outcome.run.label}\nlearned {learned[-1]:.2f}, forgot {forgotten[-1]:.2f}", colour)
-            )
-        ax.plot(0, 0, color=FAINT, marker="o", markersize=10, markeredgecolor="white")
-        ax.annotate("base", (0, 0), xytext=(10, -4), textcoords="offset points", va="center", color=FAINT)
+    drawn = looks(outcome.run.label for outcome in outcomes)
+    with figure_of(path, (8, 4.8)) as (figure, (ax,)):
+        points, names = [(0.0, 0.0)], ["base"]
+        ax.plot(0, 0, color=FAINT, marker="o", markersize=10, markeredgecolor="white", linestyle="")
+        for outcome in outcomes:
+            look = drawn[outcome.run.label]
+            learned, forgotten = start.new - outcome.scores.new, outcome.scores.old - start.old
+            ax.plot(
+                learned, forgotten, color=look.colour, marker=look.marker, markersize=10, markeredgecolor="white",
+                linestyle="",
+            )  # fmt: skip
+            points.append((learned, forgotten))
+            names.append(f"{outcome.run.label}\nlearned {learned:.3f}\nforgot {forgotten:.3f}")
+        heading(figure, "Learned and forgotten after the last step (test split, as in the table)")
         ax.set(
-            title="Learned and forgotten, from the base to the last step",
-            xlabel=f"learned: bits per byte less on {results.new}  →",
-            ylabel=f"forgotten: bits per byte more on {results.old}  →",
+            xlabel=f"learned: bits per byte less on {results.new} (test)  →",
+            ylabel=f"forgotten: bits per byte more on {results.old} (test)  →",
         )
-        ax.margins(0.06, 0.1)
-        _end_labels(ax, ends, spacing=0.115)
-        figure.subplots_adjust(left=0.1, right=0.71, bottom=0.12, top=0.9)
+        ax.margins(0.08, 0.14)
+        left, right = ax.get_xlim()
+        ax.set_xlim(left, right + 0.2 * (right - left))  # for the name of the point that learned most
+        end_at_data(ax)
+        settle(figure)
+        label_points(ax, points, names, [FAINT, *(drawn[outcome.run.label].colour for outcome in outcomes)], size=9)
 
 
 def sweep(path: Path, outcomes: Sequence[tuple[Run, Sequence[Point]]], *, new: str) -> None:
-    """Bits per byte on the new domain at the end of each run, against the learning rate."""
-    with figure_of(path, (7, 4.4)) as (figure, (ax,)):
-        labels = list(dict.fromkeys(run.label for run, _ in outcomes))
-        ends = []
-        for colour, label in zip(_colours(len(labels)), labels, strict=True):
+    """Bits per byte on the new domain at the end of each run, against the learning rate, on the validation split."""
+    drawn = looks(run.label for run, _ in outcomes)
+    with figure_of(path, (7.6, 4.8)) as (figure, (ax,)):
+        handles: list[Artist] = []
+        for label, look in drawn.items():
             line = sorted((run.learning_rate, curve[-1].new) for run, curve in outcomes if run.label == label)
             rates, values = zip(*line, strict=True)
             best = min(line, key=lambda pair: pair[1])
-            ax.plot(rates, values, color=colour, marker="o", markersize=4)
-            ax.plot(*best, color=colour, marker="o", markersize=10, markeredgecolor="white")
-            ends.append((values[-1], label, colour))
+            style: dict[str, Any] = {"color": look.colour, "marker": look.marker}
+            handles += ax.plot(rates, values, **style, linestyle=look.dash, markersize=4, label=label)
+            ax.plot(*best, **style, markersize=10, markeredgecolor="white", linestyle="")
         ax.set_xscale("log")
-        ticks = sorted({run.learning_rate for run, _ in outcomes})
-        ax.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
-        ax.minorticks_off()
-        ax.set(title="Learning rates; the best of each is large", xlabel="learning rate (peak)")
-        ax.set_ylabel(f"bits per byte on {new} (validation)")
-        _end_labels(ax, ends)
-        figure.subplots_adjust(left=0.11, right=0.78, bottom=0.12, top=0.9)
+        heading(figure, f"{new} at each learning rate (validation split)")
+        ax.set(
+            xlabel="learning rate (peak)",
+            ylabel=f"bits per byte on {new} (validation)",
+        )
+        end_at_data(ax)
+        set_ticks(ax.xaxis, sorted({run.learning_rate for run, _ in outcomes}), "{:g}".format)
+        best_of_each = Line2D([], [], color=INK, marker="o", markersize=9, linestyle="", label="the best rate")
+        legend(figure, [*handles, best_of_each])
+
+
+# -- what plots share --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def figure_of(path: Path, size: tuple[float, float], columns: int = 1) -> Iterator[tuple[Figure, Sequence[Axes]]]:
-    """A figure in the style of all plots, written to `path` at the end."""
+def figure_of(
+    path: Path, size: tuple[float, float], columns: int = 1, widths: Sequence[float] | None = None
+) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """A figure in the style of all plots, written to `path` at the end. `widths` are the columns' relative widths."""
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
+        figure, axes = plt.subplots(
+            1, columns, figsize=size, squeeze=False, layout="constrained", gridspec_kw={"width_ratios": widths}
+        )
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.07, wspace=0.04)  # type: ignore[union-attr, call-arg]
         try:
             yield figure, axes[0]
             figure.savefig(path)
@@ -124,22 +215,97 @@ def figure_of(path: Path, size: tuple[float, float], columns: int = 1) -> Iterat
             plt.close(figure)
 
 
-def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+def heading(figure: Figure, text: str) -> None:
+    """What a whole figure shows."""
+    figure.suptitle(text, x=0.012, ha="left", fontsize=11.5, fontweight="bold")
 
 
-def _end_labels(ax: Axes, ends: Sequence[tuple[float, str, str]], spacing: float = 0.065) -> None:
-    """Names beside the right edge at the height of the lines' ends, moved apart where they would overlap.
+def settle(figure: Figure) -> None:
+    """Ends the layout: what is written into the axes from now on moves nothing."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
-    `ends` are (height, text, colour); `spacing` is the least distance, as a part of the axis.
+
+def legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """One legend for all panels below them, in as many columns as the figure is wide."""
+    for rows in range(1, len(handles) + 1):
+        columns = math.ceil(len(handles) / rows)
+        made = figure.legend(
+            handles=handles, loc="outside lower left", ncols=columns, handletextpad=0.6, columnspacing=1.8,
+            borderaxespad=0.3,
+        )  # fmt: skip
+        if columns == 1 or made.get_window_extent().width < 0.98 * figure.bbox.width:
+            return
+        made.remove()
+
+
+def end_at_data(ax: Axes, x_ends: Iterable[float] = ()) -> None:
+    """Ticks and axes' lines that end where the data do.
+
+    Args:
+      ax: with all data in it.
+      x_ends: what lies along the x axis, when its ends are ticks too: the steps of a run.
     """
-    low, high = ax.get_ylim()
-    places = sorted((((value - low) / (high - low)), text, colour) for value, text, colour in ends)
-    heights = [place[0] for place in places]
-    for _ in range(100):
-        for i in range(len(heights) - 1):
-            overlap = spacing - (heights[i + 1] - heights[i])
-            if overlap > 1e-4:
-                heights[i], heights[i + 1] = heights[i] - overlap / 2, heights[i + 1] + overlap / 2
-    for height, (_, text, colour) in zip(heights, places, strict=True):
-        ax.text(1.02, height, text, transform=ax.transAxes, color=colour, va="center", fontsize=9.5, fontweight="bold")
+    for axis, (low, high), ends in (
+        (ax.xaxis, ax.dataLim.intervalx, sorted(set(x_ends))),
+        (ax.yaxis, ax.dataLim.intervaly, []),
+    ):
+        if not (math.isfinite(low) and math.isfinite(high)):
+            continue
+        logarithmic = axis.get_scale() == "log"
+        ticks = ticks_within(low, high, logarithmic=logarithmic)
+        if ends:
+            ticks = _with_ends(ends if len(ends) <= 7 else ticks, ends[0], ends[-1])
+        set_ticks(axis, ticks, short if logarithmic else None)
+        ax.spines["bottom" if axis is ax.xaxis else "left"].set_bounds(low, high)
+
+
+def set_ticks(axis: Axis, ticks: Sequence[float], text: Any = None) -> None:
+    """These ticks and no smaller ones; `text` writes one, as many digits as all need when None."""
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    if text is not None:
+        axis.set_major_formatter(FixedFormatter([text(tick) for tick in ticks]))
+
+
+def ticks_within(low: float, high: float, *, logarithmic: bool = False, most: int = 6) -> list[float]:
+    """Round numbers from `low` to `high`, at least two unless the two are one.
+
+    >>> ticks_within(0.03, 2.45), ticks_within(1792, 638080, logarithmic=True)
+    ([0.5, 1.0, 1.5, 2.0], [2000.0, 5000.0, 10000.0, 20000.0, 50000.0, 100000.0, 200000.0, 500000.0])
+    """
+    slack = 1e-9 * (high - low)
+    if logarithmic:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for digits in ((1,), (1, 2, 5)) if high / low > 1e4 else ((1, 2, 5),):
+            found = [digit * 10.0**decade for decade in decades for digit in digits]
+            found = [tick for tick in found if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+            if len(found) > 1:
+                return found
+    for count in (most, 2 * most, 4 * most):
+        values = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        found = [float(np.round(tick, 12)) for tick in values if low - slack <= tick <= high + slack]
+        if len(found) > 1:
+            return found
+    return sorted({low, high})
+
+
+def short(value: float) -> str:
+    """A number as a tick says it.
+
+    >>> short(500), short(20_000.0), short(2.5e6)
+    ('500', '20k', '2.5M')
+    """
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _with_ends(ticks: Sequence[float], low: float, high: float) -> list[float]:
+    """Ticks, the ends among them, and none so near to an end that their numbers would touch."""
+    least, found = 0.1 * (high - low), [low]
+    for tick in ticks:
+        if found[-1] + least < tick < high - least:
+            found.append(tick)
+    return sorted({*found, high})

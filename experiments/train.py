@@ -248,7 +248,12 @@ def _report_sweep(work: Work, curves: Sequence[tuple[Run, Curve]], seconds: floa
     title = f"bits per byte on {work.new.label} (validation) at each learning rate"
     plots.sweep(folder / "sweep.png", curves, new=work.new.label)
     ends = [{"label": r.label, "learning_rate": r.learning_rate, "new": c[-1].new, "old": c[-1].old} for r, c in curves]
-    write_json(folder / "results.json", {"sweep": ends, "best": report.best_rates(curves)} | _setting(work, seconds))
+    found = {
+        "sweep": ends,
+        "best": report.best_rates(curves),
+        "domains": {"new": work.new.label, "old": work.old.label},
+    }
+    write_json(folder / "results.json", found | _setting(work, seconds))
     write_text(folder / "results.md", report.markdown(table, title, _notes(work, seconds), ["sweep.png"]))
     console.print(report.rich_table(table, title))
     _print_files(folder, ["results.md", "results.json", "sweep.png"], seconds, console)
@@ -278,8 +283,15 @@ def _setting(work: Work, seconds: float) -> dict[str, Any]:
 def _notes(work: Work, seconds: float) -> list[str]:
     experiment, train = work.experiment, work.experiment.train
     steps, context = work.steps(train, work.new), experiment.model.context
+    amount, splits = experiment.evaluate, list[str]()
+    if not experiment.learning_rates:
+        splits = [
+            f"test split, at most {amount.test} windows of {context} bytes of each domain: the table, learned against "
+            f"forgotten; validation split, at most {amount.validation} windows: the learning curves"
+        ]
     return [
         f"{steps} steps of {train.batch} x {context} bytes, seed {experiment.seed}",
+        *splits,
         f"Python {platform.python_version()}, JAX {jax.__version__}, {os.cpu_count()} CPUs, "
         f"{jax.devices()[0].device_kind}; this start took {seconds:.0f} s",
     ]

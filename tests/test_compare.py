@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import jlora
 from experiments import config
 from experiments.compare import main
 from experiments.comparison import Comparison, Contender
-from experiments.comparison.labels import Box, place
 from experiments.comparison.report import Entrant, rates
 from experiments.comparison.trial import Bench, Entry, Trial, Trials, applied, best_rate, compete, earlier
 from experiments.config import ConfigError, Train
@@ -280,14 +278,3 @@ def test_the_best_rate_by_the_metric_and_then_by_the_loss():
     assert best_rate(sweep, line()) == 1e-3
     assert Trials(tuple(sweep), 3e-2, ()).at_edge is False
     assert Trials(tuple(sweep), 1e-3, ()).at_edge is True
-
-
-def test_labels_lie_apart_and_inside():
-    rng = np.random.default_rng(0)
-    points = [(float(x), float(y)) for x, y in 400 + 60 * rng.standard_normal((28, 2))]
-    sizes, frame = [(90.0, 12.0)] * 28, Box(0, 0, 900, 700)
-    centres = place(points, sizes, frame)
-    boxes = [Box(x - 45, y - 6, x + 45, y + 6) for x, y in centres]
-    overlaps = [a.overlap(b) for i, a in enumerate(boxes) for b in boxes[:i]]
-    assert sum(area > 0 for area in overlaps) <= 2
-    assert all(math.isclose(box.overlap(frame), 90 * 12) for box in boxes)

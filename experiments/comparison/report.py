@@ -4,9 +4,8 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from experiments.comparison.config import Contender
 from experiments.comparison.price import Price
 from experiments.comparison.trial import Trials
 from experiments.report import in_bytes, markdown_table
@@ -15,11 +14,31 @@ from experiments.tasks import Metric, Scores
 Cells = list[list[str]]
 
 
+class Named(Protocol):
+    """What a report says of a contender, such as a `Contender`."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+
+    @property
+    def label(self) -> str:
+        """In tables and plots."""
+
+    @property
+    def family(self) -> str:
+        """Contenders of one family have one colour."""
+
+    @property
+    def method(self) -> object:
+        """Written as its `repr`."""
+
+
 @dataclass(frozen=True)
 class Entrant:
     """A contender, its runs and its price."""
 
-    contender: Contender
+    contender: Named
     trials: Trials
     price: Price
 

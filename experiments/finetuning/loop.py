@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,8 +241,12 @@ class _Points:
 
 def read_result(folder: Path) -> Result:
     """What `train` left in a folder."""
-    read = json.loads((folder / _RESULT).read_text())
-    return Result(**read | {"points": tuple(map(_point, read["points"]))})
+    return as_result(json.loads((folder / _RESULT).read_text()))
+
+
+def as_result(read: Mapping[str, Any]) -> Result:
+    """A result from its JSON form."""
+    return Result(**{**read, "points": tuple(map(_point, read["points"]))})
 
 
 def _point(read: dict[str, Any]) -> Point:
