@@ -167,7 +167,7 @@ def _report(
     console: Console,
 ) -> None:
     of_all = plots.title_of(experiment.name, experiment.task.label)
-    title = f"{of_all}, test split"
+    title = f"{of_all}, test"
     tables = [report.scores(work, plans, results), report.prices(plans, results, prices)]
     pictures = ["quality.png", "curves.png"]
     plots.quality(folder / pictures[0], work, plans, results, title)

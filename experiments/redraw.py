@@ -173,7 +173,7 @@ def _finetuned(folder: Path, read: Read) -> list[str]:
     found = {name: [loop.as_result(result) for result in run["results"]] for name, run in read["runs"].items()}
     shown = Shown(*(Deciding(*read["metrics"][field]) for field in Shown._fields))
     title = finetuning_plots.title_of(read["config"]["name"], read["config"]["task"]["label"])
-    finetuning_plots.quality(folder / "quality.png", shown, plans, found, f"{title}, test split")
+    finetuning_plots.quality(folder / "quality.png", shown, plans, found, f"{title}, test")
     finetuning_plots.curves(folder / "curves.png", shown, plans, found, title)
     return ["quality.png", "curves.png"]
 
