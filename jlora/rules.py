@@ -31,15 +31,41 @@ def _split(weight: Weight, params: dict[str, Any]) -> list[Weight]:
     return parts
 
 
+def _unstack(weight: Weight, params: dict[str, Any]) -> list[Weight]:
+    axis, rows = params["axis"], []
+    shape = [n for i, n in enumerate(weight.shape) if i != axis]
+    for at in range(weight.shape[axis]):
+        start, limit = [0] * weight.ndim, list(weight.shape)
+        start[axis], limit[axis] = at, at + 1
+        rows.append(weight.slice(start, limit, None).reshape(shape))
+    return rows
+
+
+def _tile(weight: Weight, params: dict[str, Any]) -> Weight:
+    reps = params["reps"]
+
+    def act(x: jax.Array, spanned: tuple[int, ...], extra: int) -> jax.Array:
+        return jnp.tile(x, [n if i in spanned else 1 for i, n in enumerate(reps)] + [1] * extra)
+
+    return weight.along(act, [i for i, n in enumerate(reps) if n != 1])
+
+
 def _convert(weight: Weight, params: dict[str, Any]) -> Weight:
-    if not jnp.issubdtype(params["new_dtype"], jnp.floating):
+    if not stays_in_form(weight.w.dtype, params["new_dtype"]):
         raise NotSeparable(f"cast to {params['new_dtype']}")
     return weight.astype(params["new_dtype"])
 
 
+def stays_in_form(before: Any, after: Any) -> bool:
+    """Whether a cast only says in which precision to compute: to fewer than 16 bits it quantises the sum."""
+    if not jnp.issubdtype(after, jnp.floating):
+        return False
+    return jnp.finfo(after).bits >= min(16, jnp.finfo(before).bits)
+
+
 def _reshape(weight: Weight, params: dict[str, Any]) -> Weight:
     if params.get("dimensions") is not None:
-        raise NotSeparable("reshape with an order of dimensions")
+        weight = weight.transpose(params["dimensions"])
     return weight.reshape(params["new_sizes"], params.get("sharding"))
 
 
@@ -64,6 +90,8 @@ UNARY: dict[str, Callable[[Weight, dict[str, Any]], Weight | list[Weight]]] = {
     "sharding_constraint": _constrain,
     "slice": lambda weight, params: weight.slice(params["start_indices"], params["limit_indices"], params["strides"]),
     "split": _split,
+    "tile": _tile,
+    "unstack": _unstack,
     "stop_gradient": lambda weight, params: weight.map(lambda x, extra: lax.stop_gradient(x)),
     "squeeze": _squeeze,
     "transpose": lambda weight, params: weight.transpose(params["permutation"]),

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.interpret import trace_weights
-from jlora.rules import PRODUCTS
-from jlora.trace import Trace, Use
-from jlora.weight import Weight
+from jlora.follow import follow
+from jlora.trace import Use
 
 ADAPTABLE = ("linear", "conv", "embedding")
 _ATTENTION = ("query", "key", "value", "out")
@@ -30,6 +28,8 @@ class Site:
       kind: "linear", "conv" or "embedding"; "unknown" where the axes cannot be told; "other" where no product has it.
       uses: the operations that read it, in program order.
       rank, alpha: set by `apply` on the sites that it adapts.
+      materialised: the operation before the product (a rounding, a norm, a concatenation) for which the adapted weight
+        is built; "" where input and factors meet one by one.
     """
 
     path: str
@@ -42,6 +42,7 @@ class Site:
     uses: tuple[str, ...] = ()
     rank: int | None = None
     alpha: float | None = None
+    materialised: str = ""
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B in broadcast form: W's axes, size 1 where not spanned, and the rank."""
@@ -54,7 +55,8 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
     """Finds by dataflow what `fn(params, *args)` uses every parameter for.
 
     The function is traced on shapes: nothing is computed, and `params` and `args` may be `jax.ShapeDtypeStruct`s. Each
-    leaf is followed through casts, reshapes, scans, remat and branches to the product that consumes it.
+    leaf is followed to where it meets an input in a product, whatever lies between. Where that is more than casts,
+    reshapes, scans, remat and branches, the adapted weight is built there (`Site.materialised`): exact, and slower.
 
     Args:
       fn: a function of a parameter tree and further arguments.
@@ -75,22 +77,17 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
     followed = [path for path, leaf in named.items() if _is_float(leaf)]
     if not followed:
         raise ValueError("sites: the tree of parameters holds no floating-point arrays")
-    trace = Trace()
+    uses: list[Use] = []
 
-    def run(weights: Sequence[jax.Array], *args: Any, **kwargs: Any) -> None:
-        def of_weights(*arrays: jax.Array) -> Any:
-            values = {**named, **dict(zip(followed, arrays, strict=True))}
+    def run(weights: dict[str, jax.Array], *args: Any, **kwargs: Any) -> None:
+        def of_weights(arrays: dict[str, jax.Array]) -> Any:
             fresh = jax.tree.map(lambda x: x, (args, kwargs))  # NNX forbids updates of variables made outside a trace
-            return fn(jax.tree.unflatten(structure, values.values()), *fresh[0], **fresh[1])
+            return fn(jax.tree.unflatten(structure, (named | arrays).values()), *fresh[0], **fresh[1])
 
-        probes = [
-            Weight(w, path=path, origin=tuple((i,) for i in range(w.ndim)))
-            for path, w in zip(followed, weights, strict=True)
-        ]
-        trace_weights(of_weights, probes, trace)
+        uses.extend(follow(of_weights, weights))
 
-    tree.on_shapes(run, tree.shapes_of([named[path] for path in followed]), *args, **kwargs)
-    return tuple(_site(path, leaf, [u for u in trace.uses if u.path == path]) for path, leaf in named.items())
+    tree.on_shapes(run, tree.shapes_of({path: named[path] for path in followed}), *args, **kwargs)
+    return tuple(_site(path, leaf, [use for use in uses if use.path == path]) for path, leaf in named.items())
 
 
 def conventional(params: Any) -> tuple[Site, ...]:
@@ -154,21 +151,42 @@ def _site(path: str, leaf: Any, uses: Sequence[Use]) -> Site:
     shape = tuple(jnp.shape(leaf)) if _is_array(leaf) else ()
     dtype = str(leaf.dtype) if _is_array(leaf) else type(leaf).__name__
     names = tuple(dict.fromkeys(use.op for use in uses))
-    products = [use for use in uses if use.factored and use.op in PRODUCTS]
+    products = [use for use in uses if use.in_axes and use.out_axes]
     products.sort(key=lambda use: use.op != "gather")  # a tied embedding is a table first
-    matrices = [use for use in products if use.in_axes and use.out_axes]
-    if not matrices:
+    factored = [use for use in products if use.factored]
+    if not products or len(shape) < 2:
         return Site(path, shape, dtype, (), (), (), "other", names)
-    first = matrices[0]
-    kind = {"gather": "embedding", "conv_general_dilated": "conv"}.get(first.op, "linear")
     ones = tuple(i for i, n in enumerate(shape) if n == 1)
-    partition = [set(first.in_axes), set(first.out_axes), set(first.stack_axes)]
-    partition[1] |= {i for i in ones if not any(i in part for part in partition)}
-    complete = sum(map(len, partition)) == len(shape) and set().union(*partition) == set(range(len(shape)))
-    if not complete or not all(_agrees(use, partition, ones) for use in matrices):
+    partition = _partition(factored[0], shape) if factored else None
+    if partition is None:
+        return _materialised(path, shape, dtype, products, names)
+    if not all(_agrees(use, partition, ones) for use in factored):
         return Site(path, shape, dtype, (), (), (), "unknown", names)
+    return _of(factored[0], shape, dtype, partition, names)
+
+
+def _partition(use: Use, shape: Sequence[int]) -> tuple[set[int], set[int], set[int]] | None:
+    """Inputs, outputs and stack, if they are each of the axes once; those of size 1 that no product names go out."""
+    inputs, outputs, stack = set(use.in_axes), set(use.out_axes), set(use.stack_axes)
+    outputs |= {i for i, n in enumerate(shape) if n == 1 and i not in inputs | outputs | stack}
+    complete = len(inputs) + len(outputs) + len(stack) == len(shape) and len(inputs | outputs | stack) == len(shape)
+    return (inputs, outputs, stack) if complete else None
+
+
+def _materialised(
+    path: str, shape: tuple[int, ...], dtype: str, products: Sequence[Use], names: tuple[str, ...]
+) -> Site:
+    """The weight is built in any case, so that every split of its axes is exact: the first use that has one says."""
+    clean = [(use, split) for use in products if (split := _partition(use, shape)) is not None]
+    last = len(shape) - 1
+    use, split = clean[0] if clean else (products[0], (set(range(last)), {last}, set()))
+    return dataclasses.replace(_of(use, shape, dtype, split, names), materialised=use.reason or use.op)
+
+
+def _of(use: Use, shape: tuple[int, ...], dtype: str, partition: Sequence[set[int]], names: tuple[str, ...]) -> Site:
     in_axes, out_axes, stack_axes = (tuple(sorted(part)) for part in partition)
-    return Site(path, shape, dtype, in_axes, out_axes, stack_axes, kind, names)
+    kind = {"gather": "embedding", "conv_general_dilated": "conv"}.get(use.op, "linear")
+    return Site(use.path, shape, dtype, in_axes, out_axes, stack_axes, kind, names)
 
 
 def _agrees(use: Use, partition: Sequence[set[int]], ones: Sequence[int]) -> bool:

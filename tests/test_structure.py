@@ -20,7 +20,7 @@ LAYERS = (
     ("trace",),
     ("marks", "convolution"),
     ("rules",),
-    ("interpret",),
+    ("interpret", "follow"),
     ("lift",),
     ("sites",),
     ("intercept",),
@@ -33,7 +33,7 @@ LAYERS = (
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 APART = "models"  # imports nothing of the core, and the core nothing of it
-KNOWS_JAXPRS = ("interpret", "jaxprs", "rules")
+KNOWS_JAXPRS = ("follow", "interpret", "jaxprs", "rules")
 OUTER = ("experiments", "configs", "notebooks", "tests")
 VAGUE = ("utils", "util", "helpers", "helper", "common", "base", "misc")
 LONGEST = 600  # lines
