@@ -172,7 +172,6 @@ def _contender(work: Work, entry: Entry, done: int, live: Live) -> tuple[Trials,
 def _report(
     comparison: Comparison, results: Sequence[TaskResults], folder: Path, seconds: float, console: Console
 ) -> None:
-    pictures = {task.name: plots.draw(folder, task) for task in results}
     notes = _notes(comparison, results, seconds)
     setting = {
         "config": config.describe(comparison),
@@ -182,6 +181,7 @@ def _report(
         "seconds": seconds,
     }
     write_json(folder / "results.json", report.as_json(results) | setting)
+    pictures = {task.name: plots.draw(folder, task) for task in results}  # the numbers lie on disk by now
     write_text(folder / "results.md", report.markdown(f"{comparison.name}: methods compared", results, notes, pictures))
     for task in results:
         for table, title in ((report.quality(task), task.label), (report.cost(task), ""), (report.rates(task), "")):

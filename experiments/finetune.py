@@ -170,8 +170,6 @@ def _report(
     title = f"{of_all}, test"
     tables = [report.scores(work, plans, results), report.prices(plans, results, prices)]
     pictures = ["quality.png", "curves.png"]
-    plots.quality(folder / pictures[0], work, plans, results, title)
-    plots.curves(folder / pictures[1], work, plans, results, of_all)
     setting = {
         "config": config.describe(experiment),
         "data": work.digest,
@@ -188,6 +186,8 @@ def _report(
         f"{jax.devices()[0].device_kind}; {seconds:.0f} s",
     ]
     write_text(folder / "results.md", report.as_markdown(tables, title, notes, pictures))
+    plots.quality(folder / pictures[0], work, plans, results, title)  # the numbers lie on disk by now
+    plots.curves(folder / pictures[1], work, plans, results, of_all)
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     for table in tables:
         console.print(rich_table(table, ""))

@@ -25,7 +25,7 @@ _FOREIGN_MARK, _FOREIGN_LEADER, _UNCLEAR = 40.0, 80.0, 25.0  # points that a nam
 _NEAREST, _FARTHER = 1200, 800  # places of a name that are compared
 _RINGS = (0.0, 30.0, 60.0, 100.0, 160.0)  # points that the names of a crowd keep off it, so that their lines have room
 _CROWD, _CROWDED = 5, (14.0, 45.0)  # so many points within so many typographic points are one; what is tried in turn
-_GROWTH, _GROWN = 1.25, 10
+_GROWTH, _GROWN = 1.25, 7
 
 Cell = tuple[float, float]
 
@@ -116,7 +116,7 @@ def label_points(
       size: of the letters, in points.
 
     Raises:
-      ValueError: if a point lies outside of the axes, or if there is no room in a figure of nine times the size either.
+      ValueError: if a point lies outside of the axes, or if there is no room in a figure four times as wide either.
     """
     figure = ax.figure.figure
     texts = [

@@ -239,6 +239,13 @@ def legend(figure: Figure, handles: Sequence[Artist]) -> None:
         made.remove()
 
 
+def absent(labels: Sequence[str]) -> list[Artist]:
+    """The legend's line for contenders whose numbers are not finite, so that a plot cannot show them."""
+    if not labels:
+        return []
+    return [Line2D([], [], linestyle="", label=f"no finite score: {', '.join(labels)}")]
+
+
 def end_at_data(ax: Axes, x_ends: Iterable[float] = ()) -> None:
     """Ticks and axes' lines that end where the data do.
 

@@ -235,10 +235,10 @@ def _report(work: Work, results: Results, seconds: float, console: Console) -> N
     folder, table = work.folder, report.cells(results)
     title = f"{work.experiment.name}: {results.base.parameters:,} parameters"
     pictures = ["learning_curves.png", "learned_forgotten.png"]
-    plots.learning_curves(folder / pictures[0], results)
-    plots.learned_forgotten(folder / pictures[1], results)
     write_json(folder / "results.json", report.as_json(results) | _setting(work, seconds))
     write_text(folder / "results.md", report.markdown(table, title, _notes(work, seconds), pictures))
+    plots.learning_curves(folder / pictures[0], results)  # the numbers lie on disk before anything is drawn
+    plots.learned_forgotten(folder / pictures[1], results)
     console.print(report.rich_table(table, title))
     _print_files(folder, ["results.md", "results.json", *pictures], seconds, console)
 
@@ -246,7 +246,6 @@ def _report(work: Work, results: Results, seconds: float, console: Console) -> N
 def _report_sweep(work: Work, curves: Sequence[tuple[Run, Curve]], seconds: float, console: Console) -> None:
     folder, table = work.folder, report.sweep_cells(curves)
     title = f"bits per byte on {work.new.label} (validation) at each learning rate"
-    plots.sweep(folder / "sweep.png", curves, new=work.new.label)
     ends = [{"label": r.label, "learning_rate": r.learning_rate, "new": c[-1].new, "old": c[-1].old} for r, c in curves]
     found = {
         "sweep": ends,
@@ -255,6 +254,7 @@ def _report_sweep(work: Work, curves: Sequence[tuple[Run, Curve]], seconds: floa
     }
     write_json(folder / "results.json", found | _setting(work, seconds))
     write_text(folder / "results.md", report.markdown(table, title, _notes(work, seconds), ["sweep.png"]))
+    plots.sweep(folder / "sweep.png", curves, new=work.new.label)
     console.print(report.rich_table(table, title))
     _print_files(folder, ["results.md", "results.json", "sweep.png"], seconds, console)
 

@@ -385,6 +385,31 @@ def test_few_contenders_are_drawn_as_all_of_them_are(drawn, tmp_path):
     assert apart | enlarged == {entrant.contender.label for entrant in task.entrants}
 
 
+def test_contenders_without_a_finite_score_are_named_and_the_others_drawn(tmp_path):
+    task = next(task for task in redraw.compared(read("compare_methods")) if task.name == "digits")
+    full, lora, bitfit = (
+        next(entrant for entrant in task.entrants if entrant.contender.name == name)
+        for name in ("full", "lora", "bitfit")
+    )
+    diverged = lambda entrant: dataclasses.replace(
+        entrant, trials=dataclasses.replace(entrant.trials, best=None, finals=())
+    )
+    cases = ((diverged(full), lora, bitfit), ["full"]), ((diverged(full), diverged(lora)), ["full", "LoRA r=4"])
+    for entrants, lost in cases:
+        with kept() as figures:
+            comparison_plots.draw(tmp_path, dataclasses.replace(task, entrants=entrants))
+        assert sum(f"no finite score: {', '.join(lost)}" in legend_of(figure) for figure in figures) == 2
+        assert [faults(figure) for figure in figures] == [[]] * 4
+    found = read("minilm_trec")
+    for result in found["runs"]["lora"]["results"]:
+        result["test"]["accuracy"] = math.nan
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with kept() as figures:
+        assert redraw.redraw(tmp_path) == ["quality.png", "curves.png"]
+    assert legend_of(figures[0]) == ["mean of 3 seeds", "one seed", "no finite score: LoRA r=8"]
+    assert faults(figures[0]) == [] and "LoRA r=8" not in [text.get_text() for text in figures[0].axes[0].texts]
+
+
 def test_a_folder_without_results_is_named(tmp_path, capsys):
     assert redraw.main([str(tmp_path)]) == 2
     assert f"error: {tmp_path / 'results.json'}: No such file or directory" in capsys.readouterr().err

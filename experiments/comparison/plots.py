@@ -13,7 +13,20 @@ from matplotlib.patches import Rectangle
 
 from experiments.comparison.report import Entrant, TaskResults, tests
 from experiments.labels import label_points
-from experiments.plots import DASHED, FAINT, INK, SUBTITLE, Look, end_at_data, figure_of, heading, legend, looks, settle
+from experiments.plots import (
+    DASHED,
+    FAINT,
+    INK,
+    SUBTITLE,
+    Look,
+    absent,
+    end_at_data,
+    figure_of,
+    heading,
+    legend,
+    looks,
+    settle,
+)
 
 _CROWD = 6  # so many points that hang together are shown again, larger
 _NEAR = 20.0  # typographic points between two that hang together: there is no room for a name
@@ -144,6 +157,11 @@ def _scatter(
     logarithmic: bool = False,
 ) -> None:
     """The points with their names; where many lie together, they have theirs in a second panel."""
+    marks = [
+        mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y) and (mark.x > 0 or not logarithmic)
+    ]
+    shown_labels = {mark.label for mark in marks}
+    lost = [entrant.contender.label for entrant in results.entrants if entrant.contender.label not in shown_labels]
     scale = math.log if logarithmic else float
     close = crowd(_in_parts([(scale(mark.x), mark.y) for mark in marks], level[0]))
     near, rest = [marks[i] for i in close], [mark for i, mark in enumerate(marks) if i not in close]
@@ -163,7 +181,7 @@ def _scatter(
             ax.set_title(f"all {len(marks)}", **SUBTITLE)
             zoom.set_title(f"the {len(near)} in the frame", **SUBTITLE)
         bars = any(mark.dy > 0 or mark.dx > 0 for mark in marks)
-        legend(figure, [*_families(results), line, *([_bar_key(results)] if bars else [])])
+        legend(figure, [*_families(results), line, *([_bar_key(results)] if bars else []), *absent(lost)])
         settle(figure)
         for panel, shown in ((ax, rest), *((zoom, near) for zoom in others)):
             label_points(

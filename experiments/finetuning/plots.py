@@ -1,5 +1,6 @@
 """The plots of a fine-tuning experiment."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from experiments.finetuning.loop import Result
 from experiments.finetuning.report import Plan
 from experiments.finetuning.work import Metric
 from experiments.labels import label_points
-from experiments.plots import INK, SUBTITLE, end_at_data, figure_of, heading, legend, looks, settle
+from experiments.plots import INK, SUBTITLE, absent, end_at_data, figure_of, heading, legend, looks, settle
 
 
 class Scored(Protocol):
@@ -40,16 +41,19 @@ def quality(
     drawn = looks(plans[name].label for name in results)
     seeds = max(map(len, results.values()))
     with figure_of(path, (8.6, 5.4)) as (figure, (ax,)):
-        points, labels = [], []
+        points, labels, lost = [], [], []
         for name, found in results.items():
             plan, look = plans[name], drawn[plans[name].label]
             values, x = [result.test[score] for result in found], plan.count.trainable
+            mean = statistics.fmean(values)
+            if not (math.isfinite(mean) and x):
+                lost.append(plan.label)
+                continue
             if seeds > 1:
                 ax.plot(
                     [x] * len(values), values, look.marker, color=look.colour, markerfacecolor="none", markersize=5,
                     alpha=0.7,
                 )  # fmt: skip
-            mean = statistics.fmean(values)
             ax.plot(x, mean, look.marker, color=look.colour, markersize=9, markeredgecolor="white")
             points.append((float(x), mean))
             labels.append(plan.label)
@@ -58,15 +62,16 @@ def quality(
         heading(figure, title)
         ax.set(xlabel="trained parameters", ylabel=f"{score} (test)")
         end_at_data(ax)
+        handles = absent(lost)
         if seeds > 1:
-            key: dict[str, object] = {"color": INK, "marker": "o", "linestyle": ""}
-            legend(
-                figure,
-                [
-                    Line2D([], [], **key, markersize=8, label=f"mean of {seeds} seeds"),  # type: ignore[arg-type]
-                    Line2D([], [], **key, markersize=5, markerfacecolor="none", label="one seed"),  # type: ignore[arg-type]
-                ],
+            dot, ring = (
+                Line2D([], [], color=INK, marker="o", linestyle="", label=text)
+                for text in (f"mean of {seeds} seeds", "one seed")
             )
+            dot.set_markersize(8)
+            ring.set(markersize=5, markerfacecolor="none")
+            handles = [dot, ring, *handles]
+        legend(figure, handles)
         settle(figure)
         label_points(ax, points, labels, [drawn[label].colour for label in labels], size=9)
 
