@@ -29,10 +29,11 @@ from experiments.comparison.price import prices
 from experiments.comparison.report import Entrant, TaskResults
 from experiments.comparison.trial import Bench, Entry, Trials, check, compete, earlier
 from experiments.config import ConfigError, in_steps
-from experiments.folder import claim, write_json, write_text
+from experiments.folder import claim, located, write_json, write_text
 from experiments.progress import Live
 from experiments.report import rich_table
 from experiments.tasks import Scorer, Task, pretrained
+from jlora.checkpoint.lock import Lock
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(width=160)
     try:
         comparison = config.load_as(Comparison, options.config, options.overrides, small=options.small)
-        folder = options.folder or Path("runs") / comparison.name
+        folder = located(options.folder, comparison.name)
         run(comparison, folder, resume=options.resume, console=console)
     except (ConfigError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,10 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(comparison: Comparison, folder: Path, *, resume: bool, console: Console) -> None:
     """The whole comparison, from the data to the plots, in `folder`."""
     started = time.monotonic()
-    works = _prepare(comparison, folder, resume)
-    with Live(console, {label: steps for work in works for label, steps in work.phases().items()}) as live:
-        results = [_competed(work, live) for work in works]
-    _report(comparison, results, folder, time.monotonic() - started, console)
+    works, held = _prepare(comparison, folder, resume)
+    with held:
+        with Live(console, {label: steps for work in works for label, steps in work.phases().items()}) as live:
+            results = [_competed(work, live) for work in works]
+        _report(comparison, results, folder, time.monotonic() - started, console)
 
 
 # -- the parts of the story --------------------------------------------------------------------------------------------
@@ -109,14 +111,13 @@ class Work:
         return f"{self.spec.name}: methods"
 
 
-def _prepare(comparison: Comparison, folder: Path, resume: bool) -> list[Work]:
+def _prepare(comparison: Comparison, folder: Path, resume: bool) -> tuple[list[Work], Lock]:
     works = [Work(comparison, spec, spec.open(), folder / spec.name) for spec in comparison.tasks]
     for work in works:
         for contender in work.contenders:
             check(contender, work.spec, work.task, work.steps[1])
     data = {work.spec.name: work.task.digest for work in works}
-    claim(folder, {"config": config.describe(comparison), "data": data}, resume=resume)
-    return works
+    return works, claim(folder, {"config": config.describe(comparison), "data": data}, resume=resume)
 
 
 def _competed(work: Work, live: Live) -> TaskResults:
@@ -210,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m experiments.compare", description="Compare methods on tasks.")
     parser.add_argument("config", help="a Python file with `def config() -> Comparison`")
     parser.add_argument("overrides", nargs="*", help="dotted: seeds=5 contenders.dora.learning_rates=1e-3,3e-3")
-    parser.add_argument("--folder", type=Path, help="the run's folder; runs/<name> if not given")
+    parser.add_argument("--folder", help="the run's folder; runs/<name> if not given")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--small", action="store_true", help="the config's small form")
     return parser

@@ -29,10 +29,11 @@ from experiments.finetuning import Finetune, plots, report
 from experiments.finetuning.loop import Result, Trainer, train
 from experiments.finetuning.report import Plan
 from experiments.finetuning.work import Params, Work
-from experiments.folder import claim, write_json, write_text
+from experiments.folder import claim, located, write_json, write_text
 from experiments.measure import Cost, costs
 from experiments.progress import Live
 from experiments.report import rich_table
+from experiments.resume import loaded
 from jlora.models.files import folder_of
 
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         experiment = config.load_as(Finetune, options.config, options.overrides, small=options.small)
-        folder = options.folder or Path("runs") / experiment.name
+        folder = located(options.folder, experiment.name)
         with _compiled_in_haste() if options.small else contextlib.nullcontext():
             run(experiment, folder, resume=options.resume, console=console)
     except (ConfigError, DataError, FileNotFoundError, ImportError) as error:
@@ -64,7 +65,11 @@ def run(experiment: Finetune, folder: Path, *, resume: bool, console: Console) -
     with _as_config_errors():
         checkpoint = _checkpoint(experiment, folder)
         work = experiment.task.open(checkpoint, experiment.train, experiment.evaluate_batch, **experiment.options)
-    claim(folder, {"config": config.describe(experiment), "data": work.digest}, resume=resume)
+    with claim(folder, {"config": config.describe(experiment), "data": work.digest}, resume=resume):
+        _run(experiment, work, folder, started, console)
+
+
+def _run(experiment: Finetune, work: Work, folder: Path, started: float, console: Console) -> None:
     with _as_config_errors():
         params = work.params(experiment.seeds[0])
     sites = jlora.sites(work.loss, params, work.batches(experiment.train.batch, 0)(0), jax.random.key(0))
@@ -149,7 +154,7 @@ def _say_samples(
         return
     shown = [("before", work.samples(work.model.apply, params))]
     for trainer in trainers:
-        adapted = jlora.load(folder / trainer.run.name / f"seed_{seed}" / "adapter", params)
+        adapted = loaded(folder / trainer.run.name / f"seed_{seed}", params)
         shown.append((trainer.run.label, work.samples(trainer.apply, trainer.merged(adapted))))
     text = "\n".join(f"{label}:\n" + "\n".join(f"  {line}" for line in lines) for label, lines in shown)
     write_text(folder / "samples.txt", text + "\n")
@@ -204,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m experiments.finetune", description="Fine-tune a pretrained model.")
     parser.add_argument("config", help="a Python file with `def config() -> Finetune`")
     parser.add_argument("overrides", nargs="*", help="dotted: train.batch=16 runs.lora.learning_rate=1e-3")
-    parser.add_argument("--folder", type=Path, help="the experiment's folder; runs/<name> if not given")
+    parser.add_argument("--folder", help="the experiment's folder; runs/<name> if not given")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--small", action="store_true", help="the config's small form, which ends in seconds")
     return parser

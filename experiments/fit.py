@@ -1,7 +1,6 @@
 """The training loop of the base and of every run: it evaluates, keeps its state, continues where it was cut off."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import optax
 import jlora
 from experiments.config import Train
 from experiments.evaluate import Point, Scores, bits
-from experiments.folder import write_json
+from experiments.folder import read_json, write_json
 from experiments.progress import Live
 from experiments.resume import restored
 from jlora.checkpoint import Checkpoints
@@ -93,4 +92,4 @@ def _point(step: int, losses: list[jax.Array], scores: Scores) -> Point:
 def read_curve(folder: Path) -> Curve:
     """The learning curve that `fit` left in a folder."""
     path = folder / "curve.json"
-    return tuple(Point(**point) for point in json.loads(path.read_text())) if path.exists() else ()
+    return read_json(path, lambda curve: tuple(Point(**point) for point in curve)) if path.exists() else ()

@@ -3,16 +3,32 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiments.config import ConfigError
+from jlora.checkpoint import lock
+from jlora.checkpoint.lock import Lock
+from jlora.checkpoint.place import folder_of
 
 _CLAIM = "experiment.json"
 
 
-def claim(folder: Path, description: dict[str, Any], *, resume: bool) -> None:
-    """Makes `folder` the folder of an experiment, or finds that it is already.
+def located(given: str | None, name: str) -> Path:
+    """Where a run lies: in the folder that the command line names, a local one or its `file://` URL, or `runs/<name>`.
+
+    Raises:
+      ConfigError: for other addresses, such as `gs://bucket/run`.
+    """
+    try:
+        return Path("runs") / name if given is None else folder_of(given)
+    except ValueError as error:
+        raise ConfigError(f"--folder: {error}") from error
+
+
+def claim(folder: Path, description: dict[str, Any], *, resume: bool) -> Lock:
+    """Makes `folder` the folder of an experiment, or finds that it is already, and locks it.
 
     Without `resume` an earlier run of the same experiment in it is deleted.
 
@@ -21,31 +37,58 @@ def claim(folder: Path, description: dict[str, Any], *, resume: bool) -> None:
       description: the config and the data, as JSON; kept in the folder.
       resume: keep what an interrupted run left.
 
+    Returns:
+      The lock. It is held until its `close`, the end of the object or that of the process.
+
     Raises:
-      ConfigError: if the folder belongs to another config or data, is no run folder, or if there is nothing to resume.
+      ConfigError: if the folder is in use, belongs to another config or data, is no run folder, or if there is nothing
+        to resume.
     """
     known = folder / _CLAIM
     if not known.exists():
         if resume:
             raise ConfigError(f"--resume: there is no run in '{folder}'; start it without --resume")
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != lock.NAME for path in folder.iterdir()):
             raise ConfigError(
                 f"'{folder}' is not empty and no run folder (it has no {_CLAIM}): choose another --folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(known, description)
-        return
-    difference = _difference(json.loads(known.read_text()), json.loads(json.dumps(description)))
-    if difference:
-        raise ConfigError(
-            f"'{folder}' belongs to another config: {'; '.join(difference[:4])}. Choose another --folder, or delete it"
-        )
-    if not resume:
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path != known:
-                path.unlink()
+    held = locked(folder)
+    try:
+        if not known.exists():
+            write_json(known, description)
+        difference = _difference(read_json(known), json.loads(json.dumps(description)))
+        if difference:
+            raise ConfigError(
+                f"'{folder}' belongs to another config: {'; '.join(difference[:4])}. Choose another --folder, or "
+                "delete it"
+            )
+        if not resume:
+            clear(folder, known.name)
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
+def locked(folder: Path) -> Lock:
+    """Exclusive use of a folder, which is made if absent.
+
+    Raises:
+      ConfigError: if another process, or this one, uses it.
+    """
+    try:
+        return Lock(folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def clear(folder: Path, *keep: str) -> None:
+    """Deletes what lies in a folder, but for its lock and the names to keep."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (lock.NAME, *keep):
+            path.unlink()
 
 
 def _difference(there: Any, here: Any, path: str = "") -> list[str]:
@@ -63,6 +106,20 @@ def _difference(there: Any, here: Any, path: str = "") -> list[str]:
             for line in _difference(there.get(name), here.get(name), f"{path}.{name}" if path else str(name))
         ]
     return [] if there == here else [f"{path} is {there!r} there and {here!r} here"]
+
+
+def read_json(path: Path, build: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Reads what `write_json` wrote, and makes something of it.
+
+    Raises:
+      ConfigError: if the file is damaged.
+    """
+    try:
+        return build(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"'{path}' is damaged ({error}): delete '{path.parent}' to begin anew what lies there"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

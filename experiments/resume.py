@@ -1,11 +1,25 @@
 """Going on after an interruption: from the newest state that is whole."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jlora
 from experiments.config import ConfigError
 from jlora.checkpoint import Checkpoints, DamagedCheckpoint
 from jlora.train import TrainState
+
+
+def loaded(folder: Path, base: Any) -> jlora.Adapted:
+    """The adapter of a run that came to its end in an earlier start.
+
+    Raises:
+      ConfigError: if it is damaged.
+    """
+    try:
+        return jlora.load(folder / "adapter", base)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{error}. Delete '{folder}' to run it anew") from error
 
 
 def restored(checkpoints: Checkpoints, start: TrainState, say: Callable[[str], None]) -> tuple[TrainState, Any]:

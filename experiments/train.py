@@ -31,10 +31,12 @@ from experiments.config import ConfigError, Experiment, Run, Train, in_steps
 from experiments.data import Corpus, Windows, spread
 from experiments.evaluate import Evaluator, mean_loss
 from experiments.fit import Curve, fit, optimizer, read_curve
-from experiments.folder import claim, size, write_json, write_text
+from experiments.folder import claim, clear, located, locked, size, write_json, write_text
 from experiments.measure import costs
 from experiments.progress import Live
 from experiments.report import Base, Outcome, Results
+from experiments.resume import loaded
+from jlora.checkpoint.lock import Lock
 from jlora.models.gpt2 import GPT2
 from jlora.train import Step, TrainState, train_step
 
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         experiment = config.load(options.config, options.overrides, small=options.small)
-        folder = options.folder or Path("runs") / experiment.name
+        folder = located(options.folder, experiment.name)
         run(experiment, folder, resume=options.resume, console=console)
     except (ConfigError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,20 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console) -> None:
     """The whole experiment, from texts to plots, in `folder`."""
     started = time.monotonic()
-    work = _prepare(experiment, folder, resume)
-    runs = _expanded(experiment)
-    phases = {_BASE: work.steps(experiment.pretrain, work.old)}
-    phases |= {_title(r, runs): work.steps(experiment.train, work.new) for r in runs}
-    with Live(console, phases) as live:
-        base, base_curve = _pretrained(work, live)
-        steps = [work.step(experiment.train, r.learning_rate, work.new) for r in runs]
-        trained = [_adapted(work, base, r, step, _title(r, runs), live) for r, step in zip(runs, steps, strict=True)]
-        if experiment.learning_rates:
-            curves = [(r, curve) for r, (_, curve) in zip(runs, trained, strict=True)]
-            return _report_sweep(work, curves, time.monotonic() - started, console)
-        live.say("evaluating on the test split, timing the steps")
-        results = _measured(work, base, base_curve, runs, steps, trained)
-    _report(work, results, time.monotonic() - started, console)
+    work, held = _prepare(experiment, folder, resume)
+    with held:
+        _run(work, started, console)
 
 
 # -- the parts of the story --------------------------------------------------------------------------------------------
@@ -108,12 +99,29 @@ class Work:
         return train_step(mean_loss(self.model), optimizer(train, learning_rate, self.steps(train, corpus)))
 
 
-def _prepare(experiment: Experiment, folder: Path, resume: bool) -> Work:
+def _run(work: Work, started: float, console: Console) -> None:
+    experiment = work.experiment
+    runs = _expanded(experiment)
+    phases = {_BASE: work.steps(experiment.pretrain, work.old)}
+    phases |= {_title(r, runs): work.steps(experiment.train, work.new) for r in runs}
+    with Live(console, phases) as live:
+        base, base_curve = _pretrained(work, live)
+        steps = [work.step(experiment.train, r.learning_rate, work.new) for r in runs]
+        trained = [_adapted(work, base, r, step, _title(r, runs), live) for r, step in zip(runs, steps, strict=True)]
+        if experiment.learning_rates:
+            curves = [(r, curve) for r, (_, curve) in zip(runs, trained, strict=True)]
+            return _report_sweep(work, curves, time.monotonic() - started, console)
+        live.say("evaluating on the test split, timing the steps")
+        results = _measured(work, base, base_curve, runs, steps, trained)
+    _report(work, results, time.monotonic() - started, console)
+
+
+def _prepare(experiment: Experiment, folder: Path, resume: bool) -> tuple[Work, Lock]:
     model = GPT2(experiment.model)
     _check_runs(model, experiment)
     old, new = experiment.data.old(), experiment.data.new()
     digests = {"old": old.digest(), "new": new.digest()}
-    claim(folder, {"config": config.describe(experiment), "data": digests}, resume=resume)
+    held = claim(folder, {"config": config.describe(experiment), "data": digests}, resume=resume)
     base_key = config.key(experiment.model, experiment.pretrain, experiment.seed, digests["old"])
     context, amount = experiment.model.context, experiment.evaluate
     windows = {
@@ -121,7 +129,8 @@ def _prepare(experiment: Experiment, folder: Path, resume: bool) -> Work:
         for split, count in (("validation", amount.validation), ("test", amount.test))
     }
     evaluator = Evaluator(model, windows, amount.batch)
-    return Work(experiment, model, old, new, evaluator, folder, folder.parent / "bases" / base_key, resume)
+    work = Work(experiment, model, old, new, evaluator, folder, folder.parent / "bases" / base_key, resume)
+    return work, held
 
 
 def _check_runs(model: GPT2, experiment: Experiment) -> None:
@@ -141,16 +150,17 @@ def _pretrained(work: Work, live: Live) -> tuple[Params, Curve]:
     if (work.base_folder / pretrained.NAME).exists():
         live.skip(_BASE, f"reused from {work.base_folder}")
         return pretrained.load(work.base_folder, initial), read_curve(work.base_folder)
-    if not work.resume:
-        shutil.rmtree(work.base_folder, ignore_errors=True)
-    # A base is a full fine-tuning of random parameters: the same loop, the same state on disk.
-    step = work.step(train, train.learning_rate, work.old)
-    start = TrainState.create(jlora.apply(initial, targets=(), extras=".*"), step.tx, key=experiment.seed)
-    state, curve = _fit(work, train, step, start, work.old, work.base_folder, _BASE, live)
-    base = jlora.merge(state.adapted)
-    pretrained.save(work.base_folder, base)
-    shutil.rmtree(work.base_folder / "training")
-    return base, curve
+    with locked(work.base_folder):  # other experiments have the same base
+        if not work.resume:
+            clear(work.base_folder)
+        # A base is a full fine-tuning of random parameters: the same loop, the same state on disk.
+        step = work.step(train, train.learning_rate, work.old)
+        start = TrainState.create(jlora.apply(initial, targets=(), extras=".*"), step.tx, key=experiment.seed)
+        state, curve = _fit(work, train, step, start, work.old, work.base_folder, _BASE, live)
+        base = jlora.merge(state.adapted)
+        pretrained.save(work.base_folder, base)
+        shutil.rmtree(work.base_folder / "training")
+        return base, curve
 
 
 def _adapted(work: Work, base: Params, run: Run, step: Step, label: str, live: Live) -> tuple[jlora.Adapted, Curve]:
@@ -158,7 +168,7 @@ def _adapted(work: Work, base: Params, run: Run, step: Step, label: str, live: L
     folder = work.folder / run.name
     if (folder / "adapter").exists():
         live.skip(label, "done before")
-        return jlora.load(folder / "adapter", base), read_curve(folder)
+        return loaded(folder, base), read_curve(folder)
     start = TrainState.create(_with_factors(base, run, work.experiment.seed), step.tx, key=work.experiment.seed)
     state, curve = _fit(work, work.experiment.train, step, start, work.new, folder, label, live)
     jlora.save(folder / "adapter", state.adapted)
@@ -318,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m experiments.train", description="Pretrain, adapt, compare.")
     parser.add_argument("config", help="a Python file with `def config() -> Experiment`")
     parser.add_argument("overrides", nargs="*", help="dotted: train.steps=200 runs.lora_r4.rank=8")
-    parser.add_argument("--folder", type=Path, help="the run's folder; runs/<name> if not given")
+    parser.add_argument("--folder", help="the run's folder; runs/<name> if not given")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--small", action="store_true", help="the config's small form, which ends in seconds")
     return parser

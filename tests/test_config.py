@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import config
+from experiments import compare, config, finetune, train
 from experiments.comparison import Comparison
 from experiments.config import ConfigError, Experiment, Run
 from experiments.finetuning import Finetune
-from experiments.folder import claim, size, write_text
+from experiments.fit import read_curve
+from experiments.folder import claim, located, size, write_text
 from experiments.train import main
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.py"
@@ -177,6 +178,55 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_there_is_nothing_to_resume(tmp_path):
     with pytest.raises(ConfigError, match="--resume: there is no run in '.*'; start it without --resume"):
         claim(tmp_path / "run", {"a": 1}, resume=True)
+
+
+def test_two_experiments_in_one_folder(tmp_path):
+    """The second start, which would delete what the first one is writing, is refused; so is one that resumes."""
+    with claim(tmp_path / "run", {"a": 1}, resume=False):
+        write_text(tmp_path / "run" / "results.md", "new")
+        for resume in (False, True):
+            with pytest.raises(
+                ConfigError, match=r"run' is in use by this process \(\d+\): two that write there would"
+            ):
+                claim(tmp_path / "run", {"a": 1}, resume=resume)
+        assert size(tmp_path / "run" / "results.md") == 3
+    with pytest.raises(ConfigError, match="belongs to another config"):
+        claim(tmp_path / "run", {"a": 2}, resume=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["experiment.json", "results.md"]
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1', "\x00\x01", "[" * 100_000])
+def test_a_spoilt_file_of_a_run_is_named(content, tmp_path):
+    claim(tmp_path / "run", {"a": 1}, resume=False)
+    file = tmp_path / "run" / "experiment.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        claim(tmp_path / "run", {"a": 1}, resume=True)
+    text = str(caught.value)
+    assert text.startswith(f"'{file}' is damaged (") and "\n" not in text
+    assert text.endswith(f"): delete '{file.parent}' to begin anew what lies there")
+
+
+def test_a_spoilt_curve_is_named(tmp_path):
+    for content in ('[{"step": 1}]', "{}7", '{"a": 1}'):
+        (tmp_path / "curve.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"curve.json' is damaged \(.*\): delete"):
+            read_curve(tmp_path)
+
+
+def test_a_folder_is_a_local_one(tmp_path, capsys):
+    assert located(None, "quickstart") == Path("runs/quickstart")
+    assert located("runs/a", "quickstart") == Path("runs/a")
+    assert located((tmp_path / "my run").as_uri(), "quickstart") == tmp_path / "my run"
+    for module, arguments in (
+        (train, [str(QUICKSTART)]),
+        (compare, [str(QUICKSTART.parent / "compare_methods.py")]),
+        (finetune, [str(QUICKSTART.parent / "minilm_sst2.py")]),
+    ):
+        for address in ("gs://bucket/run", "s3://bucket/run"):
+            assert module.main([*arguments, "--small", "--folder", address]) == 2
+            assert capsys.readouterr().err.startswith(f"error: --folder: '{address}' is no local folder: ")
+    assert not Path("gs:").exists()
 
 
 def test_a_run_that_cannot_be_is_found_before_the_base_is_pretrained(tmp_path, capsys):

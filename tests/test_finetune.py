@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -182,7 +183,10 @@ def test_samples_are_shown_before_and_after(ended):
 @pytest.mark.once
 @pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
 def test_an_interrupted_run_resumed_gives_the_same_numbers(finished, tmp_path, monkeypatch):
-    """Ended with the second seed, when its last evaluation was written down and its state was not yet."""
+    """Ended with the second seed, when its last evaluation was written down and its state was not yet.
+
+    A damaged state that is newer than the one that was left is passed over.
+    """
     whole, folder, calls, save = finished("minilm_trec")[0], tmp_path / "run", [], loop.Checkpoints.save
 
     def interrupted(self, *arguments):
@@ -194,8 +198,14 @@ def test_an_interrupted_run_resumed_gives_the_same_numbers(finished, tmp_path, m
     monkeypatch.setattr(loop.Checkpoints, "save", interrupted)
     status, _, err = called("minilm_trec", "--folder", folder)
     assert (status, err) == (130, "interrupted; the same command with --resume continues\n")
+    (left,) = folder.glob("*/seed_*/training")
+    assert [path.name for path in left.iterdir() if path.is_dir()] == ["2"]
+    damaged = shutil.copytree(left / "2", left / "3") / "record" / "metadata"
+    damaged.write_bytes(damaged.read_bytes()[:100])
     status, out, _ = called("minilm_trec", "--folder", folder, "--resume")
     assert status == 0 and "LoRA q,v r=8, seed 0  done before" in out and len(calls) == 5  # step 4 alone was left
+    assert f"warning: the checkpoint of step 3 in '{left}' is damaged: 'record/metadata' has 100 of " in out
+    assert "; going on from step 2\n" in out
     assert numbers(folder) == numbers(whole)
 
 

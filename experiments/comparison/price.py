@@ -1,7 +1,6 @@
 """What contenders cost beside each other: parameters, bytes, a training step, a forward pass apart and merged."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 import jlora
 from experiments.comparison.trial import Bench, Entry
-from experiments.folder import size, write_json
+from experiments.folder import read_json, size, write_json
 from experiments.measure import compiled_cost, interleaved, ratio, step_seconds
 from experiments.tasks import rows
 
@@ -56,7 +55,7 @@ def prices(bench: Bench, trained: Mapping[str, tuple[Entry, jlora.Adapted]], fol
     """
     path = folder / "prices.json"
     if path.exists():
-        return {name: Price(**price) for name, price in json.loads(path.read_text()).items()}
+        return read_json(path, lambda read: {name: Price(**price) for name, price in read.items()})
     comparison = bench.comparison
     states = {name: entry.state(adapted, 0.0, 0) for name, (entry, adapted) in trained.items()}
     batch = bench.task.batches("new", bench.spec.train.batch, 0)(0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,8 @@ import jax
 import jlora
 from experiments.comparison.config import Comparison, Contender, Spec
 from experiments.config import ConfigError, in_steps
-from experiments.folder import write_json
+from experiments.folder import read_json, write_json
+from experiments.resume import loaded
 from experiments.tasks import Score, Scorer, Scores, Task, at_rate, train
 from jlora.train import Step, TrainState, train_step
 
@@ -201,9 +201,8 @@ def earlier(folder: Path, base: Params) -> tuple[Trials, jlora.Adapted] | None:
     path = folder / _DONE
     if not path.exists():
         return None
-    read = json.loads(path.read_text())
-    trials = Trials(tuple(map(_read, read["sweep"])), read["best"], tuple(map(_read, read["finals"])))
-    return trials, jlora.load(folder / "adapter", base)
+    build = lambda read: Trials(tuple(map(_read, read["sweep"])), read["best"], tuple(map(_read, read["finals"])))
+    return read_json(path, build), loaded(folder, base)
 
 
 def best_rate(sweep: list[Trial], task: Task) -> float | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from experiments.board import Board
 from experiments.config import ConfigError, in_steps
 from experiments.finetuning.schedule import Run, Schedule
 from experiments.finetuning.work import Apply, Params, Scores, Split, Work
-from experiments.folder import write_json
+from experiments.folder import read_json, write_json
 from experiments.progress import Live
 from experiments.resume import restored
 from jlora.checkpoint import Checkpoints
@@ -144,8 +144,8 @@ def optimizer(schedule: Schedule, learning_rate: float, steps: int) -> optax.Gra
 def train(trainer: Trainer, seed: int, params: Params, folder: Path, live: Live, label: str) -> Result:
     """Trains, or goes on after an interruption, or reads what an earlier call came to.
 
-    The folder holds the training state, the adapter that was best on the validation split, the curve, the result, and
-    TensorBoard's events.
+    The folder holds the adapter that was best on the validation split, the curve, the result, TensorBoard's events, and
+    the training state up to the end.
     """
     if (folder / _RESULT).exists():
         live.skip(label, "done before")
@@ -200,6 +200,7 @@ def train(trainer: Trainer, seed: int, params: Params, folder: Path, live: Live,
         )  # fmt: skip
         board.scalars(trainer.steps, {f"test/{name}": value for name, value in result.test.items()})
     write_json(folder / _RESULT, dataclasses.asdict(result))
+    shutil.rmtree(folder / "training", ignore_errors=True)  # there is nothing left to go on with
     live.say(f"{label}: test {_text(result.test)}, of step {result.best}")
     return result
 
@@ -224,7 +225,8 @@ class _Points:
         """What an interrupted run left, up to the state that is gone on from."""
         path = self._folder / _CURVE
         if path.exists():
-            self.all = [point for point in map(_point, json.loads(path.read_text())) if point.step <= done]
+            read = read_json(path, lambda curve: list(map(_point, curve)))
+            self.all = [point for point in read if point.step <= done]
 
     def add(self, step: int, losses: list[jax.Array], adapted: jlora.Adapted) -> None:
         loss = float(np.mean(jax.device_get(losses))) if losses else None
@@ -241,7 +243,7 @@ class _Points:
 
 def read_result(folder: Path) -> Result:
     """What `train` left in a folder."""
-    return as_result(json.loads((folder / _RESULT).read_text()))
+    return read_json(folder / _RESULT, as_result)
 
 
 def as_result(read: Mapping[str, Any]) -> Result:
