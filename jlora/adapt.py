@@ -58,8 +58,11 @@ class Adapted:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def as_weights(self) -> Any:
+    def as_weights(self, number: int = 0) -> Any:
         """The parameter tree, with a lazy `Weight` where a leaf is adapted and the trained value where it is an extra.
+
+        Args:
+          number: which of the adapted trees of one call this is.
 
         Raises:
           ValueError: if the factors are not those of this base.
@@ -75,13 +78,13 @@ class Adapted:
             weight = self.method.weight(named[site.path], site, factors[site.path], buffers)
             if self.key is not None and weight.dropout > 0:
                 weight = weight.replace(key=_site_key(self.key, site))
-            filled[site.path] = weight
+            filled[site.path] = weight.replace(tree=number)
         for extra in self.extras:
             value = _with_extra(named[extra.path], extra, self.factors[extra.path])
-            filled[extra.path] = Weight(value, path=extra.path, trained=True, optional=True)
-        return insert(jax.tree.unflatten(structure, filled.values()), self._adapters(factors))
+            filled[extra.path] = Weight(value, path=extra.path, trained=True, optional=True, tree=number)
+        return insert(jax.tree.unflatten(structure, filled.values()), self._adapters(factors, number))
 
-    def _adapters(self, factors: Factors) -> dict[tuple[str, ...], Adapter]:
+    def _adapters(self, factors: Factors, number: int = 0) -> dict[tuple[str, ...], Adapter]:
         """Of a method on activations: the adapters, by the path of the module whose calls each of them changes."""
         activation = self.method.activation
         if activation is None:
@@ -96,8 +99,8 @@ class Adapted:
                     f"{self.method.name}: {path!r} and {found[holder].site.path!r} belong to one module, "
                     f"{'/'.join(holder)!r}, which has one adapter; choose one of them with targets="
                 )
-            weights = {name: Weight(array, path=path, trained=True) for name, array in arrays.items()}
-            found[holder] = Adapter(weights, site, self.method)  # type: ignore[arg-type]
+            weights = {n: Weight(array, path=path, trained=True, tree=number) for n, array in arrays.items()}
+            found[holder] = Adapter(weights, site, self.method, number)  # type: ignore[arg-type]
         return found
 
     def around(self) -> contextlib.AbstractContextManager[Any]:

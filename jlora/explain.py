@@ -36,7 +36,8 @@ class Explanation:
 
     def __str__(self) -> str:
         head = ("weight", "operation", "in -> out (stack)", "how", "rank", "parameters", "extra FLOPs", "line")
-        cells = [head, *map(_cells, self.rows)]
+        several = any(row.tree for row in self.rows)
+        cells = [head, *(_cells(row, several) for row in self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         dense = len(self.materialised)
@@ -73,12 +74,12 @@ def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any)
         raise TypeError(f"explain takes an Adapted (from jlora.apply) after the function, got {type(adapted).__name__}")
     trace = Trace()
     tree.on_shapes(lambda *args, **kwargs: run(fn, args, kwargs, trace), tree.shapes_of(adapted), *args, **kwargs)
-    given = jax.tree.leaves((adapted, args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
-    factors = {path: f for part in given if isinstance(part, Adapted) for path, f in part.factors.items()}
-    sizes = {path: sum(a.size for a in arrays.values()) for path, arrays in factors.items()}
-    sites = {site.path: site for part in given if isinstance(part, Adapted) for site in part.sites}
-    rows = tuple(_explained(use, sites.get(use.path), sizes[use.path]) for use in trace.uses)
-    return Explanation(rows, tuple(path for path, is_read in trace.extras.items() if not is_read))
+    leaves = jax.tree.leaves((adapted, args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
+    given = [x for x in leaves if isinstance(x, Adapted)]
+    sites = {(number, site.path): site for number, part in enumerate(given) for site in part.sites}
+    size = lambda use: size_of(given[use.tree].factors[use.path])
+    rows = tuple(_explained(use, sites.get((use.tree, use.path)), size(use)) for use in trace.uses)
+    return Explanation(rows, tuple(path for (_, path), is_read in trace.extras.items() if not is_read))
 
 
 def _explained(use: Use, site: Site | None, parameters: int) -> Explained:
@@ -88,10 +89,11 @@ def _explained(use: Use, site: Site | None, parameters: int) -> Explained:
     return Explained(**(vars(use) | axes), parameters=parameters)
 
 
-def _cells(row: Explained) -> tuple[str, ...]:
+def _cells(row: Explained, several: bool) -> tuple[str, ...]:
+    weight = f"{row.path} (tree {row.tree + 1})" if several else row.path
     axes = f"{list(row.in_axes)} -> {list(row.out_axes)}" + (f" ({list(row.stack_axes)})" if row.stack_axes else "")
     how = "factored" if row.factored else f"materialised: {row.reason}"
-    return (row.path, row.op, axes, how, str(row.rank), f"{row.parameters:,}", f"{row.flops:,}", row.line)
+    return (weight, row.op, axes, how, str(row.rank), f"{row.parameters:,}", f"{row.flops:,}", row.line)
 
 
 def summary(adapted: Adapted) -> str:

@@ -35,11 +35,13 @@ class Adapter:
       arrays: by name; under a scan those of one layer.
       site: the weight that it belongs to.
       owner: the method, hashable. An interceptor acts on the adapters of its own method alone.
+      tree: which of the adapted trees of one call it is in, from 0.
     """
 
     arrays: dict[str, jax.Array]
     site: Site = field(metadata={"static": True})
     owner: Any = field(metadata={"static": True})
+    tree: int = field(default=0, metadata={"static": True})
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ from jax.extend import core as jex
 from jax.sharding import PartitionSpec
 
 from jlora import rules
-from jlora.jaxprs import bind, last_uses, open_jaxpr, run_segment, scan_counts, scope
+from jlora.jaxprs import bind, constant, last_uses, open_jaxpr, run_segment, scan_counts, scope
 from jlora.marks import applications
+from jlora.reach import reached
 from jlora.trace import UNTOUCHED, Trace
 from jlora.weight import NotSeparable, Weight
 
@@ -24,23 +25,30 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
 
     `fn` is traced once with `jax.make_jaxpr` on the weights' shapes; everything else that it reads is closed over.
     """
-    out_tree = None
+    out_tree: Any = None
+    leaves: list[Any] = []
 
     def flat(*arrays: jax.Array) -> list[Any]:
-        nonlocal out_tree
+        nonlocal out_tree, leaves
         leaves, out_tree = jax.tree.flatten(fn(*arrays))
-        return leaves
+        return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
     closed = jax.make_jaxpr(flat)(*[weight.w for weight in weights])
     jaxpr, consts = open_jaxpr(closed)
-    adapters = {weight.path for weight in weights if weight.trained and not weight.optional}
+    adapters = {(weight.tree, weight.path) for weight in weights if weight.trained and not weight.optional}
     if adapters:
-        trace.uses.extend(use for use in applications(jaxpr) if use.path in adapters)
+        trace.uses.extend(use for use in applications(jaxpr) if (use.tree, use.path) in adapters)
     operands = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
     pairs = list(zip(jaxpr.invars, weights, strict=True))
-    trace.extras |= {weight.path: variable in operands for variable, weight in pairs if weight.optional}
+    trace.extras |= {(weight.tree, weight.path): variable in operands for variable, weight in pairs if weight.optional}
+    found = reached(jaxpr, [frozenset((i,)) for i in range(len(weights))])
+    trace.reached = [{(weights[i].tree, weights[i].path) for i in numbers} for numbers in found]
     arguments = [weight.w if weight.trained else weight for weight in weights]
-    return jax.tree.unflatten(out_tree, _all_dense(evaluate(jaxpr, consts, arguments, trace), arguments, trace))
+    results = _all_dense(evaluate(jaxpr, consts, arguments, trace), arguments, trace)
+    arrays = (constant(v) if isinstance(v, jex.Literal) else x for v, x in zip(jaxpr.outvars, results, strict=True))
+    # What the function returns beside arrays (a number, a string, a NumPy array) passes through as it is.
+    full = [next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+    return jax.tree.unflatten(out_tree, full)
 
 
 # -- the interpreter --------------------------------------------------------------------------------------------------
@@ -133,10 +141,12 @@ def _all_dense(values: Sequence[Any], arguments: Sequence[Any], trace: Trace) ->
     """Results of the lifted function are arrays: a weight that it returns is materialised."""
     untouched = {id(weight) for weight in arguments}
 
-    def result(value: Weight) -> jax.Array:
+    def result(value: Any) -> Any:
+        if not isinstance(value, Weight):
+            return value
         return _dense(value, "return", UNTOUCHED if id(value) in untouched else "returned by the function", trace)
 
-    return [result(value) if isinstance(value, Weight) else value for value in values]
+    return list(map(result, values))
 
 
 # -- higher-order primitives: (equation, values, trace, make_dense) -> results -----------------------------------------

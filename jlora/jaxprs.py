@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
 _LIBRARIES = (
@@ -105,6 +107,12 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12: flat trees of constants, carry, xs
     return len(consts), len(carry)
+
+
+def constant(literal: Any) -> jax.Array:
+    """The array that a literal of a jaxpr stands for; from a Python number, of a weak type."""
+    value = np.asarray(literal.val, literal.aval.dtype)
+    return jnp.asarray(value.item() if literal.aval.weak_type else value)
 
 
 def bodies(eqn: Any) -> list[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+from flax.errors import TraceContextError
 
 from jlora.interpret import trace_weights
 from jlora.trace import UNTOUCHED, Trace
@@ -16,8 +17,8 @@ from jlora.weight import Weight
 class Lazy(Protocol):
     """Anything that stands for a parameter tree with lazy weights in it: `jlora.Adapted`."""
 
-    def as_weights(self) -> Any:
-        """The parameter tree, with a `Weight` where a leaf is adapted."""
+    def as_weights(self, tree: int = 0) -> Any:
+        """The parameter tree, with a `Weight` where a leaf is adapted, of the adapted tree with this number."""
         ...
 
     def around(self) -> contextlib.AbstractContextManager[Any]:
@@ -68,8 +69,10 @@ def lift(fn: Callable[..., Any], *, strict: bool = False, forward_mode: bool = F
 def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
     """`fn(*args, **kwargs)` with the weights of every `Lazy` among the arguments; notes their uses in `trace`."""
     is_lazy = lambda x: isinstance(x, Lazy)
-    lazy = [x for x in jax.tree.leaves((args, kwargs), is_leaf=is_lazy) if isinstance(x, Lazy)]
-    opened = jax.tree.map(lambda x: x.as_weights() if isinstance(x, Lazy) else x, (args, kwargs), is_leaf=is_lazy)
+    lazy = list({id(x): x for x in jax.tree.leaves((args, kwargs), is_leaf=is_lazy) if isinstance(x, Lazy)}.values())
+    numbers = {id(x): number for number, x in enumerate(lazy)}
+    open_tree = lambda x: x.as_weights(numbers[id(x)]) if isinstance(x, Lazy) else x
+    opened = jax.tree.map(open_tree, (args, kwargs), is_leaf=is_lazy)
     leaves, tree = jax.tree.flatten(opened, is_leaf=lambda x: isinstance(x, Weight))
     at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Weight)]
     if not at:
@@ -87,7 +90,13 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
             return fn(*args, **kwargs)
 
     weights = [leaves[i] for i in at]
-    result = trace_weights(of_weights, weights, trace)
+    try:
+        result = trace_weights(of_weights, weights, trace)
+    except TraceContextError as error:  # Flax NNX: a variable of the model's own is updated inside the trace
+        raise TraceContextError(
+            f"{str(error).split(' (http')[0]}; merge the model with copy=True inside the function: "
+            "nnx.merge(graph, params, rest, copy=True)"
+        ) from error
     _check_read(fn, weights, trace, " and ".join(filter(None, (x.needs for x in lazy))))
     return result
 
@@ -98,16 +107,39 @@ def _check_read(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trace,
     Raises:
       ValueError: if there is one, or if not even one of the extras is read where there is nothing else.
     """
-    read = {use.path for use in trace.uses if use.reason != UNTOUCHED}
-    every = list(dict.fromkeys(weight.path for weight in weights))
-    optional = {weight.path for weight in weights if weight.optional}
+    read = {(use.tree, use.path) for use in trace.uses if use.reason != UNTOUCHED}
+    every = list(dict.fromkeys((weight.tree, weight.path) for weight in weights))
+    optional = {(weight.tree, weight.path) for weight in weights if weight.optional}
     if not read and not any(trace.extras.values()):  # one that is not read among others is as in full fine-tuning
         optional = set()
-    unread = [path for path in every if path not in read | optional]
+    unread = [of for of in every if of not in read | optional]
     if unread:
         raise ValueError(
             f"{len(unread)} of {len(every)} adapted weights are never read by {getattr(fn, '__name__', fn)!r}: "
-            f"{', '.join(map(repr, unread[:5]))}{', ...' if len(unread) > 5 else ''}. They would not be trained: "
+            f"{names(unread, every)}. They would not be trained: "
             "leave them out with targets=, or lift the function that reads them"
             + (f". The method acts on {needs}" if needs else "")
         )
+
+
+def check_reached(fn: Callable[..., Any], trace: Trace, result: int = 0) -> None:
+    """An adapted weight that the gradient of a result cannot reach would be trained in name only.
+
+    Raises:
+      ValueError: if there is one.
+    """
+    every = list(dict.fromkeys((use.tree, use.path) for use in trace.uses))
+    cut = [of for of in every if of not in trace.reached[result]]
+    if cut:
+        raise ValueError(
+            f"no gradient of {getattr(fn, '__name__', fn)!r} reaches {len(cut)} of {len(every)} adapted weights: "
+            f"{names(cut, every)}. They are behind a stop_gradient, a rounding or an integer, or feed another result, "
+            "and would not be trained: leave them out with targets="
+        )
+
+
+def names(some: Sequence[tuple[int, str]], every: Sequence[tuple[int, str]], limit: int = 5) -> str:
+    """Weights for an error, and in which of several adapted trees each is."""
+    several = len({tree for tree, _ in every}) > 1
+    shown = [f"{path!r} of adapted tree {tree + 1}" if several else repr(path) for tree, path in some[:limit]]
+    return ", ".join(shown) + (", ..." if len(some) > limit else "")

@@ -10,12 +10,14 @@ import jax
 from jlora.jaxprs import bodies
 from jlora.trace import Use
 
-_MARK = re.compile(r"adapter\[([^\[\]|]*)\|([^|]*)\|(\d+)\|(\d+)\|([^\]]*)\]")
+_MARK = re.compile(r"adapter\[(\d+):([^\[\]|]*)\|([^|]*)\|(\d+)\|(\d+)\|([^\]]*)\]")
 
 
-def mark(path: str, op: str, rank: int, flops: int, where: str) -> contextlib.AbstractContextManager[Any]:
+def mark(
+    path: str, op: str, rank: int, flops: int, where: str, tree: int = 0
+) -> contextlib.AbstractContextManager[Any]:
     """Marks the operations that apply an adapter, in their name stack: what JAX has traced before is found, too."""
-    return jax.named_scope(f"adapter[{path}|{op}|{rank}|{flops}|{where}]")
+    return jax.named_scope(f"adapter[{tree}:{path}|{op}|{rank}|{flops}|{where}]")
 
 
 def applications(jaxpr: Any, repeat: int = 1) -> Iterator[Use]:
@@ -30,7 +32,8 @@ def applications(jaxpr: Any, repeat: int = 1) -> Iterator[Use]:
         found = _MARK.search(str(eqn.source_info.name_stack))
         label = found[0] if found else None
         if found and label != before:
-            yield Use(found[1], found[2], (), (), (), True, int(found[3]), int(found[4]) * repeat, found[5])
+            tree, path, op, rank, flops, where = found.groups()
+            yield Use(path, op, (), (), (), True, int(rank), int(flops) * repeat, where, tree=int(tree))
         before = label
         if found:
             continue

@@ -241,6 +241,10 @@ def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any], forwar
 def table_rows(rows: Weight) -> Product:
     """The rows that a gather has looked up, as an array: the base's rows plus `a[ids] b`."""
     out_axes = stored_axes(rows, range(rows.ndim))
+    if rows.key is not None and rows.a is not None:  # the input is one-hot: dropout leaves a row's update out, or in
+        looked_up = [1 if origin else n for n, origin in zip(rows.shape, rows.origin, strict=True)]
+        kept = drop(jnp.ones((*looked_up, 1), rows.a.dtype), rows.key, rows.dropout)
+        rows = rows.replace(a=rows.a * kept)
     value = rows.dense(precision=None)
     return Product(value, rows.gathered, out_axes, rows.stack, 2 * rows.rank * value.size)
 

@@ -28,6 +28,7 @@ class Use:
       flops: multiply-adds times two of the low-rank part in one forward pass (of building the weight, if materialised).
       line: the place in the model's own code, "file.py:12".
       reason: why it is materialised, empty where it is not.
+      tree: which of the adapted trees of one call the weight is in, from 0.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Use:
     flops: int
     line: str = ""
     reason: str = ""
+    tree: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Trace:
       uses: every operation that read a weight, in program order.
       repeat: how often the code at hand runs: the product of the lengths of the scans around it.
       around: the equations being evaluated, outermost first.
-      extras: of the leaves trained as they are, by path: whether an operation reads them.
+      extras: of the leaves trained as they are, by tree and path: whether an operation reads them.
+      reached: of every result of the function, the weights, by tree and path, that its gradient would reach.
     """
 
     strict: bool = False
@@ -71,7 +74,8 @@ class Trace:
     uses: list[Use] = dataclasses.field(default_factory=list)
     repeat: int = 1
     around: list[Any] = dataclasses.field(default_factory=list)
-    extras: dict[str, bool] = dataclasses.field(default_factory=dict)
+    extras: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
+    reached: list[set[tuple[int, str]]] = dataclasses.field(default_factory=list)
 
     @property
     def line(self) -> str:
@@ -83,14 +87,18 @@ class Trace:
         stack = tuple(sorted(set(product.stack_axes)))
         self.uses.append(
             Use(weight.path, op, product.in_axes, product.out_axes, stack, True, weight.rank,
-                product.flops * self.repeat, self.line)
+                product.flops * self.repeat, self.line, tree=weight.tree)
         )  # fmt: skip
 
     def note_dense(self, weight: Weight, op: str, reason: str) -> None:
         """A use that materialises the weight."""
         line = self.line
         if weight.key is not None:
-            reason = f"{reason or f'`{op}` has no factored form'}; dropout is not applied"
+            raise ValueError(
+                f"dropout={weight.dropout} cannot be applied to {weight.path!r}: `{op}` at {line} materialises it"
+                f"{' (' + reason + ')' if reason else ''}, so that no input of the factors is there to drop; leave it "
+                "out with targets=, or choose dropout=0"
+            )
         if self.strict:
             raise MaterialisedError(
                 f"strict: {weight.path!r} would be materialised by `{op}` at {line}"
@@ -100,7 +108,7 @@ class Trace:
         flops = 2 * weight.rank * weight.w.size * self.repeat
         self.uses.append(
             Use(weight.path, op, (), axes, weight.stack, False, weight.rank, flops, line,
-                reason or f"`{op}` has no factored form")
+                reason or f"`{op}` has no factored form", weight.tree)
         )  # fmt: skip
 
     @contextlib.contextmanager

@@ -41,6 +41,7 @@ class Weight:
       trained: an array to the function: a leaf that is trained as it is, or part of an adapter of activations.
       optional: a leaf that is trained as it is, which the function may leave unread.
       observed: `a` is no part of the weight: its cotangent is the sum of x x^T over the inputs x; `b` is the identity.
+      tree: which of the adapted trees of one call it is in, from 0.
       gathered: axes of the stored parameter that a batched gather has looked up (an embedding or an expert table).
     """
 
@@ -54,6 +55,7 @@ class Weight:
     origin: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
     stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     gathered: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    tree: int = dataclasses.field(default=0, metadata={"static": True})
     observed: bool = dataclasses.field(default=False, metadata={"static": True})
     trained: bool = dataclasses.field(default=False, metadata={"static": True})
     optional: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -18,7 +18,7 @@ LAYERS = (
     ("product",),
     ("weight", "jaxprs"),
     ("trace",),
-    ("marks", "convolution"),
+    ("marks", "convolution", "reach"),
     ("rules",),
     ("interpret", "follow"),
     ("lift",),
@@ -33,7 +33,7 @@ LAYERS = (
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 APART = "models"  # imports nothing of the core, and the core nothing of it
-KNOWS_JAXPRS = ("follow", "interpret", "jaxprs", "rules")
+KNOWS_JAXPRS = ("follow", "interpret", "jaxprs", "reach", "rules")
 OUTER = ("experiments", "configs", "notebooks", "tests")
 VAGUE = ("utils", "util", "helpers", "helper", "common", "base", "misc")
 LONGEST = 600  # lines

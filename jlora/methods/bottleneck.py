@@ -114,7 +114,7 @@ def on_outputs(
                 )
             rank = adapter.arrays["down"].shape[-1]
             flops = 4 * math.prod(rows) * width * rank
-            with mark(adapter.site.path, name, rank, flops, type(context.module).__name__):
+            with mark(adapter.site.path, name, rank, flops, type(context.module).__name__, adapter.tree):
                 return act(adapter, out.reshape(*rows, width), args, kwargs).reshape(shape)
 
         return of_calls(intercept)

@@ -238,7 +238,8 @@ def _lengthened(adapter: Adapter, made: jax.Array, module: nn.Module) -> jax.Arr
             "way have no place for a prefix"
         )
     # Every query meets `length` more keys, or values: as many multiply-adds as the tokens' own features times that.
-    with mark(site.path, "prefix_tuning", prefix.shape[0], 2 * made.size * prefix.shape[0], type(module).__name__):
+    flops = 2 * made.size * prefix.shape[0]
+    with mark(site.path, "prefix_tuning", prefix.shape[0], flops, type(module).__name__, adapter.tree):
         prefix = prefix.reshape(prefix.shape[0], *made.shape[-2:])  # (length, heads, width)
         wide = jnp.broadcast_to(prefix, (*made.shape[:-3], *prefix.shape))
         return jnp.concatenate([wide, made], axis=-3)

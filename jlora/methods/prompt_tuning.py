@@ -158,7 +158,7 @@ def _prompted(adapter: Adapter, out: jax.Array, whole: int, looked_up: list[str]
             "once for its tokens (batch, length): which of them the prompt belongs to is not known"
         )
     looked_up.append(adapter.site.path)
-    with mark(adapter.site.path, name, prompt.shape[0], 0, "Embed"):
+    with mark(adapter.site.path, name, prompt.shape[0], 0, "Embed", adapter.tree):
         wide = jnp.broadcast_to(prompt, (out.shape[0], *prompt.shape))
         return jnp.concatenate([wide, out[:, prompt.shape[0] :]], axis=1)
 
