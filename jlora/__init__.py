@@ -14,6 +14,7 @@ from jlora.adapt import with_key as with_key
 from jlora.checkpoint import Checkpoints as Checkpoints
 from jlora.checkpoint import load as load
 from jlora.checkpoint import save as save
+from jlora.convert import scale as scale
 from jlora.convert import to_lora as to_lora
 from jlora.convert import to_plain as to_plain
 from jlora.convert import truncate as truncate

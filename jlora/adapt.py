@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from jlora import tree
 from jlora.intercept import Adapter, active, check_linen, insert
@@ -28,7 +29,8 @@ class Adapted:
     """Parameters with low-rank factors: a pytree that stands wherever the parameters stood, under `lift`.
 
     Attributes:
-      base: the tree as it was given, its leaves untouched.
+      base: the tree as it was given, its leaves untouched. It is frozen: in a derivative that reaches the factors too,
+        as `jax.grad` of a whole `Adapted`, its part is zero. A derivative of the base alone is there.
       factors: what is trained, float32: path -> {"A", "B", ...}, and for extras path -> {"value"} or {"rows"}. A and B
         are in broadcast form: W's axes plus the rank, size 1 on the axes that they do not span. What all sites of a
         method share is under "*".
@@ -54,8 +56,31 @@ class Adapted:
             f"{number.total:,} parameters trained)"
         )
 
+    def __contains__(self, name: object) -> bool:
+        """Raises TypeError: an `Adapted` is no dict (Flax's `TrainState.create(params=adapted)` asks it like one)."""
+        raise TypeError(
+            "an Adapted is no dict of parameters. jlora.TrainState and jlora.train_step train it; a loop of your own "
+            "or flax.training's TrainState holds what is trained alone: `factors, frozen = jlora.partition(adapted)`, "
+            "TrainState.create(apply_fn=..., params=factors, tx=jlora.optimizer(tx)), and a loss of "
+            "`jlora.combine(factors, frozen)`"
+        )
+
     def replace(self, **changes: Any) -> "Adapted":
-        """A copy with some fields changed."""
+        """A copy with some fields changed.
+
+        Raises:
+          ValueError: for a method of another rank or alpha, which `sites` hold for every weight.
+        """
+        method = changes.get("method")
+        if isinstance(method, Method) and "sites" not in changes and self.sites:
+            for name in ("rank", "alpha"):
+                mine, other = getattr(self.method, name), getattr(method, name)
+                if mine != other:
+                    raise ValueError(
+                        f"replace(method=): {name} is {mine} in {self.method!r} and {other} in {method!r}, and would "
+                        "stay what it is: every site holds its own. jlora.scale(adapted, s) multiplies the update by "
+                        "s; for another rank, apply anew"
+                    )
         return dataclasses.replace(self, **changes)
 
     def as_weights(self, number: int = 0) -> Any:
@@ -69,12 +94,14 @@ class Adapted:
         """
         named, structure = tree.leaves(self.base)
         self._check(named)
-        filled: dict[str, Any] = dict(named)
         factors = self.factors
+        leaves, frozen = _beside(factors, (list(named.values()), self.buffers))
+        named = dict(zip(named, leaves, strict=True))
+        filled: dict[str, Any] = dict(named)
         if self.key is not None and self.method.sample is not None:
             factors = self.method.sample(tree.fold_path(self.key, ""), factors)
         for site in self.sites if self.method.activation is None else ():
-            buffers = self.buffers.get(site.path, {})
+            buffers = frozen.get(site.path, {})
             weight = self.method.weight(named[site.path], site, factors[site.path], buffers)
             if self.key is not None and weight.dropout > 0:
                 weight = weight.replace(key=_site_key(self.key, site))
@@ -135,6 +162,29 @@ class Adapted:
             _check_shapes(SHARED, self.factors[SHARED], shared)
         for extra in self.extras:
             _check_shapes(extra.path, self.factors[extra.path], extra_shapes(extra, named[extra.path]))
+
+
+def _beside(factors: Factors, frozen: Any) -> Any:
+    """`frozen`, whose derivative is zero wherever the factors have one: see `Adapted`."""
+    leaves, structure = jax.tree.flatten(frozen)
+    is_real = lambda x: isinstance(x, jax.Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.inexact)
+    at = [i for i, leaf in enumerate(leaves) if is_real(leaf)]
+    for i, leaf in zip(at, _still(factors, [leaves[i] for i in at]), strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+@jax.custom_jvp
+def _still(moving: Any, still: list[jax.Array]) -> list[jax.Array]:
+    return still
+
+
+@functools.partial(_still.defjvp, symbolic_zeros=True)
+def _still_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    (_, still), (moves, tangent) = primals, tangents
+    if all(isinstance(t, SymbolicZero) for t in jax.tree.leaves(moves)):
+        return still, tangent
+    return still, [SymbolicZero(jax.typeof(x).to_tangent_aval()) for x in still]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -215,7 +265,8 @@ def apply(
     """Splits parameters into a frozen base and trainable low-rank factors.
 
     Args:
-      params: any tree of arrays. It is not copied and not changed.
+      params: any tree of arrays. It is not copied and not changed. Of NumPy arrays that JAX computes in another dtype
+        (float64, unless `jax_enable_x64` is set) the base holds copies in that one.
       rank: r of plain LoRA, where `method` is not given.
       method: `jlora.lora(16)`, `jlora.rslora(16)`, `jlora.dora(16)`, ...
       alpha: of plain LoRA, where `method` is not given.
@@ -252,6 +303,7 @@ def apply(
     if method is not None and (rank is not None or alpha is not None):
         raise ValueError(f"apply: {method!r} has its own rank and alpha: leave rank= and alpha= out")
     method = lora(1 if rank is None else rank, alpha) if method is None else method
+    params = tree.canonical(params)
     named, _ = tree.leaves(params)
     if not any(hasattr(leaf, "dtype") for leaf in named.values()):
         raise ValueError("apply: the tree of parameters holds no arrays")
@@ -301,8 +353,13 @@ def apply(
 def rebuild(
     params: Any, arrays: Factors, method: Method, sites: tuple[Site, ...], extras: tuple[Extra, ...]
 ) -> Adapted:
-    """An `Adapted` from what `stored` gives: the method's other buffers are computed from the base."""
+    """An `Adapted` from what `stored` gives: the method's other buffers are computed from the base.
+
+    NumPy's leaves get the dtype that JAX computes with (float64 becomes float32), here and not step by step.
+    """
+    params = tree.canonical(params)
     named, _ = tree.leaves(params)
+    sites = tuple(dataclasses.replace(s, dtype=str(named[s.path].dtype)) for s in sites)
     frozen = {s.path: {name: arrays[s.path][name] for name in method.frozen if name in arrays[s.path]} for s in sites}
     buffers = {site.path: frozen[site.path] | _buffers(method, named[site.path], site) for site in sites}
     factors = {

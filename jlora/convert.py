@@ -1,6 +1,7 @@
-"""One adapter as another: additive methods as plain LoRA, fewer ranks, prefixes without the network that made them."""
+"""One adapter as another: scaled, as plain LoRA, with fewer ranks, without the network that made a prefix."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jlora import tree
 from jlora.adapt import Adapted, rebuild
 from jlora.methods import lora
-from jlora.methods.method import Arrays, Factors, check_rank
+from jlora.methods.method import Arrays, Factors, check_number, check_rank
 from jlora.sites import Site
 
 
@@ -54,6 +55,59 @@ def to_lora(adapted: Adapted) -> Adapted:
         chosen.append(dataclasses.replace(site, rank=rank, alpha=float(rank)))
     method = lora(max((site.rank or 1 for site in chosen), default=1))
     return rebuild(adapted.base, factors, method, tuple(chosen), adapted.extras)
+
+
+def scale(adapted: Adapted, s: float | jax.Array) -> Adapted:
+    """The adapter whose update of every weight is s times as large: `W0 + s (W - W0)`, W being the merged weight.
+
+    `scale(adapted, 0)` merges to the base, `scale(adapted, 1)` is `adapted`. The factor that the update is linear in
+    takes s: no alpha changes, so nothing is compiled anew for another s. PiSSA, OLoRA, CorDA and LoRA-GA, whose start
+    is taken out of W, have their alpha multiplied. Extras go the same way from the base's values to the trained ones.
+
+    Args:
+      adapted: any whose update can be multiplied.
+      s: dimensionless; a number, or a real array () that may be traced (not for the four that start from W).
+
+    Raises:
+      ValueError: for DoRA and OFT, whose weights are no base plus an update in that form, and for methods on
+        activations; if s is no finite number, or negative for one of the four.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.apply({"kernel": jnp.zeros((1, 1))}, method=jlora.ia3(), extras=())
+      >>> jlora.scale(adapted.replace(factors={"kernel": {"scale": jnp.full((1, 1), 3.0)}}), 0.5).factors
+      {'kernel': {'scale': Array([[2.]], dtype=float32)}}
+    """
+    if not isinstance(adapted, Adapted):
+        raise TypeError(f"scale takes an Adapted (from jlora.apply or jlora.load), got {type(adapted).__name__}")
+    method = adapted.method
+    if method.activation is not None:
+        raise ValueError(f"scale: {method.name} acts on activations and adds no update to a weight")
+    if adapted.sites and method.rescale is None:
+        raise ValueError(
+            f"scale: the weight of {method.name} is not the base plus an update that one of its factors multiplies; "
+            "interpolate merged weights: jax.tree.map(lambda w0, w: w0 + s * (w - w0), base, jlora.merge(adapted))"
+        )
+    s = check_number(s, "scale: s") if not isinstance(s, jax.Array) else s.astype(jnp.float32)
+    if jnp.ndim(s) != 0:
+        raise ValueError(f"scale: s is one number for all weights, not an array of shape {jnp.shape(s)}")
+    named, _ = tree.leaves(adapted.base)
+    factors, sites = dict(adapted.factors), []
+    for site in adapted.sites:
+        assert method.rescale is not None
+        changed, arrays = method.rescale(site, factors[site.path], adapted.buffers.get(site.path, {}), s)
+        sites.append(changed)
+        factors[site.path] = arrays
+    for extra in adapted.extras:
+        start = _as_trained(named[extra.path], extra.rows)
+        factors[extra.path] = {name: value * s + start * (1 - s) for name, value in factors[extra.path].items()}
+    return adapted.replace(factors=factors, sites=tuple(sites))
+
+
+def _as_trained(leaf: Any, rows: tuple[int, ...] | None) -> jax.Array:
+    """What an extra starts from."""
+    value = jnp.asarray(leaf).astype(jnp.float32)
+    return value if rows is None else value[jnp.asarray(rows)]
 
 
 def to_plain(adapted: Adapted) -> Adapted:

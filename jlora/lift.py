@@ -12,6 +12,8 @@ from jlora.interpret import trace_weights
 from jlora.trace import UNTOUCHED, Trace
 from jlora.weight import Weight
 
+_NO_FORWARD_MODE = "can't apply forward-mode autodiff (jvp) to a custom_vjp function"
+
 
 @runtime_checkable
 class Lazy(Protocol):
@@ -50,6 +52,7 @@ def lift(fn: Callable[..., Any], *, strict: bool = False, forward_mode: bool = F
     Raises:
       MaterialisedError: under `strict`, naming the weight, the operation and the line.
       ValueError: if the function never reads an adapted weight.
+      TypeError: under `jax.jvp` or `jax.jacfwd` without `forward_mode`.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -61,7 +64,15 @@ def lift(fn: Callable[..., Any], *, strict: bool = False, forward_mode: bool = F
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        return run(fn, args, kwargs, Trace(strict, forward_mode))
+        try:
+            return run(fn, args, kwargs, Trace(strict, forward_mode))
+        except TypeError as error:
+            if forward_mode or _NO_FORWARD_MODE not in str(error):
+                raise
+            raise TypeError(
+                "jax.jvp and jax.jacfwd of a lifted function need jlora.lift(fn, forward_mode=True): without it the "
+                f"products with adapted weights have a backward pass by hand, and no forward mode ({error})"
+            ) from error
 
     return lifted
 

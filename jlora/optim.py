@@ -4,6 +4,7 @@ The base never reaches the optimizer. `optax.masked` is another way to leave wei
 that it does not mask through as they came, so that a gradient of the base is *added* to the base. Here it is an error.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import optax
 
 from jlora import tree
 from jlora.adapt import Adapted
+from jlora.matrices import is_state_different, on_matrices, tells_matrices
 
 PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
@@ -32,22 +34,65 @@ class OptimizerState:
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
-    """What `optimizer` returns: a type of its own, so that a second wrapping is seen and left out."""
+    """What `optimizer` returns: a type of its own, so that a second wrapping is seen and left out.
 
-    __slots__ = ()
+    Attributes:
+      bare: the transformation that is wrapped.
+      matrices: the argument of `optimizer`.
+      of_method: whether it was made for an adapter, with all that its method adds.
+    """
+
+    bare: optax.GradientTransformation
+    matrices: bool | None
+    of_method: bool
+
+    def __new__(
+        cls, init: Any, update: Any, bare: optax.GradientTransformation, matrices: bool | None, of_method: bool
+    ) -> "Optimizer":
+        made = super().__new__(cls, init, update)
+        made.bare, made.matrices, made.of_method = bare, matrices, of_method
+        return made
 
 
-def optimizer(tx: optax.GradientTransformation) -> Optimizer:
+def transformation(tx: Any) -> optax.GradientTransformation:
+    """`tx`, or the transformation of an object that has `init` and `update`, such as `optax.MultiSteps`.
+
+    Raises:
+      TypeError: if it is none.
+    """
+    if isinstance(tx, optax.GradientTransformation):
+        return tx
+    init, update = getattr(tx, "init", None), getattr(tx, "update", None)
+    if isinstance(tx, type) or not (callable(init) and callable(update)):
+        raise TypeError(f"tx is an Optax transformation, such as optax.adamw(2e-4), got {tx!r}")
+    takes_more = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(update).parameters.values())
+    make = optax.GradientTransformationExtraArgs if takes_more else optax.GradientTransformation
+    return make(init, update)
+
+
+def optimizer(
+    tx: optax.GradientTransformation, adapted: Adapted | None = None, *, matrices: bool | None = None
+) -> Optimizer:
     """`tx` for the trainable leaves alone: state for the factors, and an error for any other gradient.
 
     `init` takes an `Adapted` (and reads its factors) or the factors. `update` takes gradients of the factors, with the
     `Adapted` or the factors as its `params`, and returns updates for `optax.apply_updates(factors, updates)`.
 
     Args:
-      tx: any Optax transformation; one that `optimizer` made comes back as it is.
+      tx: any Optax transformation, or an object with its `init` and `update`; one that `optimizer` made comes back as
+        it is.
+      adapted: what is trained, for a loop of your own: with it the optimizer has what the method adds (LoRA+'s rates,
+        AdaLoRA's budget) and can show matrices. `train_step` and `TrainState.create` know it themselves.
+      matrices: whether `tx` sees A and B as matrices, (inputs, r) and (r, outputs), one for each stacked weight, in
+        place of their broadcast form, (in, 1, r) and (1, out, r). None: where it keeps another state for matrices, as
+        Muon does, which gives all else to Adam. Its state is then that of the matrices.
+
+    Raises:
+      TypeError: if `tx` is no transformation.
 
     Raises (in `init` and `update`):
-      ValueError: if there is nothing to train, if the gradients (or the params) contain the base or are any tree other
+      ValueError: if there is nothing to train, if `tx` treats matrices in a way of its own and no `adapted` is given to
+        make them, if the gradients (or the params) contain the base or are any tree other
         than that of the factors of `init`, or if a gradient's shape is not its factor's.
 
     Example:
@@ -59,14 +104,26 @@ def optimizer(tx: optax.GradientTransformation) -> Optimizer:
       >>> float(optax.apply_updates(factors, updates)["dense/kernel"]["A"][0, 0, 0])
       0.5
     """
-    if isinstance(tx, Optimizer):
-        return tx
+    if not isinstance(tx, Optimizer):
+        tx = _checked(transformation(tx), matrices)
+    elif matrices not in (None, tx.matrices):
+        tx = _checked(tx.bare, matrices)
+    return tx if adapted is None else of_method(tx, adapted)
+
+
+def _checked(tx: optax.GradientTransformation, matrices: bool | None, *, of_method: bool = False) -> Optimizer:
     inner = optax.with_extra_args_support(tx)
 
     def init(params: PyTree) -> PyTree:
         factors = _factors(params)
         if not jax.tree.leaves(factors):
             raise ValueError("there is nothing to train: no factors and no extras (see `targets=` of jlora.apply)")
+        if matrices is None and not of_method and is_state_different(inner, factors, _without_ones(factors)):
+            raise ValueError(
+                "this optimizer treats matrices in a way of its own (Muon gives all else to Adam), and factors have an "
+                "axis for each of the weight's: jlora.optimizer(tx, adapted) shows it matrices, as jlora.train_step "
+                "does; matrices=False leaves them as they are"
+            )
         return OptimizerState(inner.init(factors), jax.tree.structure(factors))
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple[PyTree, PyTree]:
@@ -87,14 +144,34 @@ def optimizer(tx: optax.GradientTransformation) -> Optimizer:
         updates, new = inner.update(updates, state.inner, factors, **extra)
         return updates, OptimizerState(new, state.structure)
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, tx, matrices, of_method)
 
 
 def of_method(tx: optax.GradientTransformation, adapted: Adapted) -> Optimizer:
-    """`optimizer(tx)` with what the method adds to it: LoRA+'s rates, AdaLoRA's budget."""
+    """`optimizer(tx)` on matrices where it wants them, and with what the method adds: LoRA+'s rates, AdaLoRA's budget.
+
+    What the method adds reads factors in broadcast form, and so is put around.
+    """
     tx = optimizer(tx)
+    if tx.of_method:
+        return tx
+    wants_matrices = tells_matrices(tx.bare, adapted) if tx.matrices is None else tx.matrices
     wrap = adapted.method.wrap
-    return tx if wrap is None else optimizer(wrap(tx, adapted.sites))
+    bare = on_matrices(tx.bare, adapted) if wants_matrices else tx.bare
+    if wrap is not None:
+        bare = wrap(_checked(bare, None, of_method=True), adapted.sites)
+    return _checked(bare, None, of_method=True)
+
+
+def _without_ones(factors: PyTree) -> PyTree:
+    """Shapes of the factors without the axes that they do not span; extras have those of their leaves."""
+
+    def shape(keys: Any, x: Any) -> Any:
+        trained_whole = tree.name(keys[-1:]) in ("value", "rows")
+        spanned = tuple(x.shape) if trained_whole else tuple(n for n in x.shape if n != 1)
+        return jax.ShapeDtypeStruct(spanned, x.dtype)
+
+    return jax.tree.map_with_path(shape, factors)
 
 
 def _factors(params: PyTree) -> PyTree:

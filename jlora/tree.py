@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, tree_flatten_with_path
 
 # Boxes around a leaf (`nn.Partitioned`, `nnx.Variable`) are containers with one child: its name says nothing.
@@ -63,6 +64,20 @@ def on_shapes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 def shapes_of(tree: Any) -> Any:
     """The tree with a `jax.ShapeDtypeStruct` for each of its arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, tree)
+
+
+def canonical(tree: Any) -> Any:
+    """The tree, its NumPy arrays in the dtype that JAX makes of them: float32 of float64, without `jax_enable_x64`."""
+    leaves, structure = jax.tree.flatten(tree)
+    same = [_canonical(leaf) for leaf in leaves]
+    return tree if all(x is y for x, y in zip(same, leaves, strict=True)) else jax.tree.unflatten(structure, same)
+
+
+def _canonical(leaf: Any) -> Any:
+    if not isinstance(leaf, np.ndarray | np.generic) or leaf.dtype.kind not in "fciu":
+        return leaf
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
 def as_key(key: Any) -> jax.Array:

@@ -176,6 +176,18 @@ def name(request):
 # -- laws --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_scaled_update_is_that_of_the_merged_weights(name):
+    row, trained = METHODS[name], randomised(adapted(name))
+    if row.linen or trained.method.name in ("dora", "oft"):
+        with pytest.raises(ValueError, match="^scale: "):
+            jlora.scale(trained, 0.5)
+        return
+    merged = jlora.merge(trained)
+    for s in (0.5, 0):
+        scaled = jlora.merge(jlora.scale(trained, s))
+        close(scaled, jax.tree.map(lambda w0, w: w0 + s * (w - w0), trained.base, merged), 2e-5)
+
+
 def test_the_start_is_the_base_bit_for_bit(name):
     start, row, (fn, base) = adapted(name), METHODS[name], model(name)
     if row.kinds and name != "eva":  # which gives all ranks of a weight away if others explain more

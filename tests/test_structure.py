@@ -27,7 +27,9 @@ LAYERS = (
     ("methods", "quant"),
     ("select", "statistics"),
     ("adapt",),
+    ("matrices",),
     ("merge", "convert", "explain", "optim", "sharding", "checkpoint", "serve", "analysis", "search"),
+    ("objective", "arguments"),
     ("train", "plan"),
     ("cli",),
 )

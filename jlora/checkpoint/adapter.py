@@ -100,6 +100,7 @@ def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False)
         method, sites, extras = from_json(record["method"]), _sites(record["sites"]), _extras(record["extras"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{file}': {_reason(error)}") from error
+    params = tree.canonical(params)
     named, _ = tree.leaves(params)
     _check_base(file, named, sites, extras)
     tensors = _tensors(folder, record)

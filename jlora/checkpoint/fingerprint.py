@@ -19,7 +19,8 @@ def fingerprint(params: Any, without: Collection[str] = ()) -> str:
 
     Per leaf two sums modulo 2^32 of mixed words are computed on the device, in integers: so the digest is the same
     however the leaf is sharded, and no weight leaves its device. Counters (integer scalars), random keys and leaves
-    that are no arrays take no part. It tells bases apart; it is no defence against one made to collide.
+    that are no arrays take no part. A NumPy array counts as what JAX makes of it, float32 of float64. It tells bases
+    apart; it is no defence against one made to collide.
 
     Args:
       params: any tree of arrays.
@@ -33,7 +34,7 @@ def fingerprint(params: Any, without: Collection[str] = ()) -> str:
       >>> fingerprint(params) == fingerprint({"kernel": jnp.ones((2, 2)).at[0, 0].set(2)})
       False
     """
-    named, _ = tree.leaves(params)
+    named, _ = tree.leaves(tree.canonical(params))
     weights = {path: leaf for path, leaf in named.items() if _is_weight(leaf) and path not in without}
     sums = jax.device_get({path: _checksum(jnp.asarray(leaf)) for path, leaf in weights.items()})
     digest = hashlib.sha256()

@@ -10,7 +10,17 @@ import optax
 
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_matrix, b_matrix, sizes
-from jlora.methods.method import Arrays, Config, Factors, Method, Transformation, check_alpha, check_number, check_rank
+from jlora.methods.method import (
+    Arrays,
+    Config,
+    Factors,
+    Method,
+    Transformation,
+    check_alpha,
+    check_number,
+    check_rank,
+    linear_in,
+)
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -150,7 +160,7 @@ def adalora(
     def wrap(tx: Transformation, sites: Sequence[Site]) -> Transformation:
         return budgeted(tx, tuple(sites), schedule, target_rank, betas)
 
-    return Method(config, rank, alpha, init, weight, regulariser=regulariser, wrap=wrap)
+    return Method(config, rank, alpha, init, weight, regulariser=regulariser, wrap=wrap, rescale=linear_in("E"))
 
 
 def _distance(m: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ def dora(inner: Method | int, alpha: float | None = None) -> Method:
         return v.replace(gain=gain)
 
     config = (("name", "dora"), ("inner", inner))
-    return inner._replace(config=config, init=initialise, weight=weight, buffers=buffers)
+    return inner._replace(config=config, init=initialise, weight=weight, buffers=buffers, rescale=None)
 
 
 def squared_norm(v: Weight, square: jax.Array, site: Site) -> jax.Array:

@@ -1,6 +1,7 @@
 """(IA)^3: one trained factor per output, or per input."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,4 +39,7 @@ def ia3(feedforward: str | None = None) -> Method:
     def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
         return low_rank(w, site).replace(gain=factors["scale"])
 
-    return Method(config, 0, None, init, weight)
+    def rescale(site: Site, factors: Arrays, buffers: Arrays, s: Any) -> tuple[Site, Arrays]:
+        return site, {"scale": factors["scale"] * s + (1 - s)}  # W l = W + W (l - 1)
+
+    return Method(config, 0, None, init, weight, rescale=rescale)

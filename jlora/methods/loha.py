@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
-from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank
+from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank, linear_in
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -44,7 +44,7 @@ def loha(rank: int, alpha: float | None = None) -> Method:
         a = khatri_rao(factors["A1"] * (site.alpha / site.rank), factors["A2"])
         return low_rank(w, site, a, khatri_rao(factors["B1"], factors["B2"]))
 
-    return Method(config, rank, alpha, init, weight)
+    return Method(config, rank, alpha, init, weight, rescale=linear_in("B2"))
 
 
 def khatri_rao(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form, sizes
-from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank
+from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank, linear_in
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -69,7 +69,7 @@ def lokr(rank: int, alpha: float | None = None, *, factor: int = -1) -> Method:
         right = jnp.einsum("nko,nrp->nkrop", c2, b).reshape(len(a), -1, outputs)  # (stack, k r, o1 o2)
         return low_rank(w, site, a_form(left, site), b_form(right, site))
 
-    return Method(config, rank, alpha, init, weight)
+    return Method(config, rank, alpha, init, weight, rescale=linear_in("C"))
 
 
 def sides(site: Site, factor: int) -> Sides:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.axes import fan_in
-from jlora.methods.method import Arrays, Config, Method, check_alpha, check_number, check_rank
+from jlora.methods.method import Arrays, Config, Method, check_alpha, check_number, check_rank, linear_in
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -56,7 +56,7 @@ def scaled(name: str, scale: Any, rank: int, alpha: float | None, init: str, dro
         a = factors["A"] * jnp.asarray(scale(site.alpha, site.rank), factors["A"].dtype)
         return low_rank(w, site, a, factors["B"]).replace(dropout=dropout)
 
-    return Method(config, rank, alpha, initialise, weight)
+    return Method(config, rank, alpha, initialise, weight, rescale=linear_in("B"))
 
 
 def low_rank(w: jax.Array, site: Site, a: jax.Array | None = None, b: jax.Array | None = None) -> Weight:

@@ -85,6 +85,8 @@ class Method(NamedTuple):
       targets: the patterns of `apply(targets=None)`, each of which has to match; () for all linear layers and
         convolutions.
       activation: how it acts on activations, for a method that leaves the weights as they are.
+      rescale: (site, factors, buffers, s) -> the site and the factors whose update of the weight is s times theirs;
+        None where none have it.
     """
 
     config: Config
@@ -101,6 +103,7 @@ class Method(NamedTuple):
     wrap: Callable[[Transformation, Sequence[Site]], Transformation] | None = None
     targets: tuple[str, ...] = ()
     activation: Activation | None = None
+    rescale: Callable[[Site, Arrays, Arrays, Any], tuple[Site, Arrays]] | None = None
 
     @property
     def name(self) -> str:
@@ -119,6 +122,11 @@ class Method(NamedTuple):
     def __repr__(self) -> str:
         name, *options = self.config
         return f"{name[1]}({', '.join(f'{key}={value!r}' for key, value in options)})"
+
+
+def linear_in(name: str) -> Callable[[Site, Arrays, Arrays, Any], tuple[Site, Arrays]]:
+    """`Method.rescale` of an update that is linear in one of the factors."""
+    return lambda site, factors, buffers, s: (site, factors | {name: factors[name] * s})
 
 
 def check_rank(rank: Any, where: str = "rank") -> int:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jlora.methods.matrix import check_finite, check_fits, matrices, one_by_one
 from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank
-from jlora.methods.residual import START, centred, started
+from jlora.methods.residual import START, centred, rescaled, started
 from jlora.sites import Site
 
 
@@ -35,4 +35,4 @@ def olora(rank: int, alpha: float | None = None) -> Method:
         q, r = one_by_one(jnp.linalg.qr, jnp.swapaxes(matrices(w.astype(jnp.float32), site), 1, 2))
         return started(jnp.swapaxes(r[:, : site.rank], 1, 2), jnp.swapaxes(q[:, :, : site.rank], 1, 2), site)
 
-    return Method(config, rank, alpha, init, centred, frozen=START)
+    return Method(config, rank, alpha, init, centred, frozen=START, rescale=rescaled)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jlora.methods.matrix import check_finite, check_fits, check_not_zero, matrices, thin_svd
 from jlora.methods.method import Arrays, Config, Method, check_rank
-from jlora.methods.residual import START, centred, check_positive, started
+from jlora.methods.residual import START, centred, check_positive, rescaled, started
 from jlora.sites import Site
 
 _OVERSAMPLING = 10  # columns more than the rank in the randomised range finder
@@ -49,7 +49,7 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
         root = jnp.sqrt(s * (site.rank / site.alpha))
         return started(u * root[:, None, :], root[:, :, None] * vt, site)
 
-    return Method(config, rank, alpha, init, centred, frozen=START)
+    return Method(config, rank, alpha, init, centred, frozen=START, rescale=rescaled)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -1,5 +1,6 @@
 """Methods that start A and B from the weight itself and take their product out of it: PiSSA, OLoRA, CorDA, LoRA-GA."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form
-from jlora.methods.method import Arrays, check_alpha
+from jlora.methods.method import Arrays, check_alpha, check_number
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -37,6 +38,24 @@ def centred(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weigh
     a = jnp.concatenate([factors["A"] * scale, buffers["A0"] * -scale], axis=-1)
     b = jnp.concatenate([factors["B"], buffers["B0"]], axis=-1)
     return low_rank(w, site, a, b)
+
+
+def rescaled(site: Site, factors: Arrays, buffers: Arrays, s: Any) -> tuple[Site, Arrays]:
+    """`Method.rescale`: alpha times s, since A0 and B0 are frozen; A0 and B0 themselves for 0.
+
+    Raises:
+      ValueError: for a negative s, or one that is traced: alpha is a positive constant of the program.
+    """
+    assert site.alpha is not None
+    s = check_number(s, "scale: s")
+    if s < 0:
+        raise ValueError(
+            f"scale: s must be at least 0 for a method that starts from the weight itself, not {s!r}; "
+            "jlora.to_lora(adapted) is a plain LoRA, which has any"
+        )
+    if s == 0:
+        return site, {"A": jnp.array(buffers["A0"], copy=True), "B": jnp.array(buffers["B0"], copy=True)}
+    return dataclasses.replace(site, alpha=site.alpha * s), factors
 
 
 def started(a: jax.Array, b: jax.Array, site: Site) -> Arrays:

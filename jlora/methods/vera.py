@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form, sizes, without_stack
-from jlora.methods.method import Arrays, Config, Method, check_number, check_rank
+from jlora.methods.method import Arrays, Config, Method, check_number, check_rank, linear_in
 from jlora.sites import Site
 from jlora.weight import Weight
 
@@ -60,7 +60,7 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:
     def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
         return low_rank(w, site, buffers["A"] * factors["d"], buffers["B"] * factors["b"])
 
-    return Method(config, rank, None, init, weight, buffers)
+    return Method(config, rank, None, init, weight, buffers, rescale=linear_in("b"))
 
 
 def rows(key: jax.Array, count: int, rank: int, fan_in: int) -> jax.Array:

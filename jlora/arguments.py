@@ -1,0 +1,207 @@
+"""The arguments of a compiled training step, on the devices where they belong."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jlora.adapt import Adapted, partition
+
+PyTree = Any
+Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
+Kept = tuple[jax.Array | np.ndarray | np.generic | None, ...]
+
+AXIS = "devices"  # of pmap
+
+
+class State(Protocol):
+    """`jlora.TrainState`."""
+
+    @property
+    def adapted(self) -> Adapted: ...
+    @property
+    def opt_state(self) -> PyTree: ...
+    @property
+    def step(self) -> jax.Array: ...
+    @property
+    def skipped(self) -> jax.Array: ...
+    @property
+    def key(self) -> jax.Array: ...
+    @property
+    def loss(self) -> jax.Array: ...
+
+
+class Carry(NamedTuple):
+    """What a step changes; these buffers are donated."""
+
+    factors: PyTree
+    opt_state: PyTree
+    step: jax.Array
+    skipped: jax.Array
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The static part of the frozen half of an Adapted: its structure, and the leaves that are no arrays."""
+
+    structure: Structure
+    leaves: tuple[Any, ...]
+
+    def fill(self, arrays: Kept) -> Adapted:
+        leaves = [leaf if array is None else array for array, leaf in zip(arrays, self.leaves, strict=True)]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+class Arguments(NamedTuple):
+    """The arguments of the compiled program. A leaf of the base that is no array (a module's function) is static.
+
+    `loss` is that of the step before: what a state remembers through a step that is left out.
+    """
+
+    carry: Carry
+    kept: Kept
+    key: jax.Array
+    batch: PyTree
+    skeleton: Skeleton
+    loss: jax.Array
+
+
+def _split(state: State) -> tuple[Carry, Kept, Skeleton]:
+    factors, frozen = partition(state.adapted)
+    leaves, structure = jax.tree.flatten(frozen)
+    kept = tuple(leaf if isinstance(leaf, jax.Array | np.ndarray | np.generic) else None for leaf in leaves)
+    rest = tuple(leaf if array is None else None for leaf, array in zip(leaves, kept, strict=True))
+    return Carry(factors, state.opt_state, state.step, state.skipped), kept, Skeleton(structure, rest)
+
+
+# -- under jit ---------------------------------------------------------------------------------------------------------
+
+
+def jit_arguments(accumulate: int, state: State, batch: PyTree) -> Arguments:
+    """The arguments under jit: the state beside the base, and an unplaced batch too.
+
+    A base that lies nowhere in particular, on another device than the batch or than the one where programs run, is
+    brought there by the first step; later ones find it in the state.
+    """
+    _check_numbers(batch)
+    if accumulate > 1:
+        _check_batch(batch, accumulate, f"{accumulate} micro-batches (accumulate={accumulate})")
+    carry, kept, skeleton = _split(state)
+    home = _home(jax.tree.leaves(kept), jax.tree.leaves((batch, carry)))
+    carry, key, loss = jax.tree.map(functools.partial(_beside, home), (carry, state.key, state.loss))
+    kept = jax.tree.map(functools.partial(_settled, home), kept)
+    batch = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, home), batch)
+    return Arguments(carry, kept, key, batch, skeleton, loss)
+
+
+def _home(kept: list[Any], others: list[Any]) -> Sharding | None:
+    """Where the state belongs: all over the mesh of the first sharded array, else with the first committed one.
+
+    Else None, the default device, unless most of what is kept lies on another one.
+    """
+    shardings = [x.sharding for x in (*kept, *others) if isinstance(x, jax.Array) and x.committed]
+    for sharding in shardings:
+        if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1:
+            return NamedSharding(sharding.mesh, PartitionSpec())
+    for sharding in shardings:
+        if len(sharding.device_set) == 1:
+            return SingleDeviceSharding(*sharding.device_set)
+    held: dict[jax.Device, int] = {}
+    for x in kept:
+        if isinstance(x, jax.Array):
+            for device in x.sharding.device_set:
+                held[device] = held.get(device, 0) + x.nbytes
+    most = max(held, key=lambda device: held[device], default=None)
+    return None if most is None or most == _default_device() else SingleDeviceSharding(most)
+
+
+def _default_device() -> jax.Device:
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if isinstance(chosen, str):
+        return jax.local_devices(backend=chosen)[0]
+    return chosen or jax.local_devices()[0]
+
+
+def _beside(home: Sharding | None, x: jax.Array) -> jax.Array:
+    if home is None or (x.committed and x.sharding.device_set == home.device_set):
+        return x
+    return jax.device_put(x, home)
+
+
+def _settled(home: Sharding | None, x: Any) -> Any:
+    """What is kept, where it was put; what was put nowhere goes home."""
+    return x if home is None or (isinstance(x, jax.Array) and x.committed) else jax.device_put(x, home)
+
+
+# -- under pmap --------------------------------------------------------------------------------------------------------
+
+
+def pmap_arguments(accumulate: int, state: State, batch: PyTree) -> Arguments:
+    """The arguments under pmap: the state replicated (nothing moves if it is), the batch as (devices, rows, ...)."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            "parallel='pmap' is for one process: with several, use 'jit' and a batch sharded over the mesh"
+        )
+    devices = jax.local_devices()
+    parts = len(devices) * accumulate
+    what = f"{len(devices)} devices" + (f" times {accumulate} micro-batches = {parts} parts" if accumulate > 1 else "")
+    _check_numbers(batch)
+    _check_batch(batch, parts, what)
+    mesh = Mesh(np.array(devices), (AXIS,))
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+    carry, kept, skeleton = _split(state)
+    moved = jax.tree.map(functools.partial(_replicated, everywhere), (carry, kept, state.key, state.loss))
+    carry, kept, key, loss = moved
+    batch = jax.tree.map(lambda x: jax.device_put(x.reshape(len(devices), -1, *x.shape[1:]), split), batch)
+    return Arguments(carry, kept, key, batch, skeleton, loss)
+
+
+def _replicated(everywhere: NamedSharding, x: jax.Array) -> jax.Array:
+    if isinstance(x, jax.Array):
+        if x.sharding == everywhere:
+            return x
+        if not x.sharding.is_fully_replicated:
+            raise ValueError(
+                f"an array of shape {x.shape} is sharded as {x.sharding}: parallel='pmap' keeps a whole copy on every "
+                "device; use parallel='jit', which keeps shardings"
+            )
+    return jax.device_put(x, everywhere)
+
+
+# -- the batch ---------------------------------------------------------------------------------------------------------
+
+
+def _check_numbers(batch: PyTree) -> None:
+    """A program takes numbers: no column of texts, dates or objects, as tables have beside what is trained on."""
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        kind = getattr(getattr(leaf, "dtype", None), "kind", "")
+        if isinstance(leaf, str | bytes) or kind in ("U", "S", "O", "T", "M", "m"):
+            what = f"an array of {leaf.dtype}" if kind else f"the text {leaf!r:.40}"
+            raise TypeError(
+                f"batch{jax.tree_util.keystr(path)} is {what}, and a step takes numbers: leave this column out of the "
+                "batch, or turn it into numbers (token ids)"
+            )
+
+
+def _check_batch(batch: PyTree, parts: int, what: str) -> None:
+    """Every leaf of the batch has the same leading axis, and `parts` divides it."""
+    leaves = jax.tree.leaves_with_path(batch)
+    if not leaves:
+        raise ValueError(f"the batch has no arrays to divide over {what}")
+    sizes = {f"batch{jax.tree_util.keystr(path)}": np.shape(leaf) for path, leaf in leaves}
+    for name, shape in sizes.items():
+        if not shape:
+            raise ValueError(f"{name} has no leading axis to divide over {what}")
+    first, *others = sizes
+    for name in others:
+        if sizes[name][0] != sizes[first][0]:
+            raise ValueError(
+                f"the leaves of the batch have different leading axes: {first} {sizes[first]}, {name} {sizes[name]}; "
+                f"all are divided over {what}"
+            )
+    size = sizes[first][0]
+    if size % parts:
+        raise ValueError(f"the batch has {size} examples ({first} {sizes[first]}), which {what} do not divide")

@@ -1,0 +1,138 @@
+"""Factors as the matrices that they are, for optimizers that treat matrices in a way of their own (Muon, Shampoo).
+
+A factor in broadcast form has an axis for each of the weight's, so that A and B of a dense layer are (in, 1, r) and
+(1, out, r). As matrices they map rows: A is (inputs, r), B is (r, outputs), one for each stacked weight.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jlora.adapt import Adapted
+from jlora.methods.method import Factors, Transformation
+from jlora.sites import Site
+
+PyTree = Any
+Matrices = dict[str, dict[str, Any]]  # an array, or a tuple with one for each stacked weight
+
+
+class Form(NamedTuple):
+    """How one factor becomes a matrix, or a tuple of them.
+
+    Attributes:
+      shape: of the factor.
+      order: its axes, those of the stack first.
+      part: the shape of one stacked weight's matrix (or vector).
+      stacked: whether there is a stack.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    part: tuple[int, ...]
+    stacked: bool
+
+    def split(self, x: jax.Array) -> Any:
+        """The factor as a matrix, or as a tuple of matrices."""
+        parts = jnp.transpose(x, self.order).reshape(-1, *self.part)
+        return tuple(parts) if self.stacked else parts[0]
+
+    def join(self, matrices: Any) -> jax.Array:
+        """The inverse of `split`."""
+        parts = jnp.stack(matrices) if self.stacked else matrices
+        return jnp.transpose(parts.reshape([self.shape[i] for i in self.order]), _inverse(self.order))
+
+
+def form_of(shape: tuple[int, ...], site: Site) -> Form:
+    """The form of a site's factor of that shape."""
+    ndim, stack = len(site.shape), site.stack_axes
+    if len(shape) in (ndim, ndim + 1) and all(n in (1, whole) for n, whole in zip(shape, site.shape, strict=False)):
+        rank = tuple(range(ndim, len(shape)))
+        spans = [axes for axes in (site.in_axes, site.out_axes) if any(shape[i] > 1 for i in axes)]
+        before, after = site.in_axes, (*site.out_axes, *rank)
+        if rank and spans == [site.out_axes]:  # B: (r, outputs)
+            before, after = rank, (*site.in_axes, *site.out_axes)
+        sizes = [math.prod(shape[i] for i in axes) for axes in (before, after)]
+        is_vector = not rank or not spans
+        return Form(shape, (*stack, *before, *after), (math.prod(sizes),) if is_vector else tuple(sizes), bool(stack))
+    if shape and shape[0] == math.prod(site.shape[i] for i in stack):  # (stack, ...): LoKr, OFT
+        return Form(shape, tuple(range(len(shape))), shape[1:], bool(stack))
+    cut = tuple(i for i in stack if i < len(shape) and shape[i] == site.shape[i])  # an adapter of activations
+    if stack and len(cut) == len(stack):
+        rest = tuple(i for i in range(len(shape)) if i not in cut)
+        return Form(shape, (*cut, *rest), tuple(shape[i] for i in rest), True)
+    return Form(shape, tuple(range(len(shape))), shape, False)
+
+
+def forms_of(factors: Factors, sites: Sequence[Site]) -> dict[str, dict[str, Form]]:
+    """By path and name; what belongs to no site (extras) is not among them."""
+    return {
+        site.path: {name: form_of(tuple(x.shape), site) for name, x in factors[site.path].items()}
+        for site in sites
+        if site.path in factors
+    }
+
+
+def tells_matrices(tx: Transformation, adapted: Adapted) -> bool:
+    """Whether `tx` keeps another state for matrices than for the same numbers in broadcast form."""
+    forms = forms_of(adapted.factors, adapted.sites)
+    one = {
+        path: {
+            name: jax.ShapeDtypeStruct(forms[path][name].part, x.dtype) if path in forms else x
+            for name, x in arrays.items()
+        }
+        for path, arrays in adapted.factors.items()
+    }
+    return is_state_different(tx, adapted.factors, one)
+
+
+def is_state_different(tx: Transformation, some: PyTree, others: PyTree) -> bool:
+    """Whether the states that `tx` makes of two trees have different structures; not if it takes one of them alone."""
+    structure_of: Callable[[PyTree], Any] = lambda x: jax.tree.structure(jax.eval_shape(tx.init, x))
+    try:
+        of_some, of_others = structure_of(some), structure_of(others)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError):
+        return False
+    return of_some != of_others
+
+
+def on_matrices(tx: Transformation, adapted: Adapted) -> Transformation:
+    """`tx`, which is shown matrices: its state is theirs, its updates come back in broadcast form."""
+    inner = optax.with_extra_args_support(tx)
+    forms = forms_of(adapted.factors, adapted.sites)
+
+    def split(factors: Factors) -> Matrices:
+        return {
+            path: {name: forms[path][name].split(x) if path in forms else x for name, x in arrays.items()}
+            for path, arrays in factors.items()
+        }
+
+    def join(matrices: Matrices) -> Factors:
+        return {
+            path: {name: forms[path][name].join(x) if path in forms else x for name, x in arrays.items()}
+            for path, arrays in matrices.items()
+        }
+
+    def of_matrices(fn: Any) -> Any:
+        return lambda matrices, *args: fn(join(matrices), *args)
+
+    def update(gradients: Factors, state: PyTree, factors: Factors | None = None, **extra: Any) -> Any:
+        if "grad" in extra:
+            extra["grad"] = split(extra["grad"])
+        extra |= {name: of_matrices(extra[name]) for name in ("value_fn", "obj_fn") if name in extra}
+        if "grad_fn" in extra:
+            grad_fn = extra["grad_fn"]
+            extra["grad_fn"] = lambda matrices, *args: split(grad_fn(join(matrices), *args))
+        updates, state = inner.update(
+            split(gradients), state, None if factors is None else split(factors), **extra
+        )  # fmt: skip
+        return join(updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda factors: inner.init(split(factors)), update)
+
+
+def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    return tuple(permutation.index(i) for i in range(len(permutation)))
