@@ -6,9 +6,10 @@ that it does not mask through as they came, so that a gradient of the base is *a
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jlora import tree
@@ -65,9 +66,15 @@ def transformation(tx: Any) -> optax.GradientTransformation:
     init, update = getattr(tx, "init", None), getattr(tx, "update", None)
     if isinstance(tx, type) or not (callable(init) and callable(update)):
         raise TypeError(f"tx is an Optax transformation, such as optax.adamw(2e-4), got {tx!r}")
-    takes_more = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(update).parameters.values())
-    make = optax.GradientTransformationExtraArgs if takes_more else optax.GradientTransformation
-    return make(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _keywords(update: Any) -> set[str] | None:
+    """The names of what an update takes beside the usual three (SAM's takes `grad_fn` alone); None for any."""
+    parameters = inspect.signature(update).parameters.values()
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters}
 
 
 def optimizer(
@@ -113,18 +120,26 @@ def optimizer(
 
 def _checked(tx: optax.GradientTransformation, matrices: bool | None, *, of_method: bool = False) -> Optimizer:
     inner = optax.with_extra_args_support(tx)
+    accepted = _keywords(inner.update)
 
     def init(params: PyTree) -> PyTree:
         factors = _factors(params)
         if not jax.tree.leaves(factors):
             raise ValueError("there is nothing to train: no factors and no extras (see `targets=` of jlora.apply)")
-        if matrices is None and not of_method and is_state_different(inner, factors, _without_ones(factors)):
+        ahead = _looks_ahead(inner, factors)
+        if (
+            matrices is None
+            and not of_method
+            and not ahead
+            and is_state_different(inner, factors, _without_ones(factors))
+        ):
             raise ValueError(
                 "this optimizer treats matrices in a way of its own (Muon gives all else to Adam), and factors have an "
                 "axis for each of the weight's: jlora.optimizer(tx, adapted) shows it matrices, as jlora.train_step "
                 "does; matrices=False leaves them as they are"
             )
-        return OptimizerState(inner.init(factors), jax.tree.structure(factors))
+        state = _slow_state(inner, factors) if ahead else inner.init(factors)
+        return OptimizerState(state, jax.tree.structure(factors))
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple[PyTree, PyTree]:
         if isinstance(updates, Adapted):
@@ -141,7 +156,11 @@ def _checked(tx: optax.GradientTransformation, matrices: bool | None, *, of_meth
         if factors is not None:
             _check_structure("params", factors, state.structure)
             _check_shapes(updates, factors)
-        updates, new = inner.update(updates, state.inner, factors, **extra)
+        more = {name: x for name, x in extra.items() if accepted is None or name in accepted}
+        if isinstance(state.inner, SlowState):
+            updates, new = _looking_ahead(inner, updates, state.inner, factors, more)
+        else:
+            updates, new = inner.update(updates, state.inner, factors, **more)
         return updates, OptimizerState(new, state.structure)
 
     return Optimizer(init, update, tx, matrices, of_method)
@@ -155,7 +174,9 @@ def of_method(tx: optax.GradientTransformation, adapted: Adapted) -> Optimizer:
     tx = optimizer(tx)
     if tx.of_method:
         return tx
-    wants_matrices = tells_matrices(tx.bare, adapted) if tx.matrices is None else tx.matrices
+    wants_matrices = tx.matrices
+    if wants_matrices is None:
+        wants_matrices = not _looks_ahead(tx.bare, adapted.factors) and tells_matrices(tx.bare, adapted)
     wrap = adapted.method.wrap
     bare = on_matrices(tx.bare, adapted) if wants_matrices else tx.bare
     if wrap is not None:
@@ -172,6 +193,36 @@ def _without_ones(factors: PyTree) -> PyTree:
         return jax.ShapeDtypeStruct(spanned, x.dtype)
 
     return jax.tree.map_with_path(shape, factors)
+
+
+class SlowState(NamedTuple):
+    """State of `optax.lookahead`, whose parameters are pairs: the slow ones are kept here."""
+
+    slow: PyTree
+    inner: PyTree
+
+
+def _looks_ahead(tx: optax.GradientTransformation, factors: PyTree) -> bool:
+    """Whether `tx` is `optax.lookahead`, or has it inside."""
+    is_state = lambda x: isinstance(x, optax.LookaheadState)
+    try:
+        state = jax.eval_shape(tx.init, optax.LookaheadParams(factors, factors))
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError):
+        return False  # what cannot take a pair at all
+    return any(map(is_state, jax.tree.leaves(state, is_leaf=is_state)))
+
+
+def _slow_state(tx: optax.GradientTransformation, factors: PyTree) -> SlowState:
+    slow = jax.tree.map(jnp.copy, factors)
+    return SlowState(slow, tx.init(optax.LookaheadParams(factors, slow)))
+
+
+def _looking_ahead(
+    tx: optax.GradientTransformationExtraArgs, gradients: PyTree, state: SlowState, factors: PyTree, extra: Any
+) -> tuple[PyTree, SlowState]:
+    """The updates of the fast factors; those of the slow ones are applied to the state."""
+    updates, inner = tx.update(gradients, state.inner, optax.LookaheadParams(factors, state.slow), **extra)
+    return updates.fast, SlowState(optax.apply_updates(state.slow, updates.slow), inner)
 
 
 def _factors(params: PyTree) -> PyTree:

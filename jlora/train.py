@@ -251,7 +251,11 @@ def _program(
     if parts.axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(parts.axis))
     loss, gradients = value_and_gradient(of_part, carry.factors, batch, key, parts)
-    value_fn = lambda factors: value(of_part_forward, factors, batch, key, parts)
+
+    def value_fn(factors: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+        """Optax's line searches hand on what else the update is given, by these names."""
+        return value(of_part_forward, factors, batch, key, parts)
+
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss.loss) & jnp.isfinite(norm)
     updates, opt_state = tx.update(

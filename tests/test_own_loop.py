@@ -43,7 +43,7 @@ def test_a_derivative_of_the_whole_is_that_of_the_factors(name):
     adapted = randomised(adapted)
     whole = jax.jit(jax.grad(where, allow_int=True))(adapted, X)
     alone = jax.jit(jax.grad(lambda factors: where(adapted.replace(factors=factors), X)))(adapted.factors)
-    chex.assert_trees_all_equal(whole.factors, alone)
+    close(whole.factors, alone)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(alone))
     frozen = [g for g in jax.tree.leaves((whole.base, whole.buffers)) if g.dtype != jax.dtypes.float0]
     assert len(frozen) >= 3 and not any(np.any(g) for g in frozen)
@@ -58,17 +58,16 @@ def test_a_derivative_of_the_base_alone_is_there():
 
 
 @pytest.mark.loose_promotion  # optax multiplies integers and floats
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_plain_optimizer_on_the_whole_leaves_the_base(compiled):
+def test_a_plain_optimizer_on_the_whole_leaves_the_base():
     adapted = adapt().replace(base={k: v for k, v in params().items() if k != "steps"})
     tx = optax.adam(1e-2)
 
+    @jax.jit
     def update(adapted, state):
         gradient = jax.grad(jlora.lift(loss))(adapted, X)
         updates, state = tx.update(gradient, state, adapted)
         return optax.apply_updates(adapted, updates), state
 
-    update = jax.jit(update) if compiled else update
     moved, state = adapted, tx.init(adapted)
     for _ in range(2):
         moved, state = update(moved, state)

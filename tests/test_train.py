@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
@@ -545,6 +545,218 @@ def test_a_gradient_that_is_not_finite_stops_training_too():
     chex.assert_trees_all_equal(jax.device_get(state.adapted.factors), before)
 
 
+# -- parts of unequal weight -------------------------------------------------------------------------------------------
+
+REAL = np.arange(5)[None] < np.array([5, 1, 4, 0, 3, 0, 0, 0, 2, 5, 5, 0, 1, 0, 4, 0])[:, None]  # (batch, tokens)
+TOKENS = {"x": random(7, BATCH, 5, IN), "y": random(8, BATCH, 5, OUT), "real": REAL}
+
+
+def token_loss(params, batch):
+    """The mean over the real tokens, their number, and another mean of them."""
+    hidden = jnp.tanh(jnp.einsum("bti,ih->bth", batch["x"], params["up"]["kernel"]) + params["up"]["bias"][None, None])
+    error = jnp.einsum("bth,ho->bto", hidden, params["down"]["kernel"]) - batch["y"]
+    real = batch["real"].astype(jnp.float32)
+    count = jnp.sum(real)
+    mean = lambda each: jnp.sum(each * real) / count  # 0 / 0 where no token is real, and so is its gradient
+    return mean(jnp.mean(error**2, -1)), jnp.sum(batch["real"]), {"error": mean(jnp.mean(jnp.abs(error), -1))}
+
+
+@functools.cache
+def whole_batch():
+    step = train_step(token_loss, TX, weighted=True, has_aux=True)
+    state, metrics = step(TrainState.create(adapt(), step.tx), TOKENS)
+    assert float(metrics["weight"]) == REAL.sum() and np.isfinite(metrics["loss"])
+    loss, _, _ = token_loss(merged(adapt().factors), TOKENS)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    return state.adapted.factors, metrics
+
+
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 8}, {"parallel": "pmap"}, {"parallel": "pmap", "accumulate": 2}], ids=str
+)
+def test_weighted_parts_are_the_whole_batch(options):
+    factors, expected = whole_batch()
+    parts = 8 * options.get("accumulate", 1) if "parallel" in options else options["accumulate"]
+    counts = [REAL[i::parts].sum() for i in range(parts)] if "parallel" not in options else REAL.sum(1)
+    assert len(set(counts)) > 2 and min(counts) == 0  # unequal, and one without a token
+    step = train_step(token_loss, TX, weighted=True, has_aux=True, **options)
+    state, metrics = step(TrainState.create(adapt(), step.tx), TOKENS)
+    chex.assert_trees_all_close(jax.device_get(state.adapted.factors), factors, **CLOSE)
+    chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weighted_parts_on_a_mesh_are_the_whole_batch(accumulate):
+    factors, expected = whole_batch()
+    axes = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    adapted = adapt().replace(base=jax.device_put(adapt().base, NamedSharding(axes, P())))
+    batch = jax.device_put(TOKENS, NamedSharding(axes, P("data")))
+    step = train_step(token_loss, TX, weighted=True, has_aux=True, accumulate=accumulate)
+    state, metrics = step(TrainState.create(adapted, step.tx), batch)
+    chex.assert_trees_all_close(jax.device_get(state.adapted.factors), factors, **CLOSE)
+    chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(expected), rtol=1e-5)
+
+
+def test_a_batch_without_a_token_stops_training():
+    step = train_step(token_loss, TX, weighted=True, has_aux=True, accumulate=2)
+    state, _ = step(TrainState.create(adapt(), step.tx), TOKENS | {"real": np.zeros_like(REAL)})
+    with pytest.raises(FloatingPointError, match="^loss is nan at step 1 "):
+        state.check()
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (loss_fn, {}, "weighted=True: loss_fn returns (loss, weight), got"),
+        (lambda p, b: (loss_fn(p, b), 3, {}), {}, "weighted=True: loss_fn returns (loss, weight), got a tuple of 3"),
+        (lambda p, b: (loss_fn(p, b), {}), {"has_aux": True},
+         "weighted=True and has_aux=True: loss_fn returns (loss, weight, dict of metrics), got a tuple of 2"),
+        (lambda p, b: (loss_fn(p, b), jnp.ones(3)), {},
+         "weighted=True: the weight is a real scalar, the number of tokens or examples, got an array of shape (3,) and "
+         "type float32"),
+        (lambda p, b: (loss_fn(p, b), {}), {}, "weighted=True: the weight is a real scalar, the number of tokens or"),
+    ],
+)  # fmt: skip
+def test_weights_are_checked(loss, options, message):
+    step = train_step(loss, TX, weighted=True, **options)
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        step(TrainState.create(adapt(), step.tx), DATA)
+
+
+# -- going on after a step that is not finite --------------------------------------------------------------------------
+
+
+def spoilt(value: float) -> Any:
+    return DATA | {"x": np.where(np.arange(BATCH)[:, None] == 5, np.float32(value), DATA["x"])}
+
+
+@pytest.mark.parametrize("options", [{}, {"parallel": "pmap", "accumulate": 2}], ids=str)
+def test_steps_that_are_not_finite_are_skipped_and_counted(options):
+    factors, losses, _ = expected(2)
+    step = shared_step(nonfinite="skip", **options)
+    state, first, _ = train(step, TrainState.create(adapt(), step.tx), 1)
+    for value in (np.nan, np.inf):
+        state, metrics = step(state, spoilt(value))
+        assert not np.isfinite(metrics["loss"]) and float(state.loss) == first[0]
+    state, second, _ = train(step, state, 1)
+    state.check()
+    chex.assert_trees_all_close(jax.device_get(state.adapted.factors), factors, **CLOSE)
+    np.testing.assert_allclose([*first, *second], losses, rtol=1e-5)
+    assert (int(state.skipped), int(state.step)) == (2, 4)
+
+
+def test_the_count_is_in_a_checkpoint(tmp_path):
+    step = shared_step(nonfinite="skip")
+    state, _ = step(TrainState.create(adapt(), step.tx), spoilt(np.nan))
+    with jlora.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        state, _ = checkpoints.restore(TrainState.create(adapt(), step.tx))
+    assert (int(state.skipped), int(state.step)) == (1, 1)
+    assert state.skipped.dtype == jnp.int32
+
+
+HANDLED = {
+    "apply_if_finite": (lambda: optax.apply_if_finite(TX, 2), "total_notfinite", 1),
+    "in a chain": (lambda: optax.chain(optax.clip(1e3), optax.apply_if_finite(TX, 2)), "total_notfinite", 1),
+    "MultiSteps": (
+        lambda: optax.MultiSteps(TX, 1, should_skip_update_fn=optax.skip_not_finite),
+        "num_not_finite",
+        None,
+    ),
+}
+
+
+@pytest.mark.loose_promotion  # optax multiplies integers and floats
+@pytest.mark.parametrize("name", HANDLED)
+def test_an_optimizer_that_deals_with_it_keeps_its_state(name):
+    make, field, count = HANDLED[name]
+    step = train_step(loss_fn, make())
+    state, _, _ = train(step, TrainState.create(adapt(), step.tx), 1)
+    state, metrics = step(state, spoilt(np.nan))
+    assert np.isnan(metrics["loss"]) and np.isfinite(state.loss)
+    if count is not None:
+        assert int(optax.tree.get(state.opt_state, field)) == count
+    state, _, _ = train(step, state, 1)
+    state.check()
+    chex.assert_trees_all_close(jax.device_get(state.adapted.factors), expected(2)[0], **CLOSE)
+    assert int(state.skipped) == 1
+
+
+@pytest.mark.loose_promotion  # optax multiplies integers and floats
+def test_what_the_optimizer_lets_through_stops_training():
+    step = train_step(loss_fn, optax.apply_if_finite(TX, 1))
+    state = TrainState.create(adapt(), step.tx)
+    before = jax.device_get(state.adapted.factors)
+    for _ in range(2):
+        state, _ = step(state, spoilt(np.nan))
+    with pytest.raises(FloatingPointError, match="^loss is nan at step 2 "):
+        step(state, DATA)
+    chex.assert_trees_all_equal(jax.device_get(state.adapted.factors), before)
+    strict = train_step(loss_fn, optax.apply_if_finite(TX, 2), nonfinite="raise")
+    state, _ = strict(TrainState.create(adapt(), strict.tx), spoilt(np.nan))
+    with pytest.raises(FloatingPointError, match="^loss is nan at step 1 "):
+        strict(state, DATA)
+
+
+def test_a_dynamic_loss_scale_of_ones_own():
+    def init(factors):
+        return {"scale": jnp.float32(2.0**126)}
+
+    def update(gradients, state, factors=None):
+        finite = jnp.isfinite(optax.tree.norm(gradients))
+        updates = jax.tree.map(lambda g: jnp.where(finite, -0.1 * g / state["scale"], 0.0), gradients)
+        return updates, {"scale": jnp.where(finite, state["scale"], state["scale"] / 2.0**126)}
+
+    def loss(params, batch):
+        return loss_fn(params, batch) * batch["scale"]
+
+    step = train_step(loss, optax.GradientTransformation(init, update), nonfinite="optimizer")
+    state = TrainState.create(adapt(), step.tx)
+    for _ in range(2):
+        state, _ = step(state, DATA | {"scale": state.opt_state.inner["scale"] * 1e3})
+    assert int(state.skipped) == 1 and float(state.opt_state.inner["scale"]) == 1.0
+    assert np.isfinite(state.loss)
+
+
+# -- where things lie --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_base_that_lies_nowhere_in_particular_is_moved_once(sharded):
+    with jax.default_device(jax.devices()[0 if sharded else 5]):
+        base = jax.tree.map(jnp.array, PARAMS)
+    batch = jax.device_put(DATA, NamedSharding(mesh(data=8), P("data"))) if sharded else DATA
+    assert not base["up"]["kernel"].committed
+    step = shared_step()
+    state, _ = step(TrainState.create(adapt().replace(base=base), step.tx), batch)
+    with jax.transfer_guard_device_to_device("disallow"):
+        again, metrics = step(state, batch)
+    for one, other in zip(jax.tree.leaves(state.adapted.base), jax.tree.leaves(again.adapted.base), strict=True):
+        assert one is other and one.sharding.device_set == metrics["loss"].sharding.device_set
+    assert len(metrics["loss"].sharding.device_set) == (8 if sharded else 1)
+    if not sharded:
+        assert metrics["loss"].devices() == {jax.devices()[5]}
+        assert (
+            again.adapted.base["up"]["kernel"].unsafe_buffer_pointer() == base["up"]["kernel"].unsafe_buffer_pointer()
+        )
+    assert float(metrics["loss"]) == pytest.approx(expected(2)[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (np.array(["one", "two"] * 8), "batch['text'] is an array of <U3, and a step takes numbers: leave this column out"),
+        (["one", "two"] * 8, "batch['text'][0] is the text 'one', and a step takes numbers: leave this column out of the"),
+        (np.array([None, 1] * 8), "batch['text'] is an array of object, and a step takes numbers"),
+    ],
+)  # fmt: skip
+def test_a_column_of_texts_is_named(column, message, parallel):
+    step = shared_step(parallel=parallel)
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        step(TrainState.create(adapt(), step.tx), DATA | {"text": column})
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +766,7 @@ def test_a_gradient_that_is_not_finite_stops_training_too():
         ({"parallel": "xmap"}, "parallel='xmap' is unknown: choose 'jit' or 'pmap'"),
         ({"accumulate": 0}, "accumulate is the number of micro-batches, an integer of at least 1, got 0"),
         ({"accumulate": 2.0}, "accumulate is the number of micro-batches, an integer of at least 1, got 2.0"),
+        ({"nonfinite": "ignore"}, "nonfinite='ignore' is unknown: choose 'raise', 'skip' or 'optimizer'"),
         ({"accumulate": True}, "accumulate is the number of micro-batches, an integer of at least 1, got True"),
     ],
 )

@@ -103,6 +103,7 @@ class Checkpoints:
             "position": position,
             "optimizer": agreement.as_json(agreement.nodes(state.opt_state)),
             "key": kind_of(state.key),
+            "skipped": int(getattr(state, "skipped", 0)),
             "sealed": True,
         }
         items = ocp.args.Composite(
@@ -164,6 +165,8 @@ class Checkpoints:
         opt_state = plan.filled(state.opt_state, arrays["opt_state"], arrays["step"], hyperparams)
         key = key_of(what, arrays["key"], record.get("key"), state.key)
         rest = {name: value for name, value in arrays.items() if name not in ("factors", "opt_state", "key")}
+        if hasattr(state, "skipped"):  # not among the arrays: checkpoints of before it was counted have none
+            rest["skipped"] = jax.device_put(jnp.int32(record.get("skipped", 0)), state.skipped.sharding)
         adapted = rebuilt(state.adapted, arrays["factors"])
         return dataclasses.replace(state, adapted=adapted, opt_state=opt_state, key=key, **rest), record["position"]
 
