@@ -25,8 +25,8 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[i
       >>> reshape_groups((4, 6, 5), (4, 2, 3, 5))
       [((0,), (0,)), ((1,), (1, 2)), ((2,), (3,))]
     """
-    if 0 in old and tuple(old) != tuple(new):  # products do not tell the axes of an array without elements apart
-        return [(tuple(range(len(old))), tuple(range(len(new))))]
+    if 0 in old:
+        return _groups_without_elements(old, new)
     groups: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -45,6 +45,24 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[i
                 size_right, j = size_right * new[j], j + 1
         groups.append((tuple(left), tuple(right)))
     return groups
+
+
+def _groups_without_elements(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """As `reshape_groups`. Products do not tell the axes of such an array apart: those around the change stay."""
+    n, m = len(old), len(new)
+    least = min(n, m)
+    first = next((i for i in range(least) if old[i] != new[i]), least)
+    last = next((i for i in range(least - first) if old[n - 1 - i] != new[m - 1 - i]), least - first)
+    changed, made = old[first : n - last], new[first : m - last]
+    if math.prod(changed) != math.prod(made):
+        return [(tuple(range(n)), tuple(range(m)))]
+    every = [(tuple(range(len(changed))), tuple(range(len(made))))] if changed or made else []
+    inner = every if 0 in changed else reshape_groups(changed, made)
+    return [
+        *(((i,), (i,)) for i in range(first)),
+        *((tuple(first + i for i in left), tuple(first + j for j in right)) for left, right in inner),
+        *(((n - i,), (m - i,)) for i in range(last, 0, -1)),
+    ]
 
 
 def contract(

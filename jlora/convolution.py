@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import axes as ax
+from jlora.product import add, compute_dtype, keeps
 from jlora.trace import Product, stored_axes
 from jlora.weight import RANK, NotSeparable, Weight, amplify, drop
 
@@ -33,14 +34,21 @@ def conv_general_dilated(weight: Weight, values: Sequence[Any], params: dict[str
     options = {k: v for k, v in params.items() if k in _CONV_OPTIONS}
     channel_in, channel_out = numbers.lhs_spec[1], numbers.out_spec[1]
     x_gain, y_gain = _conv_gains(weight, in_axis, out_axis, groups)
-    if x_gain is not None:
-        x = amplify(x, _on_axis(x_gain, x.ndim, channel_in), x.dtype)
-    value = lax.conv_general_dilated(x, weight.w, feature_group_count=groups, **options)
+    dtype, preferred = compute_dtype(x, weight.w), options["preferred_element_type"]
+    wide = {**options, "preferred_element_type": preferred if keeps(preferred, dtype) else None}
+    if x_gain is None:
+        value = lax.conv_general_dilated(x, weight.w, feature_group_count=groups, **options)
+    else:
+        result = x.dtype if preferred is None else preferred
+        x = amplify(x, _on_axis(x_gain, x.ndim, channel_in), dtype)
+        value = lax.conv_general_dilated(x, weight.w.astype(dtype), feature_group_count=groups, **wide).astype(result)
     flops = 0
     if weight.rank:
-        branch = x if weight.key is None else drop(x, weight.key, weight.dropout)
-        delta, flops = _conv_delta(weight, branch, numbers, groups, options)
-        value = value + delta.astype(value.dtype)
+        branch = x.astype(dtype)
+        if weight.key is not None:
+            branch = drop(branch, weight.key, weight.dropout)
+        delta, flops = _conv_delta(weight, branch, numbers, groups, wide)
+        value = add(value, delta)
     if y_gain is not None:
         value = amplify(value, _on_axis(y_gain, value.ndim, channel_out), value.dtype)
     inputs = stored_axes(weight, sorted((*spatial, in_axis)))
@@ -49,19 +57,19 @@ def conv_general_dilated(weight: Weight, values: Sequence[Any], params: dict[str
 
 def _conv_delta(weight: Weight, x: jax.Array, numbers: Any, groups: int, options: dict[str, Any]) -> Any:
     out_axis, in_axis, *spatial = numbers.rhs_spec
-    window = [in_axis, *spatial]
     a, b = weight.a, weight.b
     assert a is not None and b is not None
-    spans = {id(p): {i for i in range(weight.ndim) if p.shape[i] > 1} for p in (a, b)}
-    if not spans[id(b)] & set(window) and out_axis not in spans[id(a)]:
+    if weight.varies(b) <= {out_axis} and out_axis not in weight.varies(a):
         thin, point = a, b
-    elif not spans[id(a)] & set(window) and out_axis not in spans[id(b)]:
+    elif weight.varies(a) <= {out_axis} and out_axis not in weight.varies(b):
         thin, point = b, a
     elif groups == 1:
-        return _transposed_conv_delta(weight, x, numbers, options, spans)
+        return _transposed_conv_delta(weight, x, numbers, options)
     else:
         raise NotSeparable("grouped convolution with a transposed kernel")
-    order = [i for i in range(weight.ndim) if i != out_axis]
+    window = [in_axis, *spatial]
+    # A kernel that was broadcast along an axis has one value for all of it.
+    thin, point = _filled(weight, thin, window), _filled(weight, point, [out_axis])
     kernel = _rank_to(thin.astype(x.dtype), out_axis)  # (*window, rank at the output axis)
     if groups > 1:
         kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
@@ -75,19 +83,20 @@ def _conv_delta(weight: Weight, x: jax.Array, numbers: Any, groups: int, options
     value = ax.contract(
         lax.reshape(inner, split), inner_labels, point, ("group", "out", RANK), out_labels, options["precision"]
     )
-    merged = value.shape[:channel] + (-1,) + value.shape[channel + 2 :]
-    flops = 2 * inner.size * (math.prod(weight.shape[i] for i in order) + point.shape[1])
+    merged = value.shape[:channel] + (groups * point.shape[1],) + value.shape[channel + 2 :]
+    flops = 2 * inner.size * (math.prod(weight.shape[i] for i in window) + point.shape[1])
     return value.reshape(merged), flops
 
 
-def _transposed_conv_delta(weight: Weight, x: jax.Array, numbers: Any, options: dict[str, Any], spans: Any) -> Any:
+def _transposed_conv_delta(weight: Weight, x: jax.Array, numbers: Any, options: dict[str, Any]) -> Any:
     """The kernel of a gradient convolution: its input channels are the low-rank map, its window the thin part."""
-    out_axis, in_axis, *_ = numbers.rhs_spec
+    out_axis, in_axis, *spatial = numbers.rhs_spec
     a, b = weight.a, weight.b
     assert a is not None and b is not None
-    thin, point = (a, b) if spans[id(b)] <= {in_axis} else (b, a)
-    if not spans[id(point)] <= {in_axis} or in_axis in spans[id(thin)]:
+    thin, point = (a, b) if weight.varies(b) <= {in_axis} else (b, a)
+    if not weight.varies(point) <= {in_axis} or in_axis in weight.varies(thin):
         raise NotSeparable("convolution whose window is split between the factors")
+    thin, point = _filled(weight, thin, [out_axis, *spatial]), _filled(weight, point, [in_axis])
     channel = numbers.lhs_spec[1]
     labels: list[int | str] = list(range(x.ndim))
     inner_labels = (*labels[:channel], RANK, *labels[channel + 1 :])
@@ -95,6 +104,12 @@ def _transposed_conv_delta(weight: Weight, x: jax.Array, numbers: Any, options: 
     inner = ax.contract(x, tuple(labels), flat, (channel, RANK), inner_labels, options["precision"])
     value = lax.conv_general_dilated(inner, _rank_to(thin.astype(x.dtype), in_axis), **options)
     return value, 2 * (inner.size * point.shape[in_axis] + value.size * thin.size // max(thin.shape[out_axis], 1))
+
+
+def _filled(weight: Weight, part: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """`part` with the whole size of these axes."""
+    sizes = tuple(weight.shape[i] if i in axes else n for i, n in enumerate(part.shape))
+    return part if sizes == part.shape else jnp.broadcast_to(part, sizes)
 
 
 def _rank_to(part: jax.Array, axis: int) -> jax.Array:
@@ -108,10 +123,9 @@ def _conv_gains(weight: Weight, in_axis: int, out_axis: int, groups: int) -> Any
     gain = weight.gain
     if gain is None:
         return None, None
-    spanned = {i for i in range(weight.ndim) if gain.shape[i] > 1}
-    if spanned <= {out_axis}:
+    if weight.varies(gain) <= {out_axis}:
         return None, gain.reshape(-1)
-    if spanned <= {in_axis} and groups == 1:
+    if weight.varies(gain) <= {in_axis} and groups == 1:
         return gain.reshape(-1), None
     raise NotSeparable("convolution of a kernel whose gain spans its window")
 

@@ -67,15 +67,45 @@ def _inner_product(z: jax.Array, u: jax.Array, spec: Spec) -> jax.Array:
 def _outer_product(inner: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
     """`(z u) v` from `z u`, (..., rank)."""
     out = tuple(label for label in spec.y if label in spec.inner or label in spec.v)
-    y = contract(inner, spec.inner, v, spec.v, out, spec.precision, spec.dtype, spec.placed(out))
+    dtype = spec.dtype if keeps(spec.dtype, inner.dtype) else None
+    y = contract(inner, spec.inner, v, spec.v, out, spec.precision, dtype, spec.placed(out))
     return expand(y, out, spec.y)  # a weight's axis of size 1 is in no factor
 
 
 def compute_dtype(x: jax.Array, w: jax.Array) -> jnp.dtype:
-    """The dtype in which an input meets the factors: the wider of its own and W's; no integer's, none of 8 bits."""
-    floating = [y.dtype for y in (x, w) if jnp.issubdtype(y.dtype, jnp.floating)]
-    widest = max(floating, key=lambda dtype: jnp.finfo(dtype).bits)
-    return widest if jnp.finfo(widest).bits > 8 else jnp.dtype(jnp.float32)
+    """The dtype in which an input meets the factors: the wider of its own and W's, complex where the input is.
+
+    None of 8 bits, and float32 where float16 meets bfloat16, or where an integer of more than 8 bits meets 16.
+    """
+    inexact = [y.dtype for y in (x, w) if jnp.issubdtype(y.dtype, jnp.inexact)]
+    bits = max(jnp.finfo(dtype).bits for dtype in inexact)
+    if is_complex(x.dtype):
+        return jnp.dtype(jnp.complex64 if bits <= 32 else jnp.complex128)
+    widest = {dtype for dtype in inexact if jnp.finfo(dtype).bits == bits}
+    narrow = len(inexact) == 1 and x.dtype.itemsize > 1 and bits < 32
+    return jnp.dtype(jnp.float32) if bits <= 8 or len(widest) > 1 or narrow else widest.pop()
+
+
+def is_complex(dtype: Any) -> bool:
+    """Whether numbers of this dtype have an imaginary part."""
+    return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def keeps(dtype: Any, operands: jnp.dtype) -> bool:
+    """Whether a product in `dtype` (None: the operands' own) has all the bits that theirs has."""
+    return dtype is None or jnp.finfo(dtype).bits >= jnp.finfo(operands).bits
+
+
+def is_linear(x: jax.Array, dtype: Any) -> bool:
+    """Whether a product of x in `dtype` is the sum of its terms: not in integers, nor without an imaginary part."""
+    return dtype is None or (jnp.issubdtype(dtype, jnp.inexact) and is_complex(dtype) == is_complex(x.dtype))
+
+
+def add(y: jax.Array, delta: jax.Array) -> jax.Array:
+    """`y + delta` in the dtype of y; 8 bits are summed in those of delta, and rounded once."""
+    if jnp.finfo(y.dtype).bits > 8:
+        return y + delta.astype(y.dtype)
+    return (y.astype(delta.dtype) + delta).astype(y.dtype)
 
 
 def is_placed(x: jax.Array) -> bool:
@@ -90,8 +120,7 @@ def is_placed(x: jax.Array) -> bool:
 
 def plain_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
     """`x W + (z u) v`, differentiable in both modes by autodiff."""
-    y = base_product(x, w, spec)
-    return y + low_rank_product(z, u, v, spec).astype(y.dtype)
+    return add(base_product(x, w, spec), low_rank_product(z, u, v, spec))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -132,12 +161,14 @@ def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
     known = _Known(_like(x), _like(z), operands[2].perturbed, operands[3].perturbed)
     base = base_product(x, w, spec)
     inner = _inner_product(z, u, spec)
-    delta = _outer_product(inner, v, spec).astype(base.dtype)
-    y = base + delta
-    if v.size:
+    delta = _outer_product(inner, v, spec)
+    if v.size and jnp.finfo(base.dtype).bits > 8:
+        some = lax.real(v[(0,) * v.ndim]) if is_complex(v.dtype) else v[(0,) * v.ndim]
         y = lax.platform_dependent(
-            base, delta, v[(0,) * v.ndim], cpu=_fenced_sum, default=lambda x, y, _: x + y
+            base, delta.astype(base.dtype), some, cpu=_fenced_sum, default=lambda x, y, _: x + y
         )  # fmt: skip
+    else:
+        y = add(base, delta)
     # The gradient of u needs the whole input; without it (LoRA-FA) r numbers per row do.
     return y, (x if known.w_moves else None, z if known.u_moves else inner, w, u, v, known)
 
@@ -166,7 +197,7 @@ def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...
     into = functools.partial(_contract_into, precision=spec.precision)
     inner_g = into(inner, spec.inner, g, spec.y, v, spec.v)
     # An integer input has no gradient.
-    dx = into(known.x, spec.x, g, spec.y, w, spec.w) if jnp.issubdtype(known.x.dtype, jnp.floating) else None
+    dx = into(known.x, spec.x, g, spec.y, w, spec.w) if jnp.issubdtype(known.x.dtype, jnp.inexact) else None
     dz = into(known.z, spec.x, inner_g, spec.inner, u, spec.u)
     # The thin operand comes first: the CPU backend transposes its left operand to contract a leading axis, and a
     # transposed activation costs more than a transposed factor (0.89 against 0.76 of full fine-tuning's time).
@@ -182,7 +213,8 @@ def observed_product(x: jax.Array, w: jax.Array, total: jax.Array, one: jax.Arra
 
     So a sum over all uses of a weight, in loops and branches too, is read off with `jax.grad`. `total` has W's input
     axes and one for all of them together (spec.u); `one` (spec.v) is the identity between these. No other gradient is
-    passed on, but that of x as zeros, so that the uses before it are reached.
+    passed on, but that of x as zeros, so that the uses before it are reached. Real weights act on the two parts of a
+    complex x apart: the sum is that of both.
     """
     return base_product(x, w, spec)
 
@@ -193,12 +225,14 @@ def _observed_forward(x: jax.Array, w: jax.Array, total: jax.Array, one: jax.Arr
 
 def _observed_backward(spec: Spec, residuals: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
     x, total, one = residuals
-    z = x.astype(total.dtype)
     rows = tuple(label for label in spec.x if label in spec.y)
     flat = tuple(label for label in spec.v if label not in spec.x)
-    inner = contract(z, spec.x, one, spec.v, (*rows, *flat), lax.Precision.HIGHEST)  # x with its input axes as one
-    sum_of_squares = _contract_into(total, spec.u, z, spec.x, inner, (*rows, *flat), lax.Precision.HIGHEST)
-    dx = jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else None
+    sum_of_squares = jnp.zeros_like(total)
+    for part in (lax.real(x), lax.imag(x)) if is_complex(x.dtype) else (x,):
+        z = part.astype(total.dtype)
+        inner = contract(z, spec.x, one, spec.v, (*rows, *flat), lax.Precision.HIGHEST)  # its input axes as one
+        sum_of_squares += _contract_into(total, spec.u, z, spec.x, inner, (*rows, *flat), lax.Precision.HIGHEST)
+    dx = jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else None
     return dx, None, sum_of_squares, None
 
 
@@ -214,9 +248,14 @@ def _contract_into(
     y_labels: Labels,
     precision: Any,
 ) -> jax.Array:
-    """The product of x and y in the shape and dtype of `target`; axes that neither of them has are broadcast."""
+    """The product of x and y in the shape and dtype of `target`; axes that neither of them has are broadcast.
+
+    Of a complex product, what is real takes the real part, as a cotangent does.
+    """
     out = tuple(label for label in labels if label in x_labels or label in y_labels)
     product = contract(x, x_labels, y, y_labels, out, precision)
+    if is_complex(product.dtype) and not is_complex(target.dtype):
+        product = lax.real(product)
     return jnp.broadcast_to(expand(product, out, labels), target.shape).astype(target.dtype)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jlora.convolution import conv_general_dilated
 from jlora.jaxprs import varying_axes
-from jlora.product import compute_dtype
+from jlora.product import add, compute_dtype, is_linear, keeps
 from jlora.trace import Product, stored_axes
 from jlora.weight import NotSeparable, Weight, drop, restricted
 
@@ -197,23 +198,34 @@ def ragged_dot_general(weight: Weight, values: Sequence[Any], params: dict[str, 
     grouped = tuple(numbers.rhs_group_dimensions) == (0,) and tuple(numbers.lhs_ragged_dimensions) == (0,)
     if kernel is not weight or not (basic and grouped) or weight.gain is not None:
         raise NotSeparable("ragged product of another form")
-    options = {"precision": params["precision"], "preferred_element_type": params["preferred_element_type"]}
+    result = params["preferred_element_type"]
+    if not is_linear(x, result):
+        raise NotSeparable(f"product of {x.dtype} in {jnp.dtype(result)}")
+    options = {"precision": params["precision"], "preferred_element_type": result}
     value = lax.ragged_dot(x, weight.w, sizes, **options)
     if weight.rank:
-        a, b = weight.a, weight.b
-        assert a is not None and b is not None
-        u, v = (a, b) if a.shape[1] > 1 or b.shape[2] > 1 else (b, a)
-        if u.shape[2] > 1 or v.shape[1] > 1 or u.shape[0] != weight.shape[0] or v.shape[0] != weight.shape[0]:
-            raise NotSeparable("ragged product whose factors are shared by the groups")
+        u, v = _ragged_factors(weight)
         dtype = compute_dtype(x, weight.w)
+        options["preferred_element_type"] = result if keeps(result, dtype) else None
         branch = x.astype(dtype) if weight.key is None else drop(x.astype(dtype), weight.key, weight.dropout)
         inner = lax.ragged_dot(branch, lax.squeeze(u, (2,)).astype(dtype), sizes, **options)  # (m, rank)
         out = lax.transpose(lax.squeeze(v, (1,)), (0, 2, 1)).astype(dtype)  # (group, rank, n)
-        value = value + lax.ragged_dot(inner.astype(dtype), out, sizes, **options).astype(value.dtype)
+        value = add(value, lax.ragged_dot(inner.astype(dtype), out, sizes, **options))
     flops = 2 * weight.rank * (x.size + value.size)
     return Product(
         value, stored_axes(weight, [1]), stored_axes(weight, [2]), stored_axes(weight, [0]) + weight.stack, flops
     )
+
+
+def _ragged_factors(weight: Weight) -> tuple[jax.Array, jax.Array]:
+    """The factor of the inputs (group, k, 1, rank) and that of the outputs (group, 1, n, rank), for every group."""
+    a, b = weight.a, weight.b
+    assert a is not None and b is not None
+    for u, v in ((a, b), (b, a)):
+        if 2 not in weight.varies(u) and 1 not in weight.varies(v):
+            groups, k, n = weight.shape
+            return jnp.broadcast_to(u, (groups, k, 1, weight.rank)), jnp.broadcast_to(v, (groups, 1, n, weight.rank))
+    raise NotSeparable("ragged product of a weight whose factors each span inputs and outputs")
 
 
 def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
@@ -223,17 +235,22 @@ def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any], forwar
     table, indices = values
     if table is not weight:
         raise NotSeparable("weight as an index")
-    numbers = params["dimension_numbers"]
-    batch_ndim = indices.ndim - 1
-    looked_up = tuple(i for i in numbers.start_index_map if params["slice_sizes"][i] != weight.shape[i])
-    if numbers.operand_batching_dims or any(params["slice_sizes"][i] != 1 for i in looked_up):
-        raise NotSeparable("gather with batching dimensions or windows")
-    rows = _gathered(weight, indices, params, looked_up, batch_ndim)
-    stored = stored_axes(weight, looked_up)
-    if batch_ndim == 0:
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if numbers.operand_batching_dims:
+        raise NotSeparable("gather with batching dimensions")
+    # Where no index points, the slice starts at 0.
+    limit = [n if i in numbers.start_index_map else sizes[i] for i, n in enumerate(weight.shape)]
+    weight = weight.slice((0,) * weight.ndim, limit, None)
+    # An axis of size 1 is looked up as any other is.
+    collapsed = numbers.collapsed_slice_dims
+    looked_up = {i for i in numbers.start_index_map if i in collapsed or sizes[i] != weight.shape[i]}
+    if indices.ndim == 1:
+        looked_up = {i for i in looked_up if sizes[i] == 1}  # a longer window is a slice of its axis
+    rows, stored = _gathered(weight, indices, params, looked_up), stored_axes(weight, looked_up)
+    if indices.ndim == 1:
         return Product(rows.replace(stack=weight.stack + stored), (), (), (), 0)
     rows = rows.replace(gathered=weight.gathered + stored)
-    if not weight.rank or all(part.shape[i] > 1 for part in (weight.a, weight.b) for i in looked_up):
+    if all(part is None or looked_up <= weight.spans(part) for part in (weight.a, weight.b)):
         return Product(rows, (), (), (), 0)
     return table_rows(rows)
 
@@ -249,38 +266,64 @@ def table_rows(rows: Weight) -> Product:
     return Product(value, rows.gathered, out_axes, rows.stack, 2 * rows.rank * value.size)
 
 
-def _gathered(weight: Weight, indices: Any, params: dict[str, Any], looked_up: Any, batch_ndim: int) -> Weight:
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+def _gathered(weight: Weight, indices: Any, params: dict[str, Any], looked_up: set[int]) -> Weight:
+    """Every part, gathered along those of the axes with an index that it spans."""
+    numbers, sizes, mode = params["dimension_numbers"], params["slice_sizes"], params["mode"]
+    mapped, batch_ndim = numbers.start_index_map, indices.ndim - 1
     kept = [i for i in range(weight.ndim) if i not in numbers.collapsed_slice_dims]
-    out_ndim = batch_ndim + len(numbers.offset_dims)
-    fill = params["fill_value"]  # of the rows that are out of bounds: the base takes it, and nothing changes it
-    if weight.gain is not None and fill not in (None, 0) and all(weight.gain.shape[i] == 1 for i in looked_up):
-        raise NotSeparable("gather that fills rows, of a weight with a gain")
+    out_ndim = batch_ndim + len(kept)
+    fills = mode == lax.GatherScatterMode.FILL_OR_DROP
+    # A window as long as its axis does not move, but may be out of bounds.
+    moved = {i for i in mapped if fills or i in numbers.collapsed_slice_dims or sizes[i] != weight.shape[i]}
+    fill_values = {"w": params["fill_value"], "a": 0, "b": 0, "gain": 1}
 
-    def part(x: jax.Array, extra: int) -> jax.Array:
-        spanned = [x.shape[i] == weight.shape[i] for i in looked_up]
-        if not any(spanned):
+    def part(name: str, extra: int) -> jax.Array | None:
+        x = getattr(weight, name)
+        if x is None:
+            return None
+        along = [i for i in mapped if name == "w" or i in moved & weight.spans(x)]
+        if not along and name != "w":
             shape = [1] * out_ndim
             for position, axis in zip(numbers.offset_dims, kept, strict=True):
                 shape[position] = x.shape[axis]
             return lax.reshape(x, tuple(shape) + x.shape[x.ndim - extra :])
-        if not all(spanned):
-            raise NotSeparable("gather over an input and an output axis at once")
+        whole = len(along) == len(mapped)
         return lax.gather(
             x,
-            indices,
-            numbers._replace(offset_dims=(*numbers.offset_dims, *range(out_ndim, out_ndim + extra))),
-            tuple(min(n, m) for n, m in zip(sizes, x.shape[: weight.ndim], strict=True)) + x.shape[weight.ndim :],
-            unique_indices=params["unique_indices"],
-            indices_are_sorted=params["indices_are_sorted"],
-            mode=params["mode"],
-            fill_value=fill if x is weight.w else 1 if x is weight.gain else None if x is weight.key else 0,
+            indices if whole else jnp.stack([indices[..., mapped.index(i)] for i in along], axis=-1),
+            numbers._replace(
+                offset_dims=(*numbers.offset_dims, *range(out_ndim, out_ndim + extra)), start_index_map=tuple(along)
+            ),
+            (*(sizes[i] if i in along else x.shape[i] for i in range(weight.ndim)), *x.shape[weight.ndim :]),
+            unique_indices=whole and params["unique_indices"],
+            indices_are_sorted=whole and params["indices_are_sorted"],
+            mode=lax.GatherScatterMode.CLIP if name == "key" and fills else mode,
+            fill_value=fill_values.get(name),
         )
 
+    parts = {name: part(name, extra) for name, extra in (("w", 0), ("a", 1), ("b", 1), ("gain", 0), ("key", 0))}
+    # The base has the value of what is out of bounds, and a part that is constant there must not change it.
+    for name, spanning in (("a", (weight.a, weight.b)), ("gain", (weight.gain,))):
+        spanned = set().union(*(weight.spans(x) for x in spanning if x is not None))
+        x = parts[name]
+        if fills and x is not None and not moved <= spanned:
+            inside = _inside(weight, indices, params, out_ndim)
+            inside = lax.reshape(inside, inside.shape + (1,) * (name == "a"))
+            parts[name] = jnp.where(inside, x, jnp.asarray(fill_values[name], x.dtype))
     origin: list[tuple[int, ...]] = [()] * out_ndim
     for position, axis in zip(numbers.offset_dims, kept, strict=True):
-        origin[position] = weight.origin[axis] if axis not in looked_up else ()
-    return weight.map(part, origin=tuple(origin))
+        origin[position] = () if axis in looked_up else weight.origin[axis]
+    return weight.replace(**parts, origin=tuple(origin))
+
+
+def _inside(weight: Weight, indices: jax.Array, params: dict[str, Any], out_ndim: int) -> jax.Array:
+    """Of each index of a gather, whether its slice is inside the weight: its batch axes where the result has them."""
+    numbers = params["dimension_numbers"]
+    last = [weight.shape[i] - params["slice_sizes"][i] for i in numbers.start_index_map]
+    bounds = jnp.asarray(np.minimum(last, jnp.iinfo(indices.dtype).max), indices.dtype)
+    inside = jnp.all((indices >= 0) & (indices <= jnp.broadcast_to(bounds, indices.shape)), axis=-1)
+    batch = iter(inside.shape)
+    return lax.reshape(inside, [1 if i in numbers.offset_dims else next(batch) for i in range(out_ndim)])
 
 
 PRODUCTS: dict[str, Callable[[Weight, Sequence[Any], dict[str, Any], bool], Product]] = {

@@ -123,11 +123,11 @@ class Trace:
     @contextlib.contextmanager
     def repeated(self, times: int) -> Iterator[None]:
         """Counts the FLOPs of a loop's body `times` times."""
-        self.repeat *= times
+        before, self.repeat = self.repeat, self.repeat * times
         try:
             yield
         finally:
-            self.repeat //= times
+            self.repeat = before
 
 
 def stored_axes(weight: Weight, axes: Any) -> tuple[int, ...]:

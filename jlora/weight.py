@@ -15,7 +15,18 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import axes as ax
-from jlora.product import Spec, adapted_product, base_product, compute_dtype, is_placed, observed_product, plain_product
+from jlora.product import (
+    Spec,
+    adapted_product,
+    base_product,
+    compute_dtype,
+    is_complex,
+    is_linear,
+    is_placed,
+    keeps,
+    observed_product,
+    plain_product,
+)
 
 RANK = "rank"  # the label of the last axis of a and b
 
@@ -75,6 +86,18 @@ class Weight:
 
     def replace(self, **changes: Any) -> "Weight":
         return dataclasses.replace(self, **changes)
+
+    def spans(self, part: jax.Array) -> frozenset[int]:
+        """The axes that a part has as W has them: what is done to W along one of these is done to the part as well.
+
+        Every part spans an axis of W of size 1: there, W and a part that is constant look the same, and so they stay
+        the same when the axis is looked up, cut or padded. `varies` asks the other question.
+        """
+        return frozenset(i for i, n in enumerate(self.shape) if part.shape[i] == n)
+
+    def varies(self, part: jax.Array) -> frozenset[int]:
+        """The axes of W along which a part is not constant: what keeps it on its side of a product."""
+        return frozenset(i for i in range(self.ndim) if part.shape[i] != 1)
 
     def map(self, parts: Callable[[jax.Array, int], jax.Array], **changes: Any) -> "Weight":
         """Applies `parts(array, number of trailing axes that are not W's)` to w, a, b, gain and key."""
@@ -148,7 +171,7 @@ class Weight:
         """
 
         def part(x: jax.Array, extra: int) -> jax.Array:
-            spanned = tuple(i for i in axes if x.shape[i] == self.shape[i])
+            spanned = tuple(i for i in axes if i in self.spans(x))
             return act(x, spanned, extra) if spanned else x
 
         return self.map(part)
@@ -162,7 +185,8 @@ class Weight:
             return lax.slice(x, *zip(*bounds, strict=True))
 
         axes = [i for i in range(self.ndim) if (start[i], limit[i], steps[i]) != (0, self.shape[i], 1)]
-        return self.along(act, axes)._popped([i for i in axes if limit[i] - start[i] == 1])
+        cut = self.along(act, axes)
+        return cut._popped([i for i in axes if cut.shape[i] == 1])
 
     def dynamic_slice(self, start: Sequence[Any], sizes: Sequence[int]) -> "Weight":
         """A slice at traced positions; as `slice`."""
@@ -186,17 +210,17 @@ class Weight:
         Raises:
           NotSeparable: if the factors or the gain do not span a padded axis, and so would act on the padding.
         """
-        axes = [i for i, c in enumerate(config) if c != (0, 0, 0)]
-        for i in axes:
-            acts = self.rank and self.a.shape[i] == self.b.shape[i] == 1  # type: ignore[union-attr]
-            if acts or (self.gain is not None and self.gain.shape[i] == 1):
-                raise NotSeparable("pad along an axis that the adapter is constant on")
+        axes = {i for i, c in enumerate(config) if tuple(c) != (0, 0, 0)}
+        low_rank = axes if self.a is None or self.b is None else self.spans(self.a) | self.spans(self.b)
+        if not axes <= low_rank or (self.gain is not None and not axes <= self.spans(self.gain)):
+            raise NotSeparable("pad along an axis that the adapter is constant on")
         if self.key is not None:
             raise NotSeparable("pad of a weight with dropout")
         filling = {"w": value, "gain": jnp.ones((), jnp.float32)}
 
         def part(x: jax.Array, name: str, extra: int) -> jax.Array:
-            mine = [c if x.shape[i] == self.shape[i] else (0, 0, 0) for i, c in enumerate(config)] + [(0, 0, 0)] * extra
+            spanned = self.spans(x)
+            mine = [c if i in spanned else (0, 0, 0) for i, c in enumerate(config)] + [(0, 0, 0)] * extra
             return lax.pad(x, filling.get(name, jnp.zeros((), x.dtype)).astype(x.dtype), mine)
 
         parts = {"w": (self.w, 0), "a": (self.a, 1), "b": (self.b, 1), "gain": (self.gain, 0)}
@@ -210,16 +234,16 @@ class Weight:
         """
         apply = jnp.divide if divide else jnp.multiply
         factor = jnp.asarray(factor)
-        spanned = {i for i, n in enumerate(factor.shape) if n > 1}
+        needed = {i for i, n in enumerate(factor.shape) if n != 1}
         scaled = self.replace(w=apply(self.w, factor.astype(self.w.dtype)))
         if self.observed:
             return scaled
         for name in ("a", "b") if self.rank else ():
             part = getattr(self, name)
-            if all(part.shape[i] > 1 for i in spanned):
+            if needed <= self.varies(part):
                 wide = lax.reshape(factor, factor.shape + (1,)) if factor.ndim else factor
                 return scaled.replace(**{name: apply(part, wide.astype(part.dtype))})
-        if self.rank or len(spanned) == self.ndim > 0:
+        if self.rank or len(needed) == self.ndim > 0:
             raise NotSeparable("product with an array that spans inputs and outputs")
         return scaled
 
@@ -232,7 +256,7 @@ class Weight:
         Returns:
           What varies along the axis (parts that do not are None), and a function that completes one slice of it.
         """
-        varies = self.map(lambda x, extra: x if x.shape[0] == self.shape[0] else None)  # type: ignore[arg-type,return-value]
+        varies = self.map(lambda x, extra: x if 0 in self.spans(x) else None)  # type: ignore[arg-type,return-value]
         stack = self.stack + self.origin[0]
 
         def complete(row: "Weight") -> "Weight":
@@ -297,13 +321,22 @@ class Weight:
         `sharding` is where the model says that the product lies, on an explicit mesh.
 
         Raises:
-          NotSeparable: if `gain` spans both a contracted and a free axis.
+          NotSeparable: if `gain` spans both a contracted and a free axis, or if the result is rounded to integers or
+            has no imaginary part where x has one.
         """
+        if not is_linear(x, dtype):
+            raise NotSeparable(f"product of {x.dtype} in {jnp.dtype(dtype)}")
         spec = self._spec(x.ndim, dimension_numbers, weight_first, precision, dtype)._replace(sharding=sharding)
         gain_in, gain_out = self._gains(spec)
+        result = None
         if gain_in is not None:
-            x = amplify(x, gain_in, compute_dtype(x, self.w))
+            wide = compute_dtype(x, self.w)
+            if wide != x.dtype:
+                result = jax.eval_shape(lambda x, w: base_product(x, w, spec), x, self.w).dtype
+                spec = spec._replace(dtype=dtype if keeps(dtype, wide) else None)
+            x = amplify(x, gain_in, wide)
         y = self._low_rank_dot(x, spec, forward_mode) if self.rank else base_product(x, self.w, spec)
+        y = y if result is None else y.astype(result)
         return y if gain_out is None else amplify(y, gain_out, y.dtype)
 
     def _low_rank_dot(self, x: jax.Array, spec: Spec, forward_mode: bool) -> jax.Array:
@@ -364,7 +397,7 @@ def restricted(sharding: NamedSharding | None, shape: Sequence[int], whole: Sequ
 
 def amplify(x: jax.Array, gain: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`x * gain` in float32 at least, cast once: 8 bits of bf16 would swallow a small change of the gain."""
-    wide = dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+    wide = dtype if jnp.finfo(dtype).bits > 32 or is_complex(dtype) else jnp.float32
     return (x.astype(wide) * gain.astype(wide)).astype(dtype)
 
 
@@ -373,7 +406,7 @@ def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
 
     `key` has one key per stacked weight that x meets at once; x has that axis too, so one key draws them all.
     """
-    if rate == 0.0:
+    if rate == 0.0 or key.size == 0:
         return x
     keep = jax.random.bernoulli(key.reshape(-1)[0], 1.0 - rate, x.shape)
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
