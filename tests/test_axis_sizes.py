@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 from jax.lax import GatherScatterMode as Mode
 
+import jlora
 from jlora.interpret import trace_weights
 from jlora.trace import Trace
 from jlora.weight import NotSeparable
@@ -332,3 +333,28 @@ def test_products_of_nothing():
         "no mapped row": (Form((3, 2), (0,), (1,)), lambda w: lax.map(lambda row: row @ w, x(0, 3))),
     }  # fmt: skip
     compare({name: (form, Case(fn)) for name, (form, fn) in cases.items()})
+
+
+METHODS = (
+    jlora.lora(2), jlora.lora(2, dropout=0.5), jlora.dora(2), jlora.ia3(), jlora.vera(2), jlora.loha(2), jlora.lokr(2),
+    jlora.oft(2), jlora.adalora(8, total_steps=1000),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 4, 2)], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_methods_on_weights_of_nothing(method, shape):
+    """They start, run, merge and have a gradient; nothing is computed to see it."""
+    x = jnp.zeros((*shape[:-2], 3, shape[-2]))
+    fn = lambda params, x: x @ params["w"]
+
+    def run(w):
+        params = {"w": w}
+        adapted = jlora.apply(params, method=method, sites=jlora.sites(fn, params, x))
+        loss = lambda factors: jnp.sum(jlora.lift(fn)(jlora.combine(factors, adapted), x))
+        keyed = jlora.with_key(adapted, jax.random.key(0))
+        return jlora.lift(fn)(keyed, x), jlora.merge(adapted)["w"], adapted.factors, jax.grad(loss)(adapted.factors)
+
+    y, merged, factors, gradient = jax.eval_shape(run, jnp.zeros(shape))
+    assert (y.shape, merged.shape) == ((*shape[:-2], 3, shape[-1]), shape)
+    assert jax.tree.map(lambda f: f.shape, factors) == jax.tree.map(lambda g: g.shape, gradient)

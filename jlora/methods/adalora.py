@@ -182,7 +182,7 @@ def scores(importance: Arrays, uncertainty: Arrays, site: Site) -> jax.Array:
     entry = {name: importance[name] * uncertainty[name] for name in ("A", "B", "E")}
     stack = sizes(site)[0]
     q, p = a_matrix(entry["A"], site).mean(1), b_matrix(entry["B"], site).mean(2)
-    return entry["E"].reshape(stack, -1) + q + p
+    return entry["E"].reshape(stack, q.shape[-1]) + q + p
 
 
 def lowest(values: jax.Array, count: jax.Array) -> jax.Array:

@@ -49,4 +49,4 @@ def loha(rank: int, alpha: float | None = None) -> Method:
 
 def khatri_rao(x: jax.Array, y: jax.Array) -> jax.Array:
     """All products of a column of x with one of y: (..., r), (..., r) -> (..., r * r)."""
-    return (x[..., :, None] * y[..., None, :]).reshape(*x.shape[:-1], -1)
+    return (x[..., :, None] * y[..., None, :]).reshape(*x.shape[:-1], x.shape[-1] * y.shape[-1])

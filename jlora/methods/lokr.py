@@ -65,8 +65,9 @@ def lokr(rank: int, alpha: float | None = None, *, factor: int = -1) -> Method:
         c1, c2 = _split(factors["C"] * (site.alpha / site.rank))  # (stack, i1, k), (stack, k, o1)
         a, b = (factors["A"], factors["B"]) if "A" in factors else _split(factors["D"])
         _, inputs, outputs = sizes(site)
-        left = jnp.einsum("nik,njr->nijkr", c1, a).reshape(len(a), inputs, -1)  # (stack, i1 i2, k r)
-        right = jnp.einsum("nko,nrp->nkrop", c2, b).reshape(len(a), -1, outputs)  # (stack, k r, o1 o2)
+        terms = c2.shape[1] * b.shape[1]
+        left = jnp.einsum("nik,njr->nijkr", c1, a).reshape(len(a), inputs, terms)  # (stack, i1 i2, k r)
+        right = jnp.einsum("nko,nrp->nkrop", c2, b).reshape(len(a), terms, outputs)  # (stack, k r, o1 o2)
         return low_rank(w, site, a_form(left, site), b_form(right, site))
 
     return Method(config, rank, alpha, init, weight, rescale=linear_in("C"))
@@ -80,9 +81,9 @@ def sides(site: Site, factor: int) -> Sides:
 
 
 def small_side(n: int, factor: int) -> int:
-    """The largest divisor of n that is at most `factor` (-1: any) and at most n over it."""
+    """The largest divisor of n that is at most `factor` (-1: any) and at most n over it; 1 of nothing."""
     bound = math.isqrt(n) if factor == -1 else min(factor, math.isqrt(n))
-    return max(d for d in range(1, bound + 1) if n % d == 0)
+    return max((d for d in range(1, bound + 1) if n % d == 0), default=1)
 
 
 def _split(m: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -93,5 +94,5 @@ def _split(m: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    bound = 1.0 / math.sqrt(fan_in)
+    bound = 1.0 / math.sqrt(max(fan_in, 1))
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -129,7 +129,7 @@ def _matrix(part: jax.Array, site: Site, axes: Sequence[int]) -> jax.Array:
     ones = tuple(i for i in range(len(site.shape)) if i not in (*site.stack_axes, *axes))
     order = (*site.stack_axes, *axes, len(site.shape), *ones)
     stack = math.prod(site.shape[i] for i in site.stack_axes)
-    return jnp.transpose(part, order).reshape(stack, -1, part.shape[-1])
+    return jnp.transpose(part, order).reshape(stack, math.prod(site.shape[i] for i in axes), part.shape[-1])
 
 
 def _ranks(values: Sequence[int]) -> list[int]:

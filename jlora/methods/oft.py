@@ -39,7 +39,7 @@ def oft(block_size: int) -> Method:
     def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
         rotation = cayley(factors["Q"], block_size)  # (stack, blocks, block, block)
         stack, inputs, outputs = sizes(site)
-        blocks = matrices(w, site).astype(jnp.float32).reshape(stack, -1, block_size, outputs)
+        blocks = matrices(w, site).astype(jnp.float32).reshape(stack, inputs // block_size, block_size, outputs)
         turned = jnp.einsum("nbij,nbjo->nbio", rotation, blocks).reshape(stack, inputs, outputs)
         return low_rank(restore(turned, site).astype(w.dtype), site)
 

@@ -66,4 +66,4 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:
 def rows(key: jax.Array, count: int, rank: int, fan_in: int) -> jax.Array:
     """(count, rank) uniform numbers of variance 2 / fan_in; but for that factor, the same rows for any count."""
     draw = lambda i: jax.random.uniform(jax.random.fold_in(key, i), (rank,), jnp.float32, -1.0, 1.0)
-    return jax.vmap(draw)(jnp.arange(count)) * jnp.float32(math.sqrt(6.0 / fan_in))
+    return jax.vmap(draw)(jnp.arange(count)) * jnp.float32(math.sqrt(6.0 / max(fan_in, 1)))
