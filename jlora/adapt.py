@@ -17,7 +17,7 @@ from jlora import tree
 from jlora.intercept import Adapter, active, check_linen, insert
 from jlora.methods import Method, lora, nearest
 from jlora.methods.method import SHARED, Arrays, Factors
-from jlora.select import Extra, Pattern, known_sites, listing, resolve, select, select_extras
+from jlora.select import Extra, Pattern, known_sites, listing, resolve, select, select_extras, warn_of_left_out
 from jlora.sites import Site
 from jlora.statistics import statistics
 from jlora.weight import Weight
@@ -283,6 +283,11 @@ def apply(
     Returns:
       An `Adapted`.
 
+    Warns:
+      UserWarning: by default (`targets=None`) of weights of two axes or more that stay as they are: those whose names
+        Flax's conventions do not know, or that no product of the program contracts. Embeddings, which are no default
+        targets, are not named.
+
     Raises:
       ValueError: for a rank that is no integer of at least 1, a pattern that matches nothing, a tree without arrays, a
         weight that is integer or complex or whose axes cannot be told, and rules that contradict each other.
@@ -296,6 +301,10 @@ def apply(
     if isinstance(params, Adapted):
         raise TypeError("apply: the parameters are adapted already; merge(adapted) first, or apply to adapted.base")
     _check_modules(params)
+    if isinstance(rank, Method):
+        raise TypeError(
+            f"apply: the second argument is a rank; give the method by name: apply(params, method={rank!r})"
+        )
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"apply: method is a Method such as jlora.rslora(16), not {method!r}{_nearest_to(method)}")
     if method is None and rank is None and targets != ():
@@ -318,6 +327,8 @@ def apply(
     chosen = resolve(select(known, targets, read_from_program=sites is not None), method, ranks or {}, alphas or {})
     extra = select_extras(named, extras)
     if targets is None:  # what is trained as it is is no default target
+        trained = {site.path for site in chosen} | {e.path for e in extra}
+        warn_of_left_out(known, trained, read_from_program=sites is not None)
         chosen = tuple(site for site in chosen if site.path not in {e.path for e in extra})
     if method.extras is not None:
         own = {path: Extra(path, rows) for path, rows in method.extras(named, known).items()}

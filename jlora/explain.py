@@ -9,6 +9,7 @@ import numpy as np
 
 from jlora import tree
 from jlora.adapt import Adapted, count, size_of
+from jlora.axes import fan_in
 from jlora.lift import run
 from jlora.methods.method import SHARED
 from jlora.sites import Site
@@ -97,7 +98,7 @@ def _cells(row: Explained, several: bool) -> tuple[str, ...]:
 
 
 def summary(adapted: Adapted) -> str:
-    """A table of what is trained: path, shape, axes, rank, parameters."""
+    """A table of what is trained: path, shape, axes, rank, parameters; and all of two axes or more that is not."""
     named, _ = tree.leaves(adapted.base)
     rows = [("weight", "shape", "in -> out (stack)", "rank", "parameters")]
     for site in adapted.sites:
@@ -117,10 +118,16 @@ def summary(adapted: Adapted) -> str:
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = count(adapted)
     trained = {site.path for site in adapted.sites} | {extra.path for extra in adapted.extras}
-    left = [f"{path!r} {leaf.shape}" for path, leaf in named.items() if path not in trained and np.ndim(leaf) > 1]
+    lines += [
+        f"rank {site.rank} of {site.path!r} is above its own: {inputs} inputs, {outputs} outputs"
+        for site in adapted.sites
+        for inputs, outputs in [(fan_in(site.shape, site.in_axes), fan_in(site.shape, site.out_axes))]
+        if adapted.method.activation is None and (site.rank or 0) > min(inputs, outputs)
+    ]
+    left = [path for path, leaf in named.items() if path not in trained and np.ndim(leaf) > 1]
+    left.sort(key=lambda path: path.rpartition("/")[2] != "kernel")
     if left:
-        more = f", ... ({len(left) - 8} more)" if len(left) > 8 else ""
-        lines.append(f"frozen, of two axes or more: {', '.join(left[:8])}{more}")
+        lines.append(f"frozen, of two axes or more: {', '.join(f'{p!r} {named[p].shape}' for p in left)}")
     lines.append(
         f"{adapted.method!r}: {total.trainable:,} of {total.total:,} parameters are trained ({total.percent:.4f} %)"
     )

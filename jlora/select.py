@@ -4,7 +4,8 @@ import collections
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -53,7 +54,9 @@ def select(known: Sequence[Site], targets: Pattern | None, *, read_from_program:
         chosen = [site for site in known if site.kind in ("linear", "conv", "unknown")]
         if not chosen:
             if read_from_program:
-                raise ValueError(f"apply: the program contracts none of the leaves with an input: {listing(known)}")
+                raise ValueError(
+                    f"apply: the program contracts none of the leaves with an input: {listing(known)}. {_BY_HAND}"
+                )
             raise ValueError(
                 "apply: none of the leaves is a linear layer by Flax's conventions (a 'kernel'); pass "
                 f"sites=jlora.sites(fn, params, *args) to read them from the program. Leaves: {listing(known)}"
@@ -88,7 +91,7 @@ def _matches(pattern: str, known: Sequence[Site], argument: str) -> list[Site]:
     used = f" (used by {', '.join(site.uses)})" if site.uses else ""
     raise ValueError(
         f"{argument}={pattern!r} matches {site.path!r} of shape {site.shape}{used}, which no product contracts with an "
-        "input: it has no low-rank form; train it as it is with extras="
+        f"input: it has no low-rank form; train it as it is with extras=. {_BY_HAND}"
     )
 
 
@@ -103,8 +106,41 @@ def _check_site(site: Site) -> bool:
         )
         raise ValueError(f"{site.path!r} of shape {site.shape} is ambiguous: {how}, or leave it out with targets=")
     if site.kind not in ADAPTABLE:
-        raise ValueError(f"{site.path!r} of shape {site.shape} has no low-rank form; train it with extras=")
+        raise ValueError(f"{site.path!r} of shape {site.shape} has no low-rank form; train it with extras=. {_BY_HAND}")
     return True
+
+
+_BY_HAND = (
+    "If one does, say along which axes: sites=[jlora.Site(path, shape, dtype, in_axes, out_axes, stack_axes, 'linear')]"
+)
+
+
+def warn_of_left_out(known: Sequence[Site], trained: Collection[str], *, read_from_program: bool) -> None:
+    """Names the leaves of two axes or more that neither are adapted by default nor left out by a rule.
+
+    Tables of embeddings, biases and norms are no default targets, by the names of Flax's conventions.
+    """
+    left = [site for site in known if _is_left_out(site, trained, read_from_program)]
+    if not left:
+        return
+    if read_from_program:
+        which = [f"{s.path!r} {s.shape}{' (' + ', '.join(s.uses) + ')' if s.uses else ' (never read)'}" for s in left]
+        why = f"no product contracts them with an input. Train them as they are with extras=. {_BY_HAND}"
+    else:
+        which = [f"{site.path!r} {site.shape}" for site in left]
+        why = "their names do not tell their axes. Pass sites=jlora.sites(fn, params, *args)"
+    warnings.warn(
+        f"apply: {len(left)} weights of two axes or more stay as they are, since {why}, or leave them out with "
+        f"targets=: {', '.join(which)}",
+        stacklevel=3,
+    )
+
+
+def _is_left_out(site: Site, trained: Collection[str], read_from_program: bool) -> bool:
+    floating = site.dtype.startswith(("float", "bfloat"))
+    if site.path in trained or site.kind != "other" or len(site.shape) < 2 or not floating:
+        return False
+    return read_from_program or site.path.rpartition("/")[2] not in ("bias", "scale")
 
 
 def resolve(
