@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.adapt import Adapted, combine, with_key
-from jlora.lift import lift
+from jlora.lift import check_reached, run
+from jlora.trace import Trace
 
 PyTree = Any
 Metrics = dict[str, PyTree]
@@ -49,14 +50,20 @@ class Parts(NamedTuple):
 
 
 def objective(loss_fn: Callable[..., Any], shape: Shape, *, forward_mode: bool = False) -> Callable[..., Loss]:
-    """(factors, frozen, batch, key) -> `Loss`, checked while it is traced."""
-    lifted = lift(loss_fn, forward_mode=forward_mode)
+    """(factors, frozen, batch, key) -> `Loss`, checked while it is traced.
+
+    Raises (where it is called):
+      ValueError: for a loss that is no scalar, or whose gradient does not reach an adapted weight.
+      TypeError: for a result that is no loss.
+    """
 
     def of_part(factors: PyTree, frozen: Adapted, batch: PyTree, key: jax.Array) -> Loss:
         dropout, user = jax.random.split(key)
         params = with_key(combine(factors, frozen), dropout)
-        out = lifted(params, batch, user) if shape.pass_key else lifted(params, batch)
-        loss, weight, aux = _parsed(out, shape)
+        trace = Trace(forward_mode=forward_mode)
+        arguments = (params, batch, user) if shape.pass_key else (params, batch)
+        loss, weight, aux = _parsed(run(loss_fn, arguments, {}, trace), shape)
+        check_reached(loss_fn, trace)
         if frozen.method.regulariser is not None:
             regulariser = frozen.method.regulariser(factors, frozen.sites)
             loss, aux = loss + regulariser, {**aux, "regulariser": regulariser}

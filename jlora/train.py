@@ -191,7 +191,7 @@ def train_step(
 
     Raises:
       ValueError: if `parallel` or `nonfinite` is unknown or `accumulate` below 1; at the first call if the loss is no
-        scalar.
+        scalar, or its gradient does not reach an adapted weight, which would be trained in name only.
       TypeError: if `tx` is no transformation.
     """
     if parallel not in ("jit", "pmap"):

@@ -826,6 +826,19 @@ def test_batches_are_checked(options, batch, message):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
+def test_weights_that_no_gradient_reaches_are_named():
+    def loss(params, batch):
+        hidden = jnp.tanh(batch["x"] @ params["up"]["kernel"] + params["up"]["bias"][None])
+        return jnp.mean((jax.lax.stop_gradient(hidden) @ params["down"]["kernel"] - batch["y"]) ** 2), {
+            "h": hidden.mean()
+        }
+
+    message = "no gradient of 'loss' reaches 1 of 2 adapted weights: 'up/kernel'. They are behind a stop_gradient"
+    step = train_step(loss, TX, has_aux=True)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        step(TrainState.create(adapt(), step.tx), DATA)
+
+
 def test_a_state_of_another_optimizer_is_refused():
     step = shared_step()
     message = (
