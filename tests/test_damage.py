@@ -116,7 +116,6 @@ def test_every_file_of_a_checkpoint_is_watched(written, caplog):
 def test_a_spoilt_folder_is_opened_without_a_sound(name, kind, folder, caplog, capfd):
     SPOILT[kind](folder / "12" / name, random.Random(0))
     with caplog.at_level(logging.INFO, "absl"), Checkpoints(folder) as checkpoints:
-        caplog.clear()
         assert checkpoints.latest == 12
         with pytest.raises(ValueError, match=f"the checkpoint of step 12 in '{folder}' is damaged: '{name}' "):
             checkpoints.restore(state())
@@ -158,6 +157,26 @@ def test_a_list_of_files_that_is_none(text, folder):
     (folder / "12" / "seal.json").write_text(text)
     with Checkpoints(folder) as checkpoints, pytest.raises(DamagedCheckpoint, match="'seal.json' is not what was"):
         checkpoints.restore(state())
+
+
+def test_what_was_said_to_be_before_can_be_gone_on_from_at_once(folder):
+    """By a process that read the error of another one, and by one that goes back on its own."""
+    SPOILT["a bit"](folder / "12" / "record" / "metadata", random.Random(0))
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.restore(state(), step=3)
+        checkpoints.save(state(7), 7)
+        checkpoints.wait()
+        assert checkpoints.latest == 7
+        checkpoints.restore(state(), step=3)
+        with pytest.raises(ValueError, match="of step 7, which") as caught:
+            checkpoints.save(state(5))
+        assert str(caught.value) == (
+            f"'{folder}' holds a checkpoint of step 7, which would still be the newest after this one of step 5: keep this "
+            "run in another folder, or delete the later ones"
+        )
+        with pytest.raises(ValueError, match="holds a checkpoint of step 7 already"):
+            checkpoints.save(state(7))
+        assert checkpoints.restore(state())[1] == 7
 
 
 def test_only_files_inside_are_opened(tmp_path):
@@ -269,6 +288,24 @@ def test_a_lock_ends_with_its_object(tmp_path):
             lock.close()  # is not the second one's
             with pytest.raises(ValueError, match="is in use by this process"):
                 Lock(tmp_path)
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_none(tmp_path, monkeypatch):
+    """Its last holder closed it in between: a lock on that file would keep nobody out."""
+    calls, opened = [], os.open
+
+    def late(path, *arguments):
+        descriptor = opened(path, *arguments)
+        calls.append(path)
+        if len(calls) == 1:
+            Path(path).unlink()
+        return descriptor
+
+    monkeypatch.setattr("os.open", late)
+    with Lock(tmp_path):
+        assert len(calls) == 2 and (tmp_path / ".lock").exists()
+        with pytest.raises(ValueError, match="is in use by this process"):
+            Lock(tmp_path)
 
 
 def test_a_constructor_that_fails_lets_go(tmp_path, monkeypatch):

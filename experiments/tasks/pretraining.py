@@ -9,6 +9,7 @@ import jlora
 from experiments import config
 from experiments import pretrained as disk
 from experiments.config import Pretrain, in_steps
+from experiments.folder import locked
 from experiments.tasks.loop import at_rate, train
 from experiments.tasks.task import Params, Task
 from jlora.train import TrainState, train_step
@@ -31,16 +32,18 @@ def pretrained(
 
     Raises:
       FloatingPointError: if the pretraining diverges.
+      ConfigError: if another process is at the same base.
     """
     model = {"class": type(task.model).__name__, "shape": config.describe(getattr(task.model, "config", None))}
     own = folder / config.key(model, how, seed, task.digest)
     initial = task.initial(seed)
     if (own / disk.NAME).exists():
         return disk.load(own, initial), own, True
-    batches = task.batches("old", how.batch, seed)
-    steps = in_steps(how.steps, batch=how.batch, examples=batches.examples)
-    step = train_step(task.loss, at_rate(how, how.learning_rate, steps))
-    state = TrainState.create(jlora.apply(initial, method=jlora.full()), step.tx, key=seed)
-    base = jax.jit(jlora.merge)(train(step, state, batches, steps, advance).adapted)
-    disk.save(own, base)
-    return base, own, False
+    with locked(own):
+        batches = task.batches("old", how.batch, seed)
+        steps = in_steps(how.steps, batch=how.batch, examples=batches.examples)
+        step = train_step(task.loss, at_rate(how, how.learning_rate, steps))
+        state = TrainState.create(jlora.apply(initial, method=jlora.full()), step.tx, key=seed)
+        base = jax.jit(jlora.merge)(train(step, state, batches, steps, advance).adapted)
+        disk.save(own, base)
+        return base, own, False

@@ -121,7 +121,7 @@ class Plan:
             for leaf in node.leaves:
                 if leaf.role == "counter":
                     old = before[leaf.place]
-                    leaves[leaf.place] = jax.device_put(np.asarray(value, old.dtype), old.sharding)
+                    leaves[leaf.place] = jax.device_put(np.asarray(value, old.dtype), getattr(old, "sharding", None))
                     notes.append(f"{node.full(leaf)!r} goes on from {value}")
         return notes
 

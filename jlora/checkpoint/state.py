@@ -82,7 +82,7 @@ class Checkpoints:
     def save(self, state: Any, position: Position = None) -> None:
         """Copies the state on its devices and writes the copy in the background: the next step may donate the state.
 
-        A checkpoint that `restore` found damaged is deleted before.
+        A checkpoint that is damaged and not older is deleted before, as is one that `restore` found damaged.
 
         Args:
           state: the state after `state.step` steps.
@@ -90,7 +90,7 @@ class Checkpoints:
 
         Raises:
           FloatingPointError: if the state's last loss was not finite: it would never train again.
-          ValueError: if there is a checkpoint of this step already, or `position` is no JSON.
+          ValueError: if there is a checkpoint of this step or a later one already, or `position` is no JSON.
         """
         state.check()
         step = int(state.step)
@@ -109,9 +109,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.map(jnp.copy, _arrays(state))), record=ocp.args.JsonSave(record)
         )
-        self._sweep()
-        if step in self._steps():
-            raise ValueError(f"'{self._folder}' holds a checkpoint of step {step} already")
+        self._make_newest(step)
         self._manager.save(step, args=items, force=True)
 
     def restore(
@@ -191,9 +189,23 @@ class Checkpoints:
         lying = (int(path.name) for path in self._folder.iterdir() if path.name.isdigit() and path.is_dir())
         return sorted({*self._manager.all_steps(), *lying})
 
-    def _sweep(self) -> None:
-        """Deletes the checkpoints that were found damaged."""
-        for step in self._damaged & set(self._steps()):
+    def _make_newest(self, step: int) -> None:
+        """Deletes the damaged checkpoints that a new one of `step` takes the place of.
+
+        One that is whole and not older would be taken for the newest when the run goes on, though it is of another.
+        """
+        later = [s for s in self._steps() if s >= step]
+        if later:
+            self.wait()
+            whole = [s for s in later if _damage(self._folder / str(s)) is None]
+            if step in whole:
+                raise ValueError(f"'{self._folder}' holds a checkpoint of step {step} already")
+            if whole:
+                raise ValueError(
+                    f"'{self._folder}' holds a checkpoint of step {whole[-1]}, which would still be the newest after "
+                    f"this one of step {step}: keep this run in another folder, or delete the later ones"
+                )
+        for step in {*self._damaged, *later} & set(self._steps()):
             if step in self._manager.all_steps():
                 self._manager.delete(step)
             elif jax.process_index() == 0:
