@@ -91,11 +91,12 @@ class FloatingPoint(NamedTuple):
         return f"{name} must be the name of a floating-point dtype, got {shown(value)}"
 
 
-Rows = Annotated[int, Whole(1, 2**31 - 1)]
+TOKEN, ROWS = Whole(0, 2**31 - 1), Whole(1, 2**31 - 1)
+LAYERS, LABELS = Whole(1, 2**12), Whole(1, 2**20)
+Rows = Annotated[int, ROWS]
 """Of a vocabulary, or of a context: tokens and positions are int32."""
-TOKEN, LAYERS, LABELS = Whole(0, 2**31 - 1), Whole(1, 2**12), Whole(1, 2**20)
 Token = Annotated[int, TOKEN]
-OptionalRows = Annotated[int | None, Whole(1, 2**31 - 1)]
+OptionalRows = Annotated[int | None, ROWS]
 Features = Annotated[int, Whole(1, 2**24)]
 OptionalFeatures = Annotated[int | None, Whole(1, 2**24)]
 Layers = Annotated[int, LAYERS]

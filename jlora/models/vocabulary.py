@@ -80,9 +80,8 @@ class _Files(NamedTuple):
             name = content.get(key)
             if name is not None and not isinstance(name, str):
                 raise ValueError(f"'{self.folder / file}' has {key}={shown(name)}, expected a string")
-            if name:
-                return name.removesuffix("Fast")
-        return None
+        names: list[str] = [content[key] for _, content, key in said if content.get(key)]
+        return names[0].removesuffix("Fast") if names else None
 
     def flag(self, key: str) -> bool | None:
         """A setting; None where there is none."""
@@ -99,22 +98,25 @@ class _Files(NamedTuple):
     def special(self, role: str, default: Token | None = None) -> Token | None:
         """The token of a role; None where a file says that there is none, `default` where none speaks of it."""
         key = f"{role}_token"
-        for file, content in ((SETTINGS, self.settings), (SPECIALS, self.specials)):
-            if key in content:
-                return None if content[key] is None else _checked(content[key], self.folder / file, key)
-        return default
+        found = [(file, said[key]) for file, said in self._beside if key in said]
+        tokens = [None if token is None else _checked(token, self.folder / file, key) for file, token in found]
+        return tokens[0] if tokens else default
 
     @property
     def more(self) -> list[Token]:
         """Special tokens that have no role."""
         key = "additional_special_tokens"
-        for file, content in ((SETTINGS, self.settings), (SPECIALS, self.specials)):
+        tokens = []
+        for file, content in self._beside:
             listed = content.get(key)
             if listed is not None and not isinstance(listed, list):
                 raise ValueError(f"'{self.folder / file}' has {key}={shown(listed)}, expected a list of tokens")
-            if listed:
-                return [_checked(token, self.folder / file, key) for token in listed]
-        return []
+            tokens.append([_checked(token, self.folder / file, key) for token in listed or []])
+        return next(filter(None, tokens), [])
+
+    @property
+    def _beside(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+        return (SETTINGS, self.settings), (SPECIALS, self.specials)
 
     def number(self, role: str) -> int | None:
         """The token of a role by its id in config.json; None where there is none, which -1 says, too."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jlora.models.architecture import TOKENS, Architecture, Config, Head, configured, object_of, value_of
+from jlora.models.architecture import TOKENS, Architecture, Config, Head, configured, object_of, unsupported, value_of
 from jlora.models.clip.modeling import (
     CLIP,
     CLIPConfig,
@@ -65,6 +65,8 @@ def read(json: Mapping[str, Any], head: Head) -> CLIPConfig:
     for name in names:
         value_of(json, name)
     (text, towers), (vision, images) = ((object_of(json, name), f"{name}.") for name in names)
+    unsupported(text, model_type="clip_text_model")
+    unsupported(vision, model_type="clip_vision_model")
     return _read(
         CLIPConfig, json, BOTH, head,
         text=_read(CLIPTextConfig, text, TEXT, "none", "end", within=towers),

@@ -95,9 +95,9 @@ class DebertaConfig:
         if self.convolution and self.convolution % 2 == 0:
             raise fields.FieldError(f"convolution={self.convolution} is not odd, nor 0 for none", "convolution")
         if self.buckets == 1 or (self.buckets > 0 and self.farthest - 1 in (0, self.buckets // 2)):
-            raise fields.FieldError(  # no logarithm of a ratio of 0 or 1 divides distances into steps
-                f"buckets={self.buckets} cannot share out distances up to {self.farthest}", "buckets", "reach"
-            )
+            # no logarithm of a ratio of 0 or 1 divides distances into steps
+            message = f"buckets={self.buckets} cannot share out distances up to {self.farthest}"
+            raise fields.FieldError(message, "buckets", "reach", "context")
         check_head(self.head, HEADS)
         check_remat(self.remat)
 

@@ -16,7 +16,7 @@ from jlora.models.architecture import (
     refused,
     unsupported,
 )
-from jlora.models.fields import LAYERS, TOKEN, FieldError
+from jlora.models.fields import LAYERS, ROWS, TOKEN, FieldError
 from jlora.models.llama.modeling import Family, Llama, LlamaConfig
 from jlora.models.llama.rope import Default, Dynamic, Linear, Llama3, Rope, Yarn
 from jlora.models.tensors import Leaf, embedding, layered, leaf, linear
@@ -80,15 +80,19 @@ def write_rope(rope: Rope) -> dict[str, Any]:
 
 def _windows(json: Json) -> dict[str, Any]:
     """Qwen's windows: of the layers that say so, or of all from a number on."""
+    said = {"max_window_layers": 28, "sliding_window": 4096, **json}
+    layers = number_of(said, "num_hidden_layers", LAYERS)
     kinds = names_of(json, "layer_types")
     for kind in kinds:
         unsupported({"layer_types": kind}, layer_types=(SLIDING, FULL))
-    window = json.get("sliding_window", 4096)
-    if not flag_of(json, "use_sliding_window", default=False) or window is None:
+    if json.get("layer_types") is None:
+        first = number_of(said, "max_window_layers", TOKEN)
+        kinds = [SLIDING if i >= first else FULL for i in range(layers)]
+    if len(kinds) != layers:
+        raise ValueError(f"config.json has layer_types of {len(kinds)} layers, and num_hidden_layers={layers}")
+    window = None if said["sliding_window"] is None else number_of(said, "sliding_window", ROWS)
+    if window is None or not flag_of(json, "use_sliding_window", default=False):
         return {}
-    layers = number_of(json, "num_hidden_layers", LAYERS)
-    first = number_of({"max_window_layers": 28} | {**json}, "max_window_layers", TOKEN)
-    kinds = kinds or [SLIDING if i >= first else FULL for i in range(layers)]
     return {"window": window, "sliding": tuple(kind == SLIDING for kind in kinds)}
 
 

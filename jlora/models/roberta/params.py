@@ -16,6 +16,8 @@ def read(json: Mapping[str, Any], head: Head) -> RobertaConfig:
     """A RoBERTa's config.json, whose number of positions counts those that no token has."""
     supported(json, head)
     pad, positions = number_of(json, "pad_token_id", TOKEN), number_of(json, POSITIONS, TOKEN)
+    if positions < pad + 2:
+        raise ValueError(f"config.json has pad_token_id={pad}, {POSITIONS}={positions}: tokens come after the padding")
     return configured(
         RobertaConfig, json, KEYS, optional={}, origins={"context": POSITIONS, "pad": "pad_token_id"},
         context=positions - pad - 1, pad=pad, pooler=has_pooler(json, head, BODY), head=head,
