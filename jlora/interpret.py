@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec
 from jlora import rules
 from jlora.jaxprs import bind, constant, last_uses, open_jaxpr, run_segment, scan_counts, scope
 from jlora.marks import applications
-from jlora.reach import reached
 from jlora.trace import UNTOUCHED, Trace
 from jlora.weight import NotSeparable, Weight
 
@@ -41,8 +40,7 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
     operands = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
     pairs = list(zip(jaxpr.invars, weights, strict=True))
     trace.extras |= {(weight.tree, weight.path): variable in operands for variable, weight in pairs if weight.optional}
-    found = reached(jaxpr, [frozenset((i,)) for i in range(len(weights))])
-    trace.reached = [{(weights[i].tree, weights[i].path) for i in numbers} for numbers in found]
+    trace.program = (jaxpr, weights)
     arguments = [weight.w if weight.trained else weight for weight in weights]
     results = _all_dense(evaluate(jaxpr, consts, arguments, trace), arguments, trace)
     arrays = (constant(v) if isinstance(v, jex.Literal) else x for v, x in zip(jaxpr.outvars, results, strict=True))

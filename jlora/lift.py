@@ -9,6 +9,7 @@ import jax
 from flax.errors import TraceContextError
 
 from jlora.interpret import trace_weights
+from jlora.reach import reached
 from jlora.trace import UNTOUCHED, Trace
 from jlora.weight import Weight
 
@@ -133,14 +134,19 @@ def _check_read(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trace,
         )
 
 
-def check_reached(fn: Callable[..., Any], trace: Trace, result: int = 0) -> None:
-    """An adapted weight that the gradient of a result cannot reach would be trained in name only.
+def check_reached(fn: Callable[..., Any], trace: Trace) -> None:
+    """A weight of the first adapted tree that the first result's gradient cannot reach would be trained in name only.
 
     Raises:
       ValueError: if there is one.
     """
-    every = list(dict.fromkeys((use.tree, use.path) for use in trace.uses))
-    cut = [of for of in every if of not in trace.reached[result]]
+    if trace.program is None:  # nothing was adapted
+        return
+    jaxpr, weights = trace.program
+    loss, *_ = reached(jaxpr, [frozenset((i,)) for i in range(len(weights))])
+    found = {(weights[i].tree, weights[i].path) for i in loss}
+    every = [(0, path) for path in dict.fromkeys(use.path for use in trace.uses if use.tree == 0)]
+    cut = [of for of in every if of not in found]
     if cut:
         raise ValueError(
             f"no gradient of {getattr(fn, '__name__', fn)!r} reaches {len(cut)} of {len(every)} adapted weights: "

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jlora.jaxprs import line_of
@@ -66,7 +66,7 @@ class Trace:
       repeat: how often the code at hand runs: the product of the lengths of the scans around it.
       around: the equations being evaluated, outermost first.
       extras: of the leaves trained as they are, by tree and path: whether an operation reads them.
-      reached: of every result of the function, the weights, by tree and path, that its gradient would reach.
+      program: the function's own jaxpr, and the weights that are its arguments.
     """
 
     strict: bool = False
@@ -75,7 +75,7 @@ class Trace:
     repeat: int = 1
     around: list[Any] = dataclasses.field(default_factory=list)
     extras: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
-    reached: list[set[tuple[int, str]]] = dataclasses.field(default_factory=list)
+    program: tuple[Any, Sequence[Weight]] | None = None
 
     @property
     def line(self) -> str:

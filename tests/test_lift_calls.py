@@ -171,3 +171,10 @@ def test_an_nnx_model_merged_without_a_copy_gets_a_hint():
     with pytest.raises(TraceContextError, match=r"merge the model with copy=True inside the function: nnx.merge\("):
         jlora.lift(lambda p, x: nnx.merge(graph, p, rest)(x))(one, X)
     jlora.lift(lambda p, x: nnx.merge(graph, p, rest, copy=True)(x))(one, X)
+
+
+def test_a_frozen_teacher_need_not_be_reached():
+    trace = Trace()
+    loss = lambda p, q, x: jnp.mean((x @ p["k"] - lax.stop_gradient(x @ q["k"])) ** 2)
+    jax.eval_shape(lambda p, q: run(loss, (p, q, X), {}, trace), adapted(2), adapted(4))
+    check_reached(loss, trace)
