@@ -25,6 +25,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "once: says nothing about the version of JAX, or takes long; .ci/run runs it on the newest alone"
     )
+    config.addinivalue_line("markers", "thorough: runs for half an hour, and only where -m names it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Not by `-m` in addopts, which another -m on the command line replaces."""
+    if "thorough" in config.option.markexpr:
+        return
+    long = [item for item in items if item.get_closest_marker("thorough")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(autouse=True)
