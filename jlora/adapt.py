@@ -14,9 +14,10 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
 from jlora import tree
+from jlora.explicit import on_auto_axes, spec_of
 from jlora.intercept import Adapter, active, check_linen, insert
 from jlora.methods import Method, lora, nearest
-from jlora.methods.method import SHARED, Arrays, Factors
+from jlora.methods.method import SHARED, Arrays, Data, Factors, lazy_weight
 from jlora.select import Extra, Pattern, known_sites, listing, resolve, select, select_extras, warn_of_left_out
 from jlora.sites import Site
 from jlora.statistics import statistics
@@ -102,7 +103,7 @@ class Adapted:
             factors = self.method.sample(tree.fold_path(self.key, ""), factors)
         for site in self.sites if self.method.activation is None else ():
             buffers = frozen.get(site.path, {})
-            weight = self.method.weight(named[site.path], site, factors[site.path], buffers)
+            weight = lazy_weight(self.method, named[site.path], site, factors[site.path], buffers)
             if self.key is not None and weight.dropout > 0:
                 weight = weight.replace(key=_site_key(self.key, site))
             filled[site.path] = weight.replace(tree=number)
@@ -261,6 +262,7 @@ def apply(
     key: int | jax.Array = 0,
     fn: Callable[..., Any] | None = None,
     batches: Iterable[Any] | None = None,
+    mask: Callable[[Any], jax.Array] | None = None,
 ) -> Adapted:
     """Splits parameters into a frozen base and trainable low-rank factors.
 
@@ -279,6 +281,9 @@ def apply(
       key: seed or key of the factors' initial values. Each site's own is folded from it by path.
       fn, batches: for the methods that start from data (eva, corda, lora_ga): `fn(params, batch)`, a loss or any other
         function of the model, and some batches of the task. Progress is shown on a terminal.
+      mask: for eva and corda, where `fn` returns logits or hidden states: batch -> which of their positions are real,
+        (batch, length) or any other leading axes. An input of a weight is counted if a real position depends on it. A
+        loss leaves padding out by itself.
 
     Returns:
       An `Adapted`.
@@ -341,15 +346,16 @@ def apply(
             "weight itself); keep one of them"
         )
     root = tree.as_key(key)
-    if method.data is None and (fn is not None or batches is not None):
-        raise ValueError(f"apply: {method.name} does not start from data: leave fn= and batches= out")
+    if method.data is None and not (fn is None and batches is None and mask is None):
+        needless = "mask=" if fn is None and batches is None else "fn= and batches="
+        raise ValueError(f"apply: {method.name} does not start from data: leave {needless} out")
     if method.data is None:
         arrays = {s.path: _initial(method, tree.fold_path(root, s.path), named[s.path], s) for s in chosen}
     else:
         if fn is None or batches is None:
             raise ValueError(f"apply: {method.name} starts from data: pass fn= (of params and a batch) and batches=")
-        measured = statistics(method.data.statistic, fn, params, batches, chosen, method.name)
-        chosen, arrays = method.data.fit(root, named, chosen, measured)
+        measured = statistics(method.data.statistic, fn, params, batches, chosen, method.name, mask)
+        chosen, arrays = _fitted(method.data, root, named, chosen, measured)
     arrays |= {e.path: _initial_extra(named[e.path], e) for e in extra}
     if method.activation is None:
         return rebuild(params, arrays, method, chosen, extra)
@@ -371,13 +377,27 @@ def rebuild(
     params = tree.canonical(params)
     named, _ = tree.leaves(params)
     sites = tuple(dataclasses.replace(s, dtype=str(named[s.path].dtype)) for s in sites)
+    arrays = _canonical(arrays)
     frozen = {s.path: {name: arrays[s.path][name] for name in method.frozen if name in arrays[s.path]} for s in sites}
-    buffers = {site.path: frozen[site.path] | _buffers(method, named[site.path], site) for site in sites}
+    buffers = {site.path: frozen[site.path] | _canonical(_buffers(method, named[site.path], site)) for site in sites}
     factors = {
         path: {name: array for name, array in part.items() if name not in frozen.get(path, {})}
         for path, part in arrays.items()
     }
     return Adapted(params, factors, {k: v for k, v in buffers.items() if v}, None, method, sites, extras)
+
+
+def _canonical(arrays: Any) -> Any:
+    """Floating-point arrays as float32, whatever a method's own arithmetic made of them (`jax_enable_x64`)."""
+
+    def cast(x: Any) -> Any:
+        if x.dtype == jnp.float32 or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+        return x.astype(jnp.float32)
+
+    return jax.tree.map(cast, arrays)
 
 
 def stored(adapted: Adapted) -> Factors:
@@ -468,12 +488,26 @@ def _own_targets(method: Method, known: Sequence[Site]) -> list[str]:
 
 
 def _initial(method: Method, key: jax.Array, w: Any, site: Site) -> Arrays:
-    make = lambda key, w: method.init(key, w, site)
+    make = lambda key, w: on_auto_axes(lambda key, w: method.init(key, w, site), key, w)
     return jax.eval_shape(make, key, w) if isinstance(w, jax.ShapeDtypeStruct) else make(key, w)
 
 
+def _fitted(
+    data: Data, key: jax.Array, named: Mapping[str, Any], sites: Sequence[Site], statistics: Mapping[str, jax.Array]
+) -> tuple[tuple[Site, ...], Factors]:
+    chosen: tuple[Site, ...] = ()
+
+    def fit(key: jax.Array, named: Mapping[str, Any], statistics: Mapping[str, jax.Array]) -> Factors:
+        nonlocal chosen
+        chosen, arrays = data.fit(key, named, sites, statistics)
+        return arrays
+
+    arrays = on_auto_axes(fit, key, {site.path: named[site.path] for site in sites}, statistics)
+    return chosen, arrays
+
+
 def _buffers(method: Method, w: Any, site: Site) -> Arrays:
-    make = lambda w: method.buffers(w, site)
+    make = lambda w: on_auto_axes(lambda w: method.buffers(w, site), w)
     return jax.eval_shape(make, w) if isinstance(w, jax.ShapeDtypeStruct) else make(w)
 
 
@@ -481,14 +515,18 @@ def _initial_extra(leaf: Any, extra: Extra) -> Arrays:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda leaf: _initial_extra(leaf, extra), leaf)
     value = jnp.asarray(leaf).astype(jnp.float32)
+    if extra.rows is not None:
+        return {"rows": on_auto_axes(lambda value: value[jnp.asarray(extra.rows)], value)}
     # A copy, even of a float32 leaf: the factors are donated to the train step, the base never is.
-    return {"value": jnp.array(value, copy=True)} if extra.rows is None else {"rows": value[jnp.asarray(extra.rows)]}
+    return {"value": jnp.array(value, copy=True)}
 
 
 def _with_extra(leaf: Any, extra: Extra, factors: Arrays) -> jax.Array:
     if extra.rows is None:
         return factors["value"].astype(leaf.dtype)
-    return jnp.asarray(leaf).at[jnp.asarray(extra.rows)].set(factors["rows"].astype(leaf.dtype))
+    put = lambda leaf, rows: leaf.at[jnp.asarray(extra.rows)].set(rows.astype(leaf.dtype))
+    leaf = jnp.asarray(leaf)
+    return on_auto_axes(put, leaf, factors["rows"], place=lambda _: spec_of(leaf))
 
 
 def _site_key(key: jax.Array, site: Site) -> jax.Array:

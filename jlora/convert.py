@@ -10,7 +10,7 @@ import numpy as np
 from jlora import tree
 from jlora.adapt import Adapted, rebuild
 from jlora.methods import lora
-from jlora.methods.method import Arrays, Factors, check_number, check_rank
+from jlora.methods.method import Arrays, Factors, check_number, check_rank, lazy_weight
 from jlora.sites import Site
 
 
@@ -42,7 +42,7 @@ def to_lora(adapted: Adapted) -> Adapted:
     chosen = []
     for site in adapted.sites:
         w = named[site.path]
-        weight = adapted.method.weight(w, site, adapted.factors[site.path], adapted.buffers.get(site.path, {}))
+        weight = lazy_weight(adapted.method, w, site, adapted.factors[site.path], adapted.buffers.get(site.path, {}))
         if weight.gain is not None or weight.w is not w:
             raise ValueError(f"to_lora: {adapted.method.name} is not W plus a low-rank product at {site.path!r}")
         assert weight.a is not None and weight.b is not None

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.adapt import Adapted, combine, with_key
+from jlora.explicit import on_auto_axes
 from jlora.lift import check_reached, run
 from jlora.trace import Trace
 
@@ -64,8 +65,9 @@ def objective(loss_fn: Callable[..., Any], shape: Shape, *, forward_mode: bool =
         arguments = (params, batch, user) if shape.pass_key else (params, batch)
         loss, weight, aux = _parsed(run(loss_fn, arguments, {}, trace), shape)
         check_reached(loss_fn, trace)
-        if frozen.method.regulariser is not None:
-            regulariser = frozen.method.regulariser(factors, frozen.sites)
+        of_factors = frozen.method.regulariser
+        if of_factors is not None:
+            regulariser = on_auto_axes(lambda f: of_factors(f, frozen.sites), factors)
             loss, aux = loss + regulariser, {**aux, "regulariser": regulariser}
         if shape.averaged:
             _check_scalars(aux)

@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora.axes import Labels, contract, expand
+from jlora.explicit import on_auto_axes, spec_of
 
 
 class Spec(NamedTuple):
@@ -207,33 +208,55 @@ def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...
     return dx, dz, dw, du, dv
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def observed_product(x: jax.Array, w: jax.Array, total: jax.Array, one: jax.Array, spec: Spec) -> jax.Array:
-    """`x W`, whose gradient with respect to `total` is the sum of x x^T over all rows, whatever the cotangent is.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def observed_product(
+    x: jax.Array, w: jax.Array, total: jax.Array, one: jax.Array, spec: Spec, every_row: bool
+) -> jax.Array:
+    """`x W`, whose gradient with respect to `total` is the sum of x x^T over the rows that matter, or over every row.
 
-    So a sum over all uses of a weight, in loops and branches too, is read off with `jax.grad`. `total` has W's input
-    axes and one for all of them together (spec.u); `one` (spec.v) is the identity between these. No other gradient is
-    passed on, but that of x as zeros, so that the uses before it are reached. Real weights act on the two parts of a
-    complex x apart: the sum is that of both.
+    So a sum over all uses of a weight, in loops and branches too, is read off with `jax.grad`. A row matters if the
+    cotangent of what the weight makes of it is not zero. That of x is `probe` on rows that matter and zero on the
+    others: the product says which rows matter to it, whatever W is (a weight that starts at zero, an underflow in half
+    precision). No other gradient is passed on. `total` has W's input axes and one for all of them together (spec.u);
+    `one` (spec.v) is the identity between these. Real weights act on the two parts of a complex x apart: the sum
+    is that of both.
     """
     return base_product(x, w, spec)
 
 
-def _observed_forward(x: jax.Array, w: jax.Array, total: jax.Array, one: jax.Array, spec: Spec) -> Any:
+def _observed_forward(x: jax.Array, w: jax.Array, total: jax.Array, one: jax.Array, spec: Spec, every_row: bool) -> Any:
     return base_product(x, w, spec), (x, total, one)
 
 
-def _observed_backward(spec: Spec, residuals: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
+def _observed_backward(spec: Spec, every_row: bool, residuals: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
     x, total, one = residuals
     rows = tuple(label for label in spec.x if label in spec.y)
     flat = tuple(label for label in spec.v if label not in spec.x)
-    sum_of_squares = jnp.zeros_like(total)
-    for part in (lax.real(x), lax.imag(x)) if is_complex(x.dtype) else (x,):
-        z = part.astype(total.dtype)
-        inner = contract(z, spec.x, one, spec.v, (*rows, *flat), lax.Precision.HIGHEST)  # its input axes as one
-        sum_of_squares += _contract_into(total, spec.u, z, spec.x, inner, (*rows, *flat), lax.Precision.HIGHEST)
-    dx = jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else None
-    return dx, None, sum_of_squares, None
+
+    def of_rows(x: jax.Array, total: jax.Array, one: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of_each = jnp.any(g != 0, axis=tuple(i for i, label in enumerate(spec.y) if label not in rows))
+        matters = expand(of_each, tuple(label for label in spec.y if label in rows), spec.x)
+        squares = jnp.zeros_like(total)
+        for part in (lax.real(x), lax.imag(x)) if is_complex(x.dtype) else (x,):
+            z = part.astype(total.dtype)
+            z = z if every_row else jnp.where(matters, z, 0)
+            inner = contract(z, spec.x, one, spec.v, (*rows, *flat), lax.Precision.HIGHEST)  # its input axes as one
+            squares += _contract_into(total, spec.u, z, spec.x, inner, (*rows, *flat), lax.Precision.HIGHEST)
+        dx = probe(x.shape) * (1 + 1j) if is_complex(x.dtype) else probe(x.shape)
+        return squares, jnp.where(matters, dx, 0)
+
+    place = lambda _: (spec_of(total), spec_of(x))
+    squares, dx = on_auto_axes(of_rows, x, total, one, g, place=place)
+    return dx.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else None, None, squares, None
+
+
+def probe(shape: tuple[int, ...]) -> jax.Array:
+    """Fixed numbers in no relation to anything: none is zero, and no mean, norm or difference cancels them. float32."""
+    numbers = jnp.ones((1,) * len(shape), jnp.float32)
+    for axis, n in enumerate(shape):
+        wave = jnp.cos(lax.iota(jnp.float32, n) + jnp.float32(0.5 + axis))
+        numbers = numbers * wave.reshape([n if i == axis else 1 for i in range(len(shape))])
+    return numbers
 
 
 observed_product.defvjp(_observed_forward, _observed_backward)

@@ -2,18 +2,22 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jlora import tree
+from jlora.explicit import on_auto_axes
 from jlora.lift import run
 from jlora.methods.matrix import a_form, a_matrix, matrices, sizes, without_stack
+from jlora.product import probe
 from jlora.sites import Site
 from jlora.trace import Trace
 from jlora.weight import Weight
+
+Mask = Callable[[Any], jax.Array]
 
 
 def statistics(
@@ -23,8 +27,14 @@ def statistics(
     batches: Iterable[Any],
     sites: Sequence[Site],
     method: str,
+    mask: Mask | None = None,
 ) -> dict[str, jax.Array]:
-    """Sums over the batches, by path, as matrices.
+    """Means over the batches, by path, as matrices.
+
+    Covariances count the inputs x that matter to the result of `fn`: those for which what the weight makes of x has a
+    cotangent that is not zero. Padding that the loss leaves out, and that no attention sees, is not counted. A weight
+    all of whose inputs have no effect on the result of the first batch (behind weights that start at zero) counts every
+    one of them.
 
     Args:
       kind: "covariance", the sum of x x^T over the inputs x of each weight: (stack, inputs, inputs); or "gradient", the
@@ -34,10 +44,11 @@ def statistics(
       batches: at least one.
       sites: the weights, each of them used in products of rows with a matrix ("linear") for covariances.
       method: the name, for messages.
+      mask: of covariances: batch -> which positions of `fn`'s result matter, of its leading axes.
 
     Raises:
       ValueError: if there is no batch, if `fn` does not take one, if the loss is no scalar, if a weight is no linear
-        layer or is not reached, or if a sum is not finite.
+        layer or is not reached, if the mask is none of `fn`'s result, or if a sum is not finite.
     """
     if hasattr(batches, "shape") or not isinstance(batches, Iterable):
         kind_of = "an array" if hasattr(batches, "shape") else repr(batches)
@@ -46,12 +57,18 @@ def statistics(
         odd = [site.path for site in sites if site.kind != "linear"]
         if odd:
             raise ValueError(f"{method}: {odd[0]!r} is no linear layer; leave it out with targets=")
-    measure = jax.jit(_covariances(fn, sites) if kind == "covariance" else _gradients(fn, sites))
+    elif mask is not None:
+        raise ValueError(f"{method}: it starts from the gradient of the loss, which masks by itself: leave mask= out")
+    of_rows = lambda hidden: jax.jit(_covariances(fn, sites, mask, hidden))
+    measure = of_rows(frozenset()) if kind == "covariance" else jax.jit(_gradients(fn, sites))
     total: dict[str, jax.Array] | None = None
     count = 0
     for batch in _shown(batches, method):
         try:
             part = measure(params, batch)
+            if count == 0 and kind == "covariance" and (hidden := _zero(part)):
+                measure = of_rows(hidden)
+                part = measure(params, batch)
         except (TypeError, ValueError, IndexError, KeyError) as error:
             raise ValueError(f"{method}: fn(params, batch) fails on batch {count}: {error}") from error
         total = part if total is None else jax.tree.map(jnp.add, total, part)
@@ -61,22 +78,33 @@ def statistics(
     for path, value in total.items():
         if not bool(jnp.isfinite(value).all()):
             raise ValueError(f"{method}: the {kind} of {path!r} is not finite")
-        if not bool(jnp.any(value != 0)):
-            raise ValueError(f"{method}: no {kind} reaches {path!r}: fn's result does not depend on it")
+    for path in _zero(total):
+        raise ValueError(f"{method}: no {kind} reaches {path!r}: fn's result does not depend on it")
     return {path: value / count for path, value in total.items()}
 
 
-def _covariances(fn: Callable[..., Any], sites: Sequence[Site]) -> Callable[[Any, Any], dict[str, jax.Array]]:
+def _zero(sums: dict[str, jax.Array]) -> frozenset[str]:
+    return frozenset(path for path, value in sums.items() if not bool(jnp.any(value != 0)))
+
+
+def _covariances(
+    fn: Callable[..., Any], sites: Sequence[Site], mask: Mask | None, hidden: Collection[str]
+) -> Callable[[Any, Any], dict[str, jax.Array]]:
+    """The sums of one batch, over every input of the `hidden` weights, and over those of the others that matter."""
+
     def of_totals(totals: dict[str, jax.Array], params: Any, batch: Any) -> jax.Array:
         named, structure = tree.leaves(params)
-        weights = {site.path: _observed(named[site.path], site, totals[site.path]) for site in sites}
+        weights = {
+            site.path: _observed(named[site.path], site, totals[site.path], site.path in hidden) for site in sites
+        }
         result = run(fn, (jax.tree.unflatten(structure, (named | weights).values()), batch), {}, Trace())
         leaves = jax.tree.leaves(result)
         floating = [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
         if not floating:
             kinds = ", ".join(sorted({str(jnp.result_type(x)) for x in leaves})) or "nothing"
             raise ValueError(f"fn returns {kinds}, no floating-point array that depends on the weights")
-        return sum((jnp.sum(x, dtype=jnp.float32) for x in floating), jnp.float32(0))
+        kept = None if mask is None else jnp.asarray(mask(batch))
+        return sum((_probed(x, kept) for x in floating), jnp.float32(0))
 
     def covariances(params: Any, batch: Any) -> dict[str, jax.Array]:
         zeros = {}
@@ -89,9 +117,26 @@ def _covariances(fn: Callable[..., Any], sites: Sequence[Site]) -> Callable[[Any
     return covariances
 
 
-def _observed(w: jax.Array, site: Site, total: jax.Array) -> Weight:
+def _probed(x: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """A number that depends on every element of `fn`'s result that matters.
+
+    Not their plain sum: the outputs of a softmax or of a layer norm add up to a constant.
+    """
+    x = x.astype(jnp.float32) * probe(x.shape)
+    if kept is None:
+        return jnp.sum(x)
+    if not kept.ndim or kept.shape != x.shape[: kept.ndim]:
+        raise ValueError(
+            f"mask= gives an array of shape {kept.shape}, which are no leading axes of fn's result of shape {x.shape}: "
+            "return logits or hidden states; a loss leaves padding out by itself"
+        )
+    return jnp.sum(jnp.where(kept.astype(bool).reshape(kept.shape + (1,) * (x.ndim - kept.ndim)), x, 0))
+
+
+def _observed(w: jax.Array, site: Site, total: jax.Array, every_row: bool) -> Weight:
     one = a_form(jnp.eye(sizes(site)[1], dtype=jnp.float32)[None], without_stack(site))
-    return Weight(w, total, one, path=site.path, origin=tuple((i,) for i in range(w.ndim)), observed=True)
+    origin = tuple((i,) for i in range(w.ndim))
+    return Weight(w, total, one, path=site.path, origin=origin, observed=True, every_row=every_row)
 
 
 def _gradients(fn: Callable[..., Any], sites: Sequence[Site]) -> Callable[[Any, Any], dict[str, jax.Array]]:
@@ -105,7 +150,8 @@ def _gradients(fn: Callable[..., Any], sites: Sequence[Site]) -> Callable[[Any, 
             return value
 
         found = jax.grad(loss)({site.path: named[site.path] for site in sites})
-        return {site.path: matrices(found[site.path].astype(jnp.float32), site) for site in sites}
+        as_matrices = lambda g, site: on_auto_axes(lambda g: matrices(g.astype(jnp.float32), site), g)
+        return {site.path: as_matrices(found[site.path], site) for site in sites}
 
     return gradients
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import axes as ax
+from jlora.explicit import on_auto_axes, spec_of
 from jlora.product import (
     Spec,
     adapted_product,
@@ -53,6 +54,7 @@ class Weight:
       optional: a leaf that is trained as it is, which the function may leave unread.
       observed: `a` is no part of the weight: its cotangent is the sum of x x^T over the inputs x; `b` is the identity.
       tree: which of the adapted trees of one call it is in, from 0.
+      every_row: of an observed weight: rows of x that do not matter to the result are counted, too.
       gathered: axes of the stored parameter that a batched gather has looked up (an embedding or an expert table).
     """
 
@@ -68,6 +70,7 @@ class Weight:
     gathered: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     tree: int = dataclasses.field(default=0, metadata={"static": True})
     observed: bool = dataclasses.field(default=False, metadata={"static": True})
+    every_row: bool = dataclasses.field(default=False, metadata={"static": True})
     trained: bool = dataclasses.field(default=False, metadata={"static": True})
     optional: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -289,6 +292,9 @@ class Weight:
         """The materialised weight: summed in float32 (or the base's own precision, if higher), cast once."""
         if self.observed or (self.rank == 0 and self.gain is None):
             return self.w
+        return on_auto_axes(lambda weight: weight._summed(precision), self, place=lambda _: spec_of(self.w))
+
+    def _summed(self, precision: Any) -> jax.Array:
         wide = jnp.float32 if jnp.finfo(self.w.dtype).bits < 32 else self.w.dtype
         value = self.w.astype(wide)
         if self.rank:
@@ -348,7 +354,7 @@ class Weight:
         if self.observed:
             if not set(b_labels) - {RANK} <= set(contracted):
                 raise NotSeparable("product along other axes than the inputs")
-            return observed_product(x, self.w, a, b, spec._replace(u=a_labels, v=b_labels))
+            return observed_product(x, self.w, a, b, spec._replace(u=a_labels, v=b_labels), self.every_row)
         dtype = compute_dtype(x, self.w)
         z, u, v = x.astype(dtype), a.astype(dtype), b.astype(dtype)
         spec = spec._replace(u=a_labels, v=b_labels)

@@ -1,5 +1,6 @@
 """Inputs of any dtype, and arrays whose type says where they lie: the factors meet them as the merged weights do."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +62,28 @@ def test_rows_out_of_bounds_are_filled_as_the_model_says(method):
     look_up = lambda params: params["e"].at[jnp.asarray([1, 20, 3])].get(mode="fill", fill_value=3.0)
     trained = randomised(jlora.apply(table, method=method, sites=jlora.sites(look_up, table), targets="e"))
     close(jlora.lift(look_up)(trained), look_up(jlora.merge(trained)))
+
+
+@pytest.mark.parametrize(
+    "method", [jlora.eva(2), jlora.corda(2), jlora.lora_ga(2), jlora.pissa(2), jlora.vera(4)], ids=str
+)
+def test_an_adapter_made_in_a_program_of_64_bits_is_saved_and_loaded(method, tmp_path):
+    with jax.enable_x64(True):
+        params = {"kernel": normal(IN, OUT)}
+        options = {"fn": loss_fn, "batches": [normal(ROWS, IN)]} if method.data else {}
+        start = jlora.apply(params, method=method, **options)
+        assert {x.dtype for x in jax.tree.leaves((start.factors, start.buffers))} == {jnp.dtype("float32")}
+        jlora.save(tmp_path, start)
+        chex.assert_trees_all_equal(jlora.load(tmp_path, params), start)
+
+
+def test_what_a_method_computes_in_64_bits_is_kept_in_32():
+    wide = lambda key, w, site: {
+        name: array.astype(jnp.float64) for name, array in jlora.lora(2).init(key, w, site).items()
+    }
+    with jax.enable_x64(True):
+        start = jlora.apply({"kernel": normal(IN, OUT)}, method=jlora.lora(2)._replace(init=wide))
+    assert {x.dtype for x in jax.tree.leaves(start.factors)} == {jnp.dtype("float32")}
 
 
 # -- meshes ------------------------------------------------------------------------------------------------------------

@@ -374,6 +374,30 @@ def test_a_bf16_base_keeps_float32_factors(name):
     assert {x.dtype for x in jax.tree.leaves(jlora.merge(trained))} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_factors_are_float32_in_a_program_of_64_bits(name, dtype):
+    """Shapes and dtypes alone: the arithmetic of each method, of its start and of a step, under strict promotion."""
+    method, (fn, params) = METHODS[name].make(), model(name)
+    with jax.enable_x64(True):
+        base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+        sites = jlora.sites(fn, base, IDS)
+        kinds = METHODS[name].kinds
+        targets = (lambda site: site.kind in kinds) if kinds else None
+        plain = method if method.data is None else method._replace(data=None)  # which would need numbers
+        start = jlora.apply(base, method=plain, sites=sites, targets=targets)
+        arrays = jax.tree.leaves((start.factors, start.buffers))
+        assert {x.dtype for x in arrays} == {jnp.dtype("float32")}
+        factors, frozen = jlora.partition(start)
+
+        def loss(factors, frozen):
+            value = jlora.lift(fn)(jlora.combine(factors, frozen), IDS)
+            assert value.dtype == dtype
+            return jnp.mean(value.astype(jnp.float32) ** 2)
+
+        gradient = jax.eval_shape(jax.grad(loss), factors, frozen)
+        chex.assert_trees_all_equal_shapes_and_dtypes(gradient, factors)
+
+
 # -- constants ---------------------------------------------------------------------------------------------------------
 
 

@@ -65,6 +65,76 @@ def test_a_scaled_or_negated_weight_has_the_same_inputs():
     close(covariance(lambda p, x: x @ (-3.0 * p["w"]), params), plain)
 
 
+# Rows from REAL on are padding. Each function leaves it out in another way; what of it is counted follows.
+REAL = 3
+KEPT = (jnp.arange(B) < REAL)[:, None]
+
+
+def attends(p, x):
+    """Queries, keys, values and outputs, with the padding hidden from every query, and a loss without it."""
+    q, k, v = (x @ p[name] for name in ("q", "k", "v"))
+    seen = jax.nn.softmax(jnp.where(KEPT.T, q @ k.T, -jnp.inf), axis=-1) @ v
+    return jnp.sum(jnp.where(KEPT, jnp.tanh(seen @ p["out"]), 0) ** 2)
+
+
+def recurs(p, x):
+    """One row after the other: the steps of padding are left out of the loss."""
+    _, states = lax.scan(lambda h, row: (jnp.tanh(row[None] @ p["w"]) + h, h), jnp.zeros((1, F)), x)
+    return jnp.sum(jnp.where(KEPT[..., None], states, 0) ** 2)
+
+
+def zero_head(p, x):
+    return jnp.sum(jnp.where(KEPT, jnp.tanh(x @ p["w"]) @ jnp.zeros((F, 1)), 0))
+
+
+W = {"w": normal(D, F)}
+MASKED = {
+    "loss": (lambda p, x: jnp.sum(jnp.where(KEPT, x @ p["w"], 0) ** 2), W, None, REAL),
+    "two layers": (
+        lambda p, x: jnp.sum(jnp.where(KEPT, jnp.tanh(x @ p["w"]) @ p["v"] - 1, 0) ** 2),
+        {"w": normal(D, F), "v": jnp.zeros((F, D))}, None, REAL,
+    ),
+    "layer norm": (
+        lambda p, x: jnp.where(KEPT, jax.nn.standardize(x @ p["w"]), 0), W, None, REAL,
+    ),
+    "probabilities": (lambda p, x: jnp.where(KEPT, jax.nn.softmax(x @ p["w"]), 0), W, None, REAL),
+    "vmap": (
+        lambda p, x: jnp.sum(jax.vmap(lambda row, kept: jnp.where(kept, row @ p["w"], 0))(x, KEPT) ** 2), W, None, REAL,
+    ),
+    "flattened": (
+        lambda p, x: jnp.sum(jnp.where(KEPT, (x.reshape(1, B, D) @ p["w"]).reshape(B, F), 0) ** 2), W, None, REAL,
+    ),
+    "attention": (attends, {n: normal(D, D, seed=i) for i, n in enumerate(("q", "k", "v", "out"))}, None, REAL),
+    "recurrent": (recurs, W, None, REAL - 1),  # a state is read before its own row is added to it
+    "logits": (lambda p, x: x @ p["w"], W, None, B),
+    "logits, mask": (lambda p, x: x @ p["w"], W, lambda x: KEPT[:, 0], REAL),
+    "hidden states, mask": (lambda p, x: jnp.tanh(x @ p["w"]), W, lambda x: jnp.broadcast_to(KEPT, (B, F)), REAL),
+    "behind a head that starts at zero": (zero_head, W, None, B),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MASKED)
+def test_padding_is_not_counted(case):
+    fn, params, mask, rows = MASKED[case]
+    sites = [site for site in jlora.sites(fn, params, BATCHES[0]) if site.path != "out"]
+    found = statistics("covariance", fn, params, BATCHES, sites, "eva", mask)
+    expected = jnp.asarray(np.mean([square(x[:rows]) for x in BATCHES], axis=0)[None], jnp.float32)
+    for path in params.keys() - {"out", "v"} | (params.keys() & {"k"}):
+        close(found[path], expected)
+
+
+def test_a_layer_of_a_stack_without_rows_starts_from_no_variance():
+    """An expert that no token is sent to: its shares are 0, not NaN, and the other one's ranks stand."""
+    params = {"experts": normal(2, D, F)}
+    fn = lambda p, x: jnp.einsum("ebd,edf->ebf", x * jnp.asarray([1.0, 0.0])[:, None, None], p["experts"])
+    batches = [jnp.broadcast_to(x, (2, B, D)) for x in BATCHES]
+    sites = jlora.sites(fn, params, batches[0])
+    for method in (jlora.eva(2), jlora.corda(2)):
+        start = jlora.apply(params, method=method, sites=sites, fn=fn, batches=batches)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(start.factors))
+        assert start.sites[0].rank == 2
+
+
 def test_the_gradient_is_the_mean_over_batches():
     params = {"w": normal(D, F)}
     loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) ** 2)
@@ -173,6 +243,18 @@ def test_lora_ga_starts_along_the_gradient():
             lambda: one_with(jlora.eva(2), BATCHES, lambda p, x: jnp.argmax(x @ p["w"])),
             r"eva: fn\(params, batch\) fails on batch 0: fn returns int32, no floating-point array that depends on the",
         ),
+        (
+            lambda: one_with(jlora.eva(2), BATCHES, lambda p, x: jnp.sum(x @ p["w"]), mask=lambda x: jnp.ones(B)),
+            r"eva: fn\(params, batch\) fails on batch 0: mask= gives an array of shape \(5,\), which are no leading axes",
+        ),
+        (
+            lambda: one_with(jlora.lora_ga(2), BATCHES, mask=lambda x: jnp.ones(B)),
+            "lora_ga: it starts from the gradient of the loss, which masks by itself: leave mask= out",
+        ),
+        (
+            lambda: jlora.apply({"kernel": normal(D, F)}, rank=2, mask=jnp.ones_like),
+            "apply: lora does not start from data: leave mask= out",
+        ),
         (lambda: one_with(jlora.eva(7), BATCHES), "eva: rank 7 exceeds 6, the rank of 'w'"),
         (lambda: one_with(jlora.lora_ga(4), BATCHES, lambda p, x: jnp.mean(x @ p["w"])), r"lora_ga \(2r\): rank 8 exceeds 6"),
         (lambda: one_with(jlora.eva(2), BATCHES, kind="conv"), "eva: 'w' is no linear layer; leave it out with targets="),
@@ -186,9 +268,9 @@ def test_what_does_not_fit_is_said(wrong, message):
 SITES = jlora.sites(lambda p, x: x @ p["w"], {"w": normal(D, F)}, BATCHES[0])
 
 
-def one_with(method, batches, fn=lambda p, x: x @ p["w"], kind="linear") -> jlora.Adapted:
+def one_with(method, batches, fn=lambda p, x: x @ p["w"], kind="linear", **options) -> jlora.Adapted:
     sites = [dataclasses.replace(site, kind=kind) for site in SITES]
-    return jlora.apply({"w": normal(D, F)}, method=method, sites=sites, fn=fn, batches=batches)
+    return jlora.apply({"w": normal(D, F)}, method=method, sites=sites, fn=fn, batches=batches, **options)
 
 
 def test_progress_is_shown_where_a_person_watches(monkeypatch, capsys):

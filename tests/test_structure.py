@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports from the rows below its own (and, being a folder, from its own folder); never from its own row.
 LAYERS = (
-    ("tree", "axes"),
+    ("tree", "axes", "explicit"),
     ("product",),
     ("weight", "jaxprs"),
     ("trace",),

@@ -53,8 +53,9 @@ def corda(rank: int, alpha: float | None = None, *, mode: str = "instruction") -
             w = matrices(named[site.path].astype(jnp.float32), site)
             check_not_zero(w, site, "corda")
             c = covariances[site.path]
-            one = jnp.eye(c.shape[-1])
-            c = c / jnp.trace(c, axis1=1, axis2=2)[:, None, None] * c.shape[-1] + _DAMPING * one[None]
+            one = jnp.eye(c.shape[-1], dtype=c.dtype)
+            trace = jnp.trace(c, axis1=1, axis2=2)[:, None, None]  # 0 of an expert that no row was sent to
+            c = c / jnp.where(trace > 0, trace, 1.0) * c.shape[-1] + _DAMPING * one[None]
             u, s, vt = one_by_one(thin_svd, c @ w)
             part = slice(0, site.rank) if mode == "instruction" else slice(s.shape[1] - site.rank, s.shape[1])
             root = jnp.sqrt(s[:, part] * (site.rank / site.alpha))

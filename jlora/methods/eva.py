@@ -56,14 +56,15 @@ def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: flo
             values, vectors = one_by_one(jnp.linalg.eigh, covariances[site.path])
             most = min(round(site.rank * rho), sizes(site)[1])
             components[site.path] = vectors[:, :, ::-1][:, :, :most]
-            ratio = values[:, ::-1] / jnp.sum(values, axis=1, keepdims=True)
+            whole = jnp.sum(values, axis=1, keepdims=True)
+            ratio = values[:, ::-1] / jnp.where(whole > 0, whole, 1.0)  # 0 of an expert that no row was sent to
             shares[site.path] = np.asarray(jnp.mean(ratio[:, :most], axis=0))
         given = redistributed(sites, shares)
         chosen = tuple(site for site in given if site.rank)
         return chosen, {
             site.path: {
                 "A": a_form(components[site.path][:, :, : site.rank], site),
-                "B": b_form(jnp.zeros((sizes(site)[0], site.rank, sizes(site)[2])), site),
+                "B": b_form(jnp.zeros((sizes(site)[0], site.rank, sizes(site)[2]), jnp.float32), site),
             }
             for site in chosen
         }
