@@ -242,8 +242,8 @@ def _observed_backward(spec: Spec, every_row: bool, residuals: Any, g: jax.Array
             z = z if every_row else jnp.where(matters, z, 0)
             inner = contract(z, spec.x, one, spec.v, (*rows, *flat), lax.Precision.HIGHEST)  # its input axes as one
             squares += _contract_into(total, spec.u, z, spec.x, inner, (*rows, *flat), lax.Precision.HIGHEST)
-        dx = probe(x.shape) * (1 + 1j) if is_complex(x.dtype) else probe(x.shape)
-        return squares, jnp.where(matters, dx, 0)
+        dx = jnp.where(matters, probe(x.shape), 0)
+        return squares, lax.complex(dx, dx) if is_complex(x.dtype) else dx
 
     place = lambda _: (spec_of(total), spec_of(x))
     squares, dx = on_auto_axes(of_rows, x, total, one, g, place=place)
