@@ -85,8 +85,9 @@ def load(
 
     Raises:
       FileNotFoundError: if there is no such checkpoint, or it lacks files.
-      ValueError: for an architecture, a head or a setting that is not supported; a damaged file; and keys that are
-        missing, unexpected or misshaped: all of them in one error.
+      ValueError: for an architecture, a head or a setting that is not supported; a number in config.json that cannot
+        be, or more layers than there are tensors of; a damaged file, or one that is no regular file of the folder (the
+        hub's own links are followed); and keys that are missing, unexpected or misshaped: all of them in one error.
       TypeError: for an option that the model's config does not have.
 
     Example:

@@ -123,11 +123,15 @@ def _header(file: Path) -> dict[str, Tensor]:
 def _check_header(file: Path) -> None:
     """Raises for what the safetensors library takes: whatever can be opened, a long header, a key twice, 1000 axes."""
     damaged = f"'{file}' is damaged or no safetensors file: its header "
-    with reading.regular(file).open("rb") as content:
-        length = int.from_bytes(content.read(8), "little")
-        if length > LARGEST_HEADER:
-            raise ValueError(f"{damaged}is of {length} bytes, more than the {LARGEST_HEADER} that are read")
-        header = content.read(length)
+    target = reading.regular(file)
+    try:
+        with target.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            header = content.read(min(length, LARGEST_HEADER))
+    except OSError as error:
+        raise ValueError(f"'{file}' cannot be read: {error}") from error
+    if length > LARGEST_HEADER:
+        raise ValueError(f"{damaged}is of {length} bytes, more than the {LARGEST_HEADER} that are read")
     try:
         entries = reading.parsed(header.decode("utf-8")) if len(header) == length > 0 else {}
     except UnicodeDecodeError as error:
