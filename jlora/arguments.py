@@ -1,5 +1,6 @@
 """The arguments of a compiled training step, on the devices where they belong."""
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -67,6 +68,18 @@ class Arguments(NamedTuple):
     batch: PyTree
     skeleton: Skeleton
     loss: jax.Array
+
+
+def mesh_of(*trees: PyTree) -> contextlib.AbstractContextManager[Any]:
+    """The context of the mesh with Explicit axes that the types of arrays name, as `jax.set_mesh` makes it.
+
+    Without one JAX 0.12 forgets where tangents lie, at every jit and scan of a loss, so that their transposes raise.
+    """
+    shardings = (jax.typeof(x).sharding for x in jax.tree.leaves(trees))
+    mesh = next((s.mesh for s in shardings if not s.mesh.empty and s.mesh.explicit_axes), None)
+    if mesh is None or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _split(state: State) -> tuple[Carry, Kept, Skeleton]:

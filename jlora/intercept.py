@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
 from flax.core.meta import AxisMetadata
@@ -151,6 +152,14 @@ def _owned(adapter: Any, owner: Any) -> Adapter | None:
 def bound_arguments(context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
     """The arguments of an intercepted call by name."""
     return inspect.signature(context.orig_method).bind(*args, **kwargs)
+
+
+def joined(first: jax.Array, second: jax.Array, axis: int) -> jax.Array:
+    """`jnp.concatenate` of two arrays, the first of which comes to where the second's type says that it lies."""
+    mine, theirs = (jax.typeof(x).sharding for x in (first, second))
+    if mine.spec != theirs.spec:  # on a mesh of Explicit axes alone; elsewhere no type says anything
+        first = jax.sharding.reshard(first, theirs)
+    return jnp.concatenate([first, second], axis=axis)
 
 
 def stacked(shape: Sequence[int], site: Site) -> tuple[int, ...]:

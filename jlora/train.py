@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 
 from jlora import tree
 from jlora.adapt import Adapted
-from jlora.arguments import AXIS, Arguments, Carry, Skeleton, jit_arguments, pmap_arguments
+from jlora.arguments import AXIS, Arguments, Carry, Skeleton, jit_arguments, mesh_of, pmap_arguments
 from jlora.objective import Loss, Metrics, Parts, Shape, objective, value, value_and_gradient
 from jlora.optim import Optimizer, of_method, optimizer, transformation
 
@@ -207,7 +207,8 @@ def train_step(
     losses = objective(loss_fn, shape), objective(loss_fn, shape, forward_mode=True)
 
     def program(carry: Carry, kept: Any, key: jax.Array, batch: PyTree, skeleton: Skeleton, loss: jax.Array) -> Any:
-        return _program(losses, tx, parts, nonfinite, Arguments(carry, kept, key, batch, skeleton, loss))
+        with mesh_of(carry, kept, batch):
+            return _program(losses, tx, parts, nonfinite, Arguments(carry, kept, key, batch, skeleton, loss))
 
     if parallel == "jit":
         return Step(tx, functools.partial(jit_arguments, accumulate), program, _jit(program, donate))

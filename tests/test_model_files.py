@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from experiments.bench.load import measured
@@ -234,9 +234,10 @@ def test_dtypes(folder, scan):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), pretrained.params, whole)
 
 
+@pytest.mark.parametrize("axes", [None, AxisType.Auto], ids=["explicit", "auto"])
 @pytest.mark.parametrize("scan", [False, True])
-def test_each_device_is_given_its_own_slices(folder, scan, monkeypatch):
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
+def test_each_device_is_given_its_own_slices(folder, scan, axes, monkeypatch):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), **({"axis_types": (axes, axes)} if axes else {}))
     read: dict[str, list[int]] = {}
     original = files.read_into
 
@@ -265,7 +266,7 @@ def test_each_device_is_given_its_own_slices(folder, scan, monkeypatch):
 
 
 def test_a_new_head_is_placed_too(folder):
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    mesh = jax.make_mesh((2,), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
     params = models.load(folder, head="token_classification", sharding=replicated).params
     assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {replicated}

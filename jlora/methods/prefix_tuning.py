@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.intercept import Adapter, Interceptor, adapters_below, bound_arguments, check_cut, of_calls, stacked
+from jlora.intercept import Adapter, Interceptor, adapters_below, bound_arguments, check_cut, joined, of_calls, stacked
 from jlora.marks import mark
 from jlora.methods.lora import as_it_is
 from jlora.methods.method import SHARED, Activation, Arrays, Config, Factors, Method, check_number, check_rank
@@ -242,7 +242,7 @@ def _lengthened(adapter: Adapter, made: jax.Array, module: nn.Module) -> jax.Arr
     with mark(site.path, "prefix_tuning", prefix.shape[0], flops, type(module).__name__, adapter.tree):
         prefix = prefix.reshape(prefix.shape[0], *made.shape[-2:])  # (length, heads, width)
         wide = jnp.broadcast_to(prefix, (*made.shape[:-3], *prefix.shape))
-        return jnp.concatenate([wide, made], axis=-3)
+        return joined(wide, made, axis=-3)
 
 
 def _widened(mask: jax.Array, keys: int, length: int) -> jax.Array:
@@ -250,4 +250,4 @@ def _widened(mask: jax.Array, keys: int, length: int) -> jax.Array:
     if mask.shape[-1] != keys:
         return mask
     seen = jnp.ones((*mask.shape[:-1], length), mask.dtype)
-    return jnp.concatenate([seen, mask], axis=-1)
+    return joined(seen, mask, axis=-1)

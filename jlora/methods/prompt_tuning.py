@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.intercept import Adapter, Interceptor, adapter_of, adapters_within, bound_arguments, check_cut
+from jlora.intercept import Adapter, Interceptor, adapter_of, adapters_within, bound_arguments, check_cut, joined
 from jlora.marks import mark
 from jlora.methods.lora import as_it_is
 from jlora.methods.method import Activation, Arrays, Config, Factors, Method, check_rank
@@ -28,7 +28,9 @@ def prompt_tuning(length: int, *, tokens: Sequence[int] | None = None) -> Method
 
     The model is called with `length` tokens more, whose embeddings are P; what it returns for them is cut off again, so
     that a loss written for the tokens alone stays as it is. Masks (batch, length), positions and types of tokens that
-    the model takes beside its tokens are lengthened along. `merge` refuses: there are no weights of this function.
+    the model takes beside its tokens are lengthened along. With a decoder's cache (`jlora.models`) the first call,
+    whose cache is empty, writes the prompt into slots that it adds; later ones go on behind it. `merge` refuses: there
+    are no weights of this function.
 
     Args:
       length: of the prompt, in tokens; length * width parameters.
@@ -100,6 +102,7 @@ def intercept(method: Method) -> Interceptor:
     """Lengthens the tokens of the model's call, puts the prompt in their place, and cuts the results."""
     inside: list[int] = []  # the lengths of the prompted sequences: not empty while the model runs
     looked_up: list[str] = []
+    tables: list[int] = []  # whose calls are running
 
     def act(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         module = context.module
@@ -107,13 +110,32 @@ def intercept(method: Method) -> Interceptor:
             return proceed(*args, **kwargs)
         if inside:
             adapter = adapter_of(module, method) if context.method_name == "__call__" else None
-            out = proceed(*args, **kwargs)
-            return out if adapter is None or not inside[-1] else _prompted(adapter, out, inside[-1], looked_up)
+            if adapter is None or not inside[-1] or tables[-1:] == [id(module)]:  # the last: by super() in its own call
+                return proceed(*args, **kwargs)
+            tables.append(id(module))
+            try:
+                out = proceed(*args, **kwargs)
+            finally:
+                tables.pop()
+            return _prompted(adapter, out, inside[-1], looked_up)
         adapters = [] if module.path else adapters_within(module.variables.get("params", {}), method)
         if not adapters:
             return proceed(*args, **kwargs)
         length = check_cut(adapters[0], "prompt", 2).shape[0]
-        bound, tokens = _lengthened(method.name, bound_arguments(context, args, kwargs), length)
+        if module.variables.get("cache"):
+            raise ValueError(
+                f"{method.name}: {type(module).__name__} keeps what it has read in a collection of variables, 'cache', "
+                "which has no place for a prompt; call it with whole sequences"
+            )
+        bound = bound_arguments(context, args, kwargs)
+        cache = _cache(bound)
+        if cache is not None and not _is_empty(cache):
+            inside.append(0)
+            try:
+                return _continued(adapters[0], bound, cache, length, proceed)
+            finally:
+                inside.pop()
+        bound, tokens = _lengthened(method.name, bound, length)
         inside.append(0)  # the same interceptor sees the call that only tells shapes, and leaves it alone
         try:
             plain = _plain_shapes(context, args, kwargs)
@@ -125,9 +147,59 @@ def intercept(method: Method) -> Interceptor:
             table = adapters[0].site.path
             raise ValueError(f"{method.name}: {type(module).__name__} does not look its tokens up in {table!r}")
         looked_up.clear()
-        return jax.tree.map(lambda x, shape: _cut(method.name, x, shape, length), out, plain)
+        return jax.tree.map(lambda x, shape: _cut(method.name, x, shape, length), out, plain, is_leaf=_is_cache)
 
     return act
+
+
+def _is_cache(x: Any) -> bool:
+    """Whether it is a decoder's cache of what it has read: it has `used`, `virtual` and `with_prompt(length)`."""
+    return hasattr(x, "with_prompt")
+
+
+def _cache(bound: Any) -> Any:
+    """The cache among the arguments, or None."""
+    return next(filter(_is_cache, _flat(bound).values()), None)
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether a call is the first with its cache: the prompt is written then, and stays in it.
+
+    Under jit an empty cache is known to be one where it was made in the same program. What is not known is checked by
+    `_continued`.
+    """
+    try:
+        return int(cache.used) == 0
+    except jax.errors.ConcretizationTypeError:
+        return False
+
+
+def _continued(adapter: Adapter, bound: Any, cache: Any, length: int, proceed: Callable[..., Any]) -> Any:
+    """A call that goes on with a cache that has the prompt: positions count it, and nothing is lengthened.
+
+    Raises:
+      ValueError: if it does not have the prompt. Under jit the results are NaN instead.
+    """
+    name = adapter.owner.name
+    try:
+        prompted = int(cache.virtual) == length  # a number first: within a trace every operation is traced
+    except jax.errors.ConcretizationTypeError:
+        prompted = True
+    if not prompted:
+        raise ValueError(
+            f"{name}: the cache has tokens, {int(cache.used)}, and not the prompt of {length} before them: begin with "
+            "an empty cache"
+        )
+    positions = [n for n, x in _flat(bound).items() if n in POSITIONS and hasattr(x, "dtype")]
+    if not positions:
+        raise ValueError(f"{name}: a call with a cache needs the positions of its tokens: {' or '.join(POSITIONS)}")
+    with mark(adapter.site.path, name, length, 0, "Embed"):
+        _replace(bound, {n: _flat(bound)[n] + jnp.asarray(length, _flat(bound)[n].dtype) for n in positions})
+    has_prompt = lambda x: jnp.where(cache.virtual == length, x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    out = proceed(*bound.args, **bound.kwargs)
+    return jax.tree.map(
+        lambda x: x if _is_cache(x) or not hasattr(x, "dtype") else has_prompt(x), out, is_leaf=_is_cache
+    )
 
 
 def _plain_shapes(context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,7 +232,7 @@ def _prompted(adapter: Adapter, out: jax.Array, whole: int, looked_up: list[str]
     looked_up.append(adapter.site.path)
     with mark(adapter.site.path, name, prompt.shape[0], 0, "Embed", adapter.tree):
         wide = jnp.broadcast_to(prompt, (out.shape[0], *prompt.shape))
-        return jnp.concatenate([wide, out[:, prompt.shape[0] :]], axis=1)
+        return joined(wide, out[:, prompt.shape[0] :], axis=1)
 
 
 def _lengthened(name: str, bound: Any, length: int) -> tuple[Any, int]:
@@ -186,14 +258,20 @@ def _lengthened(name: str, bound: Any, length: int) -> tuple[Any, int]:
         if n in POSITIONS:
             start = jnp.broadcast_to(jnp.arange(length, dtype=x.dtype)[None], (batch, length))
             x = x + jnp.asarray(length, x.dtype)
-        longer[n] = jnp.concatenate([start, x], axis=1)
+        longer[n] = joined(start, x, axis=1)
+    longer |= {n: x.with_prompt(length) for n, x in _flat(bound).items() if _is_cache(x)}
+    _replace(bound, longer)
+    return bound, size
+
+
+def _replace(bound: Any, new: dict[str, Any]) -> None:
+    """Puts other values in the place of arguments, those under **kwargs too."""
     for n, value in bound.arguments.items():
         if isinstance(value, Mapping):  # a copy: the caller's batch stays as it is
             copy: Any = type(value)
-            bound.arguments[n] = copy({**value, **{k: x for k, x in longer.items() if k in value}})
-        elif n in longer:
-            bound.arguments[n] = longer[n]
-    return bound, size
+            bound.arguments[n] = copy({**value, **{k: x for k, x in new.items() if k in value}})
+        elif n in new:
+            bound.arguments[n] = new[n]
 
 
 def _flat(bound: Any) -> dict[str, Any]:
@@ -206,6 +284,8 @@ def _flat(bound: Any) -> dict[str, Any]:
 
 def _cut(name: str, x: Any, plain: Any, length: int) -> Any:
     """A result without what was returned for the prompt: along every axis that is longer by its length."""
+    if _is_cache(x):
+        return x
     if not hasattr(x, "shape"):
         return plain
     if x.ndim != plain.ndim or any(m not in (p, p + length) for m, p in zip(x.shape, plain.shape, strict=False)):

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.models.cache import Cache, positions_of, taken
-from jlora.models.generate import Apply, Decoder, Prompt, checked, ends, is_end
+from jlora.models.cache import Cache, taken
+from jlora.models.generate import NO_TOKEN, Apply, Decoder, Prompt, check_numbers, checked, ends, is_end, read
+from jlora.models.placed import on_auto_axes, rows_of
 from jlora.models.sampling import check_ngram, without_repeats
 
 NEVER = -1e9  # a score that no text has
@@ -71,6 +72,7 @@ def beam_search(
         better at its present length; "never" at no length up to `new_tokens`.
 
     Raises:
+      FloatingPointError: as `generate`. Under jit such texts have -1 in place of new tokens, and scores of NaN.
       ValueError: as `generate`; or for fewer than one beam, or more texts returned than there are beams.
 
     Source: the order of events is that of Hugging Face's `generate`, so that scores can be compared: of the 2 * beams
@@ -85,7 +87,9 @@ def beam_search(
     told = Search(
         beams, returned, new_tokens, length_penalty, no_repeat_ngram, of_prompt, early_stopping, ends(eos), pad
     )
-    return search(Decoder(model, model.apply if apply is None else apply), told, params, prompt)
+    found, broken = search(Decoder(model, model.apply if apply is None else apply), told, params, prompt)
+    check_numbers(broken, prompt, new_tokens)
+    return found
 
 
 class _State(NamedTuple):
@@ -97,19 +101,25 @@ class _State(NamedTuple):
     has_ended: jax.Array  # (batch, beams): whether there is such a text
     improvable: jax.Array  # (batch, 1): what goes on may become better than what has ended
     stuck: jax.Array  # (): all continuations have ended
+    broken: jax.Array  # (batch,), int32: the first new token whose logits are NaN; new_tokens for none
     log_probs: jax.Array  # (batch * beams, vocab_size): of the next token
     cache: Cache
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> Beams:
-    """The program of `beam_search`."""
+def search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> tuple[Beams, jax.Array]:
+    """The program of `beam_search`: the texts, and of each prompt the first new token whose logits are NaN."""
+    rows = rows_of(prompt.tokens)
+    tokens, scores, broken = on_auto_axes(partial(_search, decoder, told), rows, rows, ())(params, prompt)
+    return Beams(tokens, scores), broken
+
+
+def _search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch, length = prompt.tokens.shape
     beams, slots = told.beams, length + told.new_tokens
     stacked: bool = decoder.model.config.scan
     real = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), beams)  # (batch * beams,)
-    cache: Cache = decoder.model.empty_cache(batch, slots)
-    logits, cache = decoder(params, prompt.tokens, prompt.mask, positions_of(prompt.mask), cache)
+    logits, cache = read(decoder, params, prompt, told.new_tokens)
     cache = taken(cache, jnp.repeat(jnp.arange(batch), beams), stacked=stacked)
     texts = jnp.pad(prompt.tokens, ((0, 0), (0, told.new_tokens)), constant_values=told.pad)
     texts = jnp.repeat(texts[:, None], beams, axis=1)  # (batch, beams, slots)
@@ -121,6 +131,7 @@ def search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> Beams
 
     def advance(state: _State) -> _State:
         used = length + state.step
+        nan = jnp.any(jnp.isnan(state.log_probs).reshape(batch, -1), axis=1) & state.improvable[:, 0]  # (batch,)
         flat = state.running.reshape(batch * beams, slots)
         seen, count = (flat, used) if told.of_prompt else (flat[:, length:], state.step)
         log_probs = without_repeats(state.log_probs, seen, count, told.no_repeat_ngram)
@@ -140,10 +151,11 @@ def search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> Beams
             (real + state.step)[:, None],
             taken(state.cache, rows.reshape(-1), stacked=stacked),
         )
-        improvable = state.improvable & _improvable(running_scores, ended_scores, has_ended, state.step + 1, told)
+        improvable = state.improvable & ~nan[:, None]
+        improvable &= _improvable(running_scores, ended_scores, has_ended, state.step + 1, told)
         return _State(
             state.step + 1, running, running_scores, ended, ended_scores, has_ended, improvable, jnp.all(end),
-            jax.nn.log_softmax(logits), cache,
+            jnp.where(nan, state.step, state.broken), jax.nn.log_softmax(logits), cache,
         )  # fmt: skip
 
     first = jax.nn.log_softmax(jnp.repeat(logits, beams, axis=0))
@@ -156,11 +168,15 @@ def search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> Beams
         has_ended=jnp.zeros((batch, beams), bool),
         improvable=jnp.ones((batch, 1), bool),
         stuck=jnp.zeros((), bool),
+        broken=jnp.full((batch,), told.new_tokens, jnp.int32),
         log_probs=first,
         cache=cache,
     )
     last = jax.lax.while_loop(going, advance, start)
-    return Beams(last.ended[:, : told.returned], last.ended_scores[:, : told.returned])
+    broken = (last.broken < told.new_tokens)[:, None]  # (batch, 1)
+    tokens = jnp.where(broken[:, :, None] & (jnp.arange(slots) >= length)[None, None], NO_TOKEN, last.ended)
+    scores = jnp.where(broken, jnp.nan, last.ended_scores)
+    return tokens[:, : told.returned], scores[:, : told.returned], last.broken
 
 
 def _continuations(

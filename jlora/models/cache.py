@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jlora.models.placed import beside
 
 
 class KeyValue(NamedTuple):
@@ -20,12 +23,21 @@ class Cache(NamedTuple):
     Attributes:
       layers: a `KeyValue` for each layer, or one stacked on axis 0 where the layers are scanned.
       real: (batch, slots), bool: the slot holds a token that is no padding.
-      used: (), int32: the slots that are taken, the same in all rows.
+      used: (), int32: the slots that are taken, the same in all rows. Of an empty cache a NumPy scalar, so that a call
+        under jit knows while it is traced that it is the first one.
+      virtual: (), int32: the slots before those of the first token, of trained vectors that are no tokens.
     """
 
     layers: Any
     real: jax.Array
-    used: jax.Array
+    used: jax.Array | np.ndarray
+    virtual: jax.Array | np.ndarray = np.zeros((), np.int32)
+
+    def with_prompt(self, length: int) -> "Cache":
+        """An empty cache with as many slots more, for a trained prompt that the first call writes before its tokens."""
+        longer = lambda x: jnp.pad(x, [(0, length if axis == x.ndim - 3 else 0) for axis in range(x.ndim)])
+        real = jnp.pad(self.real, ((0, 0), (0, length)))
+        return Cache(jax.tree.map(longer, self.layers), real, self.used, np.asarray(length, np.int32))
 
 
 class Context(NamedTuple):
@@ -37,7 +49,7 @@ class Context(NamedTuple):
     """
 
     mask: jax.Array | None
-    start: jax.Array | None
+    start: jax.Array | np.ndarray | None
 
 
 def empty(*, batch: int, slots: int, layers: int, heads: int, width: int, dtype: Any, stacked: bool) -> Cache:
@@ -56,7 +68,7 @@ def empty(*, batch: int, slots: int, layers: int, heads: int, width: int, dtype:
     return Cache(
         one(layers) if stacked else tuple(one() for _ in range(layers)),
         jnp.zeros((batch, slots), bool),
-        jnp.zeros((), jnp.int32),
+        np.zeros((), np.int32),
     )
 
 
@@ -73,16 +85,16 @@ def opened(cache: Cache | None, mask: jax.Array | None, tokens: jax.Array) -> tu
         return Context(None if mask is None else seen_by(mask), None), None
     length, slots = tokens.shape[1], cache.real.shape[1]
     try:
-        full = bool(cache.used + length > slots)
-    except jax.errors.TracerBoolConversionError:  # under jit the outputs tell, see `within`
+        full = int(cache.used) + length > slots  # a number first: within a trace every operation is traced
+    except jax.errors.ConcretizationTypeError:  # under jit the outputs tell, see `within`
         full = False
     if full:
         raise ValueError(f"the cache has {slots} slots, {int(cache.used)} of them taken: no room for {length} tokens")
-    new = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-    real = jax.lax.dynamic_update_slice(cache.real, new, (0, cache.used))
+    new = jnp.ones_like(tokens, bool) if mask is None else mask.astype(bool)
+    real = jax.lax.dynamic_update_slice(beside(cache.real, new), new, (0, cache.used))
     order = cache.used + jnp.arange(length)[:, None] >= jnp.arange(slots)[None]  # (length, slots)
     seen = real[:, None, None, :] & order[None, None]
-    return Context(seen, cache.used), Cache(cache.layers, real, cache.used + length)
+    return Context(seen, cache.used), cache._replace(real=real, used=cache.used + length)
 
 
 def within(cache: Cache, out: jax.Array) -> jax.Array:
@@ -101,14 +113,14 @@ def positions_of(mask: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def write(layer: KeyValue | None, start: jax.Array | None, key: jax.Array, value: jax.Array) -> KeyValue:
+def write(layer: KeyValue | None, start: jax.Array | np.ndarray | None, key: jax.Array, value: jax.Array) -> KeyValue:
     """The keys and values to attend to: these, or all of the layer's slots with these written from `start` on."""
     if layer is None or start is None:
         return KeyValue(key, value)
-    at: Sequence[jax.Array | int] = (0, start, 0, 0)
+    at: Sequence[Any] = (0, start, 0, 0)
     return KeyValue(
         *(
-            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+            jax.lax.dynamic_update_slice(beside(old, new), new.astype(old.dtype), at)
             for old, new in zip(layer, (key, value), strict=True)
         )
     )
@@ -118,7 +130,7 @@ def taken(cache: Cache, rows: jax.Array, *, stacked: bool) -> Cache:
     """The cache of other rows, such as those that survive in a beam search: rows (batch,), int32."""
     axis = 1 if stacked else 0
     layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), cache.layers)
-    return Cache(layers, jnp.take(cache.real, rows, axis=0), cache.used)
+    return cache._replace(layers=layers, real=jnp.take(cache.real, rows, axis=0))
 
 
 def windowed(context: Context, window: int, length: int) -> Any:

@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jlora.models.cache import Cache, positions_of
+from jlora.models.placed import on_auto_axes, rows_of
 from jlora.models.sampling import Sampling, chosen, without_repeats
 
 Apply = Callable[..., Any]
 GREEDY = Sampling()
+NO_TOKEN = -1  # in a text whose logits are NaN
 
 
 class Prompt(NamedTuple):
@@ -64,11 +67,14 @@ def generate(
       apply: how the model is called. Keep the lifted function: a new one compiles anew.
 
     Returns:
-      (batch, length + new_tokens), int32: the prompts and what follows them.
+      (batch, length + new_tokens), int32: the prompts and what follows them. On a mesh of Explicit axes the texts
+      lie as the prompts do, and the compiler decides about the rest.
 
     Raises:
-      ValueError: if prompt and new tokens are longer than the model's context, a prompt is empty or padded on the
-        right, the head makes no tokens, or a temperature is given without a key.
+      ValueError: if prompt and new tokens, with the trained ones of prompt tuning, are longer than the model's context,
+        a prompt is empty or padded on the right, the head makes no tokens, or a temperature is given without a key.
+      FloatingPointError: if logits are NaN, with the text and the position. Where `generate` is itself under jit, the
+        text has -1, which is no token, from there on.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -87,7 +93,24 @@ def generate(
     prompt = checked(model, tokens, mask, new_tokens)
     key = jax.random.key(0) if key is None else key
     decoder = Decoder(model, model.apply if apply is None else apply)
-    return sample(decoder, new_tokens, sampling, ends(eos), pad, params, prompt, key)
+    texts, broken = sample(decoder, new_tokens, sampling, ends(eos), pad, params, prompt, key)
+    check_numbers(broken, prompt, new_tokens)
+    return texts
+
+
+def check_numbers(broken: jax.Array, prompt: Prompt, new_tokens: int) -> None:
+    """Raises a FloatingPointError if the logits of a text were NaN: broken (batch,), the first such new token."""
+    try:
+        steps = np.asarray(jax.device_get(broken))
+    except jax.errors.TracerArrayConversionError:  # under jit the texts say it
+        return
+    if (steps < new_tokens).any():
+        text = int((steps < new_tokens).argmax())
+        step, length = int(steps[text]), prompt.tokens.shape[1]
+        raise FloatingPointError(
+            f"text {text}: the logits of its new token {step}, at position {length + step}, are NaN, so that no token "
+            "can be chosen; the parameters or the model's dtype made them"
+        )
 
 
 def checked(model: nn.Module, tokens: jax.Array, mask: jax.Array | None, new_tokens: int) -> Prompt:
@@ -99,7 +122,7 @@ def checked(model: nn.Module, tokens: jax.Array, mask: jax.Array | None, new_tok
     length = tokens.shape[1]
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
-    longest = getattr(config, "longest", config.context)
+    longest = longest_of(model)
     if length + new_tokens > longest:
         raise ValueError(
             f"{length} tokens of the prompt and {new_tokens} new ones are more than the model's context, {longest}"
@@ -119,6 +142,13 @@ def checked(model: nn.Module, tokens: jax.Array, mask: jax.Array | None, new_tok
     return Prompt(tokens.astype(jnp.int32), mask.astype(bool))
 
 
+def longest_of(model: nn.Module) -> int:
+    """The longest sequence, in tokens, that a decoder takes."""
+    config: Any = getattr(model, "config", None)
+    longest: int = getattr(config, "longest", config.context)
+    return longest
+
+
 def ends(eos: int | tuple[int, ...] | None) -> tuple[int, ...]:
     """The tokens that end a text."""
     return () if eos is None else tuple(map(int, eos)) if isinstance(eos, tuple | list) else (int(eos),)
@@ -129,11 +159,31 @@ def is_end(tokens: jax.Array, eos: tuple[int, ...]) -> jax.Array:
     return jnp.isin(tokens, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros(tokens.shape, bool)
 
 
+def read(decoder: Decoder, params: Any, prompt: Prompt, new_tokens: int) -> tuple[jax.Array, Cache]:
+    """The logits that follow the prompts, (batch, vocab_size), and a cache of them with slots for the new tokens.
+
+    Raises:
+      ValueError: if these, and the trained tokens that the adapter puts before them, are more than the model's context.
+    """
+    batch, length = prompt.tokens.shape
+    model: Any = decoder.model
+    empty: Cache = model.empty_cache(batch, length + new_tokens)
+    logits, cache = decoder(params, prompt.tokens, prompt.mask, positions_of(prompt.mask), empty)
+    slots, longest = cache.real.shape[1], longest_of(model)
+    if slots > longest:
+        raise ValueError(
+            f"{slots - length - new_tokens} trained tokens, {length} tokens of the prompt and {new_tokens} new ones "
+            f"are more than the model's context, {longest}"
+        )
+    return logits, cache
+
+
 class _State(NamedTuple):
     step: jax.Array  # new tokens so far
     tokens: jax.Array  # (batch, slots)
     logits: jax.Array  # (batch, vocab_size): of the next one
     done: jax.Array  # (batch,)
+    broken: jax.Array  # (batch,), int32: the first new token whose logits are NaN; new_tokens for none
     cache: Cache
 
 
@@ -147,12 +197,25 @@ def sample(
     params: Any,
     prompt: Prompt,
     key: jax.Array,
-) -> jax.Array:
-    """The program of `generate`."""
+) -> tuple[jax.Array, jax.Array]:
+    """The program of `generate`: the texts, and for each its first new token whose logits are NaN, or new_tokens."""
+    program = partial(_sample, decoder, new_tokens, sampling, eos, pad)
+    return on_auto_axes(program, rows_of(prompt.tokens), ())(params, prompt, key)
+
+
+def _sample(
+    decoder: Decoder,
+    new_tokens: int,
+    sampling: Sampling,
+    eos: tuple[int, ...],
+    pad: int,
+    params: Any,
+    prompt: Prompt,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     batch, length = prompt.tokens.shape
     real = jnp.sum(prompt.mask, axis=1, dtype=jnp.int32)  # (batch,)
-    cache: Cache = decoder.model.empty_cache(batch, length + new_tokens)
-    logits, cache = decoder(params, prompt.tokens, prompt.mask, positions_of(prompt.mask), cache)
+    logits, cache = read(decoder, params, prompt, new_tokens)
     slots = jnp.pad(prompt.tokens, ((0, 0), (0, new_tokens)), constant_values=pad)
 
     def going(state: _State) -> jax.Array:
@@ -162,11 +225,17 @@ def sample(
         used = length + state.step
         logits = without_repeats(state.logits, state.tokens, used, sampling.no_repeat_ngram)
         new = chosen(logits, sampling, jax.random.fold_in(key, state.step))
-        new = jnp.where(state.done, pad, new)
+        nan = jnp.any(jnp.isnan(state.logits), axis=1) & ~state.done  # (batch,)
+        broken = jnp.where(nan, state.step, state.broken)
+        new = jnp.where(broken < new_tokens, NO_TOKEN, jnp.where(state.done, pad, new))
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, new[:, None], used, axis=1)
         positions = (real + state.step)[:, None]
         logits, cache = decoder(params, new[:, None], jnp.ones((batch, 1), bool), positions, state.cache)
-        return _State(state.step + 1, tokens, logits, state.done | is_end(new, eos), cache)
+        done = state.done | nan | is_end(new, eos)
+        return _State(state.step + 1, tokens, logits, done, broken, cache)
 
-    start = _State(jnp.zeros((), jnp.int32), slots, logits, jnp.zeros((batch,), bool), cache)
-    return jax.lax.while_loop(going, advance, start).tokens
+    done, broken = jnp.zeros((batch,), bool), jnp.full((batch,), new_tokens, jnp.int32)
+    start = _State(jnp.zeros((), jnp.int32), slots, logits, done, broken, cache)
+    last = jax.lax.while_loop(going, advance, start)
+    behind = (last.broken < new_tokens)[:, None] & (jnp.arange(length + new_tokens) >= length + last.step)[None]
+    return jnp.where(behind, NO_TOKEN, last.tokens), last.broken

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.models import fields
+from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
@@ -141,8 +141,8 @@ class Block(nn.Module):
     def __call__(self, h: jax.Array, each: None, mask: jax.Array | None) -> tuple[jax.Array, None]:
         c = self.config
         queries = h[:, : self.answers]
-        h = norm(c, "ln_1")(queries + Attention(c, self.deterministic, name="attn")(queries, h, mask))
-        h = norm(c, "ln_2")(h + MLP(c, self.deterministic, name="mlp")(h))
+        h = norm(c, "ln_1")(placed.added(queries, Attention(c, self.deterministic, name="attn")(queries, h, mask)))
+        h = norm(c, "ln_2")(placed.added(h, MLP(c, self.deterministic, name="mlp")(h)))
         return h, each
 
 
@@ -162,7 +162,7 @@ class Attention(nn.Module):
     def __call__(self, queries: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         c = self.config
         q, k, v = (
-            dense(c, c.width, name)(of).reshape(*of.shape[:2], c.heads, -1)  # (batch, length, heads, width / heads)
+            placed.in_heads(dense(c, c.width, name)(of), c.heads)  # (batch, length, heads, width / heads)
             for name, of in (("query", queries), ("key", x), ("value", x))
         )
         attend = DotProductAttention(dropout=c.dropout, deterministic=self.deterministic, name="core")
@@ -191,11 +191,11 @@ class MaskedLM(nn.Module):
     nonlinearity: str
 
     @nn.compact
-    def __call__(self, h: jax.Array, wte: nn.Embed) -> jax.Array:
+    def __call__(self, h: jax.Array, wte: placed.Embed) -> jax.Array:
         c = self.config
         h = NONLINEARITIES[self.nonlinearity](dense(c, c.width, "dense")(h))
         h = wte.attend(norm(c, "ln")(h))  # (batch, length, vocab_size)
-        bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,), c.param_dtype)
+        bias = placed.whole(self.param("bias", nn.initializers.zeros, (c.vocab_size,), c.param_dtype))
         return h + bias.astype(h.dtype)[None, None]
 
 
@@ -203,7 +203,7 @@ class MaskedLM(nn.Module):
 
 
 def embedded(
-    config: BertConfig, wte: nn.Embed, tokens: jax.Array, types: jax.Array | None, places: jax.Array
+    config: BertConfig, wte: placed.Embed, tokens: jax.Array, types: jax.Array | None, places: jax.Array
 ) -> jax.Array:
     """The sum of the embeddings of tokens, types and places, (batch, length, width)."""
     length = tokens.shape[1]
@@ -231,18 +231,18 @@ def pooled(config: BertConfig, h: jax.Array) -> jax.Array:
     return jnp.tanh(dense(config, config.width, "pooler")(h[:, 0]))
 
 
-def embed(config: BertConfig, rows: int, name: str) -> nn.Embed:
+def embed(config: BertConfig, rows: int, name: str) -> placed.Embed:
     """A table of vectors."""
     init = nn.initializers.normal(0.02)
-    return nn.Embed(rows, config.width, config.dtype, config.param_dtype, embedding_init=init, name=name)
+    return placed.Embed(rows, config.width, config.dtype, config.param_dtype, embedding_init=init, name=name)
 
 
-def norm(config: BertConfig, name: str) -> nn.LayerNorm:
+def norm(config: BertConfig, name: str) -> placed.LayerNorm:
     """Over the features."""
-    return nn.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+    return placed.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
-def dense(config: BertConfig, features: int, name: str) -> nn.Dense:
+def dense(config: BertConfig, features: int, name: str) -> placed.Dense:
     """A linear layer with a bias."""
     init = nn.initializers.normal(0.02)
-    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
+    return placed.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.models import fields
+from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
@@ -213,7 +213,7 @@ class CLIP(nn.Module):
         pictures = vision(images, deterministic=deterministic)["out"]
         texts, pictures = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (texts, pictures))
         factor = self.param("logit_scale", nn.initializers.constant(c.temperature), (), c.param_dtype)
-        logits = jnp.exp(factor.astype(jnp.float32)) * (pictures @ texts.T)  # (images, texts)
+        logits = jnp.exp(factor.astype(jnp.float32)) * placed.matmul(pictures, texts.T)  # (images, texts)
         return {"out": logits, "text_embeds": texts, "image_embeds": pictures}
 
 
@@ -252,7 +252,7 @@ class CLIPText(nn.Module):
         h, _ = stack(Block, c, h, None, seen, deterministic=deterministic)
         h = _norm(c, "ln_f")(h)
         ends = tokens if c.end == LARGEST else (tokens == c.end).astype(jnp.int32)
-        pooled = jnp.take_along_axis(h, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]  # (batch, width)
+        pooled = placed.taken(h, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]  # (batch, width)
         return _outputs(c, h, pooled)
 
 
@@ -272,15 +272,13 @@ class CLIPVision(nn.Module):
         if images.shape[1:] != expected:
             raise ValueError(f"the images are {images.shape[1:]}, the model's are {expected} (height, width, channels)")
         side, init = (c.patch_size, c.patch_size), nn.initializers.normal(c.width**-0.5)
-        patch = nn.Conv(
+        patch = placed.Conv(
             c.width, side, side, "VALID", use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype,
             kernel_init=nn.initializers.normal(0.02), name="patch",
         )  # fmt: skip
         x = patch(images).reshape(len(images), -1, c.width)  # (batch, patches, width)
-        cls = self.param("cls", init, (c.width,), c.param_dtype).astype(x.dtype)
-        x = jnp.concatenate(
-            [jnp.broadcast_to(cls, (len(images), 1, c.width)), x], axis=1
-        )  # (batch, 1 + patches, width)
+        cls = placed.whole(self.param("cls", init, (c.width,), c.param_dtype)).astype(x.dtype)
+        x = placed.joined([jnp.broadcast_to(cls, (len(images), 1, c.width)), x], axis=1)  # (batch, 1 + patches, width)
         h = x + _embed(c, 1 + c.patches, c.width**-0.5, "wpe")(jnp.arange(1 + c.patches))[None]
         h, _ = stack(Block, c, _norm(c, "ln_e")(h), None, None, deterministic=deterministic)
         return _outputs(c, h, _norm(c, "ln_f")(h[:, 0]))
@@ -295,8 +293,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, each: None, seen: jax.Array | None) -> tuple[jax.Array, None]:
         c = self.config
-        h = h + Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h), seen)
-        h = h + MLP(c, name="mlp")(_norm(c, "ln_2")(h))
+        h = placed.added(h, Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h), seen))
+        h = placed.added(h, MLP(c, name="mlp")(_norm(c, "ln_2")(h)))
         return h, each
 
 
@@ -310,8 +308,7 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, seen: jax.Array | None) -> jax.Array:
         c = self.config
         q, k, v = (
-            _dense(c, c.width, c.width**-0.5, name)(x).reshape(*x.shape[:2], c.heads, -1)
-            for name in ("query", "key", "value")
+            placed.in_heads(_dense(c, c.width, c.width**-0.5, name)(x), c.heads) for name in ("query", "key", "value")
         )  # (batch, length, heads, width / heads)
         attend = DotProductAttention(causal=c.causal, dropout=c.dropout, deterministic=self.deterministic, name="core")
         return _dense(c, c.width, _residual(c), "out")(attend(q, k, v, seen).reshape(x.shape))
@@ -343,15 +340,15 @@ def _residual(c: Tower) -> float:
     return 1 / math.sqrt(2 * c.layers * c.width)
 
 
-def _embed(c: Tower, rows: int, std: float, name: str) -> nn.Embed:
+def _embed(c: Tower, rows: int, std: float, name: str) -> placed.Embed:
     init = nn.initializers.normal(std)
-    return nn.Embed(rows, c.width, c.dtype, c.param_dtype, embedding_init=init, name=name)
+    return placed.Embed(rows, c.width, c.dtype, c.param_dtype, embedding_init=init, name=name)
 
 
-def _norm(c: Tower, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(c.epsilon, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
+def _norm(c: Tower, name: str) -> placed.LayerNorm:
+    return placed.LayerNorm(c.epsilon, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
 
 
-def _dense(c: Tower, features: int, std: float, name: str, *, bias: bool = True) -> nn.Dense:
+def _dense(c: Tower, features: int, std: float, name: str, *, bias: bool = True) -> placed.Dense:
     init = nn.initializers.normal(std)
-    return nn.Dense(features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name=name)
+    return placed.Dense(features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name=name)

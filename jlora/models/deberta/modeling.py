@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.models import fields
+from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
 from jlora.models.deberta.relative import Rows, rows
@@ -219,11 +219,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, first: jax.Array | None, shared: Shared) -> tuple[jax.Array, jax.Array | None]:
         c = self.config
-        h = _norm(c, "ln_1")(h + Attention(c, self.deterministic, name="attn")(h, shared))
-        h = _norm(c, "ln_2")(h + MLP(c, self.deterministic, name="mlp")(h))
+        h = _norm(c, "ln_1")(placed.added(h, Attention(c, self.deterministic, name="attn")(h, shared)))
+        h = _norm(c, "ln_2")(placed.added(h, MLP(c, self.deterministic, name="mlp")(h)))
         if first is not None and shared.local is not None:
             out, scale, bias = shared.local
-            y = nn.LayerNorm(c.epsilon, dtype=c.dtype, use_scale=False, use_bias=False)(h + out)
+            y = placed.LayerNorm(c.epsilon, dtype=c.dtype, use_scale=False, use_bias=False)(h + out)
             h = jnp.where(first, y * scale[None, None] + bias[None, None], h)
         return h, first
 
@@ -246,17 +246,23 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, shared: Shared) -> jax.Array:
         c = self.config
         layers = {name: _dense(c, c.width, name) for name in ("query", "key", "value")}
-        q, k, v = (_heads(c, layer(x)) for layer in layers.values())  # (batch, length, heads, width / heads)
+        q, k, v = (
+            placed.in_heads(layer(x), c.heads) for layer in layers.values()
+        )  # (batch, length, heads, width / heads)
         places = nn.Dropout(c.dropout, deterministic=self.deterministic)(shared.places)  # (rows, width)
         scale = 1 / math.sqrt(c.width // c.heads * (1 + len(c.terms)))
         bias = jnp.zeros((), jnp.float32)
         if "c2p" in c.terms:
             layer = layers["key"] if c.shared else _dense(c, c.width, "pos_key")
-            products = _products("bihd,rhd->bhir", q, _heads(c, layer(places)))  # (batch, heads, length, rows)
+            products = _products(
+                "bihd,rhd->bhir", q, placed.in_heads(placed.clear(layer(places), x), c.heads)
+            )  # (batch, heads, length, rows)
             bias = bias + _taken(products, shared.pairs, 3)  # (batch, heads, length, length)
         if "p2c" in c.terms:
             layer = layers["query"] if c.shared else _dense(c, c.width, "pos_query")
-            products = _products("bjhd,rhd->bhrj", k, _heads(c, layer(places)))  # (batch, heads, rows, length)
+            products = _products(
+                "bjhd,rhd->bhrj", k, placed.in_heads(placed.clear(layer(places), x), c.heads)
+            )  # (batch, heads, rows, length)
             bias = bias + _taken(products, shared.pairs, 2)  # (batch, heads, length, length)
         attend = DotProductAttention(scale=scale, dropout=c.dropout, deterministic=self.deterministic, name="core")
         y = _dense(c, c.width, "out")(attend(q, k, v, shared.seen, scale * bias).reshape(x.shape))
@@ -287,7 +293,7 @@ class Convolution(nn.Module):
     def __call__(self, h: jax.Array) -> Local:
         c = self.config
         init = nn.initializers.normal(0.02)
-        conv = nn.Conv(
+        conv = placed.Conv(
             c.width, (c.convolution,), dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name="conv"
         )
         y = nn.Dropout(c.dropout, deterministic=self.deterministic)(conv(h))  # (batch, length, width)
@@ -305,7 +311,7 @@ class NormParameters(nn.Module):
         c = self.config
         scale = self.param("scale", nn.initializers.ones, (c.width,), c.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (c.width,), c.param_dtype)
-        return scale.astype(c.dtype), bias.astype(c.dtype)
+        return placed.whole(scale).astype(c.dtype), placed.whole(bias).astype(c.dtype)
 
 
 class MaskedLM(nn.Module):
@@ -314,11 +320,11 @@ class MaskedLM(nn.Module):
     config: DebertaConfig
 
     @nn.compact
-    def __call__(self, h: jax.Array, wte: nn.Embed) -> jax.Array:
+    def __call__(self, h: jax.Array, wte: placed.Embed) -> jax.Array:
         c = self.config
         h = NONLINEARITIES[c.nonlinearity](_dense(c, c.width, "dense")(h))
         h = wte.attend(_norm(c, "ln")(h))  # (batch, length, vocab_size)
-        bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,), c.param_dtype)
+        bias = placed.whole(self.param("bias", nn.initializers.zeros, (c.vocab_size,), c.param_dtype))
         return h + bias.astype(h.dtype)[None, None]
 
 
@@ -326,7 +332,7 @@ class MaskedLM(nn.Module):
 
 
 def _embedded(
-    c: DebertaConfig, wte: nn.Embed, tokens: jax.Array, types: jax.Array | None, positions: jax.Array | None
+    c: DebertaConfig, wte: placed.Embed, tokens: jax.Array, types: jax.Array | None, positions: jax.Array | None
 ) -> jax.Array:
     """The norm of the sum of the embeddings, (batch, length, width)."""
     length = tokens.shape[1]
@@ -355,27 +361,23 @@ def _first(c: DebertaConfig) -> jax.Array | tuple[jax.Array | None, ...] | None:
     return jnp.arange(c.layers) == 0 if c.scan else (jnp.ones((), bool), *(None for _ in range(c.layers - 1)))
 
 
-def _heads(c: DebertaConfig, x: jax.Array) -> jax.Array:
-    return x.reshape(*x.shape[:-1], c.heads, -1)  # (..., heads, width / heads)
-
-
 def _products(spec: str, x: jax.Array, places: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, places, preferred_element_type=jnp.float32)
 
 
 def _taken(products: jax.Array, pairs: jax.Array, axis: int) -> jax.Array:
-    return jnp.take_along_axis(products, pairs[None, None], axis=axis, mode="promise_in_bounds")
+    return placed.taken(products, pairs[None, None], axis, mode="promise_in_bounds")
 
 
-def _embed(config: DebertaConfig, rows: int, name: str) -> nn.Embed:
+def _embed(config: DebertaConfig, rows: int, name: str) -> placed.Embed:
     init = nn.initializers.normal(0.02)
-    return nn.Embed(rows, config.width, config.dtype, config.param_dtype, embedding_init=init, name=name)
+    return placed.Embed(rows, config.width, config.dtype, config.param_dtype, embedding_init=init, name=name)
 
 
-def _norm(config: DebertaConfig, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+def _norm(config: DebertaConfig, name: str) -> placed.LayerNorm:
+    return placed.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
-def _dense(config: DebertaConfig, features: int, name: str) -> nn.Dense:
+def _dense(config: DebertaConfig, features: int, name: str) -> placed.Dense:
     init = nn.initializers.normal(0.02)
-    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
+    return placed.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)

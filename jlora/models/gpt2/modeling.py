@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jlora.models import cache as kv
-from jlora.models import fields
+from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
 from jlora.models.cache import Cache, Context, KeyValue
@@ -162,8 +162,8 @@ class Block(nn.Module):
     def __call__(self, h: jax.Array, cached: KeyValue | None, context: Context) -> tuple[jax.Array, KeyValue | None]:
         c = self.config
         y, cached = Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h), cached, context)
-        h = h + y
-        h = h + MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h))
+        h = placed.added(h, y)
+        h = placed.added(h, MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h)))
         return h, cached
 
 
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         c = self.config
         batch, length, width = x.shape
         q, k, v = (
-            _dense(c, width, name)(x).reshape(batch, length, c.heads, -1)  # (batch, length, heads, width / heads)
+            placed.in_heads(_dense(c, width, name)(x), c.heads)  # (batch, length, heads, width / heads)
             for name in ("query", "key", "value")
         )
         new = kv.write(cached, context.start, k, v)
@@ -203,19 +203,19 @@ class MLP(nn.Module):
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
 
-def _embed(config: GPT2Config, rows: int, std: float, name: str) -> nn.Embed:
+def _embed(config: GPT2Config, rows: int, std: float, name: str) -> placed.Embed:
     init = nn.initializers.normal(std)
-    return nn.Embed(rows, config.width, config.dtype, config.param_dtype, embedding_init=init, name=name)
+    return placed.Embed(rows, config.width, config.dtype, config.param_dtype, embedding_init=init, name=name)
 
 
-def _norm(config: GPT2Config, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+def _norm(config: GPT2Config, name: str) -> placed.LayerNorm:
+    return placed.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
-def _dense(config: GPT2Config, features: int, name: str, *, bias: bool = True, residual: bool = False) -> nn.Dense:
+def _dense(config: GPT2Config, features: int, name: str, *, bias: bool = True, residual: bool = False) -> placed.Dense:
     """A linear layer; one that writes to the residual stream starts smaller, since 2 * layers of them add up there."""
     std = 0.02 / math.sqrt(2 * config.layers) if residual else 0.02
     init = nn.initializers.normal(std)
-    return nn.Dense(
+    return placed.Dense(
         features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name
     )

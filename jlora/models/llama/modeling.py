@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jlora.models import cache as kv
-from jlora.models import fields
+from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention, causal_mask
 from jlora.models.cache import Cache, Context, KeyValue
@@ -223,7 +223,7 @@ class Llama(nn.Module):
         if cache is not None and positions is None:
             raise ValueError("a call with a cache needs positions=: those of its tokens, (batch, length)")
         init = nn.initializers.normal(0.02)
-        wte = nn.Embed(c.vocab_size, c.width, c.dtype, c.param_dtype, embedding_init=init, name="wte")
+        wte = placed.Embed(c.vocab_size, c.width, c.dtype, c.param_dtype, embedding_init=init, name="wte")
         h = nn.Dropout(c.dropout, deterministic=deterministic)(wte(tokens))  # (batch, length, width)
         places = jnp.arange(length)[None] if positions is None else positions
         at = turn(c.rope, c.head_width or c.width // c.heads, c.context, places)
@@ -271,8 +271,8 @@ class Block(nn.Module):
     def __call__(self, h: jax.Array, layer: Layer, context: Context, at: Turn) -> tuple[jax.Array, KeyValue | None]:
         c = self.config
         y, cached = Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h), layer, context, at)
-        h = h + y
-        h = h + MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h))
+        h = placed.added(h, y)
+        h = placed.added(h, MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h)))
         return h, cached
 
 
@@ -288,7 +288,7 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         width = c.head_width or c.width // c.heads
         q, k, v = (
-            _dense(c, heads * width, name, bias=c.qkv_bias)(x).reshape(batch, length, heads, width)
+            placed.in_heads(_dense(c, heads * width, name, bias=c.qkv_bias)(x), heads, c.key_heads)
             for name, heads in (("query", c.heads), ("key", c.key_heads or c.heads), ("value", c.key_heads or c.heads))
         )  # (batch, length, heads, head_width), fewer heads of keys and values
         if c.qk_norm:
@@ -345,7 +345,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        scale = placed.whole(self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         scale = scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -356,9 +356,9 @@ def _norm(c: LlamaConfig, name: str) -> RMSNorm:
     return RMSNorm(c.epsilon, c.dtype, c.param_dtype, name=name)
 
 
-def _dense(c: LlamaConfig, features: int, name: str, *, bias: bool = False, residual: bool = False) -> nn.Dense:
+def _dense(c: LlamaConfig, features: int, name: str, *, bias: bool = False, residual: bool = False) -> placed.Dense:
     """A linear layer; one that writes to the residual stream starts smaller, since 2 * layers of them add up there."""
     init = nn.initializers.normal(0.02 / math.sqrt(2 * c.layers) if residual else 0.02)
-    return nn.Dense(
+    return placed.Dense(
         features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name=name
     )  # fmt: skip

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.models import fields
+from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
@@ -120,14 +120,14 @@ def _embedded(c: ViTConfig, module: nn.Module, images: jax.Array) -> jax.Array:
     """[CLS] and the patches, each with its position."""
     side = (c.patch_size, c.patch_size)
     init = nn.initializers.truncated_normal(0.02)
-    patch = nn.Conv(
+    patch = placed.Conv(
         c.width, side, side, "VALID", dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name="patch"
     )
     x = patch(images).reshape(len(images), -1, c.width)  # (batch, patches, width)
-    cls = module.param("cls", init, (1, 1, c.width), c.param_dtype).astype(c.dtype)
-    positions = module.param("positions", init, (1, 1 + c.patches, c.width), c.param_dtype).astype(c.dtype)
-    x = jnp.concatenate([jnp.broadcast_to(cls, (len(images), 1, c.width)), x], axis=1)  # (batch, 1 + patches, width)
-    return x + positions
+    cls = placed.whole(module.param("cls", init, (1, 1, c.width), c.param_dtype)).astype(c.dtype)
+    positions = placed.whole(module.param("positions", init, (1, 1 + c.patches, c.width), c.param_dtype))
+    x = placed.joined([jnp.broadcast_to(cls, (len(images), 1, c.width)), x], axis=1)  # (batch, 1 + patches, width)
+    return x + positions.astype(c.dtype)
 
 
 class Block(nn.Module):
@@ -141,8 +141,9 @@ class Block(nn.Module):
     def __call__(self, h: jax.Array, _: None) -> tuple[jax.Array, None]:
         c = self.config
         x = _norm(c, "ln_1")(h)
-        h = h[:, : self.answers] + Attention(c, self.deterministic, name="attn")(x[:, : self.answers], x)
-        h = h + MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h))
+        y = Attention(c, self.deterministic, name="attn")(x[:, : self.answers], x)
+        h = placed.added(h[:, : self.answers], y)
+        h = placed.added(h, MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h)))
         return h, None
 
 
@@ -162,7 +163,7 @@ class Attention(nn.Module):
     def __call__(self, queries: jax.Array, x: jax.Array) -> jax.Array:
         c = self.config
         q, k, v = (
-            _dense(c, c.width, name)(of).reshape(*of.shape[:2], c.heads, -1)  # (batch, length, heads, width / heads)
+            placed.in_heads(_dense(c, c.width, name)(of), c.heads)  # (batch, length, heads, width / heads)
             for name, of in (("query", queries), ("key", x), ("value", x))
         )
         attend = DotProductAttention(dropout=c.dropout, deterministic=self.deterministic, name="core")
@@ -184,10 +185,10 @@ class MLP(nn.Module):
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
 
-def _norm(config: ViTConfig, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+def _norm(config: ViTConfig, name: str) -> placed.LayerNorm:
+    return placed.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
-def _dense(config: ViTConfig, features: int, name: str) -> nn.Dense:
+def _dense(config: ViTConfig, features: int, name: str) -> placed.Dense:
     init = nn.initializers.truncated_normal(0.02)
-    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
+    return placed.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
