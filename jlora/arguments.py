@@ -105,7 +105,8 @@ def jit_arguments(accumulate: int, state: State, batch: PyTree) -> Arguments:
     carry, kept, skeleton = _split(state)
     home = _home(jax.tree.leaves(kept), jax.tree.leaves((batch, carry)))
     carry, key, loss = jax.tree.map(functools.partial(_beside, home), (carry, state.key, state.loss))
-    kept = jax.tree.map(functools.partial(_settled, home), kept)
+    if home is not None:
+        kept = jax.tree.map(functools.partial(_settled, home), kept)
     batch = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, home), batch)
     return Arguments(carry, kept, key, batch, skeleton, loss)
 
@@ -122,13 +123,16 @@ def _home(kept: list[Any], others: list[Any]) -> Sharding | None:
     for sharding in shardings:
         if len(sharding.device_set) == 1:
             return SingleDeviceSharding(*sharding.device_set)
+    arrays = [x for x in kept if isinstance(x, jax.Array)]
+    default = {_default_device()}
+    if all(sharding.device_set == default for sharding in {x.sharding for x in arrays}):
+        return None
     held: dict[jax.Device, int] = {}
-    for x in kept:
-        if isinstance(x, jax.Array):
-            for device in x.sharding.device_set:
-                held[device] = held.get(device, 0) + x.nbytes
-    most = max(held, key=lambda device: held[device], default=None)
-    return None if most is None or most == _default_device() else SingleDeviceSharding(most)
+    for x in arrays:
+        for device in x.sharding.device_set:
+            held[device] = held.get(device, 0) + x.nbytes
+    most = max(held, key=lambda device: held[device])
+    return None if {most} == default else SingleDeviceSharding(most)
 
 
 def _default_device() -> jax.Device:
@@ -144,9 +148,9 @@ def _beside(home: Sharding | None, x: jax.Array) -> jax.Array:
     return jax.device_put(x, home)
 
 
-def _settled(home: Sharding | None, x: Any) -> Any:
+def _settled(home: Sharding, x: Any) -> Any:
     """What is kept, where it was put; what was put nowhere goes home."""
-    return x if home is None or (isinstance(x, jax.Array) and x.committed) else jax.device_put(x, home)
+    return x if isinstance(x, jax.Array) and x.committed else jax.device_put(x, home)
 
 
 # -- under pmap --------------------------------------------------------------------------------------------------------

@@ -76,17 +76,17 @@ def forms_of(factors: Factors, sites: Sequence[Site]) -> dict[str, dict[str, For
     }
 
 
-def tells_matrices(tx: Transformation, adapted: Adapted) -> bool:
+def tells_matrices(tx: Transformation, factors: Factors, sites: Sequence[Site]) -> bool:
     """Whether `tx` keeps another state for matrices than for the same numbers in broadcast form."""
-    forms = forms_of(adapted.factors, adapted.sites)
+    forms = forms_of(factors, sites)
     one = {
         path: {
             name: jax.ShapeDtypeStruct(forms[path][name].part, x.dtype) if path in forms else x
             for name, x in arrays.items()
         }
-        for path, arrays in adapted.factors.items()
+        for path, arrays in factors.items()
     }
-    return is_state_different(tx, adapted.factors, one)
+    return is_state_different(tx, factors, one)
 
 
 def is_state_different(tx: Transformation, some: PyTree, others: PyTree) -> bool:

@@ -4,6 +4,7 @@ The base never reaches the optimizer. `optax.masked` is another way to leave wei
 that it does not mask through as they came, so that a gradient of the base is *added* to the base. Here it is an error.
 """
 
+import functools
 import inspect
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import optax
 from jlora import tree
 from jlora.adapt import Adapted
 from jlora.matrices import is_state_different, on_matrices, tells_matrices
+from jlora.sites import Site
 
 PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
@@ -126,7 +128,7 @@ def _checked(tx: optax.GradientTransformation, matrices: bool | None, *, of_meth
         factors = _factors(params)
         if not jax.tree.leaves(factors):
             raise ValueError("there is nothing to train: no factors and no extras (see `targets=` of jlora.apply)")
-        ahead = _looks_ahead(inner, factors)
+        ahead = _looks_ahead(inner, *_shapes(factors))
         if (
             matrices is None
             and not of_method
@@ -176,12 +178,27 @@ def of_method(tx: optax.GradientTransformation, adapted: Adapted) -> Optimizer:
         return tx
     wants_matrices = tx.matrices
     if wants_matrices is None:
-        wants_matrices = not _looks_ahead(tx.bare, adapted.factors) and tells_matrices(tx.bare, adapted)
+        wants_matrices = _wants_matrices(tx.bare, *_shapes(adapted.factors), adapted.sites)
     wrap = adapted.method.wrap
     bare = on_matrices(tx.bare, adapted) if wants_matrices else tx.bare
     if wrap is not None:
         bare = wrap(_checked(bare, None, of_method=True), adapted.sites)
     return _checked(bare, None, of_method=True)
+
+
+@functools.lru_cache(maxsize=32)
+def _wants_matrices(
+    tx: optax.GradientTransformation, structure: Structure, shapes: tuple[Any, ...], sites: tuple[Site, ...]
+) -> bool:
+    """Whether `tx` is to be shown matrices; asked where a state is made and where a step is traced."""
+    factors = jax.tree.unflatten(structure, shapes)
+    return not _looks_ahead(tx, structure, shapes) and tells_matrices(tx, factors, sites)
+
+
+def _shapes(factors: PyTree) -> tuple[Structure, tuple[Any, ...]]:
+    """Structure, shapes and dtypes, hashable."""
+    leaves, structure = jax.tree.flatten(factors)
+    return structure, tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 def _without_ones(factors: PyTree) -> PyTree:
@@ -202,8 +219,10 @@ class SlowState(NamedTuple):
     inner: PyTree
 
 
-def _looks_ahead(tx: optax.GradientTransformation, factors: PyTree) -> bool:
+@functools.lru_cache(maxsize=32)
+def _looks_ahead(tx: optax.GradientTransformation, structure: Structure, shapes: tuple[Any, ...]) -> bool:
     """Whether `tx` is `optax.lookahead`, or has it inside."""
+    factors = jax.tree.unflatten(structure, shapes)
     is_state = lambda x: isinstance(x, optax.LookaheadState)
     try:
         state = jax.eval_shape(tx.init, optax.LookaheadParams(factors, factors))
