@@ -77,6 +77,11 @@ def added(h: jax.Array, y: jax.Array) -> jax.Array:
     return h + beside(y, h)
 
 
+def output(h: jax.Array) -> jax.Array:
+    """What a model returns: float32, features whole, so that losses find each row's logits together."""
+    return _placed(h, (*_spec(h)[:-1], None)).astype(jnp.float32)
+
+
 def taken(x: jax.Array, indices: jax.Array, axis: int, mode: str | None = None) -> jax.Array:
     """`jnp.take_along_axis`, whose gradient JAX cannot place by itself."""
 

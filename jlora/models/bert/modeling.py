@@ -127,7 +127,7 @@ class Bert(nn.Module):
             h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         elif c.pooler:
             return {"out": h.astype(jnp.float32), "pooled": pooled(c, h).astype(jnp.float32)}
-        return h.astype(jnp.float32)
+        return placed.output(h)
 
 
 class Block(nn.Module):

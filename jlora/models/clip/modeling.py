@@ -332,7 +332,7 @@ def _outputs(c: Tower, h: jax.Array, pooled: jax.Array) -> dict[str, jax.Array]:
     if c.head == "none":
         return {"out": h, "pooled": pooled.astype(jnp.float32)}
     embeds = _dense(c, c.projection, c.width**-0.5, "projection", bias=False)(pooled)  # (batch, projection)
-    return {"out": embeds.astype(jnp.float32), "hidden": h}
+    return {"out": placed.output(embeds), "hidden": h}
 
 
 def _residual(c: Tower) -> float:

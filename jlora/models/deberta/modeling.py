@@ -183,7 +183,7 @@ class Deberta(nn.Module):
         elif c.head == "token_classification":
             h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
             h = _dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
-        return h.astype(jnp.float32)
+        return placed.output(h)
 
 
 class Local(NamedTuple):

@@ -140,7 +140,7 @@ class GPT2(nn.Module):
         elif c.head == "token_classification":
             h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
             h = _dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
-        h = h.astype(jnp.float32)
+        h = placed.output(h)
         return h if cache is None else (kv.within(cache, h), cache._replace(layers=layers))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:

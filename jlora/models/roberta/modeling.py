@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.models import fields
+from jlora.models import fields, placed
 from jlora.models.bert.modeling import BertConfig, MaskedLM, dense, embed, embedded, encoded, pooled
 
 
@@ -87,7 +87,7 @@ class Roberta(nn.Module):
             h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         elif c.pooler:
             return {"out": h.astype(jnp.float32), "pooled": pooled(c, h).astype(jnp.float32)}
-        return h.astype(jnp.float32)
+        return placed.output(h)
 
 
 class Classifier(nn.Module):

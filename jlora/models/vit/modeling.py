@@ -108,7 +108,7 @@ class ViT(nn.Module):
         h, _ = stack(Block, c, h, None, deterministic=deterministic, last=last)
         h = _norm(c, "ln_f")(h)  # (batch, 1 + patches, width)
         if c.head == "image_classification":
-            return _dense(c, c.labels, "head")(h[:, 0]).astype(jnp.float32)  # (batch, labels)
+            return placed.output(_dense(c, c.labels, "head")(h[:, 0]))  # (batch, labels)
         out = h.astype(jnp.float32)
         if not c.pooler:
             return out
