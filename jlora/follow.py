@@ -386,7 +386,7 @@ def _dot(walk: _Walk, eqn: Any, flows: list[Flow], before: Any, after: Any) -> l
         matrices = [min(pure, key=lambda k: flows[k].width)] if pure else sides
     for k in matrices:
         for path, trail in flows[k].trails.items():
-            _note_product(walk, eqn, path, trail, contracted[k], free[k], batch[k])
+            _note_product(walk, eqn, path, trail, contracted[k], free[k], batch[k], lone=flows[k].pure)
     if len(pure) < 2:
         return [INPUT]
     k = 1 - matrices[0]  # of two weights, the other one goes on: what it was contracted with lies on the matrix's axes
@@ -402,9 +402,18 @@ def _dot(walk: _Walk, eqn: Any, flows: list[Flow], before: Any, after: Any) -> l
     return [_each(rows, act) if rows.trails else INPUT]
 
 
-def _note_product(walk: _Walk, eqn: Any, path: str, trail: Trail, contracted: Any, free: Any, batch: Any) -> None:
-    """A product of rows with a matrix; rows of a table that are no matrices themselves are a look-up."""
+def _note_product(
+    walk: _Walk, eqn: Any, path: str, trail: Trail, contracted: Any, free: Any, batch: Any, *, lone: bool = False
+) -> None:
+    """A product of rows with a matrix; rows of a table that are no matrices themselves are a look-up.
+
+    A lone weight, no activation that has something of one, may have its one input or output squeezed away.
+    """
     inputs, outputs = trail.on(contracted), trail.on(free)
+    if lone and bool(inputs) != bool(outputs):
+        taken = {*inputs, *outputs, *trail.stack, *trail.gathered, *trail.on(batch)}
+        ones = tuple(i for i, n in enumerate(walk.shapes[path]) if n == 1 and i not in taken)
+        inputs, outputs = inputs or ones, outputs or ones
     if trail.gathered and not (inputs and outputs):
         walk.note(path, trail, "gather", sorted(trail.gathered), trail.on(range(len(trail.axes))))
         return

@@ -114,6 +114,11 @@ WAYS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], dict[str, 
         lambda p, x: functools.reduce(lambda h, w: jnp.tanh(h @ w), jnp.unstack(p["w"]), x), {"w": (2, 8, 8)},
         {"w": ("linear", (1,), (2,), (0,))}, {"w": ""},
     ),
+    "one output, squeezed": (lambda p, x: x @ p["w"][:, 0], {"w": (8, 1)}, {"w": IN_OUT}, {"w": ""}),
+    "one input, squeezed": (lambda p, x: jnp.outer(x[:, 0], p["w"][0]), {"w": (1, 6)}, {}, {}),
+    "one of each, batched": (
+        lambda p, x: x @ p["w"], {"w": (1, 8, 1)}, {"w": ("linear", (1,), (0, 2), ())}, {"w": ""},
+    ),
     "tiled": (lambda p, x: x @ jnp.tile(p["w"], (2, 1)), {"w": (4, 6)}, {"w": IN_OUT}, {"w": ""}),
     "layers set one by one": (
         lambda p, x: lax.scan(
