@@ -137,9 +137,9 @@ def test_every_model_is_differentiated_on_a_mesh_of_explicit_axes(name, layout):
     assert [tuple(x.sharding.spec) for x in grad.jaxpr.out_avals] == [where(x) for x in jax.tree.leaves(params)]
 
 
-@pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "auto"])
-@pytest.mark.parametrize("layout", [fsdp, tensor], ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("name", ["gpt2", "deberta"])
+@pytest.mark.parametrize(
+    ("name", "layout", "explicit"), [("gpt2", fsdp, True), ("gpt2", tensor, False), ("deberta", tensor, True)]
+)
 def test_numbers_are_those_of_one_device(name, layout, explicit):
     model, inputs, _ = build(name)
     params, mesh = drawn(model, inputs), make_mesh(explicit)
