@@ -18,7 +18,17 @@ from jlora.explicit import on_auto_axes, spec_of
 from jlora.intercept import Adapter, active, check_linen, insert
 from jlora.methods import Method, lora, nearest
 from jlora.methods.method import SHARED, Arrays, Data, Factors, lazy_weight
-from jlora.select import Extra, Pattern, known_sites, listing, resolve, select, select_extras, warn_of_left_out
+from jlora.select import (
+    Extra,
+    Pattern,
+    check_rows,
+    known_sites,
+    listing,
+    resolve,
+    select,
+    select_extras,
+    warn_of_left_out,
+)
 from jlora.sites import Site
 from jlora.statistics import statistics
 from jlora.weight import Weight
@@ -162,6 +172,7 @@ class Adapted:
         if shared:
             _check_shapes(SHARED, self.factors[SHARED], shared)
         for extra in self.extras:
+            check_rows(extra, named[extra.path])  # a scatter drops those that a smaller table does not have
             _check_shapes(extra.path, self.factors[extra.path], extra_shapes(extra, named[extra.path]))
 
 
@@ -359,12 +370,18 @@ def apply(
     arrays |= {e.path: _initial_extra(named[e.path], e) for e in extra}
     if method.activation is None:
         return rebuild(params, arrays, method, chosen, extra)
-    check_linen(params, method.name)
     if method.activation.shared is not None:
         arrays[SHARED] = method.activation.shared(tree.fold_path(root, SHARED), chosen)
     adapted = rebuild(params, arrays, method, chosen, extra)
-    jax.eval_shape(lambda factors: adapted._adapters(factors), adapted.factors)  # sites that contradict raise here
+    check_activations(adapted)
     return adapted
+
+
+def check_activations(adapted: Adapted) -> None:
+    """Raises an error where a method on activations finds no linen parameters, or sites that contradict each other."""
+    if adapted.method.activation is not None:
+        check_linen(adapted.base, adapted.method.name)
+        jax.eval_shape(lambda factors: adapted._adapters(factors), adapted.factors)
 
 
 def rebuild(

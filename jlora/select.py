@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.methods import Method
-from jlora.methods.method import check_alpha, check_rank
+from jlora.methods.method import check_alpha, check_integers, check_rank
 from jlora.sites import ADAPTABLE, Site, conventional
 
 Pattern = str | Sequence[str] | Callable[[Site], bool]
@@ -31,21 +31,27 @@ def known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site] | N
     if sites is None:
         return conventional(params)
     known = tuple(sites)
-    twice = [path for path, n in collections.Counter(site.path for site in known).items() if n > 1]
-    if twice:
-        raise ValueError(f"sites=: {twice[0]!r} is there twice, with axes of its own each; keep one of them")
+    check_axes(known, "sites=")
     for site in known:
-        axes = sorted((*site.in_axes, *site.out_axes, *site.stack_axes))
-        if site.kind in ADAPTABLE and axes != list(range(len(site.shape))):
-            raise ValueError(
-                f"sites=: the axes of {site.path!r} ({list(site.in_axes)} -> {list(site.out_axes)}, stack "
-                f"{list(site.stack_axes)}) are not each axis of its shape {site.shape} once"
-            )
         shape = tuple(getattr(named.get(site.path), "shape", ()))  # a leaf may be a function, which has none
         if site.path not in named or shape != site.shape:
             found = f"shape {shape}" if site.path in named else "no such leaf"
             raise ValueError(f"sites= are those of another tree: {site.path!r} has shape {site.shape}, params: {found}")
     return known
+
+
+def check_axes(sites: Sequence[Site], where: str) -> None:
+    """Raises ValueError unless every site is there once, and each axis of a weight that can be adapted once in it."""
+    twice = [path for path, n in collections.Counter(site.path for site in sites).items() if n > 1]
+    if twice:
+        raise ValueError(f"{where}: {twice[0]!r} is there twice, with axes of its own each; keep one of them")
+    for site in sites:
+        axes = sorted((*site.in_axes, *site.out_axes, *site.stack_axes))
+        if site.kind in ADAPTABLE and axes != list(range(len(site.shape))):
+            raise ValueError(
+                f"{where}: the axes of {site.path!r} ({list(site.in_axes)} -> {list(site.out_axes)}, stack "
+                f"{list(site.stack_axes)}) are not each axis of its shape {site.shape} once"
+            )
 
 
 def select(known: Sequence[Site], targets: Pattern | None, *, read_from_program: bool) -> list[Site]:
@@ -71,7 +77,9 @@ def select(known: Sequence[Site], targets: Pattern | None, *, read_from_program:
         hits = {pattern: _matches(pattern, known, "targets") for pattern in patterns}
         paths = {site.path for found in hits.values() for site in found}
         chosen = [site for site in known if site.path in paths]
-    return [site for site in chosen if _check_site(site)]
+    for site in chosen:
+        check_adaptable(site)
+    return chosen
 
 
 def _matches(pattern: str, known: Sequence[Site], argument: str) -> list[Site]:
@@ -95,7 +103,8 @@ def _matches(pattern: str, known: Sequence[Site], argument: str) -> list[Site]:
     )
 
 
-def _check_site(site: Site) -> bool:
+def check_adaptable(site: Site) -> None:
+    """Raises ValueError for a weight that has no factored form."""
     if not site.dtype.startswith(("float", "bfloat")):
         raise ValueError(f"{site.path!r} has dtype {site.dtype}: only floating-point weights can be adapted")
     if site.kind == "unknown":
@@ -107,7 +116,6 @@ def _check_site(site: Site) -> bool:
         raise ValueError(f"{site.path!r} of shape {site.shape} is ambiguous: {how}, or leave it out with targets=")
     if site.kind not in ADAPTABLE:
         raise ValueError(f"{site.path!r} of shape {site.shape} has no low-rank form; train it with extras=. {_BY_HAND}")
-    return True
 
 
 _BY_HAND = (
@@ -169,6 +177,20 @@ def resolve(
     return tuple(resolved)
 
 
+def check_scale(site: Site, method: Method, where: str) -> None:
+    """Raises ValueError unless a site's rank and alpha are such as `resolve` gives it."""
+    if method.rank == 0:
+        if isinstance(site.rank, bool) or isinstance(site.alpha, bool) or site.rank != 0 or site.alpha != 0:
+            raise ValueError(
+                f"{where}: {method.name} has no rank: rank and alpha must be 0, not {site.rank!r:.200} and "
+                f"{site.alpha!r:.200}"
+            )
+        return
+    check_rank(site.rank, f"{where}.rank")
+    if check_alpha(site.alpha, f"{where}.alpha") is None:
+        raise ValueError(f"{where}.alpha must be a finite number, not None")
+
+
 def select_extras(named: Mapping[str, Any], extras: Any) -> tuple[Extra, ...]:
     """The leaves that `extras=` names, in tree order."""
     rules = {extras: None} if isinstance(extras, str | re.Pattern) else extras
@@ -180,27 +202,35 @@ def select_extras(named: Mapping[str, Any], extras: Any) -> tuple[Extra, ...]:
         found = [path for path in named if _search(pattern, path, "extras")]
         if not found:
             raise ValueError(_no_match(pattern, list(named), "extras"))
-        trainable = [p for p in found if jnp.issubdtype(getattr(named[p], "dtype", np.int32), jnp.floating)]
+        trainable = [p for p in found if is_trainable(named[p])]
         if not trainable:
             dtype = getattr(named[found[0]], "dtype", type(named[found[0]]).__name__)
             raise ValueError(f"extras={pattern!r} matches {found[0]!r}, whose dtype is {dtype}: it cannot be trained")
         for path in trainable:
             if not (rows is None or isinstance(rows, Iterable)):
                 raise TypeError(f"extras[{pattern!r}] is None or a sequence of row numbers, not {rows!r}")
-            extra = Extra(path, None if rows is None else tuple(int(row) for row in rows))
-            _check_rows(extra, named[path])
+            extra = Extra(path, None if rows is None else check_integers(rows, f"extras[{pattern!r}]"))
+            check_rows(extra, named[path])
             if path in chosen and chosen[path] != extra:
                 raise ValueError(f"contradicting rules: extras= matches {path!r} twice, with different rows")
             chosen[path] = extra
     return tuple(chosen[path] for path in named if path in chosen)
 
 
-def _check_rows(extra: Extra, leaf: Any) -> None:
+def is_trainable(leaf: Any) -> bool:
+    """Whether a leaf can be trained as it is: a floating-point array."""
+    return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def check_rows(extra: Extra, leaf: Any) -> None:
+    """Raises ValueError for rows that are there twice or that the leaf does not have."""
     if extra.rows is None:
         return
-    bad = [row for row in extra.rows if not 0 <= row < leaf.shape[0]] if leaf.ndim else list(extra.rows)
+    shape = tuple(np.shape(leaf))
+    bad = [row for row in extra.rows if not 0 <= row < shape[0]] if shape else list(extra.rows)
     if bad or not extra.rows or len(set(extra.rows)) != len(extra.rows):
-        raise ValueError(f"extras: rows {list(extra.rows)} of {extra.path!r} must be distinct and within {leaf.shape}")
+        some = f"{list(extra.rows[:20])}{f' and {len(extra.rows) - 20} more' if len(extra.rows) > 20 else ''}"
+        raise ValueError(f"extras: rows {some} of {extra.path!r} must be distinct and within {shape}")
 
 
 def _search(pattern: Any, path: str, argument: str) -> bool:

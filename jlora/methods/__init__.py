@@ -85,17 +85,21 @@ def from_json(data: dict[str, Any]) -> Method:
     """The inverse of `to_json`.
 
     Raises:
-      ValueError: if the name is unknown, with the nearest known one, or an option is.
+      ValueError: if the name is unknown, with the nearest known one, or an option is, or its value is refused.
     """
+    if not isinstance(data, dict):
+        raise ValueError(f"a method is its name and options, not {data!r:.200}")
     options = dict(data)
     name = options.pop("name", None)
+    if not isinstance(name, str) or len(name) > 100:
+        raise ValueError(f"a method's 'name' is one of {', '.join(sorted(METHODS))}, not {name!r:.200}")
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; the nearest is {nearest(name)!r} of {', '.join(sorted(METHODS))}")
     if isinstance(options.get("inner"), dict):
         options["inner"] = from_json(options["inner"])
     try:
         return METHODS[name](**options)
-    except TypeError as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, Warning) as error:
         raise ValueError(f"method {name!r}: {error}") from error
 
 

@@ -38,10 +38,12 @@ def in_series(
     """
     rank, std = check_rank(rank), check_number(std, "std")
     check_nonlinearity(nonlinearity)
+    if not isinstance(layer_norm, bool):
+        raise ValueError(f"layer_norm must be True or False, not {layer_norm!r:.200}")
     if std < 0:
         raise ValueError(f"std must be at least 0, not {std!r}")
     config: Config = (
-        ("name", name), ("rank", rank), ("nonlinearity", nonlinearity), ("layer_norm", bool(layer_norm)), ("std", std),
+        ("name", name), ("rank", rank), ("nonlinearity", nonlinearity), ("layer_norm", layer_norm), ("std", std),
     )  # fmt: skip
 
     def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
@@ -129,5 +131,5 @@ def out_width(site: Site) -> int:
 
 def check_nonlinearity(name: str) -> None:
     """Raises ValueError for an unknown one."""
-    if name not in NONLINEARITIES:
-        raise ValueError(f"nonlinearity must be one of {', '.join(map(repr, NONLINEARITIES))}, not {name!r}")
+    if not isinstance(name, str) or name not in NONLINEARITIES:
+        raise ValueError(f"nonlinearity must be one of {', '.join(map(repr, NONLINEARITIES))}, not {name!r:.200}")

@@ -10,6 +10,7 @@ from jlora.methods.method import Arrays, Config, Method, check_rank
 from jlora.methods.residual import START, centred, check_positive, rescaled, started
 from jlora.sites import Site
 
+_MOST = 100  # iterations, each of which is a part of the program of its own
 _OVERSAMPLING = 10  # columns more than the rank in the randomised range finder
 
 
@@ -26,15 +27,17 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
       iterations: power iterations of a randomised SVD (the paper's fast SVD; 4 to 16); None for the exact one.
 
     Raises:
-      ValueError: if `rank` < 1, no integer or larger than a weight has, `alpha` is not positive, `iterations` < 0, or a
-        weight is not finite or zero.
+      ValueError: if `rank` < 1, no integer or larger than a weight has, `alpha` is not positive, `iterations` is not
+        within 0 to 100, or a weight is not finite or zero.
 
     Source: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
     arXiv 2404.02948, eq. 2 to 4; Halko et al., arXiv 0909.4061, algorithm 4.4.
     """
     rank, alpha = check_rank(rank), check_positive(alpha)
     if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0):
-        raise ValueError(f"iterations must be None or an integer of at least 0, not {iterations!r}")
+        raise ValueError(f"iterations must be None or an integer of at least 0, not {iterations!r:.200}")
+    if iterations is not None and iterations > _MOST:
+        raise ValueError(f"iterations must be at most {_MOST}, not {iterations}; None for the exact SVD")
     config: Config = (("name", "pissa"), ("rank", rank), ("alpha", alpha), ("iterations", iterations))
 
     def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:

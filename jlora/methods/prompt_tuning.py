@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jlora.intercept import Adapter, Interceptor, adapter_of, adapters_within, bound_arguments, check_cut, joined
 from jlora.marks import mark
 from jlora.methods.lora import as_it_is
-from jlora.methods.method import Activation, Arrays, Config, Factors, Method, check_rank
+from jlora.methods.method import Activation, Arrays, Config, Factors, Method, check_integers, check_rank
 from jlora.sites import Site
 
 TOKEN_TABLE = (
@@ -37,8 +37,9 @@ def prompt_tuning(length: int, *, tokens: Sequence[int] | None = None) -> Method
       tokens: as many tokens, whose embeddings P starts as; random rows of the table when None.
 
     Raises:
-      ValueError: for a length that is no integer of at least 1, or another number of tokens; in `apply` unless exactly
-        one embedding table is adapted; when the lifted function is traced, for a model that is not called so.
+      ValueError: for a length that is no integer of at least 1, tokens that are no integers or another number of them;
+        in `apply` unless exactly one embedding table is adapted; when the lifted function is traced, for a model that
+        is not called so.
 
     Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691, section 2.
 
@@ -48,7 +49,7 @@ def prompt_tuning(length: int, *, tokens: Sequence[int] | None = None) -> Method
       prompt_tuning(length=20, tokens=None)
     """
     check_rank(length, "length")
-    start = None if tokens is None else tuple(int(token) for token in tokens)
+    start = None if tokens is None else check_integers(tokens, "tokens")
     if start is not None and len(start) != length:
         raise ValueError(f"tokens must be as many as length={length}, not {len(start)}")
     config: Config = (("name", "prompt_tuning"), ("length", length), ("tokens", start))
