@@ -74,9 +74,10 @@ def scale(adapted: Adapted, s: float | jax.Array) -> Adapted:
 
     Example:
       >>> import jax.numpy as jnp, jlora
-      >>> adapted = jlora.apply({"kernel": jnp.zeros((1, 1))}, method=jlora.ia3(), extras=())
-      >>> jlora.scale(adapted.replace(factors={"kernel": {"scale": jnp.full((1, 1), 3.0)}}), 0.5).factors
-      {'kernel': {'scale': Array([[2.]], dtype=float32)}}
+      >>> adapted = jlora.apply({"kernel": jnp.ones((1, 1))}, rank=1)
+      >>> trained = adapted.replace(factors={"kernel": {"A": jnp.ones((1, 1, 1)), "B": jnp.ones((1, 1, 1))}})
+      >>> [float(jlora.merge(jlora.scale(trained, s))["kernel"][0, 0]) for s in (0, 0.5, 1)]
+      [1.0, 1.5, 2.0]
     """
     if not isinstance(adapted, Adapted):
         raise TypeError(f"scale takes an Adapted (from jlora.apply or jlora.load), got {type(adapted).__name__}")
