@@ -61,10 +61,11 @@ def objective(loss_fn: Callable[..., Any], shape: Shape, *, forward_mode: bool =
     def of_part(factors: PyTree, frozen: Adapted, batch: PyTree, key: jax.Array) -> Loss:
         dropout, user = jax.random.split(key)
         params = with_key(combine(factors, frozen), dropout)
-        trace = Trace(forward_mode=forward_mode)
+        trace = Trace(forward_mode=forward_mode, counted=shape.averaged and not shape.weighted)
         arguments = (params, batch, user) if shape.pass_key else (params, batch)
         loss, weight, aux = _parsed(run(loss_fn, arguments, {}, trace), shape)
         check_reached(loss_fn, trace)
+        weight = weight if trace.count is None else _weight(trace.count)
         of_factors = frozen.method.regulariser
         if of_factors is not None:
             regulariser = on_auto_axes(lambda f: of_factors(f, frozen.sites), factors)

@@ -67,6 +67,8 @@ class Trace:
       around: the equations being evaluated, outermost first.
       extras: of the leaves trained as they are, by tree and path: whether an operation reads them.
       program: the function's own jaxpr, and the weights that are its arguments.
+      counted: whether to look for the count that the first result is a mean over.
+      count: that count, where it was looked for and the program shows one.
     """
 
     strict: bool = False
@@ -76,6 +78,8 @@ class Trace:
     around: list[Any] = dataclasses.field(default_factory=list)
     extras: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
     program: tuple[Any, Sequence[Weight]] | None = None
+    counted: bool = False
+    count: Any = None
 
     @property
     def line(self) -> str:

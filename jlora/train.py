@@ -175,9 +175,10 @@ def train_step(
       has_aux: with `accumulate` > 1 or "pmap" the aux is averaged too, and has to consist of real scalars.
       weighted: the loss is a mean over as many tokens (or examples) as its weight says, and the micro-batches and the
         devices of "pmap" are averaged by it: loss, gradient and aux are those of the whole batch, and a part of weight
-        0 takes no part, though its loss be 0 / 0. The metrics hold the sum, `weight`. Without it every part weighs the
-        same, which is another loss where the parts have unequal numbers of tokens:
-        `jnp.sum(each * real) / jnp.sum(real)` is averaged by `weighted=True` and `return loss, jnp.sum(real)`.
+        0 takes no part, though its loss be 0 / 0. The metrics hold the sum, `weight`. Without it, a loss whose last
+        operation divides a sum by a sum of the batch's own numbers, `jnp.sum(each * real) / jnp.sum(real)`, is averaged
+        by the latter, as if it had been returned. For any other loss every part weighs the same, which is another loss
+        where the parts have unequal numbers of tokens: return `loss, jnp.sum(real)`, with `weighted=True`.
       pass_key: call `loss_fn(params, batch, key)`, with another key at every step, micro-batch and device. The
         method's own dropout has a key of its own in any case.
       nonfinite: what a step does whose loss or gradient is not finite. "raise": as above. "skip": it is left out, and
@@ -277,9 +278,8 @@ def _program(
     if nonfinite != "raise":
         unusable = before if nonfinite == "skip" else jnp.where(whole, before, unusable)
         finite = finite & whole
-    metrics = {**loss.aux, "loss": loss.loss, "grad_norm": norm}
-    if loss.weight is not None:
-        metrics["weight"] = loss.weight
+    weight = {} if loss.weight is None else {"weight": loss.weight}
+    metrics = {**weight, **loss.aux, "loss": loss.loss, "grad_norm": norm}
     return Carry(factors, opt_state, carry.step + 1, skipped), jnp.where(finite, loss.loss, unusable), metrics
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("weight", "jaxprs"),
     ("trace",),
     ("marks", "convolution", "reach"),
-    ("rules",),
+    ("rules", "mean"),
     ("interpret", "follow"),
     ("lift",),
     ("sites",),
@@ -35,7 +35,7 @@ LAYERS = (
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 APART = "models"  # imports nothing of the core, and the core nothing of it
-KNOWS_JAXPRS = ("follow", "interpret", "jaxprs", "reach", "rules")
+KNOWS_JAXPRS = ("follow", "interpret", "jaxprs", "mean", "reach", "rules")
 OUTER = ("experiments", "configs", "notebooks", "tests")
 VAGUE = ("utils", "util", "helpers", "helper", "common", "base", "misc")
 LONGEST = 600  # lines

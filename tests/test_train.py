@@ -597,6 +597,23 @@ def test_weighted_parts_on_a_mesh_are_the_whole_batch(accumulate):
     chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(expected), rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"accumulate": 8}, {"parallel": "pmap", "accumulate": 2}], ids=str)
+@pytest.mark.parametrize("clamped", [False, True])
+def test_a_plain_mean_of_tokens_is_averaged_by_its_count(options, clamped):
+    def loss(params, batch):
+        hidden = jnp.einsum("bti,ih->bth", batch["x"], params["up"]["kernel"]) + params["up"]["bias"][None, None]
+        each = jnp.mean(jnp.einsum("bth,ho->bto", jnp.tanh(hidden), params["down"]["kernel"]) ** 2, -1)
+        real = batch["real"].astype(jnp.float32)
+        return jnp.sum(each * real) / (jnp.maximum(jnp.sum(real), 1) if clamped else jnp.sum(real))
+
+    whole, parts = train_step(loss, TX), train_step(loss, TX, **options)
+    expected, metrics = whole(TrainState.create(adapt(), whole.tx), TOKENS)
+    got, of_parts = parts(TrainState.create(adapt(), parts.tx), TOKENS)
+    chex.assert_trees_all_close(*jax.device_get((got.adapted.factors, expected.adapted.factors)), **CLOSE)
+    np.testing.assert_allclose(of_parts["loss"], metrics["loss"], rtol=1e-5)
+    assert float(of_parts["weight"]) == REAL.sum()
+
+
 def test_a_batch_without_a_token_stops_training():
     step = train_step(token_loss, TX, weighted=True, has_aux=True, accumulate=2)
     state, _ = step(TrainState.create(adapt(), step.tx), TOKENS | {"real": np.zeros_like(REAL)})
