@@ -169,7 +169,6 @@ def test_a_scaled_adapter_is_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("method", [jlora.lora(2, 8), jlora.dora(jlora.rslora(2)), jlora.adalora(2, 1, total_steps=9)])
 def test_an_exported_function_takes_an_adapted(method):
-    pytest.importorskip("flatbuffers")
     adapted = adapt(method)
     exported = export.export(jax.jit(jlora.lift(loss)))(adapted, X)
     again = export.deserialize(exported.serialize())
