@@ -198,11 +198,8 @@ class _Walk:
         """What a loop carries: joined with what its body makes of it until nothing is new."""
         silent, self.silent = self.silent, True
         carry = start
-        for _ in range(64):  # every pass adds an axis or a path, of which there are few
-            after = [_join(old, new) for old, new in zip(carry, body(carry), strict=True)]
-            if after == carry:
-                break
-            carry = after
+        while (after := [_join(old, new) for old, new in zip(carry, body(carry), strict=True)]) != carry:
+            carry = after  # every pass adds an axis or a path, of which there are few
         self.silent = silent
         return carry
 
