@@ -57,6 +57,12 @@ def statistics(
         odd = [site.path for site in sites if site.kind != "linear"]
         if odd:
             raise ValueError(f"{method}: {odd[0]!r} is no linear layer; leave it out with targets=")
+        built = next((site for site in sites if site.materialised), None)
+        if built is not None:
+            raise ValueError(
+                f"{method}: {built.path!r} is materialised by `{built.materialised}` before it meets its inputs, which "
+                "are seen where factors meet them; leave it out with targets="
+            )
     elif mask is not None:
         raise ValueError(f"{method}: it starts from the gradient of the loss, which masks by itself: leave mask= out")
     of_rows = lambda hidden: jax.jit(_covariances(fn, sites, mask, hidden))

@@ -109,3 +109,11 @@ def test_a_weight_without_a_product_can_have_a_site_by_hand(targets: Any):
     by_hand = jlora.Site("norm/scale", (1, 8), "float32", (0,), (1,), (), "linear")
     adapted = jlora.apply(params, rank=1, sites=[by_hand], targets=targets)
     assert [site.path for site in adapted.sites] == ["norm/scale"]
+
+
+def test_a_start_from_inputs_needs_a_weight_that_meets_them():
+    params = {"w": normal(8, 6), "kernel": normal(8, 6)}
+    fn = lambda p, x: x @ jnp.exp(p["w"]) + x @ p["kernel"]
+    sites = jlora.sites(fn, params, normal(5, 8))
+    with pytest.raises(ValueError, match="eva: 'w' is materialised by `exp` before it meets its inputs"):
+        jlora.apply(params, method=jlora.eva(2), sites=sites, fn=fn, batches=[normal(5, 8)])
