@@ -3,13 +3,23 @@
 import re
 from pathlib import Path, PurePosixPath
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jlora
-from jlora.checkpoint.place import folder_of
+from jlora import models
+from jlora.checkpoint import place as core
+from jlora.models import place
+from jlora.models.gpt2 import GPT2, GPT2Config
+from jlora.models.llama import llama2c
+
+BERT = Path(__file__).resolve().parent / "golden" / "models" / "tokenizers" / "bert"
+BOTH = pytest.mark.parametrize("folder_of", [core.folder_of, place.folder_of], ids=["core", "models"])
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("address", "path"),
     [
@@ -19,10 +29,11 @@ from jlora.checkpoint.place import folder_of
         ("file:///my%20run", "/my run"), ("file:///my run", "/my run"), ("file:///100%25", "/100%"), (Path("/a b#c?").as_uri(), "/a b#c?"),
     ],
 )  # fmt: skip
-def test_what_is_local(address, path):
+def test_what_is_local(address, path, folder_of):
     assert folder_of(address) == Path(path)
 
 
+@BOTH
 @pytest.mark.parametrize(
     "address",
     [
@@ -31,12 +42,13 @@ def test_what_is_local(address, path):
         "c://bucket",
     ],
 )  # fmt: skip
-def test_what_lies_elsewhere_is_refused(address):
+def test_what_lies_elsewhere_is_refused(address, folder_of):
     text = re.escape(repr(str(address)))
     with pytest.raises(ValueError, match=rf"^{text} is no local folder: jlora reads and writes local folders .* Copy"):
         folder_of(address)
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
@@ -50,13 +62,14 @@ def test_what_lies_elsewhere_is_refused(address):
         ("a\0b", "is no folder: a path holds no NUL character"),
     ],
 )
-def test_a_url_that_names_no_folder_here(address, reason):
+def test_a_url_that_names_no_folder_here(address, reason, folder_of):
     with pytest.raises(ValueError, match=re.escape(reason)):
         folder_of(address)
 
 
+@BOTH
 @pytest.mark.parametrize("address", [None, 3, b"a", ["a"], Path])
-def test_a_folder_is_text(address):
+def test_a_folder_is_text(address, folder_of):
     with pytest.raises(TypeError, match="^a folder is named by a string or a path, not by "):
         folder_of(address)
 
@@ -74,3 +87,26 @@ def test_adapters_at_addresses(tmp_path, monkeypatch):
     jlora.save((tmp_path / "an adapter").as_uri(), adapted)
     assert [path.name for path in tmp_path.iterdir()] == ["an adapter"]
     assert jlora.load((tmp_path / "an adapter").as_uri(), params).sites == adapted.sites
+
+
+def test_models_at_addresses(tmp_path, monkeypatch):
+    """None is made into a local folder, or asked for at the hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    model = GPT2(GPT2Config(vocab_size=8, context=4, width=4, layers=1, heads=1))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params)
+    for address in ("gs://bucket/m", "s3://bucket", "hf://owner/name", "gs://x/y/z", Path("gs://bucket/m")):
+        for call in (
+            lambda at: models.load(at), models.build, models.Tokenizer.load, llama2c.load, llama2c.load_tokenizer,
+            lambda at: models.save(at, model, params), lambda at: models.save("m", model, params, source=at),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=f"^{re.escape(repr(str(address)))} is no local folder: "):
+                call(address)
+    assert list(tmp_path.iterdir()) == []
+    models.save((tmp_path / "a model").as_uri(), model, params)
+    assert [path.name for path in tmp_path.iterdir()] == ["a model"]
+    assert models.build((tmp_path / "a model").as_uri()).config.width == 4
+    assert models.Tokenizer.load(BERT.as_uri()).pad == 0
+    models.save("file:" + str(tmp_path / "b"), model, params, source=(tmp_path / "a model").as_uri())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a model", "b"]

@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from jlora.models import files, reading
+from jlora.models import files, place, reading
 from jlora.models.architecture import Architecture, Head, names_of, number_of, object_of
 from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.fields import LABELS, shown
@@ -87,7 +87,8 @@ def load(
       FileNotFoundError: if there is no such checkpoint, or it lacks files.
       ValueError: for an architecture, a head or a setting that is not supported; a number in config.json that cannot
         be, or more layers than there are tensors of; a damaged file, or one that is no regular file of the folder (the
-        hub's own links are followed); and keys that are missing, unexpected or misshaped: all of them in one error.
+        hub's own links are followed); an address that is no local folder (`gs://`); and keys that are missing,
+        unexpected or misshaped: all of them in one error.
       TypeError: for an option that the model's config does not have.
 
     Example:
@@ -138,7 +139,7 @@ def save(
     """Writes a checkpoint that `load`, and transformers' `from_pretrained`, read.
 
     Args:
-      folder: made if absent.
+      folder: a local one, or its `file://` URL; made if absent.
       model: one of jlora's.
       params: plain parameters, such as `jlora.merge(adapted)`.
       source: the checkpoint that the model was loaded from, a folder or a repository's name as in `load`: its tokenizer
@@ -148,9 +149,10 @@ def save(
 
     Raises:
       ValueError: if the parameters are not the model's: all differences in one error; if they are spread over several
-        processes; or if the config cannot be written as its family's. What was in the folder then stays.
+        processes; if the config cannot be written as its family's; or for an address that is no local folder
+        (`gs://`). What was in the folder then stays.
     """
-    folder, config = Path(folder), model.config
+    folder, config = place.folder_of(folder), model.config
     architecture = next((a for a in ARCHITECTURES if type(config) is a.config and a.fits(config)), None)
     if architecture is None:
         raise ValueError(f"{type(model).__name__} is none of jlora's models: {_names()}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora.models import reading
+from jlora.models import place, reading
 from jlora.models.fields import shown
 from jlora.models.tensors import Shape
 
@@ -38,10 +38,11 @@ def folder_of(name: str | os.PathLike[str], revision: str | None = None, wanted:
 
     Raises:
       FileNotFoundError: if the name is no folder and no repository that can be had, or a folder without config.json.
-      ValueError: if the folder's config.json is no regular file, or a link that leads elsewhere.
+      ValueError: if the folder's config.json is no regular file, or a link that leads elsewhere; for an address that is
+        no local folder (see `place.folder_of`).
       ImportError: if a download needs huggingface_hub and it is absent.
     """
-    folder = Path(name)
+    folder = place.folder_of(name)
     if folder.is_dir():
         if not reading.has(folder / CONFIG):
             near = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))

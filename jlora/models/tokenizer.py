@@ -4,12 +4,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jlora.models import files, vocabulary
+from jlora.models import files, place, vocabulary
 from jlora.models.vocabulary import Side, as_side
 
 Truncate = bool | Literal["first", "second"]
@@ -81,7 +80,7 @@ class Tokenizer:
           >>> tokenizer.decode([2, 4, 5, 6, 3])
           'low ranks'
         """
-        folder = Path(name)
+        folder = place.folder_of(name)
         found = vocabulary.read(folder if folder.is_dir() else files.folder_of(name, revision, files.SMALL))
         specials = dict(found.specials)
         if pad is not None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.models import reading
+from jlora.models import place, reading
 from jlora.models.llama.modeling import Llama, LlamaConfig
 
 HEADER = struct.Struct("<7i")
@@ -84,8 +84,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Llama, Any]:
 
 def _regular(path: str | os.PathLike[str]) -> Path:
     """Where the file lies that a caller names: links are the caller's own."""
+    file = place.folder_of(path)
     try:
-        return reading.regular(Path(path).resolve(strict=True))
+        return reading.regular(file.resolve(strict=True))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"there is no file '{path}'") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself, before Python 3.13
