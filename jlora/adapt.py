@@ -394,7 +394,7 @@ def rebuild(
     params = tree.canonical(params)
     named, _ = tree.leaves(params)
     sites = tuple(dataclasses.replace(s, dtype=str(named[s.path].dtype)) for s in sites)
-    arrays = _canonical(arrays)
+    arrays = {path: _canonical(part) for path, part in arrays.items()}  # in tree order
     frozen = {s.path: {name: arrays[s.path][name] for name in method.frozen if name in arrays[s.path]} for s in sites}
     buffers = {site.path: frozen[site.path] | _canonical(_buffers(method, named[site.path], site)) for site in sites}
     factors = {
@@ -404,7 +404,7 @@ def rebuild(
     return Adapted(params, factors, {k: v for k, v in buffers.items() if v}, None, method, sites, extras)
 
 
-def _canonical(arrays: Any) -> Any:
+def _canonical(arrays: Arrays) -> Arrays:
     """Floating-point arrays as float32, whatever a method's own arithmetic made of them (`jax_enable_x64`)."""
 
     def cast(x: Any) -> Any:
@@ -414,7 +414,7 @@ def _canonical(arrays: Any) -> Any:
             return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
         return x.astype(jnp.float32)
 
-    return jax.tree.map(cast, arrays)
+    return {name: cast(array) for name, array in arrays.items()}
 
 
 def stored(adapted: Adapted) -> Factors:

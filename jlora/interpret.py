@@ -13,7 +13,7 @@ from jax.extend import core as jex
 from jax.sharding import PartitionSpec
 
 from jlora import rules
-from jlora.jaxprs import bind, constant, last_uses, open_jaxpr, run_segment, scan_counts, scope
+from jlora.jaxprs import bind, constant, last_uses, open_jaxpr, opened_end, run_segment, scan_counts, scope
 from jlora.marks import applications
 from jlora.mean import count_of_mean
 from jlora.trace import UNTOUCHED, Trace
@@ -43,11 +43,14 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
     trace.extras |= {(weight.tree, weight.path): variable in operands for variable, weight in pairs if weight.optional}
     trace.program = (jaxpr, weights)
     arguments = [weight.w if weight.trained else weight for weight in weights]
-    count = count_of_mean(jaxpr) if trace.counted and jaxpr.outvars else None
-    asked = jaxpr if count is None else jaxpr.replace(outvars=[*jaxpr.outvars, count])
+    count = None
+    if trace.counted:
+        jaxpr, given = opened_end(jaxpr, consts)
+        count, consts, arguments = count_of_mean(jaxpr, len(given)), (), [*given, *arguments]
+    asked = jaxpr if count is None else jaxpr.replace(outvars=[*jaxpr.outvars, count[0]])
     results = _all_dense(evaluate(asked, consts, arguments, trace), arguments, trace)
     if count is not None:
-        trace.count = results.pop()
+        trace.count = (results.pop(), count[1])
     arrays = (constant(v) if isinstance(v, jex.Literal) else x for v, x in zip(jaxpr.outvars, results, strict=True))
     # What the function returns beside arrays (a number, a string, a NumPy array) passes through as it is.
     full = [next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]

@@ -109,6 +109,32 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def opened_end(jaxpr: Any, consts: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+    """The same program with the jit that its first result comes from written out, if it is one.
+
+    Returns:
+      A jaxpr without constants, and what its first arguments are given in their place.
+    """
+    jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+    made = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
+    first = jaxpr.outvars[0] if jaxpr.outvars else None
+    at = None if isinstance(first, jex.Literal) else made.get(first)
+    if at is None or jaxpr.eqns[at].primitive.name not in ("jit", "pjit"):
+        return jaxpr, tuple(consts)
+    call = jaxpr.eqns[at]
+    body, more = open_jaxpr(call.params["jaxpr"])
+    given = dict(zip(body.invars, call.invars, strict=True))
+    rename = lambda names, atoms: [a if isinstance(a, jex.Literal) else names.get(a, a) for a in atoms]
+    returned = dict(zip(call.outvars, rename(given, body.outvars), strict=True))
+    eqns = [
+        *jaxpr.eqns[:at],
+        *(eqn.replace(invars=rename(given, eqn.invars)) for eqn in body.eqns),
+        *(eqn.replace(invars=rename(returned, eqn.invars)) for eqn in jaxpr.eqns[at + 1 :]),
+    ]
+    invars, outvars = [*body.constvars, *jaxpr.invars], rename(returned, jaxpr.outvars)
+    return opened_end(jaxpr.replace(invars=invars, eqns=eqns, outvars=outvars), (*more, *consts))
+
+
 def constant(literal: Any) -> jax.Array:
     """The array that a literal of a jaxpr stands for; from a Python number, of a weak type."""
     value = np.asarray(literal.val, literal.aval.dtype)

@@ -10,12 +10,15 @@ from jlora.reach import reached
 _SAME = ("convert_element_type", "copy", "squeeze", "reshape", "reduce_precision", "stop_gradient")
 
 
-def count_of_mean(jaxpr: Any) -> Any | None:
-    """The variable of the count, if the first result is a sum over a sum that no argument moves: else None.
+def count_of_mean(jaxpr: Any, still: int = 0) -> tuple[Any, bool] | None:
+    """The variable of the count, and whether the loss takes it to be at least 1, if the first result is a sum over a
+    sum that no argument moves behind the first `still` ones: else None.
 
     The sum above has to be one over whole arrays, maybe scaled by a constant; the count one over a whole array, maybe
     of at least 1. Both then add up over the parts of a batch, so that the counts are the weights of the parts.
     """
+    if not jaxpr.outvars:
+        return None
     made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     division = _maker(jaxpr.outvars[0], made)
     if division is None or division.primitive.name != "div" or division.outvars[0].aval.shape != ():
@@ -27,11 +30,11 @@ def count_of_mean(jaxpr: Any) -> Any | None:
     if clamped is not None and clamped.primitive.name == "max" and _is_one(clamped.invars):
         below = next(v for v in clamped.invars if not isinstance(v, jex.Literal))
     total, count = _maker(above, made), _maker(below, made)
-    if not (_is_total(total) and _is_total(count) and _is_still(jaxpr, count.outvars[0])):
+    if not (_is_total(total) and _is_total(count) and _is_still(jaxpr, count.outvars[0], still)):
         return None
     if clamped is not count and not _is_counted(count.invars[0], made):
         return None  # a sum of fractions is below 1 where something is there
-    return count.outvars[0]
+    return count.outvars[0], clamped is not count
 
 
 def _maker(variable: Any, made: dict[Any, Any]) -> Any:
@@ -60,9 +63,9 @@ def _is_total(eqn: Any) -> bool:
     )
 
 
-def _is_still(jaxpr: Any, variable: Any) -> bool:
-    """Whether no argument, an adapted weight, takes part in a value: it is the batch's alone."""
-    numbered = [frozenset((i,)) for i in range(len(jaxpr.invars))]
+def _is_still(jaxpr: Any, variable: Any, still: int) -> bool:
+    """Whether no adapted weight takes part in a value: it is the batch's alone."""
+    numbered = [frozenset() if i < still else frozenset((i,)) for i in range(len(jaxpr.invars))]
     return not reached(jaxpr.replace(outvars=[variable]), numbered)[0]
 
 

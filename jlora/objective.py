@@ -12,6 +12,7 @@ from jlora.explicit import on_auto_axes
 from jlora.lift import check_reached, run
 from jlora.trace import Trace
 
+_NOTHING = 1e-30  # a weight that changes no sum
 PyTree = Any
 Metrics = dict[str, PyTree]
 
@@ -65,7 +66,10 @@ def objective(loss_fn: Callable[..., Any], shape: Shape, *, forward_mode: bool =
         arguments = (params, batch, user) if shape.pass_key else (params, batch)
         loss, weight, aux = _parsed(run(loss_fn, arguments, {}, trace), shape)
         check_reached(loss_fn, trace)
-        weight = weight if trace.count is None else _weight(trace.count)
+        if trace.count is not None:
+            count, at_least_1 = trace.count
+            # A part without a token, of a mean that is 0 there, takes no part beside others; alone it is that 0.
+            weight = jnp.maximum(_weight(count), _NOTHING) if at_least_1 else _weight(count)
         of_factors = frozen.method.regulariser
         if of_factors is not None:
             regulariser = on_auto_axes(lambda f: of_factors(f, frozen.sites), factors)
@@ -149,7 +153,7 @@ def _average(
 def _weighted(arrays: PyTree, weight: jax.Array | None) -> PyTree:
     if weight is None:
         return arrays
-    return jax.tree.map(lambda x: jnp.where(weight > 0, weight * x, jnp.zeros((), x.dtype)), arrays)
+    return jax.tree.map(lambda x: jnp.where(weight != 0, weight * x, jnp.zeros((), x.dtype)), arrays)
 
 
 # -- what a loss function returns --------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Trace:
       extras: of the leaves trained as they are, by tree and path: whether an operation reads them.
       program: the function's own jaxpr, and the weights that are its arguments.
       counted: whether to look for the count that the first result is a mean over.
-      count: that count, where it was looked for and the program shows one.
+      count: that count, if the program shows one, and whether the mean takes it to be at least 1.
     """
 
     strict: bool = False
@@ -79,7 +79,7 @@ class Trace:
     extras: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
     program: tuple[Any, Sequence[Weight]] | None = None
     counted: bool = False
-    count: Any = None
+    count: tuple[Any, bool] | None = None
 
     @property
     def line(self) -> str:

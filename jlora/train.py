@@ -87,6 +87,7 @@ class TrainState:
         """Waits for the last step and raises FloatingPointError if its loss or its gradient was not finite.
 
         A step checks the state that it is given, and so reports on the step before it; call this after the loop.
+        `train_step(..., nonfinite="skip")` leaves such a step out and goes on.
         """
         loss = float(jax.device_get(self.loss))
         if not math.isfinite(loss):

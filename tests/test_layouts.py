@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,13 +38,11 @@ class Layout(NamedTuple):
       sites: path -> what the program uses it for, for every leaf.
       named: what `apply` without sites does: the paths that it adapts; a path that it refuses as ambiguous; or None where
         it refuses because no leaf is named as Flax names linear layers.
-      dense: the axes of weights that the program only ever materialises: no dataflow shows them.
     """
 
     case: Case
     sites: Mapping[str, Row]
     named: tuple[str, ...] | str | None
-    dense: Mapping[str, Row] = {}
 
 
 # -- how the cases are written -----------------------------------------------------------------------------------------
@@ -671,14 +670,14 @@ CONVS = {
     ),
     "BiT's standardised kernel": Layout(
         Case(standardised, {"conv": kernel(3, 3, D, F, bias=False)}, (normal(2, T, T, D),), ("conv/kernel",)),
-        {"conv/kernel": OTHER}, ("conv/kernel",), {"conv/kernel": CONV},
+        {"conv/kernel": CONV}, ("conv/kernel",),
     ),
     "Wav2Vec2's weight_v and weight_g": Layout(
         Case(
             weight_norm, {"weight_v": normal(F, D // 2, 3), "weight_g": normal(F, 1, 1)}, (normal(B, T, D),), ("weight_v",),
             targets=r"weight_v",
         ),
-        {"weight_g": OTHER, "weight_v": OTHER}, None,
+        {"weight_g": ("conv", (1, 2), (0,), ()), "weight_v": ("conv", (1, 2), (0,), ())}, None,
     ),
     "BatchNorm": batch_norm(),
 }  # fmt: skip
@@ -1125,10 +1124,12 @@ def test_agrees_with_the_merged_weights(name):
 def test_names_alone_are_right_or_refused(name):
     """The law: without sites, `apply` either refuses or has exactly the axes of the program."""
     layout = LAYOUTS[name]
-    case, truth = layout.case, {**layout.sites, **layout.dense}
+    case, truth = layout.case, layout.sites
     refusal = ""
     try:
-        adapted = jlora.apply(case.params, rank=2)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            adapted = jlora.apply(case.params, rank=2)
     except ValueError as error:
         refusal = str(error)
     if not refusal:
@@ -1138,6 +1139,12 @@ def test_names_alone_are_right_or_refused(name):
         ]
         assert not wrong, f"silently wrong; the program has {[truth[path] for path, _ in wrong]}"
         assert tuple(site.path for site in adapted.sites) == layout.named
+        named, _ = tree.leaves(case.params)
+        known = lambda path: path.rpartition("/")[2] in ("kernel", "embedding", "bias", "scale")
+        silent = [
+            path for path, leaf in named.items() if np.ndim(leaf) > 1 and path not in layout.named and not known(path)
+        ]
+        assert all(any(repr(path) in str(warning.message) for warning in said) for path in silent)
         if unread:
             with pytest.raises(
                 ValueError, match=f"adapted weights are never read by .*: {', '.join(map(repr, unread))}"

@@ -162,7 +162,7 @@ EQUINOX = {
     "filter_grad of the input": equinox(
         Layer, X, run=lambda model, x: eqx.filter_grad(lambda x: jnp.sum(jax.vmap(model)(x) ** 2))(x)
     ),
-    "WeightNorm": equinox(lambda key: eqx.nn.WeightNorm(linear(key)), X, dense=("layer/weight",)),
+    "WeightNorm": equinox(lambda key: eqx.nn.WeightNorm(linear(key)), X, dense=("layer/weight", "g")),
 }  # fmt: skip
 
 # -- Haiku -------------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ HAIKU = {
 def test_equinox_agrees_with_the_merged_weights(name):
     case = EQUINOX[name]()
     check(case)
-    assert set(adapt(case).factors) == kernels(case.params, "weight", "weight_ih", "weight_hh")
+    assert set(adapt(case).factors) == kernels(case.params, "weight", "weight_ih", "weight_hh") | set(case.dense)
 
 
 LOOSE = ("dropout",)  # hk.dropout multiplies by a boolean

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jlora.jaxprs import opened_end
 from jlora.mean import count_of_mean
 
 REAL = jnp.asarray([[True, False, True]])
@@ -30,12 +31,18 @@ OTHERS = {
 
 def count(fn):
     x, w = jnp.ones((1, 3)), jnp.ones((1, 3))
-    return count_of_mean(jax.make_jaxpr(lambda w: fn(w, x))(w).jaxpr)
+    closed = jax.make_jaxpr(lambda w: fn(w, x))(w)
+    jaxpr, consts = opened_end(closed.jaxpr, closed.consts)
+    return count_of_mean(jaxpr, len(consts))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", MEANS)
-def test_a_mean_shows_its_count(name):
-    assert count(MEANS[name]).aval.shape == ()
+def test_a_mean_shows_its_count(name, compiled):
+    fn = jax.jit(jax.jit(MEANS[name])) if compiled else MEANS[name]
+    variable, at_least_1 = count(fn)
+    assert variable.aval.shape == ()
+    assert at_least_1 == (name == "at least 1")
 
 
 @pytest.mark.parametrize("name", OTHERS)

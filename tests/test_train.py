@@ -606,12 +606,25 @@ def test_a_plain_mean_of_tokens_is_averaged_by_its_count(options, clamped):
         real = batch["real"].astype(jnp.float32)
         return jnp.sum(each * real) / (jnp.maximum(jnp.sum(real), 1) if clamped else jnp.sum(real))
 
-    whole, parts = train_step(loss, TX), train_step(loss, TX, **options)
+    whole, parts = train_step(loss, TX), train_step(jax.jit(loss), TX, **options)
     expected, metrics = whole(TrainState.create(adapt(), whole.tx), TOKENS)
     got, of_parts = parts(TrainState.create(adapt(), parts.tx), TOKENS)
     chex.assert_trees_all_close(*jax.device_get((got.adapted.factors, expected.adapted.factors)), **CLOSE)
     np.testing.assert_allclose(of_parts["loss"], metrics["loss"], rtol=1e-5)
     assert float(of_parts["weight"]) == REAL.sum()
+
+
+def test_a_mean_that_is_zero_without_a_token_stays_it():
+    def loss(params, batch):
+        each = jnp.mean(jnp.einsum("bti,ih->bth", batch["x"], params["up"]["kernel"]) ** 2, -1)
+        hidden = jnp.einsum("bth,ho->bto", jnp.tanh(batch["y"] @ params["down"]["kernel"].T), params["down"]["kernel"])
+        real = batch["real"].astype(jnp.float32)
+        return jnp.sum((each + jnp.mean(hidden, -1)) * real) / jnp.maximum(jnp.sum(real), 1)
+
+    step = train_step(loss, TX, accumulate=2)
+    state, metrics = step(TrainState.create(adapt(), step.tx), TOKENS | {"real": np.zeros_like(REAL)})
+    state.check()
+    assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0
 
 
 def test_a_batch_without_a_token_stops_training():

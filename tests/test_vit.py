@@ -184,7 +184,10 @@ def test_another_image_is_refused():
 
 
 def test_the_model_is_lifted_without_building_a_weight():
-    adapted = jlora.apply(parameters(), rank=2)
+    with pytest.warns(
+        UserWarning, match=r"2 weights .* stay as they are.*: 'cls' \(1, 1, 16\), 'positions' \(1, 17, 16\)"
+    ):
+        adapted = jlora.apply(parameters(), rank=2)
     adapted = adapted.replace(factors=jax.tree.map(lambda x: x + 0.1, adapted.factors))
     lifted = jax.jit(jlora.lift(forward, strict=True))(adapted, images())
     np.testing.assert_allclose(lifted, jax.jit(forward)(jlora.merge(adapted), images()), atol=1e-5)
