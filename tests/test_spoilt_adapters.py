@@ -393,6 +393,24 @@ def test_a_link_inside_the_folder_is_followed(good, tmp_path):
     assert len(jlora.load(tmp_path, PARAMS).sites) == 2
 
 
+@pytest.mark.parametrize("inner", ["", "epoch_3"])  # an adapter may lie deeper in its repository
+def test_a_snapshot_of_the_hub_has_links_to_its_own_blobs(inner, good, tmp_path):
+    repository, folder = tmp_path / "models--someone--adapter", Folder(tmp_path / "plain", good)
+    blobs, plain = repository / "blobs", folder.path
+    folder.path = repository / "snapshots" / "abc" / inner
+    folder.path.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(plain.iterdir())):
+        file.rename(blobs / f"{number:040x}")
+        (folder.path / file.name).symlink_to(f"{'../' * (3 if inner else 2)}blobs/{number:040x}")
+    assert len(jlora.load(folder.path, PARAMS).sites) == 2
+    (tmp_path / "by_another_name").symlink_to(folder.path)
+    assert len(jlora.load(tmp_path / "by_another_name", PARAMS).sites) == 2
+    blobs.rename(tmp_path / "blobs")  # of another repository
+    blobs.symlink_to(tmp_path / "blobs")  # which would make any folder of the machine one of blobs
+    refused(folder, [NAME, "is a link that leads out of its folder"])
+
+
 def test_links_in_a_circle(good, tmp_path):
     folder = Folder(tmp_path, good)
     folder.tensors_file.unlink()

@@ -88,7 +88,8 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
 def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False) -> Adapted:
     """Reads an adapter onto the parameters that it was trained on. All is checked before anything is built.
 
-    What is read need not be trusted: only regular files in the folder are opened, their sizes are bounded before they
+    What is read need not be trusted: only regular files in the folder are opened (the links of a hub's snapshot to its
+    own blobs are followed), their sizes are bounded before they
     are read, and what they say goes through the checks of `apply`. A writer beside it may replace the adapter: the old
     one or the new one is read.
 

@@ -33,12 +33,16 @@ _TEMPORARY = re.compile(rf"\.(?:{re.escape(NAME)}|{TENSORS.pattern})\.(\w+)\.tmp
 def open_file(file: Path) -> BinaryIO:
     """Opens a regular file that lies in its folder, without waiting for anything.
 
+    From a snapshot in a cache of the Hugging Face hub, whose files are links to ../../blobs, those of the same
+    repository are opened too.
+
     Raises:
       FileNotFoundError: if there is none.
       ValueError: for a folder, a pipe, a device, or a link that leads out of the folder.
     """
     real = os.path.realpath(file)
-    if not Path(real).is_relative_to(os.path.realpath(file.parent)):
+    folder = Path(os.path.realpath(file.parent))
+    if not any(Path(real).is_relative_to(within) for within in (folder, *_blobs(folder))):
         raise ValueError(f"'{file}' is a link that leads out of its folder, to '{real}': put a copy in its place")
     if os.path.islink(real):
         raise ValueError(f"'{file}' is a link that leads to itself")
@@ -50,6 +54,11 @@ def open_file(file: Path) -> BinaryIO:
         os.close(descriptor)
         raise ValueError(f"'{file}' is no regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def _blobs(folder: Path) -> Iterator[Path]:
+    """Where the files of a hub's snapshot lie; `folder` has no links in it, and its blobs are to lie beside it."""
+    return (parent.parent.parent / "blobs" for parent in (folder, *folder.parents) if parent.parent.name == "snapshots")
 
 
 def read(opened: BinaryIO, file: Path, limit: int, of: str) -> bytes:
