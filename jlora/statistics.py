@@ -34,7 +34,7 @@ def statistics(
     Covariances count the inputs x that matter to the result of `fn`: those for which what the weight makes of x has a
     cotangent that is not zero. Padding that the loss leaves out, and that no attention sees, is not counted. A weight
     all of whose inputs have no effect on the result of the first batch (behind weights that start at zero) counts every
-    one of them.
+    one of them; with `mask` it is an error, since which of its inputs belong to the positions that matter is not known.
 
     Args:
       kind: "covariance", the sum of x x^T over the inputs x of each weight: (stack, inputs, inputs); or "gradient", the
@@ -48,7 +48,8 @@ def statistics(
 
     Raises:
       ValueError: if there is no batch, if `fn` does not take one, if the loss is no scalar, if a weight is no linear
-        layer or is not reached, if the mask is none of `fn`'s result, or if a sum is not finite.
+        layer or is not reached, if the mask is none of `fn`'s result or nothing of a weight that it keeps matters, or
+        if a sum is not finite.
     """
     if hasattr(batches, "shape") or not isinstance(batches, Iterable):
         kind_of = "an array" if hasattr(batches, "shape") else repr(batches)
@@ -72,7 +73,7 @@ def statistics(
     for batch in _shown(batches, method):
         try:
             part = measure(params, batch)
-            if count == 0 and kind == "covariance" and (hidden := _zero(part)):
+            if count == 0 and kind == "covariance" and mask is None and (hidden := _zero(part)):
                 measure = of_rows(hidden)
                 part = measure(params, batch)
         except (TypeError, ValueError, IndexError, KeyError) as error:
@@ -84,7 +85,13 @@ def statistics(
     for path, value in total.items():
         if not bool(jnp.isfinite(value).all()):
             raise ValueError(f"{method}: the {kind} of {path!r} is not finite")
-    for path in _zero(total):
+    for path in sorted(_zero(total)):
+        if mask is not None:
+            raise ValueError(
+                f"{method}: no input of {path!r} matters to what mask= keeps of fn's result: it keeps nothing in any "
+                "batch, or weights that are zero stand between the two; return the hidden states before these weights, "
+                "or cut padding off the batches and leave mask= out"
+            )
         raise ValueError(f"{method}: no {kind} reaches {path!r}: fn's result does not depend on it")
     return {path: value / count for path, value in total.items()}
 

@@ -123,6 +123,31 @@ def test_padding_is_not_counted(case):
         close(found[path], expected)
 
 
+def masked(fn, batches) -> jax.Array:
+    """The covariance of w over batches of (x, which rows are kept)."""
+    sites = [site for site in jlora.sites(fn, W, batches[0]) if site.path == "w"]
+    return statistics("covariance", fn, W, batches, sites, "eva", lambda batch: batch[1])["w"]
+
+
+def test_a_batch_of_padding_alone_adds_nothing():
+    kept, nothing = KEPT[:, 0], jnp.zeros(B, bool)
+    batches = [(BATCHES[0], nothing), (BATCHES[1], kept)]
+    for order in (batches, batches[::-1]):
+        expected = jnp.asarray(square(BATCHES[1][:REAL])[None] / 2, jnp.float32)
+        close(masked(lambda p, b: b[0] @ p["w"], order), expected)
+
+
+@pytest.mark.parametrize(
+    ("fn", "kept"),
+    [(lambda p, b: jnp.tanh(b[0] @ p["w"]) @ jnp.zeros((F, 1)), KEPT[:, 0]),
+     (lambda p, b: b[0] @ p["w"], jnp.zeros(B, bool))],
+    ids=["behind zeros", "all masked"],
+)  # fmt: skip
+def test_padding_is_never_counted_in_place_of_what_a_mask_keeps(fn, kept):
+    with pytest.raises(ValueError, match="eva: no input of 'w' matters to what mask= keeps of fn's result"):
+        masked(fn, [(x, kept) for x in BATCHES])
+
+
 def test_a_layer_of_a_stack_without_rows_starts_from_no_variance():
     """An expert that no token is sent to: its shares are 0, not NaN, and the other one's ranks stand."""
     params = {"experts": normal(2, D, F)}
