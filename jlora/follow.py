@@ -135,8 +135,14 @@ class _Walk:
         if name in _MEETINGS:
             return _MEETINGS[name](self, eqn, flows, before, after)
         flows = [self.ended(flow) if name not in _IN_FORM else flow for flow in flows]
+        if name == "reduce_sum" and flows[0].mixed:
+            flows = [self.summed(flows[0], eqn.params["axes"], before[0])]
         if name in _MOVES:
-            return _MOVES[name](eqn, flows, before, after)
+            results = _MOVES[name](eqn, flows, before, after)
+            for path, trail in results[0].trails.items():
+                if trail.through == name:
+                    self.note(path, trail, name)
+            return results
         if all(_fits(shape, after[0]) for shape in before) and all(shape == after[0] for shape in after):
             return [self.elementwise(eqn, flows, before, after[0])] * len(after)
         return self.unknown(name, flows, before, after)
@@ -147,6 +153,15 @@ class _Walk:
         for path, trail in rows.items():
             self.note(path, trail, "gather", sorted(trail.gathered), trail.on(range(len(trail.axes))))
         return Flow({p: t for p, t in flow.trails.items() if p not in rows}, flow.mixed or bool(rows))
+
+    def summed(self, flow: Flow, gone: Sequence[int], shape: tuple[int, ...]) -> Flow:
+        """A product that is written as a product by elements and a sum: of a weight with an input."""
+        left = [i for i in range(len(shape)) if i not in gone]
+        met = {path for path, trail in flow.trails.items() if trail.on(gone) and trail.on(left)}
+        for path in met:
+            trail = flow.trails[path]
+            self.note(path, trail, "reduce_sum", trail.on(gone), trail.on(left))
+        return Flow({path: trail for path, trail in flow.trails.items() if path not in met}, True)
 
     def elementwise(self, eqn: Any, flows: list[Flow], before: Any, shape: tuple[int, ...]) -> Flow:
         """An operation that keeps the axes: each comes from where it came from in any of the operands."""
@@ -173,8 +188,9 @@ class _Walk:
         if name == "convert_element_type" and not stays_in_form(eqn.invars[0].aval.dtype, eqn.params["new_dtype"]):
             return None
         if name in ("mul", "div"):
-            other = before[1 - lazy[0]]
-            return None if (name == "div" and lazy == [1]) or other == shape != () else lazy[0]
+            mine, other = before[lazy[0]], before[1 - lazy[0]]
+            fits = mine == shape and (other != shape or shape == ())
+            return lazy[0] if fits and not (name == "div" and lazy == [1]) else None
         return lazy[0]
 
     def unknown(self, name: str, flows: list[Flow], before: Any, after: Any) -> list[Flow]:
@@ -335,10 +351,15 @@ def _scatter(eqn: Any, flows: list[Flow], before: Any, after: Any) -> list[Flow]
     inserted = {*numbers.inserted_window_dims, *getattr(numbers, "operand_batching_dims", ())}
     window = [i for i in range(len(after[0])) if i not in inserted]
     place = dict(zip(window, numbers.update_window_dims, strict=True))
-    operands: list[Operand] = [
-        (operand, list(range(len(after[0])))),
-        (updates, [place.get(i) for i in range(len(after[0]))]),
-    ]
+    rows = [i for i in range(len(before[2])) if i not in numbers.update_window_dims]
+
+    def landed(trail: Trail) -> Trail:
+        """Rows go to where the indices say: along the axes that are inserted."""
+        where = frozenset(trail.on(rows))
+        return trail.moved([trail.axes[place[i]] if i in place else where for i in range(len(after[0]))])
+
+    same: list[int | None] = list(range(len(after[0])))
+    operands: list[Operand] = [(operand, same), (_each(updates, landed), same)]
     return [Flow(_joined(operands, eqn.primitive.name), any(flow.mixed for flow in flows))]
 
 

@@ -72,6 +72,8 @@ def _is_still(jaxpr: Any, variable: Any, still: int) -> bool:
 def _is_counted(variable: Any, made: dict[Any, Any]) -> bool:
     """Whether an array holds whole numbers: Booleans or integers, cast."""
     while jnp.issubdtype(variable.aval.dtype, jnp.inexact):
+        if isinstance(variable, jex.Literal):
+            return float(variable.val).is_integer()
         eqn = made.get(variable)
         if eqn is None or eqn.primitive.name not in (*_SAME, "broadcast_in_dim"):
             return False

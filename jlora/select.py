@@ -59,6 +59,12 @@ def select(known: Sequence[Site], targets: Pattern | None, *, read_from_program:
     if targets is None:
         chosen = [site for site in known if site.kind in ("linear", "conv", "unknown")]
         if not chosen:
+            tables = [site.path for site in known if site.kind == "embedding"]
+            if read_from_program and tables:
+                raise ValueError(
+                    "apply: the program only looks rows up, and tables are no default targets: choose them, as "
+                    f"targets={tables[0]!r}. Leaves: {listing(known)}"
+                )
             if read_from_program:
                 raise ValueError(
                     f"apply: the program contracts none of the leaves with an input: {listing(known)}. {_BY_HAND}"

@@ -13,6 +13,7 @@ import jlora
 from tests.conformance import close, merged_by_hand, normal
 
 X, W = normal(4, 8), (8, 6)
+SCATTER_ADD = jax.make_jaxpr(lambda x: x.at[0].add(1.0))(jnp.ones(2)).eqns[-1].primitive.name  # a "-" or a "_" in it
 IN_OUT = ("linear", (0,), (1,), ())
 STACK = jax.make_jaxpr(jnp.stack)([1.0, 2.0]).eqns[-1].primitive.name  # a primitive of its own from JAX 0.12
 
@@ -126,6 +127,13 @@ WAYS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], dict[str, 
         )[0],
         {"w": (8, 8), "v": (8, 8)}, {"w": IN_OUT, "v": IN_OUT}, {"w": "scatter", "v": "scatter"},
     ),
+    "rows added where indices say": (
+        lambda p, x: x @ jnp.zeros((8, 6)).at[jnp.asarray([0, 1, 2, 3, 4, 5, 6, 7, 0, 1])].add(p["w"]), {"w": (10, 6)},
+        {"w": IN_OUT}, {"w": SCATTER_ADD},
+    ),
+    "a product written as a sum": (
+        lambda p, x: (x[:, :, None] * p["w"][None]).sum(1), {"w": W}, {"w": IN_OUT}, {"w": "mul"},
+    ),
     "written into a larger one": (
         lambda p, x: x @ lax.dynamic_update_slice(jnp.ones((8, 6)), p["w"], (0, 2)), {"w": (8, 3)},
         {"w": IN_OUT}, {"w": "dynamic_update_slice"},
@@ -208,3 +216,15 @@ def test_it_is_found_and_adapts_exactly(name: str):
     gradient = jax.grad(of_factors, has_aux=True)
     lifted, merged = jax.jit(lambda f, x: [gradient(f, by_hand, x) for by_hand in (False, True)])(factors, X)
     close(lifted, merged)
+
+
+def test_what_it_ends_in_is_noted():
+    fn = lambda p, x: jnp.concatenate([p["cls"], x], 0) @ p["k"]
+    sites = {site.path: site for site in jlora.sites(fn, {"cls": normal(1, 8), "k": normal(8, 6)}, X)}
+    assert (sites["cls"].kind, sites["cls"].uses) == ("other", ("concatenate",))
+
+
+def test_tables_alone_are_said_to_be_tables():
+    fn, params = lambda p: p["table"][jnp.asarray([1, 2])], {"table": normal(8, 6)}
+    with pytest.raises(ValueError, match="the program only looks rows up, .* choose them, as targets='table'"):
+        jlora.apply(params, rank=1, sites=jlora.sites(fn, params))
