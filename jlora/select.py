@@ -134,7 +134,7 @@ def warn_of_left_out(known: Sequence[Site], trained: Collection[str], *, read_fr
 
     Tables of embeddings, biases and norms are no default targets, by the names of Flax's conventions.
     """
-    left = [site for site in known if _is_left_out(site, trained, read_from_program)]
+    left = [site for site in known if _is_left_out(site, trained)]
     if not left:
         return
     if read_from_program:
@@ -150,11 +150,11 @@ def warn_of_left_out(known: Sequence[Site], trained: Collection[str], *, read_fr
     )
 
 
-def _is_left_out(site: Site, trained: Collection[str], read_from_program: bool) -> bool:
+def _is_left_out(site: Site, trained: Collection[str]) -> bool:
     floating = site.dtype.startswith(("float", "bfloat"))
     if site.path in trained or site.kind != "other" or len(site.shape) < 2 or not floating:
         return False
-    return read_from_program or site.path.rpartition("/")[2] not in ("bias", "scale")
+    return site.path.rpartition("/")[2] not in ("bias", "scale")
 
 
 def resolve(
