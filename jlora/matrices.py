@@ -90,13 +90,22 @@ def tells_matrices(tx: Transformation, factors: Factors, sites: Sequence[Site]) 
 
 
 def is_state_different(tx: Transformation, some: PyTree, others: PyTree) -> bool:
-    """Whether the states that `tx` makes of two trees have different structures; not if it takes one of them alone."""
-    structure_of: Callable[[PyTree], Any] = lambda x: jax.tree.structure(jax.eval_shape(tx.init, x))
+    """Whether `tx` keeps another state for `others`, the leaves of `some` in other shapes; not if it takes one alone.
+
+    States differ in structure, or in how many numbers an array has: GaLore's projectors are empty for all but matrices.
+    Arrays that hold a number for each of a leaf, as moments do, are the same state, whatever their shape. So is one
+    for each weight of a stack where `others` has one weight of it.
+    """
+    states: list[PyTree] = []
     try:
-        of_some, of_others = structure_of(some), structure_of(others)
+        states = [jax.eval_shape(tx.init, x) for x in (some, others)]
     except (TypeError, ValueError, AttributeError, IndexError, KeyError):
         return False
-    return of_some != of_others
+    if jax.tree.structure(states[0]) != jax.tree.structure(states[1]):
+        return True
+    sizes: Callable[..., Any] = lambda *of: zip(*([math.prod(x.shape) for x in jax.tree.leaves(y)] for y in of), strict=True)
+    stacks = {1} | {n // one for n, one in sizes(some, others) if one}
+    return any(all(n != one * stack for stack in stacks) for n, one in sizes(*states))
 
 
 def on_matrices(tx: Transformation, adapted: Adapted) -> Transformation:

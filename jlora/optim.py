@@ -121,27 +121,19 @@ def optimizer(
 
 
 def _checked(tx: optax.GradientTransformation, matrices: bool | None, *, of_method: bool = False) -> Optimizer:
-    inner = optax.with_extra_args_support(tx)
-    accepted = _keywords(inner.update)
+    inner = optax.with_extra_args_support(tx) if of_method else _alone(tx)
 
     def init(params: PyTree) -> PyTree:
         factors = _factors(params)
         if not jax.tree.leaves(factors):
             raise ValueError("there is nothing to train: no factors and no extras (see `targets=` of jlora.apply)")
-        ahead = _looks_ahead(inner, *_shapes(factors))
-        if (
-            matrices is None
-            and not of_method
-            and not ahead
-            and is_state_different(inner, factors, _without_ones(factors))
-        ):
+        if matrices is None and not of_method and is_state_different(inner, factors, _without_ones(factors)):
             raise ValueError(
                 "this optimizer treats matrices in a way of its own (Muon gives all else to Adam), and factors have an "
                 "axis for each of the weight's: jlora.optimizer(tx, adapted) shows it matrices, as jlora.train_step "
                 "does; matrices=False leaves them as they are"
             )
-        state = _slow_state(inner, factors) if ahead else inner.init(factors)
-        return OptimizerState(state, jax.tree.structure(factors))
+        return OptimizerState(inner.init(factors), jax.tree.structure(factors))
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple[PyTree, PyTree]:
         if isinstance(updates, Adapted):
@@ -158,11 +150,7 @@ def _checked(tx: optax.GradientTransformation, matrices: bool | None, *, of_meth
         if factors is not None:
             _check_structure("params", factors, state.structure)
             _check_shapes(updates, factors)
-        more = {name: x for name, x in extra.items() if accepted is None or name in accepted}
-        if isinstance(state.inner, SlowState):
-            updates, new = _looking_ahead(inner, updates, state.inner, factors, more)
-        else:
-            updates, new = inner.update(updates, state.inner, factors, **more)
+        updates, new = inner.update(updates, state.inner, factors, **extra)
         return updates, OptimizerState(new, state.structure)
 
     return Optimizer(init, update, tx, matrices, of_method)
@@ -180,7 +168,7 @@ def of_method(tx: optax.GradientTransformation, adapted: Adapted) -> Optimizer:
     if wants_matrices is None:
         wants_matrices = _wants_matrices(tx.bare, *_shapes(adapted.factors), adapted.sites)
     wrap = adapted.method.wrap
-    bare = on_matrices(tx.bare, adapted) if wants_matrices else tx.bare
+    bare = on_matrices(_alone(tx.bare), adapted) if wants_matrices else _alone(tx.bare)
     if wrap is not None:
         bare = wrap(_checked(bare, None, of_method=True), adapted.sites)
     return _checked(bare, None, of_method=True)
@@ -192,7 +180,7 @@ def _wants_matrices(
 ) -> bool:
     """Whether `tx` is to be shown matrices; asked where a state is made and where a step is traced."""
     factors = jax.tree.unflatten(structure, shapes)
-    return not _looks_ahead(tx, structure, shapes) and tells_matrices(tx, factors, sites)
+    return tells_matrices(_alone(tx), factors, sites)
 
 
 def _shapes(factors: PyTree) -> tuple[Structure, tuple[Any, ...]]:
@@ -219,29 +207,58 @@ class SlowState(NamedTuple):
     inner: PyTree
 
 
+_AROUND = (
+    "optax.lookahead is inside a transformation that cannot pass on its pairs of parameters: put it around, as in "
+    "optax.lookahead(optax.apply_if_finite(optax.sgd(0.1), 3), 5, 0.5)"
+)
+
+
+def _alone(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` of the factors alone, which is passed the keywords that it knows; of `optax.lookahead`, the fast ones.
+
+    The slow factors are part of the state, and what `tx` makes of them is applied there.
+    """
+    inner = optax.with_extra_args_support(tx)
+    accepted = _keywords(inner.update)
+
+    def init(factors: PyTree) -> PyTree:
+        if _looks_ahead(inner, *_shapes(factors)):
+            slow = jax.tree.map(jnp.copy, factors)
+            return SlowState(slow, inner.init(optax.LookaheadParams(factors, slow)))
+        state = inner.init(factors)
+        if _has_lookahead(state):
+            raise ValueError(_AROUND)
+        return state
+
+    def update(gradients: PyTree, state: PyTree, factors: PyTree = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        more = {name: x for name, x in extra.items() if accepted is None or name in accepted}
+        if not isinstance(state, SlowState):
+            return inner.update(gradients, state, factors, **more)
+        try:
+            updates, new = inner.update(gradients, state.inner, optax.LookaheadParams(factors, state.slow), **more)
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            if isinstance(state.inner, optax.LookaheadState):
+                raise
+            raise ValueError(_AROUND) from error
+        return updates.fast, SlowState(optax.apply_updates(state.slow, updates.slow), new)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 @functools.lru_cache(maxsize=32)
 def _looks_ahead(tx: optax.GradientTransformation, structure: Structure, shapes: tuple[Any, ...]) -> bool:
     """Whether `tx` is `optax.lookahead`, or has it inside."""
     factors = jax.tree.unflatten(structure, shapes)
-    is_state = lambda x: isinstance(x, optax.LookaheadState)
     try:
         state = jax.eval_shape(tx.init, optax.LookaheadParams(factors, factors))
     except (TypeError, ValueError, AttributeError, IndexError, KeyError):
         return False  # what cannot take a pair at all
+    return _has_lookahead(state)
+
+
+def _has_lookahead(state: PyTree) -> bool:
+    is_state = lambda x: isinstance(x, optax.LookaheadState)
     return any(map(is_state, jax.tree.leaves(state, is_leaf=is_state)))
-
-
-def _slow_state(tx: optax.GradientTransformation, factors: PyTree) -> SlowState:
-    slow = jax.tree.map(jnp.copy, factors)
-    return SlowState(slow, tx.init(optax.LookaheadParams(factors, slow)))
-
-
-def _looking_ahead(
-    tx: optax.GradientTransformationExtraArgs, gradients: PyTree, state: SlowState, factors: PyTree, extra: Any
-) -> tuple[PyTree, SlowState]:
-    """The updates of the fast factors; those of the slow ones are applied to the state."""
-    updates, inner = tx.update(gradients, state.inner, optax.LookaheadParams(factors, state.slow), **extra)
-    return updates.fast, SlowState(optax.apply_updates(state.slow, updates.slow), inner)
 
 
 def _factors(params: PyTree) -> PyTree:

@@ -157,6 +157,43 @@ def test_lookahead_keeps_its_slow_factors():
     chex.assert_trees_all_close(state.opt_state.inner.slow, state.adapted.factors)
 
 
+def test_lookahead_shows_matrices_to_what_it_leads():
+    muon = lambda: contrib.muon(0.1, weight_decay=0.0)
+    state = take(optax.lookahead(muon(), 1, 0.5), steps=1)
+    half = jax.tree.map(lambda x, y: 0.5 * (x + y), adapt().factors, take(muon(), steps=1).adapted.factors)
+    close(state.adapted.factors, half, 1e-3)
+
+
+def lookahead() -> Any:
+    return optax.lookahead(optax.sgd(0.1), 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tx: optax.apply_if_finite(tx, 3), lambda tx: optax.MultiSteps(tx, 2),
+        lambda tx: optax.masked(tx, lambda p: jax.tree.map(lambda _: True, p)),
+        lambda tx: optax.masked(tx, jax.tree.map(lambda _: True, adapt().factors)),
+    ],
+    ids=["apply_if_finite", "MultiSteps", "masked by a function", "masked by a tree"],
+)  # fmt: skip
+def test_lookahead_inside_of_what_cannot_pass_on_its_pairs_is_an_error(around):
+    message = (
+        "optax.lookahead is inside a transformation that cannot pass on its pairs of parameters: put it around, as in "
+        "optax.lookahead(optax.apply_if_finite(optax.sgd(0.1), 3), 5, 0.5)"
+    )
+    step = jlora.train_step(loss, around(lookahead()))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trace(step, jlora.TrainState.create(adapt(), step.tx))
+
+
+def test_lookahead_in_a_chain_passes_on_its_pairs():
+    step = jlora.train_step(loss, optax.chain(optax.clip(9.0), lookahead()))
+    trace(step, jlora.TrainState.create(adapt(), step.tx))
+    step = jlora.train_step(loss, optax.lookahead(optax.apply_if_finite(optax.sgd(0.1), 3), 2, 0.5))
+    trace(step, jlora.TrainState.create(adapt(), step.tx))
+
+
 def test_schedule_free_gives_the_average():
     state = take(contrib.schedule_free_sgd(0.1), steps=2)
     average = contrib.schedule_free_eval_params(state.opt_state.inner, state.adapted.factors)
@@ -224,6 +261,21 @@ def test_others_see_factors_as_they_are():
     assert (6, 2) in {x.shape for x in jax.tree.leaves(shown.opt_state)}
     kept = jlora.TrainState.create(adapt(), jlora.optimizer(contrib.muon(1e-2), matrices=False))
     assert (6, 1, 2) in {x.shape for x in jax.tree.leaves(kept.opt_state)}
+
+
+def projected() -> Any:
+    """As GaLore: a projector for each matrix, an empty one for all else."""
+    projector = lambda x: jnp.zeros((x.shape[0], 1) if x.ndim == 2 else (0, 0))
+    return optax.GradientTransformation(lambda factors: jax.tree.map(projector, factors), lambda g, s, p=None: (g, s))
+
+
+def test_a_state_of_other_sizes_tells_matrices():
+    with pytest.raises(ValueError, match="this optimizer treats matrices in a way of its own"):
+        jlora.optimizer(projected()).init(adapt())
+    state = jlora.optimizer(projected(), adapt()).init(adapt()).inner
+    assert state["up"]["A"].shape == (6, 1) and [x.shape for x in state["stack"]["B"]] == [(2, 1)] * 2
+    memory = jlora.optimizer(optax.scale_by_lbfgs(3), adapt())  # a row of moments: as many numbers for either form
+    assert (3, 6, 1, 2) in {x.shape for x in jax.tree.leaves(jax.eval_shape(memory.init, adapt().factors))}
 
 
 def test_matrices_change_nothing_for_an_optimizer_of_single_numbers():
