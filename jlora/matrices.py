@@ -96,16 +96,17 @@ def is_state_different(tx: Transformation, some: PyTree, others: PyTree) -> bool
     Arrays that hold a number for each of a leaf, as moments do, are the same state, whatever their shape. So is one
     for each weight of a stack where `others` has one weight of it.
     """
-    states: list[PyTree] = []
+    structure_of: Callable[[PyTree], Any] = jax.tree.structure
     try:
         states = [jax.eval_shape(tx.init, x) for x in (some, others)]
     except (TypeError, ValueError, AttributeError, IndexError, KeyError):
         return False
-    if jax.tree.structure(states[0]) != jax.tree.structure(states[1]):
+    if structure_of(states[0]) != structure_of(states[1]):
         return True
-    sizes: Callable[..., Any] = lambda *of: zip(*([math.prod(x.shape) for x in jax.tree.leaves(y)] for y in of), strict=True)
-    stacks = {1} | {n // one for n, one in sizes(some, others) if one}
-    return any(all(n != one * stack for stack in stacks) for n, one in sizes(*states))
+    sizes = lambda of: [math.prod(x.shape) for x in jax.tree.leaves(of)]
+    pairs = lambda of, other: zip(sizes(of), sizes(other), strict=True)
+    stacks = {1} | {n // one for n, one in pairs(some, others) if one}
+    return any(all(n != one * stack for stack in stacks) for n, one in pairs(*states))
 
 
 def on_matrices(tx: Transformation, adapted: Adapted) -> Transformation:
