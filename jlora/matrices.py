@@ -20,6 +20,17 @@ PyTree = Any
 Matrices = dict[str, dict[str, Any]]  # an array, or a tuple with one for each stacked weight
 
 
+class SlowState(NamedTuple):
+    """State of `optax.lookahead`, whose parameters are pairs: the slow ones are kept here."""
+
+    slow: PyTree
+    inner: PyTree
+
+
+# Factors in a state that are not the optimizer's alone: one evaluates with them, and so they keep their shapes.
+READ = {SlowState: "slow", optax.contrib.ScheduleFreeState: "z"}
+
+
 class Form(NamedTuple):
     """How one factor becomes a matrix, or a tuple of them.
 
@@ -110,21 +121,15 @@ def is_state_different(tx: Transformation, some: PyTree, others: PyTree) -> bool
 
 
 def on_matrices(tx: Transformation, adapted: Adapted) -> Transformation:
-    """`tx`, which is shown matrices: its state is theirs, its updates come back in broadcast form."""
+    """`tx`, which is shown matrices: its state is theirs but for what is READ; updates come back in broadcast form."""
     inner = optax.with_extra_args_support(tx)
     forms = forms_of(adapted.factors, adapted.sites)
 
     def split(factors: Factors) -> Matrices:
-        return {
-            path: {name: forms[path][name].split(x) if path in forms else x for name, x in arrays.items()}
-            for path, arrays in factors.items()
-        }
+        return _in_form(lambda form, x: form.split(x), forms, factors)
 
     def join(matrices: Matrices) -> Factors:
-        return {
-            path: {name: forms[path][name].join(x) if path in forms else x for name, x in arrays.items()}
-            for path, arrays in matrices.items()
-        }
+        return _in_form(lambda form, x: form.join(x), forms, matrices)
 
     def of_matrices(fn: Any) -> Any:
         return lambda matrices, *args: fn(join(matrices), *args)
@@ -136,12 +141,36 @@ def on_matrices(tx: Transformation, adapted: Adapted) -> Transformation:
         if "grad_fn" in extra:
             grad_fn = extra["grad_fn"]
             extra["grad_fn"] = lambda matrices, *args: split(grad_fn(join(matrices), *args))
-        updates, state = inner.update(
-            split(gradients), state, None if factors is None else split(factors), **extra
-        )  # fmt: skip
-        return join(updates), state
+        shown = None if factors is None else split(factors)
+        updates, state = inner.update(split(gradients), _with_read(split, state), shown, **extra)
+        return join(updates), _with_read(join, state)
 
-    return optax.GradientTransformationExtraArgs(lambda factors: inner.init(split(factors)), update)
+    def init(factors: Factors) -> PyTree:
+        return _with_read(join, inner.init(split(factors)))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_form(turn: Callable[[Form, Any], Any], forms: dict[str, dict[str, Form]], tree: dict[str, Any]) -> Any:
+    """`tree` with `turn` of each factor that has a form; what `optax.masked` left out of it stays so."""
+    of = lambda path, name, x: turn(forms[path][name], x) if path in forms and jax.tree.leaves(x) else x
+    return {
+        path: {name: of(path, name, x) for name, x in arrays.items()} if jax.tree.leaves(arrays) else arrays
+        for path, arrays in tree.items()
+    }
+
+
+def _with_read(turn: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
+    """`state` with `turn` of the factors in it that are READ."""
+
+    def of(node: Any) -> Any:
+        name = READ.get(type(node))
+        if name is None:
+            return node
+        fields = node._asdict().items()
+        return type(node)(**{field: turn(x) if field == name else _with_read(turn, x) for field, x in fields})
+
+    return jax.tree.map(of, state, is_leaf=lambda node: type(node) in READ)
 
 
 def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:

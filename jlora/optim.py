@@ -7,7 +7,7 @@ that it does not mask through as they came, so that a gradient of the base is *a
 import functools
 import inspect
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 
 from jlora import tree
 from jlora.adapt import Adapted
-from jlora.matrices import is_state_different, on_matrices, tells_matrices
+from jlora.matrices import SlowState, is_state_different, on_matrices, tells_matrices
 from jlora.sites import Site
 
 PyTree = Any
@@ -94,7 +94,8 @@ def optimizer(
         AdaLoRA's budget) and can show matrices. `train_step` and `TrainState.create` know it themselves.
       matrices: whether `tx` sees A and B as matrices, (inputs, r) and (r, outputs), one for each stacked weight, in
         place of their broadcast form, (in, 1, r) and (1, out, r). None: where it keeps another state for matrices, as
-        Muon does, which gives all else to Adam. Its state is then that of the matrices.
+        Muon does, which gives all else to Adam. Its state is then that of the matrices, but for the factors that are
+        read from it, schedule-free's z and lookahead's slow ones.
 
     Raises:
       TypeError: if `tx` is no transformation.
@@ -198,13 +199,6 @@ def _without_ones(factors: PyTree) -> PyTree:
         return jax.ShapeDtypeStruct(spanned, x.dtype)
 
     return jax.tree.map_with_path(shape, factors)
-
-
-class SlowState(NamedTuple):
-    """State of `optax.lookahead`, whose parameters are pairs: the slow ones are kept here."""
-
-    slow: PyTree
-    inner: PyTree
 
 
 _AROUND = (

@@ -283,6 +283,34 @@ def test_matrices_change_nothing_for_an_optimizer_of_single_numbers():
     close(shown.adapted.factors, take(optax.adam(1e-2)).adapted.factors, 1e-5)
 
 
+def test_factors_that_are_read_from_a_state_keep_their_shapes():
+    adapted, ones = adapt(), jax.tree.map(jnp.ones_like, adapt().factors)
+    shape_of = lambda tree: jax.tree.map(jnp.shape, tree)
+    free = contrib.schedule_free(optax.sgd(0.5), 0.5)
+    led = optax.lookahead(contrib.schedule_free(optax.sgd(0.5), 0.5), 1, 0.5)
+    found = []
+    for matrices in (True, False):
+        tx = jlora.optimizer(free, adapted, matrices=matrices)
+        factors, state = adapted.factors, tx.init(adapted)
+        for _ in range(2):
+            updates, state = tx.update(ones, state, factors)
+            factors = optax.apply_updates(factors, updates)
+        found.append(contrib.schedule_free_eval_params(state.inner, factors))
+        assert shape_of(state.inner.z) == shape_of(found[-1]) == shape_of(ones)
+        tx = jlora.optimizer(led, adapted, matrices=matrices)
+        _, state = tx.update(ones, tx.init(adapted), adapted)
+        assert shape_of(state.inner.slow) == shape_of(state.inner.inner.fast_state.z) == shape_of(ones)
+    close(found[0], found[1], 1e-6)
+    part = {path: {name: "A" if name == "A" else "other" for name in arrays} for path, arrays in ones.items()}
+    tx = jlora.optimizer(optax.partition({"A": free, "other": optax.sgd(0.5)}, part), adapted, matrices=True)
+    _, state = tx.update(ones, tx.init(adapted), adapted)
+    z = state.inner.inner_states["A"].inner_state.z
+    assert shape_of(z["stack"]["A"]) == shape_of(ones["stack"]["A"]) and not jax.tree.leaves(z["stack"]["B"])
+    masked = optax.masked(free, {path: path == "stack" for path in ones})
+    state = jax.eval_shape(jlora.optimizer(masked, adapted, matrices=True).init, adapted.factors)
+    assert shape_of(state.inner.inner_state.z["stack"]) == shape_of(ones["stack"])
+
+
 @pytest.mark.parametrize(
     "method",
     [
