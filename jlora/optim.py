@@ -96,6 +96,8 @@ def optimizer(
         place of their broadcast form, (in, 1, r) and (1, out, r). None: where it keeps another state for matrices, as
         Muon does, which gives all else to Adam. Its state is then that of the matrices, but for the factors that are
         read from it, schedule-free's z and lookahead's slow ones.
+        One whose state is the same for either cannot be told: `optax.adaptive_grad_clip` takes norms over axes by
+        their number, those of single numbers of B in broadcast form, and needs True.
 
     Raises:
       TypeError: if `tx` is no transformation.

@@ -283,6 +283,17 @@ def test_matrices_change_nothing_for_an_optimizer_of_single_numbers():
     close(shown.adapted.factors, take(optax.adam(1e-2)).adapted.factors, 1e-5)
 
 
+def test_adaptive_clipping_of_matrices_is_that_of_their_columns():
+    adapted, ones = adapt(), jax.tree.map(jnp.ones_like, adapt().factors)
+    clip = optax.adaptive_grad_clip(0.01)
+    tx = jlora.optimizer(clip, adapted, matrices=True)
+    updates, _ = tx.update(ones, tx.init(adapted), adapted)
+    b = adapted.factors["up"]["B"][0].T  # (r, outputs)
+    expected, _ = clip.update({"B": jnp.ones_like(b)}, clip.init({"B": b}), {"B": b})
+    close(updates["up"]["B"][0].T, expected["B"], 1e-6)
+    assert len(set(np.asarray(updates["up"]["B"]).ravel().tolist())) == 4  # one for each output
+
+
 def test_factors_that_are_read_from_a_state_keep_their_shapes():
     adapted, ones = adapt(), jax.tree.map(jnp.ones_like, adapt().factors)
     shape_of = lambda tree: jax.tree.map(jnp.shape, tree)
