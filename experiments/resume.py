@@ -23,7 +23,7 @@ def loaded(folder: Path, base: Any) -> jlora.Adapted:
 
 
 def restored(checkpoints: Checkpoints, start: TrainState, say: Callable[[str], None]) -> tuple[TrainState, Any]:
-    """The newest state that a run left, or the one before it where that is damaged, and the position kept with it.
+    """The newest state that a run left, or one before it where that is damaged, and the position kept with it.
 
     Args:
       checkpoints: of the run.
@@ -35,10 +35,12 @@ def restored(checkpoints: Checkpoints, start: TrainState, say: Callable[[str], N
     """
     if checkpoints.latest is None:
         return start, None
-    try:
-        return checkpoints.restore(start)
-    except DamagedCheckpoint as error:
-        if error.before is None:
-            raise ConfigError(f"{error}. Delete that folder to begin this run anew") from error
-        say(f"warning: {str(error).rsplit('; ', 1)[0]}; going on from step {error.before}")
-        return checkpoints.restore(start, step=error.before)
+    step = None
+    while True:
+        try:
+            return checkpoints.restore(start, step)
+        except DamagedCheckpoint as error:
+            if error.before is None:
+                raise ConfigError(f"{error}. Delete that folder to begin this run anew") from error
+            step = error.before
+            say(f"warning: {str(error).rsplit('; ', 1)[0]}; going on from step {step}")

@@ -206,6 +206,96 @@ def test_checkpoints_of_before_the_list_are_read(folder):
             checkpoints.restore(state())
 
 
+UNSEALED = {
+    "no record": lambda step: (step / "record" / "metadata").unlink(),
+    "an empty record": lambda step: (step / "record" / "metadata").write_text("{}"),
+    "another record": lambda step: change(step, optimizer=[1]),
+    "another adapter": lambda step: change(step, adapter={}),
+    "another key": lambda step: change(step, key=[3]),
+    "a deep record": lambda step: (step / "record" / "metadata").write_text("[" * 100_000),
+    "a record that is a pipe": lambda step: become(os.mkfifo)(step / "record" / "metadata", None),
+    "no state": lambda step: shutil.rmtree(step / "state"),
+    "a cut state": lambda step: [os.truncate(file, 3) for file in files(step / "state")],
+    "a state without a file": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
+    "metadata of Orbax that is a pipe": lambda step: become(os.mkfifo)(step / "_CHECKPOINT_METADATA", None),
+    "metadata of Orbax without an end": lambda step: os.truncate(step / "_CHECKPOINT_METADATA", 2**40),
+    "nothing": lambda step: (shutil.rmtree(step), step.mkdir()),
+}
+
+
+def change(step: Path, **values) -> None:
+    record = step / "record" / "metadata"
+    content = json.loads(record.read_text()) | values
+    record.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize("name", UNSEALED)
+def test_without_the_list_damage_is_an_error_of_the_same_kind(name, folder):
+    """Nothing hangs, also not in the constructor, and a run goes back to the step before."""
+    for step in (3, 12):
+        (folder / str(step) / "seal.json").unlink()
+        change(folder / str(step), sealed=None)
+    UNSEALED[name](folder / "12")
+    said = []
+    with Checkpoints(folder) as checkpoints:
+        with pytest.raises(DamagedCheckpoint) as caught:
+            checkpoints.restore(state())
+        assert re.fullmatch(
+            rf"the checkpoint of step 12 in '{folder}' is damaged: [^\n]*; restore\(.*=3\) .*", str(caught.value)
+        )
+        assert restored(checkpoints, state(), said.append)[1] == 3 and len(said) == 1
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a link", "a folder", "deep"])
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "seal.json", "record/metadata", "state/_METADATA"])
+def test_a_folder_is_opened_whatever_lies_in_it(name, kind, folder):
+    file = folder / "12" / name
+    if kind == "deep":
+        file.write_text("[" * 100_000)
+    else:
+        SPOILT[kind](file, random.Random(0))
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.latest == 12
+        with pytest.raises(DamagedCheckpoint, match=f"of step 12 in '{folder}' is damaged: '{name}' (is|has) "):
+            checkpoints.restore(state())
+        assert checkpoints.restore(state(), step=3)[1] == 3
+        checkpoints.save(state(12), 12)
+        assert checkpoints.restore(state())[1] == 12
+
+
+def test_what_is_not_a_checkpoint_stays(folder):
+    """Of other names it is left alone; in the place of a checkpoint it is an error, and what is older is no matter."""
+    for name in ("02", "\u00b2", "1\u0663", "0", "notes"):
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").write_text("mine")
+    with Checkpoints(folder, keep=1) as checkpoints:
+        assert checkpoints.latest == 12
+        with pytest.raises(
+            DamagedCheckpoint, match="'record/metadata' is missing; there is none before it that is whole$"
+        ):
+            checkpoints.restore(state(), step=0)
+        checkpoints.save(state(13), 13)
+        checkpoints.wait()
+        (folder / "2024").mkdir()
+        (folder / "2024" / "notes.txt").write_text("mine")
+        with pytest.raises(DamagedCheckpoint, match=r"of step 2024 .*; restore\(state, step=13\) takes"):
+            checkpoints.restore(state())
+        with pytest.raises(ValueError, match="is no checkpoint of jlora") as caught:
+            checkpoints.save(state(14))
+        assert str(caught.value) == (
+            f"'{folder / '2024'}' is no checkpoint of jlora, and has the name of one that is not older than this one of "
+            "step 14: move it to another place, or keep this run in another folder"
+        )
+        shutil.rmtree(folder / "2024")
+        for make in (Path.touch, os.mkfifo, lambda place: place.symlink_to(folder / "13")):
+            make(folder / "15")
+            with pytest.raises(ValueError, match="(15' is no checkpoint of jlora, and has)|(of step 15 already)"):
+                checkpoints.save(state(15))
+            (folder / "15").unlink()
+        assert checkpoints.restore(state())[1] == 13
+    assert len(list(folder.glob("*/notes.txt"))) == 5
+
+
 # -- --resume ----------------------------------------------------------------------------------------------------------
 
 

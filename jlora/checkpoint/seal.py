@@ -64,7 +64,7 @@ def damage(folder: Path) -> str | None:
         files = json.loads(text)["files"]
         right = _text(files).encode() == text
         expected = [(name, int(size), str(digest)) for name, (size, digest) in files.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         right, expected = False, []
     if not right or not all(_inside(name) for name, _, _ in expected):
         return f"'{NAME}' is not what was written"

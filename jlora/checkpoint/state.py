@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jlora.adapt import Adapted, rebuilt, stored
-from jlora.checkpoint import agreement, seal
+from jlora.checkpoint import agreement, steps
 from jlora.checkpoint.adapter import describe
 from jlora.checkpoint.lock import Lock
 from jlora.checkpoint.place import folder_of
@@ -57,7 +56,10 @@ class Checkpoints:
         # Of several processes that train together, the first one writes: the folder is theirs when it is its.
         self._lock = Lock(self._folder) if jax.process_index() == 0 else None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, temporary_path_class=SealedPath
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            temporary_path_class=SealedPath,
+            step_name_format=steps.Steps(),
         )
         try:
             with _without_log(str(self._folder)):
@@ -82,7 +84,8 @@ class Checkpoints:
     def save(self, state: Any, position: Position = None) -> None:
         """Copies the state on its devices and writes the copy in the background: the next step may donate the state.
 
-        A checkpoint that is damaged and not older is deleted before, as is one that `restore` found damaged.
+        A checkpoint that is damaged and not older is deleted before, as is one that `restore` found damaged. What jlora
+        did not write is never deleted.
 
         Args:
           state: the state after `state.step` steps.
@@ -90,7 +93,8 @@ class Checkpoints:
 
         Raises:
           FloatingPointError: if the state's last loss was not finite: it would never train again.
-          ValueError: if there is a checkpoint of this step or a later one already, or `position` is no JSON.
+          ValueError: if there is a checkpoint of this step or a later one already, or `position` is no JSON;
+            if something that is no checkpoint of jlora stands in its place, or would be taken for a later one.
         """
         state.check()
         step = int(state.step)
@@ -151,15 +155,12 @@ class Checkpoints:
         if step is None or step not in self._steps():
             raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in '{self._folder}'")
         self._check_whole(step)
-        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        record = self._read(step, record=ocp.args.JsonRestore())
         self._check_adapter(record["adapter"], self._describe(state.adapted))
         what = f"the checkpoint of step {step} in '{self._folder}'"
         plan = Plan.of(what, record["optimizer"], state.opt_state, optimizer)
         like = _like(state, plan, record)
-        try:
-            arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{what} cannot be read: {str(error).splitlines()[0]}") from error
+        arrays = self._read(step, state=ocp.args.StandardRestore(like))
         opt_state = plan.filled(state.opt_state, arrays["opt_state"], arrays["step"], hyperparams)
         key = key_of(what, arrays["key"], record.get("key"), state.key)
         rest = {name: value for name, value in arrays.items() if name not in ("factors", "opt_state", "key")}
@@ -186,8 +187,7 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """Of the checkpoints, those that are being written and those that Orbax no longer takes for one included."""
-        lying = (int(path.name) for path in self._folder.iterdir() if path.name.isdigit() and path.is_dir())
-        return sorted({*self._manager.all_steps(), *lying})
+        return sorted({*self._manager.all_steps(), *steps.found(self._folder)})
 
     def _make_newest(self, step: int) -> None:
         """Deletes the damaged checkpoints that a new one of `step` takes the place of.
@@ -197,7 +197,7 @@ class Checkpoints:
         later = [s for s in self._steps() if s >= step]
         if later:
             self.wait()
-            whole = [s for s in later if _damage(self._folder / str(s)) is None]
+            whole = [s for s in later if steps.damage(self._folder / str(s)) is None]
             if step in whole:
                 raise ValueError(f"'{self._folder}' holds a checkpoint of step {step} already")
             if whole:
@@ -205,21 +205,40 @@ class Checkpoints:
                     f"'{self._folder}' holds a checkpoint of step {whole[-1]}, which would still be the newest after "
                     f"this one of step {step}: keep this run in another folder, or delete the later ones"
                 )
-        for step in {*self._damaged, *later} & set(self._steps()):
-            if step in self._manager.all_steps():
-                self._manager.delete(step)
-            elif jax.process_index() == 0:
-                shutil.rmtree(self._folder / str(step))
+        for taken in (self._folder / str(s) for s in sorted({step, *later})):
+            if os.path.lexists(taken) and not steps.is_own(taken):
+                raise ValueError(
+                    f"'{taken}' is no checkpoint of jlora, and has the name of one that is not older than this one of "
+                    f"step {step}: move it to another place, or keep this run in another folder"
+                )
+        for old in {*self._damaged, *later} & set(self._steps()):
+            if old in self._manager.all_steps():
+                self._manager.delete(old)
+            elif jax.process_index() == 0 and steps.is_own(self._folder / str(old)):
+                shutil.rmtree(self._folder / str(old))
         self._damaged.clear()
 
     def _check_whole(self, step: int) -> None:
-        wrong = _damage(self._folder / str(step))
-        if wrong is None:
-            return
+        wrong = steps.damage(self._folder / str(step))
+        if wrong is not None:
+            raise self._damage(step, wrong)
+
+    def _damage(self, step: int, wrong: str) -> DamagedCheckpoint:
         self._damaged.add(step)
         earlier = (s for s in reversed(self._steps()) if s < step)
-        before = next((s for s in earlier if _damage(self._folder / str(s)) is None), None)
-        raise DamagedCheckpoint(self._folder, step, wrong, before)
+        before = next((s for s in earlier if steps.damage(self._folder / str(s)) is None), None)
+        return DamagedCheckpoint(self._folder, step, wrong, before)
+
+    def _read(self, step: int, **item: ocp.args.CheckpointArgs) -> Any:
+        """One item of a checkpoint. What has no seal may be damaged where `steps.damage` does not look."""
+        ((name, how),) = item.items()
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{name: how}))[name]
+        except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
+            line = next(iter(str(error).splitlines()), "") or type(error).__name__
+            if not steps.is_sealed(self._folder / str(step)):
+                raise self._damage(step, f"its {name} cannot be read: {line}") from error
+            raise ValueError(f"the checkpoint of step {step} in '{self._folder}' cannot be read: {line}") from error
 
     def _describe(self, adapted: Adapted) -> dict[str, Any]:
         """`describe`, with the base read once as long as its leaves stay the same objects and the extras the same."""
@@ -252,17 +271,6 @@ def _without_log(folder: str) -> Iterator[None]:
         yield
     finally:
         log.removeFilter(elsewhere)
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if nothing is. Earlier versions of jlora wrote no seal."""
-    if os.path.lexists(folder / seal.NAME):
-        return seal.damage(folder)
-    try:
-        sealed = json.loads((folder / "record" / "metadata").read_bytes()).get("sealed", False)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return "'record/metadata' is no JSON"
-    return f"'{seal.NAME}' is missing" if sealed else None
 
 
 def _arrays(state: Any) -> dict[str, Any]:
