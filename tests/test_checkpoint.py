@@ -140,6 +140,17 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path):
     assert len(list(tmp_path.rglob("*"))) == 3  # the old pair and the folder of the new one: nothing temporary
 
 
+def test_where_no_adapter_can_be(tmp_path):
+    (tmp_path / "folder" / NAME).mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name in ("folder", "file", "file/inner", "a" * 300):
+        with pytest.raises(OSError, match="^.*saving the adapter: .*; no adapter was written"):
+            jlora.save(tmp_path / name, adapter("rslora"))
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == [NAME]
+    with pytest.raises(FileNotFoundError, match="^no adapter in '.*a': there is no adapter.json$"):
+        jlora.load(tmp_path / ("a" * 300), params())
+
+
 def test_interrupted_before_the_last_rename_the_old_adapter_stays(tmp_path, monkeypatch):
     adapted, _, _ = saved(tmp_path)
     replace = Path.replace

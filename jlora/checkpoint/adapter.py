@@ -106,8 +106,8 @@ def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False)
     """
     folder = folder_of(folder)
     file = folder / NAME
-    if not file.exists():
-        near = sorted(path.parent.name for path in folder.glob(f"*/{NAME}")) if folder.is_dir() else []
+    if not os.path.exists(file):  # Path.exists raises for a name that is too long
+        near = sorted(path.parent.name for path in folder.glob(f"*/{NAME}")) if os.path.isdir(folder) else []
         hint = f"; its folders {', '.join(map(repr, near[:5]))} hold one" if near else ""
         raise FileNotFoundError(f"no adapter in '{folder}': there is no {NAME}{hint}")
     record, opened = _pair(folder)
@@ -264,10 +264,10 @@ def _host(factors: Mapping[str, Mapping[str, jax.Array]]) -> Tensors:
 
 def _kept(file: Path, digest: str) -> str:
     """What a folder holds after a `save` that failed."""
+    if not os.path.isfile(file):
+        return "no adapter was written"
     try:
         there = read_record(file)["tensors"]["sha256"]
-    except FileNotFoundError:
-        return "no adapter was written"
     except (OSError, ValueError):
         there = None
     if there == digest:

@@ -7,6 +7,7 @@ killed, or its adapter replaced. Where there are no locks, the age of a file dec
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -99,6 +100,8 @@ def replace(folder: Path, digest: str, content: bytes, text: Callable[[str], byt
         cannot be told, and nothing is swept then.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / NAME).is_dir():  # found only by the last rename, when the tensors lie there
+        raise IsADirectoryError(errno.EISDIR, f"'{NAME}' is a folder")
     sweep(folder, named)
     file, descriptor = _created(folder, digest[:16])
     temporary = _temporary(file)
