@@ -15,7 +15,8 @@ from experiments.folder import read_json, write_json
 from experiments.progress import Live
 from experiments.resume import restored
 from jlora.checkpoint import Checkpoints
-from jlora.train import Step, TrainState
+from jlora.state import TrainState
+from jlora.train import Step
 
 Curve = tuple[Point, ...]
 

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from jlora.train import Step, TrainState
+from jlora.state import TrainState
+from jlora.train import Step
 
 Batch = Any
 Key = TypeVar("Key")

@@ -7,7 +7,7 @@ from typing import Any
 import jlora
 from experiments.config import ConfigError
 from jlora.checkpoint import Checkpoints, DamagedCheckpoint
-from jlora.train import TrainState
+from jlora.state import TrainState
 
 
 def loaded(folder: Path, base: Any) -> jlora.Adapted:

@@ -38,7 +38,8 @@ from experiments.report import Base, Outcome, Results
 from experiments.resume import loaded
 from jlora.checkpoint.lock import Lock
 from jlora.models.gpt2 import GPT2
-from jlora.train import Step, TrainState, train_step
+from jlora.state import TrainState
+from jlora.train import Step, train_step
 
 Params = Any
 _BASE = "pretraining"

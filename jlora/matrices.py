@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora.adapt import Adapted
+from jlora.adapted.adapted import Adapted
 from jlora.methods.method import Factors, Transformation
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 PyTree = Any
 Matrices = dict[str, dict[str, Any]]  # an array, or a tuple with one for each stacked weight

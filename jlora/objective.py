@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapt import Adapted, combine, with_key
-from jlora.explicit import on_auto_axes
-from jlora.lift import check_reached, run
-from jlora.trace import Trace
+from jlora.adapted.adapted import Adapted, combine, with_key
+from jlora.transform.explicit import on_auto_axes
+from jlora.transform.lift import check_reached, run
+from jlora.transform.trace import Trace
 
 _NOTHING = 1e-30  # a weight that changes no sum
 PyTree = Any

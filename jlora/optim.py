@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from jlora import tree
-from jlora.adapt import Adapted
+from jlora.adapted.adapted import Adapted
 from jlora.matrices import SlowState, is_state_different, on_matrices, tells_matrices
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable

@@ -50,7 +50,8 @@ from experiments.config import Pretrain, Train
 from experiments.data import turned_digits, upright_digits
 from experiments.tasks import ImageTask, Scorer, at_rate, pretrained
 from jlora.models.vit import ViTConfig
-from jlora.train import TrainState, train_step
+from jlora.state import TrainState
+from jlora.train import train_step
 
 SMALL = os.environ.get("JLORA_NOTEBOOK") == "small"  # the form that the tests execute: its numbers mean nothing
 

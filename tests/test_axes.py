@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jlora import axes as ax
+from jlora.transform import axes as ax
 
 
 def whole(*shape: int, seed: int = 0) -> jax.Array:

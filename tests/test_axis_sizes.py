@@ -15,9 +15,9 @@ from jax import lax
 from jax.lax import GatherScatterMode as Mode
 
 import jlora
-from jlora.interpret import trace_weights
-from jlora.trace import Trace
-from jlora.weight import NotSeparable
+from jlora.transform.interpret import trace_weights
+from jlora.transform.trace import Trace
+from jlora.transform.weight import NotSeparable
 from tests.test_weight import Form, built, make, whole
 
 

@@ -23,7 +23,8 @@ from experiments.config import ConfigError, Train
 from experiments.data import Labelled, Shuffled, turned_digits, upright_digits
 from experiments.tasks import Batches, Metric, Score, Scorer, Scores, Task, at_rate, train
 from experiments.tasks.task import Outcome
-from jlora.train import TrainState, train_step
+from jlora.state import TrainState
+from jlora.train import train_step
 
 pytestmark = pytest.mark.once
 

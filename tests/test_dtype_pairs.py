@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jlora.interpret import trace_weights
-from jlora.product import compute_dtype
-from jlora.trace import Trace
-from jlora.weight import Weight, drop
+from jlora.transform.interpret import trace_weights
+from jlora.transform.product import compute_dtype
+from jlora.transform.trace import Trace
+from jlora.transform.weight import Weight, drop
 
 WEIGHTS = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 INPUTS = (*WEIGHTS, "complex64", "complex128", "int8", "uint8", "int32", "bool")

@@ -12,8 +12,8 @@ from flax.errors import TraceContextError
 from jax import lax
 
 import jlora
-from jlora.interpret import Trace
-from jlora.lift import check_reached, run
+from jlora.transform.interpret import Trace
+from jlora.transform.lift import check_reached, run
 from tests.conformance import close, normal
 
 SITE = (jlora.Site("k", (8, 6), "float32", (0,), (1,), (), "linear"),)

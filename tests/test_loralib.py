@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import jlora
-from experiments.adapters import loralib, torch_file
+from jlora.interop import loralib, torch_file
 from jlora import models
 from jlora.models.roberta import PRESETS, Roberta
 

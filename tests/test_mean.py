@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jlora.jaxprs import opened_end
-from jlora.mean import count_of_mean
+from jlora.transform.jaxprs import opened_end
+from jlora.transform.mean import count_of_mean
 
 REAL = jnp.asarray([[True, False, True]])
 FRACTIONS = jnp.asarray([[0.2, 0.3, 0.0]])

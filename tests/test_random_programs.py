@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import jlora
-from jlora.weight import Weight
+from jlora.transform.weight import Weight
 
 METHODS = {
     "lora": jlora.lora(2, alpha=3),

@@ -18,11 +18,11 @@ import pytest
 from safetensors.numpy import load_file, save
 
 import jlora
+from jlora.adapted.select import Extra
 from jlora.checkpoint import record as records
 from jlora.checkpoint.folder import NAME
 from jlora.methods import METHODS, from_json, to_json
-from jlora.select import Extra
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 PARAMS = {
     "k": {"kernel": np.ones((6, 4), np.float32)},

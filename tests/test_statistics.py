@@ -9,9 +9,9 @@ import pytest
 from jax import lax
 
 import jlora
+from jlora.adapted.statistics import statistics
 from jlora.methods.eva import redistributed
 from jlora.methods.matrix import a_form, a_matrix, b_form, b_matrix, matrices, restore
-from jlora.statistics import statistics
 from tests.conformance import close, normal
 
 L, D, F, B, H, K = 3, 6, 8, 5, 3, 4

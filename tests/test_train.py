@@ -17,7 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora.train import Step, TrainState, train_step
+from jlora.state import TrainState
+from jlora.train import Step, train_step
 
 IN, HIDDEN, OUT, BATCH = 20, 28, 12, 16
 # Sums in another order (over micro-batches, devices, factors instead of merged weights): a few float32 roundings.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jlora.weight import NotSeparable, Weight, drop
+from jlora.transform.weight import NotSeparable, Weight, drop
 from tests.conformance import close
 
 R = 3

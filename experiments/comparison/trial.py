@@ -17,7 +17,8 @@ from experiments.config import ConfigError, in_steps
 from experiments.folder import read_json, write_json
 from experiments.resume import loaded
 from experiments.tasks import Score, Scorer, Scores, Task, at_rate, train
-from jlora.train import Step, TrainState, train_step
+from jlora.state import TrainState
+from jlora.train import Step, train_step
 
 Params = Any
 _DONE = "trials.json"

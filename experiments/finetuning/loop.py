@@ -22,7 +22,8 @@ from experiments.folder import read_json, write_json
 from experiments.progress import Live
 from experiments.resume import restored
 from jlora.checkpoint import Checkpoints
-from jlora.train import Step, TrainState, train_step
+from jlora.state import TrainState
+from jlora.train import Step, train_step
 
 _RESULT, _CURVE = "result.json", "curve.json"
 

@@ -14,7 +14,7 @@ from experiments.finetuning.loop import Result, Trainer
 from experiments.finetuning.work import Work
 from experiments.measure import Cost
 from experiments.report import in_bytes, markdown_table
-from jlora.train import TrainState
+from jlora.state import TrainState
 
 Cells = list[list[str]]
 """A table as text, its header first."""

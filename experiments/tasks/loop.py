@@ -6,7 +6,8 @@ import optax
 
 from experiments.config import Train
 from experiments.tasks.task import Batches
-from jlora.train import Step, TrainState
+from jlora.state import TrainState
+from jlora.train import Step
 
 
 def at_rate(train: Train, learning_rate: float, steps: int) -> optax.GradientTransformation:

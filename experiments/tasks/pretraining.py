@@ -12,7 +12,8 @@ from experiments.config import Pretrain, in_steps
 from experiments.folder import locked
 from experiments.tasks.loop import at_rate, train
 from experiments.tasks.task import Params, Task
-from jlora.train import TrainState, train_step
+from jlora.state import TrainState
+from jlora.train import train_step
 
 
 def pretrained(

@@ -5,4 +5,4 @@ from jlora.checkpoint.adapter import load as load
 from jlora.checkpoint.adapter import save as save
 from jlora.checkpoint.fingerprint import fingerprint as fingerprint
 from jlora.checkpoint.resume import DamagedCheckpoint as DamagedCheckpoint
-from jlora.checkpoint.state import Checkpoints as Checkpoints
+from jlora.checkpoint.run import Checkpoints as Checkpoints

@@ -15,7 +15,8 @@ import numpy as np
 from safetensors.numpy import save as serialise
 
 from jlora import tree
-from jlora.adapt import Adapted, check_activations, rebuild, stored
+from jlora.adapted.adapted import Adapted, check_activations, rebuild, stored
+from jlora.adapted.select import Extra, check_rows, is_trainable
 from jlora.checkpoint.fingerprint import fingerprint
 from jlora.checkpoint.folder import NAME, open_file, open_tensors, replace
 from jlora.checkpoint.place import folder_of
@@ -29,8 +30,7 @@ from jlora.checkpoint.tensors import (
     some,
 )
 from jlora.methods import to_json
-from jlora.select import Extra, check_rows, is_trainable
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 _ATTEMPTS = 100  # to read an adapter that is replaced again and again
 

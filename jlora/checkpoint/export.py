@@ -6,10 +6,10 @@ from typing import Any
 
 from jax import export
 
-from jlora.adapt import Adapted
+from jlora.adapted.adapted import Adapted
+from jlora.adapted.select import Extra
 from jlora.methods import Method, from_json, to_json
-from jlora.select import Extra
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 Static = tuple[Method, tuple[Site, ...], tuple[Extra, ...]]
 

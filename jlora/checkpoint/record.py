@@ -12,10 +12,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jlora.adapted.select import Extra, check_adaptable, check_axes, check_scale
 from jlora.checkpoint.folder import NAME, TENSORS, open_file, read
 from jlora.methods import Method, from_json
-from jlora.select import Extra, check_adaptable, check_axes, check_scale
-from jlora.sites import ADAPTABLE, Site
+from jlora.transform.sites import ADAPTABLE, Site
 
 FORMAT, VERSION = "jlora adapter", 1
 LARGEST = 32 * 2**20  # bytes of JSON: some ten thousand sites

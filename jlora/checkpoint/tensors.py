@@ -12,13 +12,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_tensors
 
-from jlora.adapt import extra_shapes, shared_shapes
+from jlora.adapted.adapted import extra_shapes, shared_shapes
+from jlora.adapted.select import Extra
 from jlora.checkpoint.folder import read
 from jlora.checkpoint.record import naming, parse, shown
 from jlora.methods import Method
 from jlora.methods.method import SHARED
-from jlora.select import Extra
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 Tensors = dict[str, np.ndarray]
 Described = Mapping[str, tuple[tuple[int, ...], str]]  # shape and dtype of each

@@ -21,8 +21,8 @@ from jlora.methods.method import (
     check_rank,
     linear_in,
 )
-from jlora.sites import Site
-from jlora.weight import Weight
+from jlora.transform.sites import Site
+from jlora.transform.weight import Weight
 
 _EPSILON = 1e-5  # of the divisor of the scale, as in the paper's code
 _DEVIATION = 0.02  # of P and Q at the start, as in the paper's code

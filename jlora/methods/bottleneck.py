@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.intercept import Adapter, Interceptor, adapter_of, check_cut, of_calls, stacked
-from jlora.marks import mark
 from jlora.methods.lora import as_it_is
 from jlora.methods.method import Activation, Arrays, Config, Method, check_number, check_rank
-from jlora.sites import Site
+from jlora.transform.intercept import Adapter, Interceptor, adapter_of, check_cut, of_calls, stacked
+from jlora.transform.marks import mark
+from jlora.transform.sites import Site
 
 NONLINEARITIES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": nn.gelu,

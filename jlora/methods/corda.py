@@ -9,7 +9,7 @@ from jlora.methods.matrix import check_finite, check_fits, check_not_zero, matri
 from jlora.methods.method import Config, Data, Factors, Method
 from jlora.methods.pissa import pissa
 from jlora.methods.residual import check_positive, started
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 MODES = ("instruction", "knowledge")
 _DAMPING = 1e-2  # times the mean of the covariance's diagonal

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from jlora import axes as ax
 from jlora.methods.lora import lora
 from jlora.methods.method import Arrays, Method
-from jlora.sites import Site
-from jlora.weight import RANK, Weight
+from jlora.transform import axes as ax
+from jlora.transform.sites import Site
+from jlora.transform.weight import RANK, Weight
 
 ADDITIVE = ("lora", "rslora", "loraplus", "lora_fa", "dylora")
 

@@ -10,7 +10,7 @@ import numpy as np
 from jlora.methods.lora import lora
 from jlora.methods.matrix import a_form, b_form, check_fits, one_by_one, sizes
 from jlora.methods.method import Config, Data, Factors, Method, check_number
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 
 def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: float = 0.0) -> Method:

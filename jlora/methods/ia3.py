@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
 from jlora.methods.method import Arrays, Config, Method, check_pattern
-from jlora.sites import Site
-from jlora.weight import Weight
+from jlora.transform.sites import Site
+from jlora.transform.weight import Weight
 
 
 def ia3(feedforward: str | None = None) -> Method:

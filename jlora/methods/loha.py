@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from jlora.methods.lora import low_rank
 from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank, linear_in
-from jlora.sites import Site
-from jlora.weight import Weight
+from jlora.transform.sites import Site
+from jlora.transform.weight import Weight
 
 
 def loha(rank: int, alpha: float | None = None) -> Method:

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.axes import fan_in
 from jlora.methods.method import Arrays, Config, Method, check_alpha, check_number, check_rank, linear_in
-from jlora.sites import Site
-from jlora.weight import Weight
+from jlora.transform.axes import fan_in
+from jlora.transform.sites import Site
+from jlora.transform.weight import Weight
 
 INITS = ("gaussian", "kaiming_uniform")
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from jlora.methods.lora import lora
 from jlora.methods.method import Arrays, Config, Method
-from jlora.sites import Site
-from jlora.weight import Weight
+from jlora.transform.sites import Site
+from jlora.transform.weight import Weight
 
 
 def lora_fa(rank: int, alpha: float | None = None, *, init: str = "gaussian", dropout: float = 0.0) -> Method:

@@ -9,7 +9,7 @@ from jlora.methods.matrix import check_fits, one_by_one, sizes, thin_svd
 from jlora.methods.method import Config, Data, Factors, Method, check_number
 from jlora.methods.pissa import pissa
 from jlora.methods.residual import started
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 
 def lora_ga(rank: int, alpha: float | None = None, *, gamma: float = 16.0) -> Method:

@@ -7,7 +7,7 @@ import optax
 
 from jlora.methods.lora import lora
 from jlora.methods.method import Config, Factors, Method, Transformation, check_number
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 
 def loraplus(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 
 def matrices(w: jax.Array, site: Site) -> jax.Array:

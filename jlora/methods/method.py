@@ -12,10 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from jlora.explicit import on_auto_axes, spec_of
-from jlora.intercept import Interceptor
-from jlora.sites import Site
-from jlora.weight import Weight
+from jlora.transform.explicit import on_auto_axes, spec_of
+from jlora.transform.intercept import Interceptor
+from jlora.transform.sites import Site
+from jlora.transform.weight import Weight
 
 Arrays = dict[str, jax.Array]
 Factors = dict[str, Arrays]

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import matrices, restore, sizes
 from jlora.methods.method import Arrays, Config, Method, check_rank
-from jlora.sites import Site
-from jlora.weight import Weight
+from jlora.transform.sites import Site
+from jlora.transform.weight import Weight
 
 
 def oft(block_size: int) -> Method:

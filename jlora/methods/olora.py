@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jlora.methods.matrix import check_finite, check_fits, matrices, one_by_one
 from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank
 from jlora.methods.residual import START, centred, rescaled, started
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 
 def olora(rank: int, alpha: float | None = None) -> Method:

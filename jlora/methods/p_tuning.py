@@ -9,7 +9,7 @@ from flax import linen as nn
 from jlora.methods.lora import as_it_is
 from jlora.methods.method import Activation, Arrays, Config, Factors, Method, check_rank
 from jlora.methods.prompt_tuning import NEEDS, TOKEN_TABLE, check_table, intercept, only_one, prompt_tuning
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 ENCODERS = ("mlp", "lstm")
 

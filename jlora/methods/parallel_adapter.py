@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.intercept import Adapter, stacked
 from jlora.methods.bottleneck import NONLINEARITIES, bottleneck, check_nonlinearity, on_outputs
 from jlora.methods.lora import as_it_is
 from jlora.methods.method import Activation, Arrays, Config, Method, check_alpha, check_rank
-from jlora.sites import Site
+from jlora.transform.intercept import Adapter, stacked
+from jlora.transform.sites import Site
 
 MLP_IN = (
     r"(?i:(^|[/_])(mlp|mlp_?block|ffn|ff|feed_?forward|densereludense)(_?\d+)?"

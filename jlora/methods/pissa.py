@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jlora.methods.matrix import check_finite, check_fits, check_not_zero, matrices, thin_svd
 from jlora.methods.method import Arrays, Config, Method, check_rank
 from jlora.methods.residual import START, centred, check_positive, rescaled, started
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 _MOST = 100  # iterations, each of which is a part of the program of its own
 _OVERSAMPLING = 10  # columns more than the rank in the randomised range finder

@@ -9,11 +9,20 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.intercept import Adapter, Interceptor, adapters_below, bound_arguments, check_cut, joined, of_calls, stacked
-from jlora.marks import mark
 from jlora.methods.lora import as_it_is
 from jlora.methods.method import SHARED, Activation, Arrays, Config, Factors, Method, check_number, check_rank
-from jlora.sites import Site
+from jlora.transform.intercept import (
+    Adapter,
+    Interceptor,
+    adapters_below,
+    bound_arguments,
+    check_cut,
+    joined,
+    of_calls,
+    stacked,
+)
+from jlora.transform.marks import mark
+from jlora.transform.sites import Site
 
 KEY, VALUE = r"(^|/)(key|k|k_proj|key_proj|to_k|wk)/kernel$", r"(^|/)(value|v|v_proj|value_proj|to_v|wv)/kernel$"
 NEEDS = (

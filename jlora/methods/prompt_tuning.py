@@ -6,11 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.intercept import Adapter, Interceptor, adapter_of, adapters_within, bound_arguments, check_cut, joined
-from jlora.marks import mark
 from jlora.methods.lora import as_it_is
 from jlora.methods.method import Activation, Arrays, Config, Factors, Method, check_integers, check_rank
-from jlora.sites import Site
+from jlora.transform.intercept import (
+    Adapter,
+    Interceptor,
+    adapter_of,
+    adapters_within,
+    bound_arguments,
+    check_cut,
+    joined,
+)
+from jlora.transform.marks import mark
+from jlora.transform.sites import Site
 
 TOKEN_TABLE = (
     r"(?i)(^|/)(wte|word_embeddings|embed_tokens|tok_embeddings|token_embedding|token_embed|embed|embedder|shared)"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form
 from jlora.methods.method import Arrays, check_alpha, check_number
-from jlora.sites import Site
-from jlora.weight import Weight
+from jlora.transform.sites import Site
+from jlora.transform.weight import Weight
 
 START = ("A0", "B0")  # the names of the frozen copies
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jlora.methods.lora import as_it_is
 from jlora.methods.method import Arrays, Config, Method, Rows, check_pattern, check_rank
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 BIAS = r"(^|[/.])(\w+_)?(bias|b)$"
 NORM = r"(?i)(^|[/.])[^/.]*(norm|ln|scale_)[^/.]*[/.](scale|bias|weight|offset|gamma|beta)$"

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form, sizes, without_stack
 from jlora.methods.method import Arrays, Config, Method, check_number, check_rank, linear_in
-from jlora.sites import Site
-from jlora.weight import Weight
+from jlora.transform.sites import Site
+from jlora.transform.weight import Weight
 
 
 def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jlora.methods import Method
 from jlora.methods.method import check_alpha, check_integers, check_rank
-from jlora.sites import ADAPTABLE, Site, conventional
+from jlora.transform.sites import ADAPTABLE, Site, conventional
 
 Pattern = str | Sequence[str] | Callable[[Site], bool]
 

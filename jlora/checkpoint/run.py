@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jlora.adapt import Adapted, rebuilt, stored
+from jlora.adapted.adapted import Adapted, rebuilt, stored
 from jlora.checkpoint import agreement, steps
 from jlora.checkpoint.adapter import describe
 from jlora.checkpoint.lock import Lock

@@ -10,8 +10,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jlora.axes import Labels, contract, expand
-from jlora.explicit import on_auto_axes, spec_of
+from jlora.transform.axes import Labels, contract, expand
+from jlora.transform.explicit import on_auto_axes, spec_of
 
 
 class Spec(NamedTuple):

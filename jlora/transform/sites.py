@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.follow import follow
-from jlora.trace import Use
+from jlora.transform.follow import follow
+from jlora.transform.trace import Use
 
 ADAPTABLE = ("linear", "conv", "embedding")
 _ATTENTION = ("query", "key", "value", "out")

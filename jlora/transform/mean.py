@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from jlora.reach import reached
+from jlora.transform.reach import reached
 
 _SAME = ("convert_element_type", "copy", "squeeze", "reshape", "reduce_precision", "stop_gradient")
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from jlora.jaxprs import open_jaxpr, scan_counts
+from jlora.transform.jaxprs import open_jaxpr, scan_counts
 
 Reached = frozenset[int]
 NONE: Reached = frozenset()

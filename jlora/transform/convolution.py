@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import axes as ax
-from jlora.product import add, compute_dtype, keeps
-from jlora.trace import Product, stored_axes
-from jlora.weight import RANK, NotSeparable, Weight, amplify, drop
+from jlora.transform import axes as ax
+from jlora.transform.product import add, compute_dtype, keeps
+from jlora.transform.trace import Product, stored_axes
+from jlora.transform.weight import RANK, NotSeparable, Weight, amplify, drop
 
 _CONV_OPTIONS = (
     "window_strides",

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.explicit import on_auto_axes
-from jlora.lift import run
 from jlora.methods.matrix import a_form, a_matrix, matrices, sizes, without_stack
-from jlora.product import probe
-from jlora.sites import Site
-from jlora.trace import Trace
-from jlora.weight import Weight
+from jlora.transform.explicit import on_auto_axes
+from jlora.transform.lift import run
+from jlora.transform.product import probe
+from jlora.transform.sites import Site
+from jlora.transform.trace import Trace
+from jlora.transform.weight import Weight
 
 Mask = Callable[[Any], jax.Array]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from jlora.jaxprs import bodies
-from jlora.trace import Use
+from jlora.transform.jaxprs import bodies
+from jlora.transform.trace import Use
 
 _MARK = re.compile(r"adapter\[(\d+):([^\[\]|]*)\|([^|]*)\|(\d+)\|(\d+)\|([^\]]*)\]")
 

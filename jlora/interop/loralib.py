@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-import jlora
-from experiments.adapters import torch_file
+from jlora.adapted.adapted import Adapted
+from jlora.interop import torch_file
 from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.tensors import LINEAR, Leaf, tensor_shape
 
 
-def load(file: str | os.PathLike[str], model: nn.Module, adapted: jlora.Adapted) -> jlora.Adapted:
+def load(file: str | os.PathLike[str], model: nn.Module, adapted: Adapted) -> Adapted:
     """`adapted` with the factors, and the leaves trained whole, of a file by `torch.save(lora_state_dict(model))`.
 
     Args:
@@ -43,7 +43,7 @@ def load(file: str | os.PathLike[str], model: nn.Module, adapted: jlora.Adapted)
         raise ValueError(f"'{file}': {error}") from error
 
 
-def placed(tensors: Mapping[str, np.ndarray], model: nn.Module, adapted: jlora.Adapted) -> jlora.Adapted:
+def placed(tensors: Mapping[str, np.ndarray], model: nn.Module, adapted: Adapted) -> Adapted:
     """`load`, of tensors that were read already."""
     slots = list(_slots(model, adapted))
     expected = {key: slot.shape for slot in slots for key in slot.keys}
@@ -85,7 +85,7 @@ class Slot(NamedTuple):
     stacked: bool
 
 
-def _slots(model: nn.Module, adapted: jlora.Adapted) -> Iterator[Slot]:
+def _slots(model: nn.Module, adapted: Adapted) -> Iterator[Slot]:
     rows = _rows(model)
     for site in adapted.sites:
         row = rows.get(site.path)

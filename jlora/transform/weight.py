@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import axes as ax
-from jlora.explicit import on_auto_axes, spec_of
-from jlora.product import (
+from jlora.transform import axes as ax
+from jlora.transform.explicit import on_auto_axes, spec_of
+from jlora.transform.product import (
     Spec,
     adapted_product,
     base_product,

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
-from jlora import axes as ax
-from jlora.jaxprs import line_of, open_jaxpr, scan_counts
-from jlora.rules import PLACES, PRODUCTS, UNARY, stays_in_form
-from jlora.trace import Use
+from jlora.transform import axes as ax
+from jlora.transform.jaxprs import line_of, open_jaxpr, scan_counts
+from jlora.transform.rules import PLACES, PRODUCTS, UNARY, stays_in_form
+from jlora.transform.trace import Use
 
 Origin = frozenset[int]
 

@@ -20,7 +20,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from flax.core.meta import AxisMetadata
 
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 NAME = "jlora_adapter"  # beside a module's own parameters
 Interceptor: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], Any]

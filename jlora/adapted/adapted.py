@@ -14,11 +14,7 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
 from jlora import tree
-from jlora.explicit import on_auto_axes, spec_of
-from jlora.intercept import Adapter, active, check_linen, insert
-from jlora.methods import Method, lora, nearest
-from jlora.methods.method import SHARED, Arrays, Data, Factors, lazy_weight
-from jlora.select import (
+from jlora.adapted.select import (
     Extra,
     Pattern,
     check_rows,
@@ -29,9 +25,13 @@ from jlora.select import (
     select_extras,
     warn_of_left_out,
 )
-from jlora.sites import Site
-from jlora.statistics import statistics
-from jlora.weight import Weight
+from jlora.adapted.statistics import statistics
+from jlora.methods import Method, lora, nearest
+from jlora.methods.method import SHARED, Arrays, Data, Factors, lazy_weight
+from jlora.transform.explicit import on_auto_axes, spec_of
+from jlora.transform.intercept import Adapter, active, check_linen, insert
+from jlora.transform.sites import Site
+from jlora.transform.weight import Weight
 
 
 @jax.tree_util.register_dataclass

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
-from jlora.adapt import Adapted, rebuild
+from jlora.adapted.adapted import Adapted, rebuild
 from jlora.methods import lora
 from jlora.methods.method import Arrays, Factors, check_number, check_rank, lazy_weight
-from jlora.sites import Site
+from jlora.transform.sites import Site
 
 
 def to_lora(adapted: Adapted) -> Adapted:

@@ -12,12 +12,12 @@ from jax import lax
 from jax.extend import core as jex
 from jax.sharding import PartitionSpec
 
-from jlora import rules
-from jlora.jaxprs import bind, constant, last_uses, open_jaxpr, opened_end, run_segment, scan_counts, scope
-from jlora.marks import applications
-from jlora.mean import count_of_mean
-from jlora.trace import UNTOUCHED, Trace
-from jlora.weight import NotSeparable, Weight
+from jlora.transform import rules
+from jlora.transform.jaxprs import bind, constant, last_uses, open_jaxpr, opened_end, run_segment, scan_counts, scope
+from jlora.transform.marks import applications
+from jlora.transform.mean import count_of_mean
+from jlora.transform.trace import UNTOUCHED, Trace
+from jlora.transform.weight import NotSeparable, Weight
 
 
 def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trace) -> Any:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
-from jlora.adapt import Adapted
+from jlora.adapted.adapted import Adapted
 from jlora.methods import Method
 from jlora.methods.method import Factors
-from jlora.weight import Weight
+from jlora.transform.weight import Weight
 
 
 def merge(adapted: Adapted) -> Any:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora.convolution import conv_general_dilated
-from jlora.jaxprs import varying_axes
-from jlora.product import add, compute_dtype, is_linear, keeps
-from jlora.trace import Product, stored_axes
-from jlora.weight import NotSeparable, Weight, drop, restricted
+from jlora.transform.convolution import conv_general_dilated
+from jlora.transform.jaxprs import varying_axes
+from jlora.transform.product import add, compute_dtype, is_linear, keeps
+from jlora.transform.trace import Product, stored_axes
+from jlora.transform.weight import NotSeparable, Weight, drop, restricted
 
 # -- operations that stay in the form: (weight, other operands, params) -> weight or weights ---------------------------
 

@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jlora.jaxprs import line_of
-from jlora.weight import Weight
+from jlora.transform.jaxprs import line_of
+from jlora.transform.weight import Weight
 
 UNTOUCHED = "returned as it is by the function"  # why a weight is materialised that nothing has read
 

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from jlora import tree
-from jlora.adapt import Adapted, count, size_of
-from jlora.axes import fan_in
-from jlora.lift import run
+from jlora.adapted.adapted import Adapted, count, size_of
 from jlora.methods.method import SHARED
-from jlora.sites import Site
-from jlora.trace import Trace, Use
+from jlora.transform.axes import fan_in
+from jlora.transform.lift import run
+from jlora.transform.sites import Site
+from jlora.transform.trace import Trace, Use
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from flax.errors import TraceContextError
 
-from jlora.interpret import trace_weights
-from jlora.reach import reached
-from jlora.trace import UNTOUCHED, Trace
-from jlora.weight import Weight
+from jlora.transform.interpret import trace_weights
+from jlora.transform.reach import reached
+from jlora.transform.trace import UNTOUCHED, Trace
+from jlora.transform.weight import Weight
 
 _NO_FORWARD_MODE = "can't apply forward-mode autodiff (jvp) to a custom_vjp function"
 
