@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jlora import tree
 from jlora.adapted.adapted import Adapted, partition
 
 PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
-Kept = tuple[jax.Array | np.ndarray | np.generic | None, ...]
+Kept = tuple[jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic | None, ...]
 
 AXIS = "devices"  # of pmap
 
@@ -85,7 +86,8 @@ def mesh_of(*trees: PyTree) -> contextlib.AbstractContextManager[Any]:
 def _split(state: State) -> tuple[Carry, Kept, Skeleton]:
     factors, frozen = partition(state.adapted)
     leaves, structure = jax.tree.flatten(frozen)
-    kept = tuple(leaf if isinstance(leaf, jax.Array | np.ndarray | np.generic) else None for leaf in leaves)
+    arrays = jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic
+    kept = tuple(leaf if isinstance(leaf, arrays) else None for leaf in leaves)
     rest = tuple(leaf if array is None else None for leaf, array in zip(leaves, kept, strict=True))
     return Carry(factors, state.opt_state, state.step, state.skipped), kept, Skeleton(structure, rest)
 
@@ -107,7 +109,8 @@ def jit_arguments(accumulate: int, state: State, batch: PyTree) -> Arguments:
     carry, key, loss = jax.tree.map(functools.partial(_beside, home), (carry, state.key, state.loss))
     if home is not None:
         kept = jax.tree.map(functools.partial(_settled, home), kept)
-    batch = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, home), batch)
+    known = tree.abstract if tree.is_abstract(carry.step) else lambda x: x  # what is only lowered is sent nowhere
+    batch = jax.tree.map(lambda x: known(x) if isinstance(x, jax.Array) else _settled(home, known(x)), batch)
     return Arguments(carry, kept, key, batch, skeleton, loss)
 
 
@@ -116,7 +119,7 @@ def _home(kept: list[Any], others: list[Any]) -> Sharding | None:
 
     Else None, the default device, unless most of what is kept lies on another one.
     """
-    shardings = [x.sharding for x in (*kept, *others) if isinstance(x, jax.Array) and x.committed]
+    shardings = [sharding for x in (*kept, *others) if (sharding := tree.placement(x)) is not None]
     for sharding in shardings:
         if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1:
             return NamedSharding(sharding.mesh, PartitionSpec())
@@ -143,14 +146,22 @@ def _default_device() -> jax.Device:
 
 
 def _beside(home: Sharding | None, x: jax.Array) -> jax.Array:
-    if home is None or (x.committed and x.sharding.device_set == home.device_set):
+    place = tree.placement(x)
+    if home is None or (place is not None and place.device_set == home.device_set):
         return x
-    return jax.device_put(x, home)
+    return _put(x, home)
 
 
-def _settled(home: Sharding, x: Any) -> Any:
+def _settled(home: Sharding | None, x: Any) -> Any:
     """What is kept, where it was put; what was put nowhere goes home."""
-    return x if isinstance(x, jax.Array) and x.committed else jax.device_put(x, home)
+    return x if tree.placement(x) is not None else _put(x, home)
+
+
+def _put(x: Any, place: Sharding | None) -> Any:
+    """`jax.device_put`; of a shape, the shape of an array that lies there."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x if place is None else x.update(sharding=place)
+    return jax.device_put(x, place)
 
 
 # -- under pmap --------------------------------------------------------------------------------------------------------
@@ -172,20 +183,28 @@ def pmap_arguments(accumulate: int, state: State, batch: PyTree) -> Arguments:
     carry, kept, skeleton = _split(state)
     moved = jax.tree.map(functools.partial(_replicated, everywhere), (carry, kept, state.key, state.loss))
     carry, kept, key, loss = moved
-    batch = jax.tree.map(lambda x: jax.device_put(x.reshape(len(devices), -1, *x.shape[1:]), split), batch)
+    if tree.is_abstract(carry.step):
+        batch = jax.tree.map(tree.abstract, batch)
+    batch = jax.tree.map(lambda x: _put(_divided(x, len(devices)), split), batch)
     return Arguments(carry, kept, key, batch, skeleton, loss)
 
 
+def _divided(x: Any, devices: int) -> Any:
+    """(rows, ...) as (devices, rows of each, ...)."""
+    shape = (devices, x.shape[0] // devices, *x.shape[1:])
+    return x.update(shape=shape, sharding=None) if isinstance(x, jax.ShapeDtypeStruct) else x.reshape(shape)
+
+
 def _replicated(everywhere: NamedSharding, x: jax.Array) -> jax.Array:
-    if isinstance(x, jax.Array):
-        if x.sharding == everywhere:
-            return x
-        if not x.sharding.is_fully_replicated:
-            raise ValueError(
-                f"an array of shape {x.shape} is sharded as {x.sharding}: parallel='pmap' keeps a whole copy on every "
-                "device; use parallel='jit', which keeps shardings"
-            )
-    return jax.device_put(x, everywhere)
+    sharding = x.sharding if isinstance(x, jax.Array) else tree.placement(x)
+    if sharding == everywhere:
+        return x
+    if sharding is not None and not sharding.is_fully_replicated:
+        raise ValueError(
+            f"an array of shape {x.shape} is sharded as {sharding}: parallel='pmap' keeps a whole copy on every "
+            "device; use parallel='jit', which keeps shardings"
+        )
+    return _put(x, everywhere)
 
 
 # -- the batch ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from jlora.adapted.adapted import Adapted
 from jlora.optim import of_method, transformation
 
 PyTree = Any
+Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
 
 
 @jax.tree_util.register_dataclass
@@ -46,8 +47,14 @@ class TrainState:
         Factors and optimizer state are copied, so that donation leaves `adapted` as it is. NumPy leaves of the base are
         put on the device, once; its other leaves are taken as they are.
 
+        Of an `adapted` with shapes in place of arrays (`jlora.apply` on `jax.ShapeDtypeStruct`s, or under
+        `jax.eval_shape`) the state is one of shapes, for `Step.lower`: nothing is computed and no byte is allocated.
+        The base's shapes keep their shardings; factors without one lie, as arrays do, all over the base's mesh. What a
+        method computes from a sharded base (DoRA's norms) has none, and where XLA would leave it is not known: give it
+        one where every byte counts.
+
         Args:
-          adapted: from `jlora.apply` or `jlora.load`.
+          adapted: from `jlora.apply` or `jlora.load`; one leaf that is a shape makes all of the state shapes.
           tx: the step's optimizer (`step.tx`, or the transformation that `train_step` was given).
           key: seed or key.
 
@@ -58,6 +65,8 @@ class TrainState:
         if not isinstance(adapted, Adapted):
             raise TypeError(f"TrainState.create takes an Adapted (from jlora.apply), got {type(adapted).__name__}")
         tx = transformation(tx)
+        if tree.is_abstract(adapted):
+            return cls._abstract(jax.tree.map(tree.abstract, adapted), tx, key)
         key = tree.as_key(key)
         on_device = functools.partial(
             jax.tree.map, lambda x: jax.device_put(x) if isinstance(x, np.ndarray | np.generic) else x
@@ -71,6 +80,25 @@ class TrainState:
             key=key,
             loss=jnp.zeros((), jnp.float32),
         )
+
+    @classmethod
+    def _abstract(cls, adapted: Adapted, tx: optax.GradientTransformation, key: Any) -> Self:
+        """The same of shapes. What an optimizer keeps for each factor (moments, averages) lies as the factor does."""
+        factors = adapted.factors
+        structure: Structure = jax.tree.structure(factors)
+
+        def rest(factors: PyTree) -> tuple[PyTree, ...]:
+            counters = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+            return of_method(tx, adapted).init(factors), *counters
+
+        def beside(part: PyTree) -> PyTree:
+            return jax.tree.map(_lying_as, part, factors) if is_like_factors(part) else part
+
+        is_like_factors = lambda part: jax.tree.structure(part) == structure
+        opt_state, step, loss, skipped = jax.eval_shape(rest, factors)
+        opt_state = jax.tree.map(beside, opt_state, is_leaf=is_like_factors)
+        key = jax.eval_shape(tree.as_key, key) if tree.is_abstract(key) else jax.eval_shape(lambda: tree.as_key(key))
+        return cls(adapted, opt_state, step, key, loss, skipped)
 
     def check(self) -> None:
         """Waits for the last step and raises FloatingPointError if its loss or its gradient was not finite.
@@ -86,3 +114,7 @@ class TrainState:
                 "the gradient (optax.clip_by_global_norm), or look at this step's batch; "
                 "jax.config.update('jax_debug_nans', True) names the operation."
             )
+
+
+def _lying_as(x: Any, factor: Any) -> Any:
+    return x.update(sharding=factor.sharding) if x.shape == factor.shape else x

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
+from jlora import tree
 from jlora.arguments import AXIS, Arguments, Carry, Skeleton, jit_arguments, mesh_of, pmap_arguments
 from jlora.objective import Loss, Metrics, Parts, Shape, objective, value, value_and_gradient
 from jlora.optim import Optimizer, of_method, optimizer
@@ -53,7 +54,7 @@ class Step:
             next step is started, so that it costs no more than the start of one program.
           ValueError: if the batch does not divide, or if `state` was made for another optimizer.
         """
-        _check_usable(state)
+        _check_usable(state, batch)
         arguments = self.arguments(state, batch)
         state.check()
         carry, loss, metrics = self.compiled(arguments)(*arguments)
@@ -62,7 +63,11 @@ class Step:
         return TrainState(adapted, carry.opt_state, carry.step, arguments.key, loss, carry.skipped), metrics
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
-        """The program for these arguments, not run: `.compile()` has `cost_analysis()` and `memory_analysis()`."""
+        """The program for these arguments, not run: `.compile()` has `cost_analysis()` and `memory_analysis()`.
+
+        Shapes do for arrays (`jax.ShapeDtypeStruct`), in the batch and in a state that `TrainState.create` made of
+        them: nothing is allocated, and the program is that of the arrays.
+        """
         arguments = self.arguments(state, batch)
         return self.compiled(arguments).lower(*arguments)
 
@@ -143,7 +148,13 @@ def train_step(
     return Step(tx, functools.partial(pmap_arguments, accumulate), program, _pmap(program, donate))
 
 
-def _check_usable(state: TrainState) -> None:
+def _check_usable(state: TrainState, batch: PyTree) -> None:
+    for name, of in (("state", state.step), ("batch", batch)):
+        if tree.is_abstract(of):
+            raise TypeError(
+                f"this {name} holds shapes (jax.ShapeDtypeStruct) and no arrays: a step with it can be lowered and "
+                "compiled, step.lower(state, batch).compile(), but not run"
+            )
     try:
         used_up = state.step.is_deleted()
     except jax.errors.ConcretizationTypeError as error:
@@ -244,7 +255,8 @@ def _jit(program: Callable[..., Any], donate: bool) -> Callable[[Arguments], Any
         return jit(out_shardings=(carry, loss, None))
 
     def compiled(arguments: Arguments) -> Any:
-        if len(arguments.carry.step.sharding.device_set) == 1:
+        place = arguments.carry.step.sharding
+        if place is None or len(place.device_set) == 1:  # None: a shape that stands for an array of no place
             return plain
         leaves, structure = jax.tree.flatten((arguments.carry, arguments.loss))
         return pinned(structure, tuple(leaf.sharding for leaf in leaves))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, tree_flatten_with_path
 
 # Boxes around a leaf (`nn.Partitioned`, `nnx.Variable`) are containers with one child: its name says nothing.
@@ -64,6 +65,30 @@ def on_shapes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 def shapes_of(tree: Any) -> Any:
     """The tree with a `jax.ShapeDtypeStruct` for each of its arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, tree)
+
+
+def is_abstract(tree: Any) -> bool:
+    """Whether a tree holds shapes in place of arrays (`jax.ShapeDtypeStruct`), of which nothing can be computed."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def abstract(x: Any) -> Any:
+    """The shape, dtype and, where it was put somewhere, the sharding of an array; anything else as it is.
+
+    NumPy's arrays in the dtype that JAX makes of them.
+    """
+    if isinstance(x, np.ndarray | np.generic):
+        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+    if not isinstance(x, jax.Array):
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x), weak_type=getattr(x, "weak_type", False))
+
+
+def placement(x: Any) -> Sharding | None:
+    """Where an array, or the one that a shape stands for, was put; None if it was put nowhere in particular."""
+    if isinstance(x, jax.Array):
+        return x.sharding if x.committed else None
+    return x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
 
 
 def canonical(tree: Any) -> Any:
