@@ -1,4 +1,4 @@
-"""What a reader makes of a file: examples to classify, prompts to complete, sources with their references."""
+"""What a reader makes of a file: texts to classify, prompts to complete, conversations, sources with references."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -20,6 +20,19 @@ class Prompted(NamedTuple):
 
     prompt: str
     completion: str
+
+
+class Message(NamedTuple):
+    """What one side of a conversation says; the role is "system", "user", "assistant" or "tool"."""
+
+    role: str
+    content: str
+
+
+class Chat(NamedTuple):
+    """A conversation. The loss counts what the assistant says."""
+
+    messages: tuple[Message, ...]
 
 
 class References(NamedTuple):

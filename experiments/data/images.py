@@ -91,6 +91,19 @@ def image_files(path: str | Path) -> list[Path]:
     return found
 
 
+def check_image(path: str | Path) -> None:
+    """Reads the head of an image: its format and size, no pixels.
+
+    Raises:
+      DataError: if the file is missing or is no image.
+    """
+    try:
+        with Image.open(existing(path)):
+            return
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"'{path}' is no image that can be read: {error}") from error
+
+
 def read_image(path: str | Path, size: int) -> np.ndarray:
     """An image in RGB, its shorter side scaled to `size` (bicubic), its centre cut out: (size, size, 3) uint8.
 

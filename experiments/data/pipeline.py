@@ -106,7 +106,7 @@ def tokenise_prompted(
 
     items = [item(number, example) for number, example in enumerate(examples)]
     cut, longest = _overlong([len(item.tokens) for item in items], length, truncate)
-    for number, (_, mark, _) in enumerate(items):
+    for number, (_, mark, *_) in enumerate(items):
         if mark >= length:
             raise DataError(
                 f"the prompt of example {number} alone has {mark} tokens: nothing of its completion is left in a "
@@ -210,7 +210,7 @@ def classified_rows(items: Tokenised, length: int, *, pad: int = 0) -> Rows:
     _fits(items, length)
 
     def make(index: int) -> Row:
-        tokens, mark, _ = items[index]
+        tokens, mark, *_ = items[index]
         row = _padded(tokens, length, pad)
         row["types"] = np.asarray(row["mask"] & (np.arange(length) >= mark), np.int32)  # (length,)
         return row if items.labels is None else {**row, "labels": items.labels[index]}
@@ -229,9 +229,9 @@ def prompted_rows(items: Tokenised, length: int, *, pad: int = 0) -> Rows:
     _fits(items, length)
 
     def make(index: int) -> Row:
-        tokens, mark, _ = items[index]
-        row = _padded(tokens, length, pad)
-        return {**row, "loss_mask": row["mask"] & (np.arange(length) >= mark)}
+        item = items[index]
+        counted = _counted(item)
+        return {**_padded(item.tokens, length, pad), "loss_mask": np.pad(counted, (0, length - len(counted)))}
 
     return Rows(len(items), make)
 
@@ -255,7 +255,7 @@ def packed_rows(items: Tokenised, length: int, *, pad: int = 0) -> Rows:
         sizes = [len(item.tokens) for item in found]
         row = _padded(np.concatenate([item.tokens for item in found]), length, pad)
         positions = np.concatenate([np.arange(size) for size in sizes])
-        counted = np.concatenate([np.arange(len(item.tokens)) >= max(item.mark, 1) for item in found])
+        counted = np.concatenate([_counted(item) & (np.arange(len(item.tokens)) > 0) for item in found])
         segments = np.repeat(np.arange(1, len(found) + 1), sizes)
         filling = length - len(positions)
         return {
@@ -266,6 +266,11 @@ def packed_rows(items: Tokenised, length: int, *, pad: int = 0) -> Rows:
         }
 
     return Rows(len(rows), make)
+
+
+def _counted(item: Item) -> np.ndarray:
+    """Which tokens count as targets: (n,) bool."""
+    return np.arange(len(item.tokens)) >= item.mark if item.counted is None else item.counted
 
 
 def _fits(items: Tokenised, length: int) -> None:

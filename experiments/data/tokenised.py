@@ -14,11 +14,13 @@ class Item(NamedTuple):
       tokens: (n,) int32.
       mark: where the second part begins: the other sentence of a pair, or the completion. n where there is none.
       label: its class or value, None without one.
+      counted: (n,) bool, which tokens count as targets, where that is not all of them from `mark` on.
     """
 
     tokens: np.ndarray
     mark: int
     label: int | float | None
+    counted: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class Tokenised:
       labels: (items,) int32 or float32, None without labels.
       cut: how many items were longer than the context and were cut.
       longest: tokens of the longest item before it was cut.
+      counted: (tokens,) bool, `Item.counted` of all; None where the marks say it.
     """
 
     flat: np.ndarray
@@ -40,6 +43,7 @@ class Tokenised:
     labels: np.ndarray | None
     cut: int
     longest: int
+    counted: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -49,7 +53,9 @@ class Tokenised:
             raise IndexError(f"item {index} of {len(self)}")
         start = int(self.ends[index - 1]) if index else 0
         label = None if self.labels is None else self.labels[index].item()
-        return Item(self.flat[start : int(self.ends[index])], int(self.marks[index]), label)
+        place = slice(start, int(self.ends[index]))
+        counted = None if self.counted is None else self.counted[place]
+        return Item(self.flat[place], int(self.marks[index]), label, counted)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -71,11 +77,13 @@ def gather(items: Iterable[Item], *, labels: type | None, cut: int, longest: int
       labels: NumPy's type of the labels, None without labels.
       cut, longest: as in `Tokenised`.
     """
-    parts, marks, values = [], [], []
+    parts, marks, values, counted = [], [], [], []
     for item in items:
         parts.append(item.tokens)
         marks.append(item.mark)
         values.append(item.label)
+        if item.counted is not None:
+            counted.append(item.counted)
     return Tokenised(
         flat=np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32),
         ends=np.cumsum([len(part) for part in parts], dtype=np.int64),
@@ -83,4 +91,5 @@ def gather(items: Iterable[Item], *, labels: type | None, cut: int, longest: int
         labels=None if labels is None else np.array(values, labels),
         cut=cut,
         longest=longest,
+        counted=np.concatenate(counted) if counted else None,
     )
