@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.interop import loralib, torch_file
 from jlora import models
+from jlora.interop import loralib, torch_file
 from jlora.models.roberta import PRESETS, Roberta
 
 pytestmark = pytest.mark.once

@@ -10,7 +10,8 @@ import numpy as np
 from jlora import tree
 from jlora.adapted.adapted import Adapted, rebuild
 from jlora.methods import lora
-from jlora.methods.method import Arrays, Factors, check_number, check_rank, lazy_weight
+from jlora.methods.checks import check_number, check_rank
+from jlora.methods.method import Arrays, Factors, lazy_weight
 from jlora.transform.sites import Site
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.methods import Method
-from jlora.methods.method import check_alpha, check_integers, check_rank
+from jlora.methods.checks import check_alpha, check_integers, check_rank
 from jlora.transform.sites import ADAPTABLE, Site, conventional
 
 Pattern = str | Sequence[str] | Callable[[Site], bool]

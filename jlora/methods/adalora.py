@@ -8,19 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora.methods.checks import check_alpha, check_number, check_rank
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_matrix, b_matrix, sizes
-from jlora.methods.method import (
-    Arrays,
-    Config,
-    Factors,
-    Method,
-    Transformation,
-    check_alpha,
-    check_number,
-    check_rank,
-    linear_in,
-)
+from jlora.methods.method import Arrays, Config, Factors, Method, Transformation, linear_in
 from jlora.transform.sites import Site
 from jlora.transform.weight import Weight
 

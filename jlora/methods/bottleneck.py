@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.methods.checks import check_number, check_rank
 from jlora.methods.lora import as_it_is
-from jlora.methods.method import Activation, Arrays, Config, Method, check_number, check_rank
+from jlora.methods.method import Activation, Arrays, Config, Method
 from jlora.transform.intercept import Adapter, Interceptor, adapter_of, check_cut, of_calls, stacked
 from jlora.transform.marks import mark
 from jlora.transform.sites import Site

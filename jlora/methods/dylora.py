@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_rank
 from jlora.methods.lora import lora
-from jlora.methods.method import Config, Factors, Method, check_rank
+from jlora.methods.method import Config, Factors, Method
 
 
 def dylora(rank: int, alpha: float | None = None, *, minimum: int = 1, init: str = "gaussian") -> Method:

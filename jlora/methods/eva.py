@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.methods.checks import check_number
 from jlora.methods.lora import lora
 from jlora.methods.matrix import a_form, b_form, check_fits, one_by_one, sizes
-from jlora.methods.method import Config, Data, Factors, Method, check_number
+from jlora.methods.method import Config, Data, Factors, Method
 from jlora.transform.sites import Site
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_pattern
 from jlora.methods.lora import low_rank
-from jlora.methods.method import Arrays, Config, Method, check_pattern
+from jlora.methods.method import Arrays, Config, Method
 from jlora.transform.sites import Site
 from jlora.transform.weight import Weight
 

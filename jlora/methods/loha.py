@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_alpha, check_rank
 from jlora.methods.lora import low_rank
-from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank, linear_in
+from jlora.methods.method import Arrays, Config, Method, linear_in
 from jlora.transform.sites import Site
 from jlora.transform.weight import Weight
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_alpha, check_rank
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form, sizes
-from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank, linear_in
+from jlora.methods.method import Arrays, Config, Method, linear_in
 from jlora.transform.sites import Site
 from jlora.transform.weight import Weight
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.methods.method import Arrays, Config, Method, check_alpha, check_number, check_rank, linear_in
+from jlora.methods.checks import check_alpha, check_number, check_rank
+from jlora.methods.method import Arrays, Config, Method, linear_in
 from jlora.transform.axes import fan_in
 from jlora.transform.sites import Site
 from jlora.transform.weight import Weight

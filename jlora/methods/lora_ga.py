@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from jlora.methods.checks import check_number
 from jlora.methods.matrix import check_fits, one_by_one, sizes, thin_svd
-from jlora.methods.method import Config, Data, Factors, Method, check_number
+from jlora.methods.method import Config, Data, Factors, Method
 from jlora.methods.pissa import pissa
 from jlora.methods.residual import started
 from jlora.transform.sites import Site

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import jax
 import optax
 
+from jlora.methods.checks import check_number
 from jlora.methods.lora import lora
-from jlora.methods.method import Config, Factors, Method, Transformation, check_number
+from jlora.methods.method import Config, Factors, Method, Transformation
 from jlora.transform.sites import Site
 
 

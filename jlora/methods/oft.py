@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_rank
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import matrices, restore, sizes
-from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.methods.method import Arrays, Config, Method
 from jlora.transform.sites import Site
 from jlora.transform.weight import Weight
 

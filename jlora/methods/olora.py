@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_alpha, check_rank
 from jlora.methods.matrix import check_finite, check_fits, matrices, one_by_one
-from jlora.methods.method import Arrays, Config, Method, check_alpha, check_rank
+from jlora.methods.method import Arrays, Config, Method
 from jlora.methods.residual import START, centred, rescaled, started
 from jlora.transform.sites import Site
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.methods.checks import check_rank
 from jlora.methods.lora import as_it_is
-from jlora.methods.method import Activation, Arrays, Config, Factors, Method, check_rank
+from jlora.methods.method import Activation, Arrays, Config, Factors, Method
 from jlora.methods.prompt_tuning import NEEDS, TOKEN_TABLE, check_table, intercept, only_one, prompt_tuning
 from jlora.transform.sites import Site
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods.bottleneck import NONLINEARITIES, bottleneck, check_nonlinearity, on_outputs
+from jlora.methods.checks import check_alpha, check_rank
 from jlora.methods.lora import as_it_is
-from jlora.methods.method import Activation, Arrays, Config, Method, check_alpha, check_rank
+from jlora.methods.method import Activation, Arrays, Config, Method
 from jlora.transform.intercept import Adapter, stacked
 from jlora.transform.sites import Site
 

@@ -5,8 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_rank
 from jlora.methods.matrix import check_finite, check_fits, check_not_zero, matrices, thin_svd
-from jlora.methods.method import Arrays, Config, Method, check_rank
+from jlora.methods.method import Arrays, Config, Method
 from jlora.methods.residual import START, centred, check_positive, rescaled, started
 from jlora.transform.sites import Site
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.methods.checks import check_number, check_rank
 from jlora.methods.lora import as_it_is
-from jlora.methods.method import SHARED, Activation, Arrays, Config, Factors, Method, check_number, check_rank
+from jlora.methods.method import SHARED, Activation, Arrays, Config, Factors, Method
 from jlora.transform.intercept import (
     Adapter,
     Interceptor,

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_integers, check_rank
 from jlora.methods.lora import as_it_is
-from jlora.methods.method import Activation, Arrays, Config, Factors, Method, check_integers, check_rank
+from jlora.methods.method import Activation, Arrays, Config, Factors, Method
 from jlora.transform.intercept import (
     Adapter,
     Interceptor,

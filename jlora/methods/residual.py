@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_alpha, check_number
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form
-from jlora.methods.method import Arrays, check_alpha, check_number
+from jlora.methods.method import Arrays
 from jlora.transform.sites import Site
 from jlora.transform.weight import Weight
 

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_pattern, check_rank
 from jlora.methods.lora import as_it_is
-from jlora.methods.method import Arrays, Config, Method, Rows, check_pattern, check_rank
+from jlora.methods.method import Arrays, Config, Method, Rows
 from jlora.transform.sites import Site
 
 BIAS = r"(^|[/.])(\w+_)?(bias|b)$"

@@ -5,9 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.checks import check_number, check_rank
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form, sizes, without_stack
-from jlora.methods.method import Arrays, Config, Method, check_number, check_rank, linear_in
+from jlora.methods.method import Arrays, Config, Method, linear_in
 from jlora.transform.sites import Site
 from jlora.transform.weight import Weight
 
