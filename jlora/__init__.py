@@ -58,5 +58,6 @@ from jlora.state import TrainState as TrainState
 from jlora.train import train_step as train_step
 from jlora.transform.lift import lift as lift
 from jlora.transform.sites import Site as Site
+from jlora.transform.sites import Target as Target
 from jlora.transform.sites import sites as sites
 from jlora.transform.trace import MaterialisedError as MaterialisedError

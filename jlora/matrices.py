@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from jlora.adapted.adapted import Adapted
-from jlora.methods.method import Factors, Transformation
-from jlora.transform.sites import Site
+from jlora.methods.acts import Factors
+from jlora.methods.method import Transformation
+from jlora.transform.sites import Target
 
 PyTree = Any
 Matrices = dict[str, dict[str, Any]]  # an array, or a tuple with one for each stacked weight
@@ -57,7 +58,7 @@ class Form(NamedTuple):
         return jnp.transpose(parts.reshape([self.shape[i] for i in self.order]), _inverse(self.order))
 
 
-def form_of(shape: tuple[int, ...], site: Site) -> Form:
+def form_of(shape: tuple[int, ...], site: Target) -> Form:
     """The form of a site's factor of that shape."""
     ndim, stack = len(site.shape), site.stack_axes
     if len(shape) in (ndim, ndim + 1) and all(n in (1, whole) for n, whole in zip(shape, site.shape, strict=False)):
@@ -78,7 +79,7 @@ def form_of(shape: tuple[int, ...], site: Site) -> Form:
     return Form(shape, tuple(range(len(shape))), shape, False)
 
 
-def forms_of(factors: Factors, sites: Sequence[Site]) -> dict[str, dict[str, Form]]:
+def forms_of(factors: Factors, sites: Sequence[Target]) -> dict[str, dict[str, Form]]:
     """By path and name; what belongs to no site (extras) is not among them."""
     return {
         site.path: {name: form_of(tuple(x.shape), site) for name, x in factors[site.path].items()}
@@ -87,7 +88,7 @@ def forms_of(factors: Factors, sites: Sequence[Site]) -> dict[str, dict[str, For
     }
 
 
-def tells_matrices(tx: Transformation, factors: Factors, sites: Sequence[Site]) -> bool:
+def tells_matrices(tx: Transformation, factors: Factors, sites: Sequence[Target]) -> bool:
     """Whether `tx` keeps another state for matrices than for the same numbers in broadcast form."""
     forms = forms_of(factors, sites)
     one = {

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.adapted.adapted import Adapted, combine, with_key
-from jlora.transform.explicit import on_auto_axes
 from jlora.transform.lift import check_reached, run
 from jlora.transform.trace import Trace
 
@@ -70,10 +69,8 @@ def objective(loss_fn: Callable[..., Any], shape: Shape, *, forward_mode: bool =
             count, at_least_1 = trace.count
             # A part without a token, of a mean that is 0 there, takes no part beside others; alone it is that 0.
             weight = jnp.maximum(_weight(count), _NOTHING) if at_least_1 else _weight(count)
-        of_factors = frozen.method.regulariser
-        if of_factors is not None:
-            regulariser = on_auto_axes(lambda f: of_factors(f, frozen.sites), factors)
-            loss, aux = loss + regulariser, {**aux, "regulariser": regulariser}
+        regularisers = frozen.method.regularisers(factors, frozen.sites)
+        loss, aux = sum(regularisers.values(), loss), {**aux, **regularisers}
         if shape.averaged:
             _check_scalars(aux)
         return Loss(loss, weight, aux)

@@ -16,7 +16,7 @@ import optax
 from jlora import tree
 from jlora.adapted.adapted import Adapted
 from jlora.matrices import SlowState, is_state_different, on_matrices, tells_matrices
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 
 PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
@@ -170,16 +170,14 @@ def of_method(tx: optax.GradientTransformation, adapted: Adapted) -> Optimizer:
     wants_matrices = tx.matrices
     if wants_matrices is None:
         wants_matrices = _wants_matrices(tx.bare, *_shapes(adapted.factors), adapted.sites)
-    wrap = adapted.method.wrap
     bare = on_matrices(_alone(tx.bare), adapted) if wants_matrices else _alone(tx.bare)
-    if wrap is not None:
-        bare = wrap(_checked(bare, None, of_method=True), adapted.sites)
+    bare = adapted.method.wrapped(bare, adapted.sites, functools.partial(_checked, matrices=None, of_method=True))
     return _checked(bare, None, of_method=True)
 
 
 @functools.lru_cache(maxsize=32)
 def _wants_matrices(
-    tx: optax.GradientTransformation, structure: Structure, shapes: tuple[Any, ...], sites: tuple[Site, ...]
+    tx: optax.GradientTransformation, structure: Structure, shapes: tuple[Any, ...], sites: tuple[Target, ...]
 ) -> bool:
     """Whether `tx` is to be shown matrices; asked where a state is made and where a step is traced."""
     factors = jax.tree.unflatten(structure, shapes)

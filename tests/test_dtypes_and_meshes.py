@@ -70,7 +70,7 @@ def test_rows_out_of_bounds_are_filled_as_the_model_says(method):
 def test_an_adapter_made_in_a_program_of_64_bits_is_saved_and_loaded(method, tmp_path):
     with jax.enable_x64(True):
         params = {"kernel": normal(IN, OUT)}
-        options = {"fn": loss_fn, "batches": [normal(ROWS, IN)]} if method.data else {}
+        options = {"fn": loss_fn, "batches": [normal(ROWS, IN)]} if method.acts.statistic else {}
         start = jlora.apply(params, method=method, **options)
         assert {x.dtype for x in jax.tree.leaves((start.factors, start.buffers))} == {jnp.dtype("float32")}
         jlora.save(tmp_path, start)
@@ -79,10 +79,10 @@ def test_an_adapter_made_in_a_program_of_64_bits_is_saved_and_loaded(method, tmp
 
 def test_what_a_method_computes_in_64_bits_is_kept_in_32():
     wide = lambda key, w, site: {
-        name: array.astype(jnp.float64) for name, array in jlora.lora(2).init(key, w, site).items()
+        name: array.astype(jnp.float64) for name, array in jlora.lora(2).acts.init(key, w, site).items()
     }
     with jax.enable_x64(True):
-        start = jlora.apply({"kernel": normal(IN, OUT)}, method=jlora.lora(2)._replace(init=wide))
+        start = jlora.apply({"kernel": normal(IN, OUT)}, method=jlora.lora(2)._replace(acts=jlora.lora(2).acts.replace(init=wide)))
     assert {x.dtype for x in jax.tree.leaves(start.factors)} == {jnp.dtype("float32")}
 
 

@@ -65,7 +65,7 @@ def batch() -> dict:
 
 def adapt(name: str, base: dict, x: dict) -> jlora.Adapted:
     method = METHODS[name]
-    options = {"fn": loss_of, "batches": [x]} if method.data else {}
+    options = {"fn": loss_of, "batches": [x]} if method.acts.statistic else {}
     if name != "full":
         options |= {"extras": {"whole": None, "rows": [1, 5]}, "targets": ["inputs", "both", "stack"]}
     return jlora.apply(base, method=method, sites=SITES, key=3, **options)

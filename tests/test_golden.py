@@ -87,14 +87,13 @@ def steps(name: str, adapted: jlora.Adapted):
     """(step, factors, loss, gradient) before each of the steps, and the last factors."""
     x, target = golden(name, "x"), golden(name, "target")
     factors, frozen = jlora.partition(adapted)
-    regulariser = adapted.method.regulariser or (lambda factors, sites: 0.0)
     tx = of_method(optax.sgd(LEARNING_RATE), adapted)
 
     @jax.jit
     def advance(factors, state):
         def loss_fn(factors):
             y = jlora.lift(forward)(jlora.combine(factors, frozen), x)
-            return jnp.mean((y - target) ** 2) + regulariser(factors, adapted.sites)
+            return jnp.mean((y - target) ** 2) + sum(adapted.method.regularisers(factors, adapted.sites).values())
 
         loss, gradient = jax.value_and_grad(loss_fn)(factors)
         updates, state = tx.update(gradient, state, factors)

@@ -161,7 +161,7 @@ def loss_of(name: str) -> Callable:
 def adapted(name: str, dtype=jnp.float32) -> jlora.Adapted:
     row, (fn, base) = METHODS[name], model(name)
     base = jax.tree.map(lambda x: x.astype(dtype), base)
-    options = {"fn": loss_of(name), "batches": [IDS, IDS[::-1]]} if row.make().data else {}
+    options = {"fn": loss_of(name), "batches": [IDS, IDS[::-1]]} if row.make().acts.statistic else {}
     if row.kinds:
         options["targets"] = lambda site: site.kind in row.kinds
     extras = "head/bias" if row.linen else "scale"
@@ -350,7 +350,7 @@ def test_as_plain_lora(name):
 
 
 def test_abstract_parameters(name):
-    if METHODS[name].make().data:
+    if METHODS[name].make().acts.statistic:
         pytest.skip("starts from data")
     fn, base = model(name)
     options = {"method": METHODS[name].make(), "sites": jlora.sites(fn, base, IDS), "targets": _kinds(name)}
@@ -384,7 +384,8 @@ def test_factors_are_float32_in_a_program_of_64_bits(name, dtype):
         sites = jlora.sites(fn, base, IDS)
         kinds = METHODS[name].kinds
         targets = (lambda site: site.kind in kinds) if kinds else None
-        plain = method if method.data is None else method._replace(data=None)  # which would need numbers
+        # What starts from data would need numbers.
+        plain = method._replace(acts=method.acts.replace(data=None)) if method.acts.statistic else method
         start = jlora.apply(base, method=plain, sites=sites, targets=targets)
         arrays = jax.tree.leaves((start.factors, start.buffers))
         assert {x.dtype for x in arrays} == {jnp.dtype("float32")}

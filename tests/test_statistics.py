@@ -208,7 +208,7 @@ def test_eva_starts_with_the_right_singular_vectors_of_the_inputs():
 
 
 def test_eva_gives_ranks_where_they_explain_most():
-    site = lambda path: jlora.Site(path, (D, F), "float32", (0,), (1,), (), "linear", rank=2, alpha=4.0)
+    site = lambda path: jlora.Target(jlora.Site(path, (D, F), "float32", (0,), (1,), (), "linear"), rank=2, alpha=4.0)
     shares = {
         "a": np.array([0.9, 0.05, 0.03, 0.02]),
         "b": np.array([0.4, 0.3, 0.2, 0.1]),

@@ -105,7 +105,7 @@ class Entry:
     @property
     def merges(self) -> bool:
         """Whether the method can be merged; those that act on activations cannot."""
-        return self.contender.method.activation is None
+        return not self.contender.method.acts.unmergeable
 
     def optimizer(self, learning_rate: float) -> Any:
         """The optimizer at a rate; its states are alike for all of them."""
@@ -114,7 +114,7 @@ class Entry:
     def start(self, seed: int) -> jlora.Adapted:
         """The base with initial factors."""
         contender, bench = self.contender, self.bench
-        if contender.method.data is None:
+        if not contender.method.acts.statistic:
             return applied(
                 contender, bench.base, key=seed
             )  # not compiled as a whole: contenders share the small programs
@@ -157,8 +157,8 @@ def check(contender: Contender, spec: Spec, task: Task, steps: int) -> None:
             f"contenders.{contender.name}: {contender.method.name} is made for total_steps={total}, and a run of task "
             f"{spec.name!r} has {steps} steps"
         )
-    if contender.method.data is not None:  # abstract parameters have no data to start from
-        contender = dataclasses.replace(contender, method=jlora.lora(contender.method.rank))
+    if contender.method.acts.statistic:  # abstract parameters have no data to start from
+        contender = dataclasses.replace(contender, method=jlora.lora(contender.method.rank or 1))
     try:
         jax.eval_shape(lambda: applied(contender, task.initial(0)))
     except ValueError as error:

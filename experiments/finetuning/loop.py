@@ -96,7 +96,7 @@ class Trainer:
     def merges(self) -> bool:
         """Whether the method gives plain weights, and those of the base take the update without rounding it away."""
         config: Any = self.work.model.config
-        return self.run.method.activation is None and config.param_dtype == "float32"
+        return not self.run.method.acts.unmergeable and config.param_dtype == "float32"
 
     @functools.cached_property
     def merged(self) -> Callable[[jlora.Adapted], Params]:
@@ -114,7 +114,7 @@ class Trainer:
         run, work = self.run, self.work
         extras = "|".join(f"(?:{pattern})" for pattern in (work.head, run.extras) if pattern)
         options: dict[str, Any] = {"sites": self.sites} | ({"extras": extras} if extras else {})
-        if run.method.data is not None:
+        if run.method.acts.statistic:
             batches = work.batches(self.schedule.batch, seed)
             options |= {
                 "fn": lambda params, batch: work.loss(params, batch, jax.random.key(seed)),

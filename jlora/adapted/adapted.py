@@ -27,10 +27,11 @@ from jlora.adapted.select import (
 )
 from jlora.adapted.statistics import statistics
 from jlora.methods import Method, lora, nearest
-from jlora.methods.method import SHARED, Arrays, Data, Factors, lazy_weight
+from jlora.methods.acts import SHARED, Arrays, Factors
+from jlora.methods.method import factor_shapes, shared_shapes
 from jlora.transform.explicit import on_auto_axes, spec_of
-from jlora.transform.intercept import Adapter, active, check_linen, insert
-from jlora.transform.sites import Site
+from jlora.transform.intercept import insert
+from jlora.transform.sites import Site, Target
 from jlora.transform.weight import Weight
 
 
@@ -48,7 +49,7 @@ class Adapted:
       buffers: frozen arrays that the method computes from the base.
       key: a dropout key (`with_key`), None outside training.
       method: how factors make a weight.
-      sites: the adapted weights, in tree order, their rank and alpha filled in.
+      sites: the adapted weights, in tree order, each with its rank and alpha.
       extras: the leaves trained as they are.
     """
 
@@ -57,7 +58,7 @@ class Adapted:
     buffers: Factors
     key: jax.Array | None
     method: Method = dataclasses.field(metadata={"static": True})
-    sites: tuple[Site, ...] = dataclasses.field(metadata={"static": True})
+    sites: tuple[Target, ...] = dataclasses.field(metadata={"static": True})
     extras: tuple[Extra, ...] = dataclasses.field(metadata={"static": True})
 
     def __repr__(self) -> str:
@@ -109,47 +110,29 @@ class Adapted:
         leaves, frozen = _beside(factors, (list(named.values()), self.buffers))
         named = dict(zip(named, leaves, strict=True))
         filled: dict[str, Any] = dict(named)
-        if self.key is not None and self.method.sample is not None:
-            factors = self.method.sample(tree.fold_path(self.key, ""), factors)
-        for site in self.sites if self.method.activation is None else ():
-            buffers = frozen.get(site.path, {})
-            weight = lazy_weight(self.method, named[site.path], site, factors[site.path], buffers)
-            if self.key is not None and weight.dropout > 0:
-                weight = weight.replace(key=_site_key(self.key, site))
-            filled[site.path] = weight.replace(tree=number)
+        acts, sites = self.method.acts, self.sites
+        if self.key is not None:
+            factors = self.method.sampled(tree.fold_path(self.key, ""), factors)
+        weights = acts.weights(named, sites, factors, frozen)
+        for site in sites:
+            if site.path in weights:
+                weight = weights[site.path].replace(tree=number)
+                draws = self.key is not None and weight.dropout > 0
+                filled[site.path] = weight.replace(key=_site_key(self.key, site)) if draws else weight
         for extra in self.extras:
             value = _with_extra(named[extra.path], extra, self.factors[extra.path])
             filled[extra.path] = Weight(value, path=extra.path, trained=True, optional=True, tree=number)
-        return insert(jax.tree.unflatten(structure, filled.values()), self._adapters(factors, number))
-
-    def _adapters(self, factors: Factors, number: int = 0) -> dict[tuple[str, ...], Adapter]:
-        """Of a method on activations: the adapters, by the path of the module whose calls each of them changes."""
-        activation = self.method.activation
-        if activation is None:
-            return {}
-        found: dict[tuple[str, ...], Adapter] = {}
-        prepared = activation.prepare(factors, self.sites)
-        for site in self.sites:
-            path, arrays = site.path, prepared[site.path]
-            holder = holder_of(path, activation.holder, self.method.name)
-            if holder in found:
-                raise ValueError(
-                    f"{self.method.name}: {path!r} and {found[holder].site.path!r} belong to one module, "
-                    f"{'/'.join(holder)!r}, which has one adapter; choose one of them with targets="
-                )
-            weights = {n: Weight(array, path=path, trained=True, tree=number) for n, array in arrays.items()}
-            found[holder] = Adapter(weights, site, self.method, number)  # type: ignore[arg-type]
-        return found
+        adapters = acts.adapters(self.method, sites, factors, number)
+        return insert(jax.tree.unflatten(structure, filled.values()), adapters)
 
     def around(self) -> contextlib.AbstractContextManager[Any]:
         """What is entered while a lifted function is traced: the interceptor of a method on activations."""
-        activation = self.method.activation
-        return contextlib.nullcontext() if activation is None else active(self.method, activation.intercept)
+        return self.method.acts.entered(self.method)
 
     @property
     def needs(self) -> str:
         """What a method on activations acts on, for errors; "" for one on weights."""
-        return "" if self.method.activation is None else self.method.activation.needs
+        return self.method.acts.needs
 
     def _check(self, named: Mapping[str, Any]) -> None:
         leaves = {site.path for site in self.sites} | {extra.path for extra in self.extras}
@@ -197,36 +180,6 @@ def _still_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any
     if all(isinstance(t, SymbolicZero) for t in jax.tree.leaves(moves)):
         return still, tangent
     return still, [SymbolicZero(jax.typeof(x).to_tangent_aval()) for x in still]
-
-
-@functools.lru_cache(maxsize=4096)
-def factor_shapes(method: Method, site: Site) -> dict[str, tuple[int, ...]]:
-    """The shapes of a site's trained arrays."""
-    key, w = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct(site.shape, site.dtype)
-    arrays = jax.eval_shape(lambda key, w: method.init(key, w, site), key, w)
-    return {name: array.shape for name, array in arrays.items() if name not in method.frozen}
-
-
-@functools.lru_cache(maxsize=256)
-def shared_shapes(method: Method, sites: tuple[Site, ...]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays that all sites share; empty for most methods."""
-    make = None if method.activation is None else method.activation.shared
-    if make is None:
-        return {}
-    arrays = jax.eval_shape(lambda key: make(key, sites), jax.eval_shape(lambda: jax.random.key(0)))
-    return {name: array.shape for name, array in arrays.items()}
-
-
-def holder_of(path: str, levels: int, method: str) -> tuple[str, ...]:
-    """The path of the module that a weight is `levels` parts below.
-
-    Raises:
-      ValueError: if there is none.
-    """
-    parts = tuple(path.split("/"))
-    if len(parts) < levels:
-        raise ValueError(f"{method}: no module holds that of {path!r}; choose a weight further down with targets=")
-    return parts[:-levels]
 
 
 def extra_shapes(extra: Extra, leaf: Any) -> dict[str, tuple[int, ...]]:
@@ -333,12 +286,12 @@ def apply(
     if not any(hasattr(leaf, "dtype") for leaf in named.values()):
         raise ValueError("apply: the tree of parameters holds no arrays")
     known = known_sites(params, named, sites)
-    if method.extras is not None and targets is not None and targets != ():
+    if not method.acts.adapts and targets is not None and targets != ():
         raise ValueError(f"apply: {method.name} trains leaves as they are and adapts none: leave targets= out")
-    targets = targets if method.extras is None else ()
-    if targets is None and method.targets:
+    targets = targets if method.acts.adapts else ()
+    if targets is None and method.acts.targets:
         targets = _own_targets(method, known)
-    if method.activation is not None and alphas:
+    if method.rank is not None and not method.acts.has_alpha and alphas:
         raise ValueError(f"apply: {method.name} has no alpha: leave alphas= out")
     chosen = resolve(select(known, targets, read_from_program=sites is not None), method, ranks or {}, alphas or {})
     extra = select_extras(named, extras)
@@ -346,10 +299,9 @@ def apply(
         trained = {site.path for site in chosen} | {e.path for e in extra}
         warn_of_left_out(known, trained, read_from_program=sites is not None)
         chosen = tuple(site for site in chosen if site.path not in {e.path for e in extra})
-    if method.extras is not None:
-        own = {path: Extra(path, rows) for path, rows in method.extras(named, known).items()}
-        own |= {e.path: e for e in extra}
-        extra = tuple(own[path] for path in named if path in own)
+    own = {path: Extra(path, rows) for path, rows in method.acts.trained(named, known).items()}
+    own |= {e.path: e for e in extra}
+    extra = tuple(own[path] for path in named if path in own)
     both = [e.path for e in extra if e.path in {site.path for site in chosen}]
     if both:
         raise ValueError(
@@ -357,46 +309,42 @@ def apply(
             "weight itself); keep one of them"
         )
     root = tree.as_key(key)
-    if method.data is None and not (fn is None and batches is None and mask is None):
+    statistic, measured = method.acts.statistic, {}
+    if not statistic and not (fn is None and batches is None and mask is None):
         needless = "mask=" if fn is None and batches is None else "fn= and batches="
         raise ValueError(f"apply: {method.name} does not start from data: leave {needless} out")
-    if method.data is None:
-        arrays = {s.path: _initial(method, tree.fold_path(root, s.path), named[s.path], s) for s in chosen}
-    else:
+    if statistic:
         if fn is None or batches is None:
             raise ValueError(f"apply: {method.name} starts from data: pass fn= (of params and a batch) and batches=")
-        measured = statistics(method.data.statistic, fn, params, batches, chosen, method.name, mask)
-        chosen, arrays = _fitted(method.data, root, named, chosen, measured)
+        measured = statistics(statistic, fn, params, batches, chosen, method.name, mask)
+    chosen, arrays = method.acts.start(root, named, chosen, measured)
     arrays |= {e.path: _initial_extra(named[e.path], e) for e in extra}
-    if method.activation is None:
-        return rebuild(params, arrays, method, chosen, extra)
-    if method.activation.shared is not None:
-        arrays[SHARED] = method.activation.shared(tree.fold_path(root, SHARED), chosen)
-    adapted = rebuild(params, arrays, method, chosen, extra)
+    adapted = from_arrays(params, arrays, method, chosen, extra)
     check_activations(adapted)
     return adapted
 
 
 def check_activations(adapted: Adapted) -> None:
     """Raises an error where a method on activations finds no linen parameters, or sites that contradict each other."""
-    if adapted.method.activation is not None:
-        check_linen(adapted.base, adapted.method.name)
-        jax.eval_shape(lambda factors: adapted._adapters(factors), adapted.factors)
+    adapted.method.acts.check(adapted.method, adapted.base, adapted.sites, adapted.factors)
 
 
-def rebuild(
-    params: Any, arrays: Factors, method: Method, sites: tuple[Site, ...], extras: tuple[Extra, ...]
+def from_arrays(
+    params: Any, arrays: Factors, method: Method, sites: tuple[Target, ...], extras: tuple[Extra, ...]
 ) -> Adapted:
-    """An `Adapted` from what `stored` gives: the method's other buffers are computed from the base.
+    """An `Adapted` from what `to_arrays` gives: the method's other buffers are computed from the base.
 
     NumPy's leaves get the dtype that JAX computes with (float64 becomes float32), here and not step by step.
     """
     params = tree.canonical(params)
     named, _ = tree.leaves(params)
-    sites = tuple(dataclasses.replace(s, dtype=str(named[s.path].dtype)) for s in sites)
+    sites = tuple(s.of_dtype(str(named[s.path].dtype)) for s in sites)
     arrays = {path: _canonical(part) for path, part in arrays.items()}  # in tree order
-    frozen = {s.path: {name: arrays[s.path][name] for name in method.frozen if name in arrays[s.path]} for s in sites}
-    buffers = {site.path: frozen[site.path] | _canonical(_buffers(method, named[site.path], site)) for site in sites}
+    frozen = {
+        s.path: {name: arrays[s.path][name] for name in method.acts.frozen if name in arrays[s.path]} for s in sites
+    }
+    computed = method.acts.computed(named, sites)
+    buffers = {s.path: frozen[s.path] | _canonical(computed.get(s.path, {})) for s in sites}
     factors = {
         path: {name: array for name, array in part.items() if name not in frozen.get(path, {})}
         for path, part in arrays.items()
@@ -417,16 +365,16 @@ def _canonical(arrays: Arrays) -> Arrays:
     return {name: cast(array) for name, array in arrays.items()}
 
 
-def stored(adapted: Adapted) -> Factors:
+def to_arrays(adapted: Adapted) -> Factors:
     """What an adapter's file holds: the factors, and the initial arrays that the method keeps frozen."""
     frozen = {
-        path: {name: part[name] for name in adapted.method.frozen if name in part}
+        path: {name: part[name] for name in adapted.method.acts.frozen if name in part}
         for path, part in adapted.buffers.items()
     }
     return {path: part | frozen.get(path, {}) for path, part in adapted.factors.items()}
 
 
-def rebuilt(adapted: Adapted, arrays: Factors) -> Adapted:
+def with_arrays(adapted: Adapted, arrays: Factors) -> Adapted:
     """`adapted` with other stored arrays; buffers that the base determines are kept, not computed again."""
     keep = lambda path: adapted.buffers.get(path, {})
     factors = {path: {n: part[n] for n in adapted.factors[path]} for path, part in arrays.items()}
@@ -492,40 +440,16 @@ def _nearest_to(given: Any) -> str:
 
 def _own_targets(method: Method, known: Sequence[Site]) -> list[str]:
     """The patterns that the method goes by, each of which matches something."""
-    for pattern in method.targets:
+    for pattern in method.acts.targets:
         if not any(re.search(pattern, site.path) for site in known):
             raise ValueError(
                 f"apply: {method.name} goes by the names of layers, and none of these weights has one that it knows "
                 f"({pattern}): say which with targets=. Weights: {listing(known)}"
             )
-    return list(method.targets)
+    return list(method.acts.targets)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
-
-
-def _initial(method: Method, key: jax.Array, w: Any, site: Site) -> Arrays:
-    make = lambda key, w: on_auto_axes(lambda key, w: method.init(key, w, site), key, w)
-    return jax.eval_shape(make, key, w) if isinstance(w, jax.ShapeDtypeStruct) else make(key, w)
-
-
-def _fitted(
-    data: Data, key: jax.Array, named: Mapping[str, Any], sites: Sequence[Site], statistics: Mapping[str, jax.Array]
-) -> tuple[tuple[Site, ...], Factors]:
-    chosen: tuple[Site, ...] = ()
-
-    def fit(key: jax.Array, named: Mapping[str, Any], statistics: Mapping[str, jax.Array]) -> Factors:
-        nonlocal chosen
-        chosen, arrays = data.fit(key, named, sites, statistics)
-        return arrays
-
-    arrays = on_auto_axes(fit, key, {site.path: named[site.path] for site in sites}, statistics)
-    return chosen, arrays
-
-
-def _buffers(method: Method, w: Any, site: Site) -> Arrays:
-    make = lambda w: on_auto_axes(lambda w: method.buffers(w, site), w)
-    return jax.eval_shape(make, w) if isinstance(w, jax.ShapeDtypeStruct) else make(w)
 
 
 def _initial_extra(leaf: Any, extra: Extra) -> Arrays:
@@ -546,7 +470,7 @@ def _with_extra(leaf: Any, extra: Extra, factors: Arrays) -> jax.Array:
     return on_auto_axes(put, leaf, factors["rows"], place=lambda _: spec_of(leaf))
 
 
-def _site_key(key: jax.Array, site: Site) -> jax.Array:
+def _site_key(key: Any, site: Target) -> jax.Array:
     shape = tuple(n if i in site.stack_axes else 1 for i, n in enumerate(site.shape))
     return jax.random.split(tree.fold_path(key, site.path), shape)
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
-from jlora.adapted.adapted import Adapted, rebuild
+from jlora.adapted.adapted import Adapted, from_arrays
 from jlora.methods import lora
+from jlora.methods.acts import Arrays, Factors
 from jlora.methods.checks import check_number, check_rank
-from jlora.methods.method import Arrays, Factors, lazy_weight
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 
 
 def to_lora(adapted: Adapted) -> Adapted:
@@ -34,16 +34,16 @@ def to_lora(adapted: Adapted) -> Adapted:
       >>> jlora.to_lora(adapted).sites[0].rank
       4
     """
-    if adapted.method.activation is not None:
+    if adapted.method.acts.unmergeable:
         raise ValueError(
             f"to_lora: {adapted.method.name} acts on activations and is no product that is added to a weight"
         )
     named, _ = tree.leaves(adapted.base)
     factors: Factors = {e.path: adapted.factors[e.path] for e in adapted.extras}
     chosen = []
+    weights = adapted.method.acts.weights(named, adapted.sites, adapted.factors, adapted.buffers)
     for site in adapted.sites:
-        w = named[site.path]
-        weight = lazy_weight(adapted.method, w, site, adapted.factors[site.path], adapted.buffers.get(site.path, {}))
+        w, weight = named[site.path], weights[site.path]
         if weight.gain is not None or weight.w is not w:
             raise ValueError(f"to_lora: {adapted.method.name} is not W plus a low-rank product at {site.path!r}")
         assert weight.a is not None and weight.b is not None
@@ -54,8 +54,8 @@ def to_lora(adapted: Adapted) -> Adapted:
         factors[site.path] = {"A": weight.a[..., alive], "B": weight.b[..., alive]}
         rank = int(alive.sum())
         chosen.append(dataclasses.replace(site, rank=rank, alpha=float(rank)))
-    method = lora(max((site.rank or 1 for site in chosen), default=1))
-    return rebuild(adapted.base, factors, method, tuple(chosen), adapted.extras)
+    method = lora(max((site.rank for site in chosen), default=1))
+    return from_arrays(adapted.base, factors, method, tuple(chosen), adapted.extras)
 
 
 def scale(adapted: Adapted, s: float | jax.Array) -> Adapted:
@@ -83,21 +83,14 @@ def scale(adapted: Adapted, s: float | jax.Array) -> Adapted:
     if not isinstance(adapted, Adapted):
         raise TypeError(f"scale takes an Adapted (from jlora.apply or jlora.load), got {type(adapted).__name__}")
     method = adapted.method
-    if method.activation is not None:
-        raise ValueError(f"scale: {method.name} acts on activations and adds no update to a weight")
-    if adapted.sites and method.rescale is None:
-        raise ValueError(
-            f"scale: the weight of {method.name} is not the base plus an update that one of its factors multiplies; "
-            "interpolate merged weights: jax.tree.map(lambda w0, w: w0 + s * (w - w0), base, jlora.merge(adapted))"
-        )
     s = check_number(s, "scale: s") if not isinstance(s, jax.Array) else s.astype(jnp.float32)
     if jnp.ndim(s) != 0:
         raise ValueError(f"scale: s is one number for all weights, not an array of shape {jnp.shape(s)}")
     named, _ = tree.leaves(adapted.base)
     factors, sites = dict(adapted.factors), []
     for site in adapted.sites:
-        assert method.rescale is not None
-        changed, arrays = method.rescale(site, factors[site.path], adapted.buffers.get(site.path, {}), s)
+        buffers = adapted.buffers.get(site.path, {})
+        changed, arrays = method.acts.rescaled(method, site, factors[site.path], buffers, s)
         sites.append(changed)
         factors[site.path] = arrays
     for extra in adapted.extras:
@@ -127,12 +120,9 @@ def to_plain(adapted: Adapted) -> Adapted:
       >>> plain.method.name, plain.factors["wte/embedding"]["prompt"].shape
       ('prompt_tuning', (3, 4))
     """
-    activation = adapted.method.activation
-    if activation is None or activation.plain is None:
-        raise ValueError(f"to_plain: {adapted.method!r} has no network that makes its factors")
-    factors = activation.prepare(adapted.factors, adapted.sites)
+    method, factors = adapted.method.acts.baked(adapted.method, adapted.sites, adapted.factors)
     factors |= {e.path: adapted.factors[e.path] for e in adapted.extras}
-    return rebuild(adapted.base, factors, activation.plain, adapted.sites, adapted.extras)
+    return from_arrays(adapted.base, factors, method, adapted.sites, adapted.extras)
 
 
 def truncate(adapted: Adapted, rank: int) -> Adapted:
@@ -148,10 +138,10 @@ def truncate(adapted: Adapted, rank: int) -> Adapted:
     check_rank(rank)
     if adapted.method.name != "dylora":
         raise ValueError(f"truncate: the first ranks are worth most with dylora alone, not with {adapted.method.name}")
-    sites = tuple(dataclasses.replace(site, rank=min(rank, site.rank or rank)) for site in adapted.sites)
+    sites = tuple(dataclasses.replace(site, rank=min(rank, site.rank)) for site in adapted.sites)
     factors = adapted.factors | {site.path: _first(adapted.factors[site.path], site) for site in sites}
-    return rebuild(adapted.base, factors, lora(rank, adapted.method.alpha), sites, adapted.extras)
+    return from_arrays(adapted.base, factors, lora(rank, adapted.method.alpha), sites, adapted.extras)
 
 
-def _first(arrays: Arrays, site: Site) -> Arrays:
+def _first(arrays: Arrays, site: Target) -> Arrays:
     return jax.tree.map(lambda x: x[..., : site.rank], arrays)

@@ -9,10 +9,10 @@ import numpy as np
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted, count, size_of
-from jlora.methods.method import SHARED
+from jlora.methods.acts import SHARED
 from jlora.transform.axes import fan_in
 from jlora.transform.lift import run
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 from jlora.transform.trace import Trace, Use
 
 
@@ -83,7 +83,7 @@ def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any)
     return Explanation(rows, tuple(path for (_, path), is_read in trace.extras.items() if not is_read))
 
 
-def _explained(use: Use, site: Site | None, parameters: int) -> Explained:
+def _explained(use: Use, site: Target | None, parameters: int) -> Explained:
     axes = {}
     if site is not None and not (use.in_axes or use.out_axes):  # an adapter of activations: the axes of its weight
         axes = {"in_axes": site.in_axes, "out_axes": site.out_axes, "stack_axes": site.stack_axes}
@@ -122,7 +122,7 @@ def summary(adapted: Adapted) -> str:
         f"rank {site.rank} of {site.path!r} is above its own: {inputs} inputs, {outputs} outputs"
         for site in adapted.sites
         for inputs, outputs in [(fan_in(site.shape, site.in_axes), fan_in(site.shape, site.out_axes))]
-        if adapted.method.activation is None and (site.rank or 0) > min(inputs, outputs)
+        if not adapted.method.acts.unmergeable and site.rank > min(inputs, outputs)
     ]
     left = [path for path, leaf in named.items() if path not in trained and np.ndim(leaf) > 1]
     left.sort(key=lambda path: path.rpartition("/")[2] != "kernel")

@@ -9,7 +9,7 @@ import numpy as np
 from jlora import tree
 from jlora.adapted.adapted import Adapted
 from jlora.methods import Method
-from jlora.methods.method import Factors
+from jlora.methods.acts import Factors
 from jlora.transform.weight import Weight
 
 
@@ -88,11 +88,8 @@ def unmerge(params: Any, adapted: Adapted) -> Adapted:
 
 
 def _check_mergeable(method: Method) -> None:
-    if method.activation is not None:
-        raise ValueError(
-            f"merge: {method.name} acts on activations, and no weights of the model give the same function; run it as "
-            "it is, with jlora.lift"
-        )
+    if method.acts.unmergeable:
+        raise ValueError(f"merge: {method.name} {method.acts.unmergeable}; run it as it is, with jlora.lift")
 
 
 def _check_finite(factors: Factors) -> None:

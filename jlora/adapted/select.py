@@ -13,7 +13,7 @@ import numpy as np
 
 from jlora.methods import Method
 from jlora.methods.checks import check_alpha, check_integers, check_rank
-from jlora.transform.sites import ADAPTABLE, Site, conventional
+from jlora.transform.sites import ADAPTABLE, Site, Target, conventional
 
 Pattern = str | Sequence[str] | Callable[[Site], bool]
 
@@ -159,9 +159,9 @@ def _is_left_out(site: Site, trained: Collection[str]) -> bool:
 
 def resolve(
     chosen: Sequence[Site], method: Method, ranks: Mapping[str, int], alphas: Mapping[str, float]
-) -> tuple[Site, ...]:
+) -> tuple[Target, ...]:
     """The sites with their rank and alpha; the first pattern that matches wins."""
-    if method.rank == 0 and (ranks or alphas):
+    if method.rank is None and (ranks or alphas):
         raise ValueError(f"apply: {method.name} has no rank: leave ranks= and alphas= out")
     for argument, rules in (("ranks", ranks), ("alphas", alphas)):
         for pattern, value in rules.items():
@@ -177,15 +177,15 @@ def resolve(
 
     resolved = []
     for site in chosen:
-        rank = first(ranks, site.path, method.rank)
+        rank = first(ranks, site.path, 0 if method.rank is None else method.rank)
         alpha = first(alphas, site.path, method.alpha)
-        resolved.append(dataclasses.replace(site, rank=rank, alpha=float(rank if alpha is None else alpha)))
+        resolved.append(Target(site, rank, float(rank if alpha is None else alpha)))
     return tuple(resolved)
 
 
-def check_scale(site: Site, method: Method, where: str) -> None:
+def check_scale(site: Target, method: Method, where: str) -> None:
     """Raises ValueError unless a site's rank and alpha are such as `resolve` gives it."""
-    if method.rank == 0:
+    if method.rank is None:
         if isinstance(site.rank, bool) or isinstance(site.alpha, bool) or site.rank != 0 or site.alpha != 0:
             raise ValueError(
                 f"{where}: {method.name} has no rank: rank and alpha must be 0, not {site.rank!r:.200} and "

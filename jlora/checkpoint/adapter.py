@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save as serialise
 
 from jlora import tree
-from jlora.adapted.adapted import Adapted, check_activations, rebuild, stored
+from jlora.adapted.adapted import Adapted, check_activations, from_arrays, to_arrays
 from jlora.adapted.select import Extra, check_rows, is_trainable
 from jlora.checkpoint.fingerprint import fingerprint
 from jlora.checkpoint.folder import NAME, open_file, open_tensors, replace
@@ -30,7 +30,7 @@ from jlora.checkpoint.tensors import (
     some,
 )
 from jlora.methods import to_json
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 
 _ATTEMPTS = 100  # to read an adapter that is replaced again and again
 
@@ -65,7 +65,7 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
     folder = folder_of(folder)
     file = folder / NAME
     named, _ = tree.leaves(adapted.base)
-    tensors = _host(stored(adapted))
+    tensors = _host(to_arrays(adapted))
     expected = expected_tensors(named, adapted.method, adapted.sites, adapted.extras)
     check_described(folder, {name: (x.shape, str(x.dtype)) for name, x in tensors.items()}, expected)
     check_finite(folder, tensors)
@@ -133,7 +133,7 @@ def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False)
         path, part = name.rsplit("/", 1)
         factors.setdefault(path, {})[part] = jax.device_put(value)
     with naming(file):
-        adapted = rebuild(params, factors, method, sites, extras)
+        adapted = from_arrays(params, factors, method, sites, extras)
         check_activations(adapted)
     return adapted
 
@@ -145,7 +145,7 @@ def describe(adapted: Adapted, base: str | None = None) -> dict[str, Any]:
         "version": VERSION,
         "base": fingerprint(adapted.base, _replaced(adapted.extras)) if base is None else base,
         "method": to_json(adapted.method),
-        "sites": [dataclasses.asdict(site) for site in _with_dtypes(adapted.sites, tree.leaves(adapted.base)[0])],
+        "sites": [site.to_json() for site in _with_dtypes(adapted.sites, tree.leaves(adapted.base)[0])],
         "extras": [dataclasses.asdict(extra) for extra in adapted.extras],
     }
 
@@ -155,9 +155,9 @@ def _replaced(extras: tuple[Extra, ...]) -> set[str]:
     return {extra.path for extra in extras if extra.rows is None}
 
 
-def _with_dtypes(sites: tuple[Site, ...], named: Mapping[str, Any]) -> tuple[Site, ...]:
+def _with_dtypes(sites: tuple[Target, ...], named: Mapping[str, Any]) -> tuple[Target, ...]:
     """The sites with the dtypes that the base has: it may be a cast copy of the one that the adapter was made for."""
-    return tuple(dataclasses.replace(site, dtype=_dtype(named[site.path])) for site in sites)
+    return tuple(site.of_dtype(_dtype(named[site.path])) for site in sites)
 
 
 def _dtype(leaf: Any) -> str:
@@ -226,10 +226,10 @@ def _check_loadable(file: Path, record: Mapping[str, Any], named: Mapping[str, A
 
 
 def _check_base(
-    file: Path, named: Mapping[str, Any], sites: tuple[Site, ...], extras: tuple[Extra, ...], any_base: bool
+    file: Path, named: Mapping[str, Any], sites: tuple[Target, ...], extras: tuple[Extra, ...], any_base: bool
 ) -> None:
     wrong: list[str] = []
-    parts: tuple[Site | Extra, ...] = (*sites, *extras)
+    parts: tuple[Target | Extra, ...] = (*sites, *extras)
     for part in parts:
         if part.path not in named:
             near = difflib.get_close_matches(part.path, named, n=1, cutoff=0.0) if len(wrong) < 6 else []
@@ -237,12 +237,12 @@ def _check_base(
             continue
         leaf = named[part.path]
         shape = tuple(np.shape(leaf))
-        if isinstance(part, Site) and part.shape != shape:
+        if isinstance(part, Target) and part.shape != shape:
             wrong.append(f"{part.path!r} has shape {shape} in the parameters and {part.shape} in the adapter")
         elif not is_trainable(leaf):
             dtype = getattr(leaf, "dtype", type(leaf).__name__)
             wrong.append(f"{part.path!r} has dtype {dtype} in the parameters, which cannot be trained")
-        elif isinstance(part, Site) and not any_base and _dtype(leaf) != part.dtype:
+        elif isinstance(part, Target) and not any_base and _dtype(leaf) != part.dtype:
             wrong.append(f"{part.path!r} has dtype {_dtype(leaf)} in the parameters and {part.dtype} in the adapter")
     if wrong:
         raise ValueError(f"'{file}': the adapter was trained on another base: {some(wrong)}")

@@ -9,16 +9,16 @@ from jax import export
 from jlora.adapted.adapted import Adapted
 from jlora.adapted.select import Extra
 from jlora.methods import Method, from_json, to_json
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 
-Static = tuple[Method, tuple[Site, ...], tuple[Extra, ...]]
+Static = tuple[Method, tuple[Target, ...], tuple[Extra, ...]]
 
 
 def _written(static: Static) -> bytes:
     method, sites, extras = static
     record = {
         "method": to_json(method),
-        "sites": [dataclasses.asdict(site) for site in sites],
+        "sites": [site.to_json() for site in sites],
         "extras": [dataclasses.asdict(extra) for extra in extras],
     }
     return json.dumps(record).encode()
@@ -28,7 +28,7 @@ def _read(content: bytes | bytearray) -> Static:
     record = json.loads(bytes(content))
     return (
         from_json(record["method"]),
-        tuple(Site(**_with_tuples(site)) for site in record["sites"]),
+        tuple(Target.from_json(_with_tuples(site)) for site in record["sites"]),
         tuple(Extra(**_with_tuples(extra)) for extra in record["extras"]),
     )
 

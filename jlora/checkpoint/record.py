@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jlora.adapted.select import Extra, check_adaptable, check_axes, check_scale
 from jlora.checkpoint.folder import NAME, TENSORS, open_file, read
 from jlora.methods import Method, from_json
-from jlora.transform.sites import ADAPTABLE, Site
+from jlora.transform.sites import ADAPTABLE, Site, Target
 
 FORMAT, VERSION = "jlora adapter", 1
 LARGEST = 32 * 2**20  # bytes of JSON: some ten thousand sites
 _DIGITS, _TEXT, _AXES = 20, 4096, 64  # of one number, in one path, of one weight
 
 Check = Callable[[Any, str], Any]
-Parts = tuple[Method, tuple[Site, ...], tuple[Extra, ...]]
+Parts = tuple[Method, tuple[Target, ...], tuple[Extra, ...]]
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -69,15 +69,15 @@ def decode(record: Mapping[str, Any]) -> Parts:
     method = from_json(_object_of_any(record["method"], "method"))
     sites = tuple(_site(value, f"sites[{i}]") for i, value in enumerate(_list(record["sites"], "sites")))
     extras = tuple(_extra(value, f"extras[{i}]") for i, value in enumerate(_list(record["extras"], "extras")))
-    check_axes(sites, "sites")
+    check_axes([target.site for target in sites], "sites")
     for i, site in enumerate(sites):
-        check_adaptable(site)
+        check_adaptable(site.site)
         check_scale(site, method, f"sites[{i}]")
     paths = Counter([*(site.path for site in sites), *(extra.path for extra in extras)])
     twice = [path for path, n in paths.items() if n > 1]
     if twice:
         raise ValueError(f"extras: {twice[0]!r} is there twice, or among the sites too")
-    if method.extras is not None and sites:
+    if not method.acts.adapts and sites:
         raise ValueError(f"sites: {method.name} trains leaves as they are, and {sites[0].path!r} is to be adapted")
     return method, sites, extras
 
@@ -252,8 +252,8 @@ _RECORD: dict[str, Check] = {
 }  # fmt: skip
 
 
-def _site(value: Any, where: str) -> Site:
-    return Site(**_object(value, where, SITE, _defaults(Site)))
+def _site(value: Any, where: str) -> Target:
+    return Target.from_json(_object(value, where, SITE, (*_defaults(Site), "rank", "alpha")))
 
 
 def _extra(value: Any, where: str) -> Extra:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jlora.adapted.adapted import Adapted, rebuilt, stored
+from jlora.adapted.adapted import Adapted, to_arrays, with_arrays
 from jlora.checkpoint import agreement, steps
 from jlora.checkpoint.adapter import describe
 from jlora.checkpoint.lock import Lock
@@ -166,7 +166,7 @@ class Checkpoints:
         rest = {name: value for name, value in arrays.items() if name not in ("factors", "opt_state", "key")}
         if hasattr(state, "skipped"):  # not among the arrays: checkpoints of before it was counted have none
             rest["skipped"] = jax.device_put(jnp.int32(record.get("skipped", 0)), state.skipped.sharding)
-        adapted = rebuilt(state.adapted, arrays["factors"])
+        adapted = with_arrays(state.adapted, arrays["factors"])
         return dataclasses.replace(state, adapted=adapted, opt_state=opt_state, key=key, **rest), record["position"]
 
     def wait(self) -> None:
@@ -276,7 +276,7 @@ def _without_log(folder: str) -> Iterator[None]:
 def _arrays(state: Any) -> dict[str, Any]:
     """What is written: all but the base and the method's buffers. A key as its data."""
     own = {
-        "factors": stored(state.adapted),
+        "factors": to_arrays(state.adapted),
         "opt_state": jax.tree.leaves(state.opt_state),
         "key": jax.random.key_data(state.key),
     }

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import jax
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_tensors
 
-from jlora.adapted.adapted import extra_shapes, shared_shapes
+from jlora.adapted.adapted import extra_shapes
 from jlora.adapted.select import Extra
 from jlora.checkpoint.folder import read
 from jlora.checkpoint.record import naming, parse, shown
 from jlora.methods import Method
-from jlora.methods.method import SHARED
-from jlora.transform.sites import Site
+from jlora.methods.acts import SHARED
+from jlora.methods.method import shared_shapes
+from jlora.transform.sites import Target
 
 Tensors = dict[str, np.ndarray]
 Described = Mapping[str, tuple[tuple[int, ...], str]]  # shape and dtype of each
@@ -28,7 +28,7 @@ _ROOM = 2**16  # bytes of a header beside what the names and shapes of its tenso
 
 
 def expected_tensors(
-    named: Mapping[str, Any], method: Method, sites: tuple[Site, ...], extras: tuple[Extra, ...]
+    named: Mapping[str, Any], method: Method, sites: tuple[Target, ...], extras: tuple[Extra, ...]
 ) -> Described:
     """Shape and dtype of every tensor that the adapter has to hold. Nothing is allocated.
 
@@ -36,10 +36,8 @@ def expected_tensors(
       ValueError: if the method has no factors for a site.
     """
     expected: dict[str, tuple[tuple[int, ...], str]] = {}
-    key = jax.eval_shape(lambda: jax.random.key(0))
     for site in sites:
-        w = jax.ShapeDtypeStruct(site.shape, named[site.path].dtype)
-        arrays = jax.eval_shape(lambda key, w, site=site: method.init(key, w, site), key, w)
+        arrays = method.acts.arrays(site.of_dtype(str(named[site.path].dtype)))
         expected |= {f"{site.path}/{name}": (a.shape, str(a.dtype)) for name, a in arrays.items()}
     expected |= {f"{SHARED}/{name}": (shape, "float32") for name, shape in shared_shapes(method, sites).items()}
     for extra in extras:

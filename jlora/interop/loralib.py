@@ -91,7 +91,7 @@ def _slots(model: nn.Module, adapted: Adapted) -> Iterator[Slot]:
         row = rows.get(site.path)
         if row is None or row.order != LINEAR or row.part is not None or set(adapted.factors[site.path]) != {"A", "B"}:
             raise ValueError(f"loralib has no A and B of {site.path!r}: only linear layers with a kernel of their own")
-        (inputs, outputs), rank = site.shape[-2:], site.rank or 0
+        (inputs, outputs), rank = site.shape[-2:], site.rank
         names = [key.removesuffix(".weight") for key in row.keys]
         a, b = (tuple(f"{name}.{part}" for name in names) for part in ("lora_A", "lora_B"))
         yield Slot(site.path, "A", a, (rank, inputs), lambda x: x.T[:, None, :], row.stacked)  # (in, 1, r)

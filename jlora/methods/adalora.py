@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora.methods.acts import Arrays, Factors, OnWeights, linear_in
 from jlora.methods.checks import check_alpha, check_number, check_rank
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_matrix, b_matrix, sizes
-from jlora.methods.method import Arrays, Config, Factors, Method, Transformation, linear_in
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method, Training, Transformation
+from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
 _EPSILON = 1e-5  # of the divisor of the scale, as in the paper's code
@@ -78,7 +79,7 @@ def adalora(
     Args:
       rank: r at the start, of every weight; 1.5 times `target_rank` in the paper.
       target_rank: the mean rank at the end.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless. The target's rank when None.
       total_steps: of the training run.
       warmup: t_i, steps before the first pruning.
       final: t_f, steps at the end without pruning.
@@ -125,33 +126,38 @@ def adalora(
     )  # fmt: skip
     schedule = Schedule(total_steps, warmup, final, interval)
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        assert site.rank is not None
-        a_shape, b_shape = site.factor_shapes(site.rank)
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        a_shape, b_shape = target.factor_shapes(target.rank)
         one, two = jax.random.split(key)
-        stack = [n if i in site.stack_axes else 1 for i, n in enumerate(site.shape)]
+        stack = [n if i in target.stack_axes else 1 for i, n in enumerate(target.shape)]
         return {
             "A": jax.random.normal(one, a_shape, jnp.float32) * _DEVIATION,
             "B": jax.random.normal(two, b_shape, jnp.float32) * _DEVIATION,
-            "E": jnp.zeros((*stack, site.rank), jnp.float32),
+            "E": jnp.zeros((*stack, target.rank), jnp.float32),
         }
 
-    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-        assert site.rank is not None and site.alpha is not None
-        return low_rank(w, site, factors["A"] * (factors["E"] * (site.alpha / (site.rank + _EPSILON))), factors["B"])
+    def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
+        return low_rank(
+            w, target, factors["A"] * (factors["E"] * (target.alpha / (target.rank + _EPSILON))), factors["B"]
+        )
 
-    def regulariser(factors: Factors, sites: Sequence[Site]) -> jax.Array:
+    def regulariser(factors: Factors, targets: Sequence[Target]) -> jax.Array:
         distances = [
             _distance(m)
-            for site in sites
-            for m in (a_matrix(factors[site.path]["A"], site), b_matrix(factors[site.path]["B"], site).swapaxes(1, 2))
+            for target in targets
+            for m in (
+                a_matrix(factors[target.path]["A"], target),
+                b_matrix(factors[target.path]["B"], target).swapaxes(1, 2),
+            )
         ]
         return orthogonality * jnp.mean(jnp.concatenate(distances))
 
-    def wrap(tx: Transformation, sites: Sequence[Site]) -> Transformation:
-        return budgeted(tx, tuple(sites), schedule, target_rank, betas)
+    def wrap(tx: Transformation, targets: Sequence[Target]) -> Transformation:
+        return budgeted(tx, tuple(targets), schedule, target_rank, betas)
 
-    return Method(config, rank, alpha, init, weight, regulariser=regulariser, wrap=wrap, rescale=linear_in("E"))
+    return Method(
+        config, rank, alpha, OnWeights(init, weight, rescale=linear_in("E")), Training(None, regulariser, wrap)
+    )
 
 
 def _distance(m: jax.Array) -> jax.Array:
@@ -168,11 +174,11 @@ def budget(step: jax.Array, start: int, end: int, schedule: Schedule) -> jax.Arr
     return jnp.floor((start - end) * left**3 + end).astype(jnp.int32)
 
 
-def scores(importance: Arrays, uncertainty: Arrays, site: Site) -> jax.Array:
+def scores(importance: Arrays, uncertainty: Arrays, target: Target) -> jax.Array:
     """One score per triplet, (stack, r): E's own, plus the means over the column of P and the row of Q."""
     entry = {name: importance[name] * uncertainty[name] for name in ("A", "B", "E")}
-    stack = sizes(site)[0]
-    q, p = a_matrix(entry["A"], site).mean(1), b_matrix(entry["B"], site).mean(2)
+    stack = sizes(target)[0]
+    q, p = a_matrix(entry["A"], target).mean(1), b_matrix(entry["B"], target).mean(2)
     return entry["E"].reshape(stack, q.shape[-1]) + q + p
 
 
@@ -183,20 +189,20 @@ def lowest(values: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def budgeted(
-    tx: Transformation, sites: tuple[Site, ...], schedule: Schedule, target_rank: int, betas: tuple[float, float]
+    tx: Transformation, targets: tuple[Target, ...], schedule: Schedule, target_rank: int, betas: tuple[float, float]
 ) -> Transformation:
     """`tx`, after whose update the triplets over the budget lose their entry of E."""
     inner = optax.with_extra_args_support(tx)
-    stacks = {site.path: sizes(site)[0] for site in sites}
-    start = sum(stacks[site.path] * (site.rank or 0) for site in sites)
-    end = sum(stacks[site.path] * min(target_rank, site.rank or 0) for site in sites)
+    stacks = {target.path: sizes(target)[0] for target in targets}
+    start = sum(stacks[target.path] * (target.rank) for target in targets)
+    end = sum(stacks[target.path] * min(target_rank, target.rank) for target in targets)
 
     def adapted_part(factors: Factors) -> Factors:
         return {path: {name: factors[path][name] for name in ("A", "B", "E")} for path in stacks}
 
     def init(factors: Factors) -> BudgetState:
         zeros = jax.tree.map(jnp.zeros_like, adapted_part(factors))
-        kept = {site.path: jnp.ones((stacks[site.path], site.rank), bool) for site in sites}
+        kept = {target.path: jnp.ones((stacks[target.path], target.rank), bool) for target in targets}
         return BudgetState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros), kept, inner.init(factors))
 
     def update(gradients: Factors, state: BudgetState, factors: Factors, **extra: Any) -> Any:
@@ -214,15 +220,15 @@ def budgeted(
         deviation = jax.tree.map(lambda s, i: jnp.abs(s - i), sensitivity, importance)
         uncertainty = jax.tree.map(smooth(betas[1]), state.uncertainty, deviation)
 
-        by_site = [scores(importance[site.path], uncertainty[site.path], site) for site in sites]
+        by_site = [scores(importance[target.path], uncertainty[target.path], target) for target in targets]
         every = jnp.concatenate([s.reshape(-1) for s in by_site])
         keep = lowest(every, start - budget(step, start, end, schedule))
         edges = [math.prod(s.shape) for s in by_site]
         parts = jnp.split(keep, [sum(edges[: i + 1]) for i in range(len(edges) - 1)])
         prunes = (counts & (step > schedule.warmup) & (step % schedule.interval == 0)) | (step == last)
         kept = {
-            site.path: jnp.where(prunes, part.reshape(s.shape), state.kept[site.path])
-            for site, part, s in zip(sites, parts, by_site, strict=True)
+            target.path: jnp.where(prunes, part.reshape(s.shape), state.kept[target.path])
+            for target, part, s in zip(targets, parts, by_site, strict=True)
         }
         masks = prunes | (step > last)
         updates = {

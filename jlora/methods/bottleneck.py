@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.methods.acts import Arrays, OnActivations
 from jlora.methods.checks import check_number, check_rank
-from jlora.methods.lora import as_it_is
-from jlora.methods.method import Activation, Arrays, Config, Method
+from jlora.methods.method import Config, Method
 from jlora.transform.intercept import Adapter, Interceptor, adapter_of, check_cut, of_calls, stacked
 from jlora.transform.marks import mark
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 
 NONLINEARITIES: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": nn.gelu,
@@ -47,16 +47,15 @@ def in_series(
         ("name", name), ("rank", rank), ("nonlinearity", nonlinearity), ("layer_norm", layer_norm), ("std", std),
     )  # fmt: skip
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        assert site.rank is not None
-        width = out_width(site)
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        width = out_width(target)
         down, up = jax.random.split(key)
-        drawn = lambda key, *shape: std * draw(key, stacked(shape, site))
-        zeros = lambda n: jnp.zeros(stacked((n,), site), jnp.float32)
+        drawn = lambda key, *shape: std * draw(key, stacked(shape, target))
+        zeros = lambda n: jnp.zeros(stacked((n,), target), jnp.float32)
         arrays = {
-            "down": drawn(down, width, site.rank),
-            "down_bias": zeros(site.rank),
-            "up": drawn(up, site.rank, width),
+            "down": drawn(down, width, target.rank),
+            "down_bias": zeros(target.rank),
+            "up": drawn(up, target.rank, width),
             "up_bias": zeros(width),
         }
         return arrays | ({"scale": zeros(width) + 1.0, "offset": zeros(width)} if layer_norm else {})
@@ -64,12 +63,11 @@ def in_series(
     def act(adapter: Adapter, h: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
         return h + bottleneck(adapter, h, NONLINEARITIES[nonlinearity])
 
-    def features(site: Site) -> tuple[int, ...]:
-        return tuple(site.shape[i] for i in site.out_axes)
+    def features(target: Target) -> tuple[int, ...]:
+        return tuple(target.shape[i] for i in target.out_axes)
 
     needs = "the output of the Flax linen module that holds each weight, in its __call__"
-    activation = Activation(on_outputs(name, features, act), needs)
-    return Method(config, rank, None, init, as_it_is, targets=targets, activation=activation)
+    return Method(config, rank, None, OnActivations(init, on_outputs(name, features, act), needs, targets))
 
 
 def bottleneck(adapter: Adapter, x: jax.Array, nonlinearity: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -92,12 +90,12 @@ def normalised(x: jax.Array) -> jax.Array:
 
 def on_outputs(
     name: str,
-    features: Callable[[Site], tuple[int, ...]],
+    features: Callable[[Target], tuple[int, ...]],
     act: Callable[[Adapter, jax.Array, tuple[Any, ...], dict[str, Any]], jax.Array],
 ) -> Callable[[Method], Interceptor]:
     """Puts `act(adapter, h, args, kwargs)` in place of what a module returns.
 
-    h is (..., width): the axes of `features(site)`, several for an `nn.DenseGeneral`, are one.
+    h is (..., width): the axes of `features(target)`, several for an `nn.DenseGeneral`, are one.
     """
 
     def make(method: Method) -> Interceptor:
@@ -125,9 +123,9 @@ def on_outputs(
     return make
 
 
-def out_width(site: Site) -> int:
+def out_width(target: Target) -> int:
     """The number of outputs of a weight."""
-    return math.prod(site.shape[i] for i in site.out_axes)
+    return math.prod(target.shape[i] for i in target.out_axes)
 
 
 def check_nonlinearity(name: str) -> None:

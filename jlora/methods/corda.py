@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Data, Factors
 from jlora.methods.matrix import check_finite, check_fits, check_not_zero, matrices, one_by_one, thin_svd
-from jlora.methods.method import Config, Data, Factors, Method
+from jlora.methods.method import Config, Method
 from jlora.methods.pissa import pissa
-from jlora.methods.residual import check_positive, started
-from jlora.transform.sites import Site
+from jlora.methods.residual import check_positive, from_initial
+from jlora.transform.sites import Target
 
 MODES = ("instruction", "knowledge")
 _DAMPING = 1e-2  # times the mean of the covariance's diagonal
@@ -23,7 +24,7 @@ def corda(rank: int, alpha: float | None = None, *, mode: str = "instruction") -
 
     Args:
       rank: r, at most the smaller side of the weight.
-      alpha: numerator of the scale, dimensionless, positive. The site's rank when None.
+      alpha: numerator of the scale, dimensionless, positive. The target's rank when None.
       mode: "instruction" trains the r largest components, on inputs of the task to learn ("instruction-previewed");
         "knowledge" the r smallest, on inputs of what is to be kept ("knowledge-preserved").
 
@@ -41,26 +42,25 @@ def corda(rank: int, alpha: float | None = None, *, mode: str = "instruction") -
     def fit(
         key: jax.Array,
         named: Mapping[str, jax.Array],
-        sites: Sequence[Site],
+        targets: Sequence[Target],
         covariances: Mapping[str, jax.Array],
-    ) -> tuple[tuple[Site, ...], Factors]:
+    ) -> tuple[tuple[Target, ...], Factors]:
         arrays = {}
-        for site in sites:
-            assert site.rank is not None and site.alpha is not None
-            check_fits(site.rank, site, "corda")
-            check_finite(named[site.path], site, "corda")
-            check_positive(site.alpha, f"corda: alpha of {site.path!r}")
-            w = matrices(named[site.path].astype(jnp.float32), site)
-            check_not_zero(w, site, "corda")
-            c = covariances[site.path]
+        for target in targets:
+            check_fits(target.rank, target, "corda")
+            check_finite(named[target.path], target, "corda")
+            check_positive(target.alpha, f"corda: alpha of {target.path!r}")
+            w = matrices(named[target.path].astype(jnp.float32), target)
+            check_not_zero(w, target, "corda")
+            c = covariances[target.path]
             one = jnp.eye(c.shape[-1], dtype=c.dtype)
             trace = jnp.trace(c, axis1=1, axis2=2)[:, None, None]  # 0 of an expert that no row was sent to
             c = c / jnp.where(trace > 0, trace, 1.0) * c.shape[-1] + _DAMPING * one[None]
             u, s, vt = one_by_one(thin_svd, c @ w)
-            part = slice(0, site.rank) if mode == "instruction" else slice(s.shape[1] - site.rank, s.shape[1])
-            root = jnp.sqrt(s[:, part] * (site.rank / site.alpha))
+            part = slice(0, target.rank) if mode == "instruction" else slice(s.shape[1] - target.rank, s.shape[1])
+            root = jnp.sqrt(s[:, part] * (target.rank / target.alpha))
             a = one_by_one(jnp.linalg.solve, c, u[:, :, part])
-            arrays[site.path] = started(a * root[:, None, :], root[:, :, None] * vt[:, part], site)
-        return tuple(sites), arrays
+            arrays[target.path] = from_initial(a * root[:, None, :], root[:, :, None] * vt[:, part], target)
+        return tuple(targets), arrays
 
-    return plain._replace(config=config, data=Data("covariance", fit))
+    return plain._replace(config=config, acts=plain.acts.replace(data=Data("covariance", fit)))

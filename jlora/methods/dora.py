@@ -1,15 +1,16 @@
 """DoRA: a weight's magnitude and direction, adapted apart."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, OnWeights
 from jlora.methods.lora import lora
-from jlora.methods.method import Arrays, Method
+from jlora.methods.method import Method
 from jlora.transform import axes as ax
-from jlora.transform.sites import Site
+from jlora.transform.sites import Site, Target
 from jlora.transform.weight import RANK, Weight
-
-ADDITIVE = ("lora", "rslora", "loraplus", "lora_fa", "dylora")
 
 
 def dora(inner: Method | int, alpha: float | None = None) -> Method:
@@ -37,40 +38,42 @@ def dora(inner: Method | int, alpha: float | None = None) -> Method:
     if isinstance(inner, Method) and alpha is not None:
         raise ValueError(f"dora(inner, alpha): {inner!r} has its own alpha")
     inner = inner if isinstance(inner, Method) else lora(inner, alpha)
-    if inner.name not in ADDITIVE:
-        raise ValueError(
-            f"dora(inner): inner must be an additive low-rank method ({', '.join(ADDITIVE)}), not {inner.name}"
-        )
+    acts = inner.acts
+    if not isinstance(acts, OnWeights) or not _is_additive(inner, acts):
+        raise ValueError(f"dora(inner): inner must be an additive low-rank method, as lora is, not {inner.name}")
 
-    def initialise(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        return {**inner.init(key, w, site), "magnitude": jnp.sqrt(buffers(w, site)["square"])}
+    def initialise(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        return {**acts.init(key, w, target), "magnitude": jnp.sqrt(buffers(w, target)["square"])}
 
-    def buffers(w: jax.Array, site: Site) -> Arrays:
-        square = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=site.in_axes, keepdims=True)
-        return {**inner.buffers(w, site), "square": square}
+    def buffers(w: jax.Array, target: Target) -> Arrays:
+        square = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=target.in_axes, keepdims=True)
+        return {**acts.buffers(w, target), "square": square}
 
-    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-        v = inner.weight(w, site, factors, buffers)
-        norm = jnp.sqrt(jax.lax.stop_gradient(squared_norm(v, buffers["square"], site)))
+    def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
+        v = acts.weight(w, target, factors, buffers)
+        norm = jnp.sqrt(jax.lax.stop_gradient(squared_norm(v, buffers["square"], target)))
         # A column of zeros (a head that starts at zero) has no direction: it stays what V is.
         safe = jnp.where(norm == 0, jnp.ones_like(norm), norm)
         gain = jnp.where(norm == 0, jnp.ones_like(norm), factors["magnitude"] / safe)
         return v.replace(gain=gain)
 
     config = (("name", "dora"), ("inner", inner))
-    return inner._replace(config=config, init=initialise, weight=weight, buffers=buffers, rescale=None)
+    return inner._replace(
+        config=config,
+        acts=acts.replace(init=initialise, weight=weight, buffers=buffers, rescale=None),
+    )
 
 
-def squared_norm(v: Weight, square: jax.Array, site: Site) -> jax.Array:
+def squared_norm(v: Weight, square: jax.Array, target: Target) -> jax.Array:
     """`|w + a b|^2` over the input axes, in broadcast form, from `square` = |w|^2."""
     assert v.a is not None and v.b is not None
     labels = tuple(range(v.ndim))
-    outer = tuple(i for i in labels if i not in site.in_axes)
-    shared = site.stack_axes
+    outer = tuple(i for i in labels if i not in target.in_axes)
+    shared = target.stack_axes
     w = jax.lax.stop_gradient(v.w).astype(v.a.dtype)
-    a = jax.lax.squeeze(v.a, site.out_axes)
-    b = jax.lax.squeeze(v.b, site.in_axes)
-    a_labels = tuple(i for i in labels if i not in site.out_axes)
+    a = jax.lax.squeeze(v.a, target.out_axes)
+    b = jax.lax.squeeze(v.b, target.in_axes)
+    a_labels = tuple(i for i in labels if i not in target.out_axes)
     wa = ax.contract(w, labels, a, (*a_labels, RANK), (*outer, RANK))  # (stack and out, rank)
     gram = ax.contract(a, (*a_labels, RANK), a, (*a_labels, "other"), (*shared, RANK, "other"))  # (stack, rank, rank)
     ba = ax.contract(b, (*outer, RANK), gram, (*shared, RANK, "other"), (*outer, "other"))  # (stack and out, rank)
@@ -81,3 +84,22 @@ def squared_norm(v: Weight, square: jax.Array, site: Site) -> jax.Array:
 def square_free(wa: jax.Array, ba: jax.Array, b: jax.Array) -> jax.Array:
     """`2 <w, a b> + |a b|^2` per output: both are sums over the rank of something times b."""
     return jnp.sum((2.0 * wa + ba) * b, axis=-1)
+
+
+def _is_additive(inner: Method, acts: OnWeights) -> bool:
+    """Whether the weight is the base, untouched, plus a product of factors; asked of the weight of one target."""
+    rank = inner.rank or 1
+    side = 4 * rank
+    target = Target(Site("w", (side, side), "float32", (0,), (1,), (), "linear"), rank, inner.alpha or float(rank))
+    found: list[bool] = []
+
+    def make(key: jax.Array, w: Any) -> None:
+        arrays = acts.init(key, w, target)
+        frozen = {name: arrays.pop(name) for name in acts.frozen}
+        v = acts.weight(w, target, arrays, acts.buffers(w, target) | frozen)
+        found.append(v.w is w and v.gain is None and v.a is not None and v.b is not None)
+
+    w = jax.ShapeDtypeStruct(target.shape, target.dtype)
+    if not acts.statistic:  # what starts from data gives no magnitude
+        jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)), w)
+    return any(found)

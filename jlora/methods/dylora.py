@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Factors
 from jlora.methods.checks import check_rank
 from jlora.methods.lora import lora
-from jlora.methods.method import Config, Factors, Method
+from jlora.methods.method import Config, Method, Training
 
 
 def dylora(rank: int, alpha: float | None = None, *, minimum: int = 1, init: str = "gaussian") -> Method:
@@ -16,7 +17,7 @@ def dylora(rank: int, alpha: float | None = None, *, minimum: int = 1, init: str
 
     Args:
       rank: r, the largest rank.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless. The target's rank when None.
       minimum: the smallest rank that is drawn.
       init: of A, as in `lora`.
 
@@ -35,7 +36,7 @@ def dylora(rank: int, alpha: float | None = None, *, minimum: int = 1, init: str
         drawn = jax.random.randint(key, (), minimum, rank + 1)
         return {path: nested(arrays, drawn) if "A" in arrays else arrays for path, arrays in factors.items()}
 
-    return plain._replace(config=config, sample=sample)
+    return plain._replace(config=config, training=Training(sample=sample))
 
 
 def nested(arrays: dict[str, jax.Array], rank: jax.Array) -> dict[str, jax.Array]:

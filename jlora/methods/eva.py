@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.methods.acts import Data, Factors
 from jlora.methods.checks import check_number
 from jlora.methods.lora import lora
 from jlora.methods.matrix import a_form, b_form, check_fits, one_by_one, sizes
-from jlora.methods.method import Config, Data, Factors, Method
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method
+from jlora.transform.sites import Target
 
 
 def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: float = 0.0) -> Method:
@@ -25,7 +26,7 @@ def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: flo
 
     Args:
       rank: r, the mean over all weights.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless. The target's rank when None.
       rho: how many times r a weight may get; 1 for the same rank everywhere.
       dropout: of the low-rank branch's input, as in `lora`.
 
@@ -46,46 +47,47 @@ def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: flo
     def fit(
         key: jax.Array,
         named: Mapping[str, jax.Array],
-        sites: Sequence[Site],
+        targets: Sequence[Target],
         covariances: Mapping[str, jax.Array],
-    ) -> tuple[tuple[Site, ...], Factors]:
+    ) -> tuple[tuple[Target, ...], Factors]:
         components, shares = {}, {}
-        for site in sites:
-            assert site.rank is not None
-            check_fits(site.rank, site, "eva")
+        for target in targets:
+            check_fits(target.rank, target, "eva")
             # Ascending: (stack, n), (stack, n, n).
-            values, vectors = one_by_one(jnp.linalg.eigh, covariances[site.path])
-            most = min(round(site.rank * rho), sizes(site)[1])
-            components[site.path] = vectors[:, :, ::-1][:, :, :most]
+            values, vectors = one_by_one(jnp.linalg.eigh, covariances[target.path])
+            most = min(round(target.rank * rho), sizes(target)[1])
+            components[target.path] = vectors[:, :, ::-1][:, :, :most]
             whole = jnp.sum(values, axis=1, keepdims=True)
             ratio = values[:, ::-1] / jnp.where(whole > 0, whole, 1.0)  # 0 of an expert that no row was sent to
-            shares[site.path] = np.asarray(jnp.mean(ratio[:, :most], axis=0))
-        given = redistributed(sites, shares)
-        chosen = tuple(site for site in given if site.rank)
+            shares[target.path] = np.asarray(jnp.mean(ratio[:, :most], axis=0))
+        given = redistributed(targets, shares)
+        chosen = tuple(target for target in given if target.rank)
         return chosen, {
-            site.path: {
-                "A": a_form(components[site.path][:, :, : site.rank], site),
-                "B": b_form(jnp.zeros((sizes(site)[0], site.rank, sizes(site)[2]), jnp.float32), site),
+            target.path: {
+                "A": a_form(components[target.path][:, :, : target.rank], target),
+                "B": b_form(jnp.zeros((sizes(target)[0], target.rank, sizes(target)[2]), jnp.float32), target),
             }
-            for site in chosen
+            for target in chosen
         }
 
-    return plain._replace(config=config, data=Data("covariance", fit))
+    return plain._replace(config=config, acts=plain.acts.replace(data=Data("covariance", fit)))
 
 
-def redistributed(sites: Sequence[Site], shares: Mapping[str, np.ndarray]) -> list[Site]:
-    """The sites with the ranks that the largest shares of all give them; the total stays."""
-    total = sum(site.rank or 0 for site in sites)
+def redistributed(targets: Sequence[Target], shares: Mapping[str, np.ndarray]) -> list[Target]:
+    """The targets with the ranks that the largest shares of all give them; the total stays."""
+    total = sum(target.rank for target in targets)
     everyone = sorted(
-        ((share, -i, site.path) for site in sites for i, share in enumerate(shares[site.path])), reverse=True
+        ((share, -i, target.path) for target in targets for i, share in enumerate(shares[target.path])), reverse=True
     )
-    ranks = dict.fromkeys((site.path for site in sites), 0)
+    ranks = dict.fromkeys((target.path for target in targets), 0)
     for _, _, path in everyone[:total]:
         ranks[path] += 1
-    return [dataclasses.replace(site, rank=ranks[site.path], alpha=_alpha(site, ranks[site.path])) for site in sites]
+    return [
+        dataclasses.replace(target, rank=ranks[target.path], alpha=_alpha(target, ranks[target.path]))
+        for target in targets
+    ]
 
 
-def _alpha(site: Site, rank: int) -> float:
+def _alpha(target: Target, rank: int) -> float:
     """The numerator that keeps the scale."""
-    assert site.rank is not None and site.alpha is not None
-    return site.alpha * rank / site.rank
+    return target.alpha * rank / target.rank

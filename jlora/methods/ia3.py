@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, OnWeights
 from jlora.methods.checks import check_pattern
 from jlora.methods.lora import low_rank
-from jlora.methods.method import Arrays, Config, Method
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method
+from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
 
@@ -32,15 +33,15 @@ def ia3(feedforward: str | None = None) -> Method:
     feedforward = None if feedforward is None else check_pattern(feedforward, "feedforward")
     config: Config = (("name", "ia3"), ("feedforward", feedforward))
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        a_shape, b_shape = site.factor_shapes(1)
-        inputs = feedforward is not None and re.search(feedforward, site.path)
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        a_shape, b_shape = target.factor_shapes(1)
+        inputs = feedforward is not None and re.search(feedforward, target.path)
         return {"scale": jnp.ones((a_shape if inputs else b_shape)[:-1], jnp.float32)}
 
-    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-        return low_rank(w, site).replace(gain=factors["scale"])
+    def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
+        return low_rank(w, target).replace(gain=factors["scale"])
 
-    def rescale(site: Site, factors: Arrays, buffers: Arrays, s: Any) -> tuple[Site, Arrays]:
-        return site, {"scale": factors["scale"] * s + (1 - s)}  # W l = W + W (l - 1)
+    def rescale(target: Target, factors: Arrays, buffers: Arrays, s: Any) -> tuple[Target, Arrays]:
+        return target, {"scale": factors["scale"] * s + (1 - s)}  # W l = W + W (l - 1)
 
-    return Method(config, 0, None, init, weight, rescale=rescale)
+    return Method(config, None, None, OnWeights(init, weight, rescale=rescale))

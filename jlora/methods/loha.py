@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, OnWeights, linear_in
 from jlora.methods.checks import check_alpha, check_rank
 from jlora.methods.lora import low_rank
-from jlora.methods.method import Arrays, Config, Method, linear_in
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method
+from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
 
@@ -19,7 +20,7 @@ def loha(rank: int, alpha: float | None = None) -> Method:
 
     Args:
       rank: r of each of the two matrices.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless. The target's rank when None.
 
     Raises:
       ValueError: if `rank` < 1 or is no integer, `alpha` is no finite number other than 0.
@@ -29,9 +30,8 @@ def loha(rank: int, alpha: float | None = None) -> Method:
     rank, alpha = check_rank(rank), check_alpha(alpha)
     config: Config = (("name", "loha"), ("rank", rank), ("alpha", alpha))
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        assert site.rank is not None
-        a_shape, b_shape = site.factor_shapes(site.rank)
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        a_shape, b_shape = target.factor_shapes(target.rank)
         one, two, three = jax.random.split(key, 3)
         return {
             "A1": jax.random.normal(one, a_shape, jnp.float32),
@@ -40,12 +40,11 @@ def loha(rank: int, alpha: float | None = None) -> Method:
             "B2": jnp.zeros(b_shape, jnp.float32),
         }
 
-    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-        assert site.rank is not None and site.alpha is not None
-        a = khatri_rao(factors["A1"] * (site.alpha / site.rank), factors["A2"])
-        return low_rank(w, site, a, khatri_rao(factors["B1"], factors["B2"]))
+    def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
+        a = khatri_rao(factors["A1"] * (target.alpha / target.rank), factors["A2"])
+        return low_rank(w, target, a, khatri_rao(factors["B1"], factors["B2"]))
 
-    return Method(config, rank, alpha, init, weight, rescale=linear_in("B2"))
+    return Method(config, rank, alpha, OnWeights(init, weight, rescale=linear_in("B2")))
 
 
 def khatri_rao(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, OnWeights, linear_in
 from jlora.methods.checks import check_alpha, check_rank
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form, sizes
-from jlora.methods.method import Arrays, Config, Method, linear_in
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method
+from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
 
@@ -34,7 +35,7 @@ def lokr(rank: int, alpha: float | None = None, *, factor: int = -1) -> Method:
 
     Args:
       rank: r of the second matrix. From half its larger side on, that matrix is kept whole.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless. The target's rank when None.
       factor: the largest side of C; -1 for no bound, which makes both matrices nearly square.
 
     Raises:
@@ -48,35 +49,33 @@ def lokr(rank: int, alpha: float | None = None, *, factor: int = -1) -> Method:
         raise ValueError(f"factor must be -1 or an integer of at least 1, not {factor!r}")
     config: Config = (("name", "lokr"), ("rank", rank), ("alpha", alpha), ("factor", factor))
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        assert site.rank is not None
-        stack = sizes(site)[0]
-        (i1, o1), (i2, o2) = sides(site, factor)
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        stack = sizes(target)[0]
+        (i1, o1), (i2, o2) = sides(target, factor)
         one, two = jax.random.split(key)
         arrays = {"C": jnp.zeros((stack, i1, o1), jnp.float32)}
-        if site.rank < max(i2, o2) / 2:
+        if target.rank < max(i2, o2) / 2:
             return arrays | {
-                "A": _uniform(one, (stack, i2, site.rank), i2),
-                "B": _uniform(two, (stack, site.rank, o2), site.rank),
+                "A": _uniform(one, (stack, i2, target.rank), i2),
+                "B": _uniform(two, (stack, target.rank, o2), target.rank),
             }
         return arrays | {"D": _uniform(one, (stack, i2, o2), i2)}
 
-    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-        assert site.rank is not None and site.alpha is not None
-        c1, c2 = _split(factors["C"] * (site.alpha / site.rank))  # (stack, i1, k), (stack, k, o1)
+    def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
+        c1, c2 = _split(factors["C"] * (target.alpha / target.rank))  # (stack, i1, k), (stack, k, o1)
         a, b = (factors["A"], factors["B"]) if "A" in factors else _split(factors["D"])
-        _, inputs, outputs = sizes(site)
+        _, inputs, outputs = sizes(target)
         terms = c2.shape[1] * b.shape[1]
         left = jnp.einsum("nik,njr->nijkr", c1, a).reshape(len(a), inputs, terms)  # (stack, i1 i2, k r)
         right = jnp.einsum("nko,nrp->nkrop", c2, b).reshape(len(a), terms, outputs)  # (stack, k r, o1 o2)
-        return low_rank(w, site, a_form(left, site), b_form(right, site))
+        return low_rank(w, target, a_form(left, target), b_form(right, target))
 
-    return Method(config, rank, alpha, init, weight, rescale=linear_in("C"))
+    return Method(config, rank, alpha, OnWeights(init, weight, rescale=linear_in("C")))
 
 
-def sides(site: Site, factor: int) -> Sides:
+def sides(target: Target, factor: int) -> Sides:
     """The sides of the two matrices of the Kronecker product."""
-    _, inputs, outputs = sizes(site)
+    _, inputs, outputs = sizes(target)
     i1, o1 = (small_side(n, factor) for n in (inputs, outputs))
     return Sides((i1, o1), (inputs // i1, outputs // o1))
 

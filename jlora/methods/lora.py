@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, OnWeights, linear_in
 from jlora.methods.checks import check_alpha, check_number, check_rank
-from jlora.methods.method import Arrays, Config, Method, linear_in
+from jlora.methods.method import Config, Method
 from jlora.transform.axes import fan_in
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
 INITS = ("gaussian", "kaiming_uniform")
@@ -24,7 +25,7 @@ def lora(rank: int, alpha: float | None = None, *, init: str = "gaussian", dropo
 
     Args:
       rank: r, the number of columns of A. At least 1.
-      alpha: numerator of the scale, dimensionless. The site's rank when None, which makes the scale 1.
+      alpha: numerator of the scale, dimensionless. The target's rank when None, which makes the scale 1.
       init: of A: "gaussian", N(0, 1 / (3 n)), or "kaiming_uniform", U(-1 / sqrt(n), 1 / sqrt(n)), as loralib and PEFT.
       dropout: probability with which an input of the low-rank branch is dropped, where a key is passed (`with_key`).
 
@@ -50,33 +51,27 @@ def scaled(name: str, scale: Any, rank: int, alpha: float | None, init: str, dro
         raise ValueError(f"dropout must be at least 0 and below 1, not {dropout!r}")
     config: Config = (("name", name), ("rank", rank), ("alpha", alpha), ("init", init), ("dropout", dropout))
 
-    def initialise(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        return low_rank_init(key, site, init)
+    def initialise(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        return low_rank_init(key, target, init)
 
-    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-        a = factors["A"] * jnp.asarray(scale(site.alpha, site.rank), factors["A"].dtype)
-        return low_rank(w, site, a, factors["B"]).replace(dropout=dropout)
+    def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
+        a = factors["A"] * jnp.asarray(scale(target.alpha, target.rank), factors["A"].dtype)
+        return low_rank(w, target, a, factors["B"]).replace(dropout=dropout)
 
-    return Method(config, rank, alpha, initialise, weight, rescale=linear_in("B"))
-
-
-def low_rank(w: jax.Array, site: Site, a: jax.Array | None = None, b: jax.Array | None = None) -> Weight:
-    """The lazy weight `w + a b` of a site; `w` alone without factors."""
-    return Weight(w, a, b, path=site.path, origin=tuple((i,) for i in range(w.ndim)))
+    return Method(config, rank, alpha, OnWeights(initialise, weight, rescale=linear_in("B")))
 
 
-def as_it_is(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-    """The weight of a method that leaves weights alone."""
-    return low_rank(w, site)
+def low_rank(w: jax.Array, target: Target, a: jax.Array | None = None, b: jax.Array | None = None) -> Weight:
+    """The lazy weight `w + a b` of a target; `w` alone without factors."""
+    return Weight(w, a, b, path=target.path, origin=tuple((i,) for i in range(w.ndim)))
 
 
-def low_rank_init(key: jax.Array, site: Site, init: str) -> Arrays:
+def low_rank_init(key: jax.Array, target: Target, init: str) -> Arrays:
     """A and B in broadcast form, float32: see `lora`."""
-    assert site.rank is not None
-    a_shape, b_shape = site.factor_shapes(site.rank)
-    if site.kind == "embedding":
+    a_shape, b_shape = target.factor_shapes(target.rank)
+    if target.kind == "embedding":
         return {"A": jnp.zeros(a_shape, jnp.float32), "B": jax.random.normal(key, b_shape, jnp.float32)}
-    bound = 1.0 / math.sqrt(max(fan_in(site.shape, site.in_axes), 1))
+    bound = 1.0 / math.sqrt(max(fan_in(target.shape, target.in_axes), 1))
     if init == "gaussian":
         a = jax.random.normal(key, a_shape, jnp.float32) * jnp.float32(bound / math.sqrt(3.0))
     else:

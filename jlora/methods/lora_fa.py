@@ -1,11 +1,14 @@
 """LoRA-FA: half of LoRA's parameters, and no activation kept for the other half."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays
 from jlora.methods.lora import lora
-from jlora.methods.method import Arrays, Config, Method
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method
+from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
 
@@ -18,7 +21,7 @@ def lora_fa(rank: int, alpha: float | None = None, *, init: str = "gaussian", dr
 
     Args:
       rank: r, the number of columns of A. At least 1.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless. The target's rank when None.
       init: of A, as in `lora`.
       dropout: of the low-rank branch's input, as in `lora`.
 
@@ -29,16 +32,16 @@ def lora_fa(rank: int, alpha: float | None = None, *, init: str = "gaussian", dr
     2308.03303, eq. 4.
     """
     plain = lora(rank, alpha, init=init, dropout=dropout)
+    acts: Any = plain.acts
     config: Config = (("name", "lora_fa"), *plain.config[1:])
 
-    def initialise(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        if site.kind != "embedding":
-            return plain.init(key, w, site)
-        assert site.rank is not None
-        a_shape, b_shape = site.factor_shapes(site.rank)
+    def initialise(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        if target.kind != "embedding":
+            return acts.init(key, w, target)
+        a_shape, b_shape = target.factor_shapes(target.rank)
         return {"A": jax.random.normal(key, a_shape, jnp.float32), "B": jnp.zeros(b_shape, jnp.float32)}
 
-    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-        return plain.weight(w, site, factors | {"A": buffers["A"]}, buffers)
+    def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
+        return acts.weight(w, target, factors | {"A": buffers["A"]}, buffers)
 
-    return plain._replace(config=config, init=initialise, weight=weight, frozen=("A",))
+    return plain._replace(config=config, acts=acts.replace(init=initialise, weight=weight, frozen=("A",)))

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from jlora.methods.acts import Data, Factors
 from jlora.methods.checks import check_number
 from jlora.methods.matrix import check_fits, one_by_one, sizes, thin_svd
-from jlora.methods.method import Config, Data, Factors, Method
+from jlora.methods.method import Config, Method
 from jlora.methods.pissa import pissa
-from jlora.methods.residual import started
-from jlora.transform.sites import Site
+from jlora.methods.residual import from_initial
+from jlora.transform.sites import Target
 
 
 def lora_ga(rank: int, alpha: float | None = None, *, gamma: float = 16.0) -> Method:
@@ -21,7 +22,7 @@ def lora_ga(rank: int, alpha: float | None = None, *, gamma: float = 16.0) -> Me
 
     Args:
       rank: r, at most half the smaller side of the weight.
-      alpha: numerator of the scale, dimensionless, positive. The site's rank when None.
+      alpha: numerator of the scale, dimensionless, positive. The target's rank when None.
       gamma: the larger, the smaller the start.
 
     Raises:
@@ -38,16 +39,17 @@ def lora_ga(rank: int, alpha: float | None = None, *, gamma: float = 16.0) -> Me
     def fit(
         key: jax.Array,
         named: Mapping[str, jax.Array],
-        sites: Sequence[Site],
+        targets: Sequence[Target],
         gradients: Mapping[str, jax.Array],
-    ) -> tuple[tuple[Site, ...], Factors]:
+    ) -> tuple[tuple[Target, ...], Factors]:
         arrays = {}
-        for site in sites:
-            assert site.rank is not None
-            check_fits(2 * site.rank, site, "lora_ga (2r)")
-            u, _, vt = one_by_one(thin_svd, gradients[site.path])
-            size = sizes(site)[2] ** 0.25 / math.sqrt(gamma)
-            arrays[site.path] = started(u[:, :, : site.rank] * size, vt[:, site.rank : 2 * site.rank] * size, site)
-        return tuple(sites), arrays
+        for target in targets:
+            check_fits(2 * target.rank, target, "lora_ga (2r)")
+            u, _, vt = one_by_one(thin_svd, gradients[target.path])
+            size = sizes(target)[2] ** 0.25 / math.sqrt(gamma)
+            arrays[target.path] = from_initial(
+                u[:, :, : target.rank] * size, vt[:, target.rank : 2 * target.rank] * size, target
+            )
+        return tuple(targets), arrays
 
-    return plain._replace(config=config, data=Data("gradient", fit))
+    return plain._replace(config=config, acts=plain.acts.replace(data=Data("gradient", fit)))

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import jax
 import optax
 
+from jlora.methods.acts import Factors
 from jlora.methods.checks import check_number
 from jlora.methods.lora import lora
-from jlora.methods.method import Config, Factors, Method, Transformation
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method, Transformation
+from jlora.transform.sites import Target
 
 
 def loraplus(
@@ -21,7 +22,7 @@ def loraplus(
 
     Args:
       rank: r, the number of columns of A. At least 1.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless. The target's rank when None.
       ratio: lambda, the learning rate of B over that of A, dimensionless.
       init: of A, as in `lora`.
       dropout: of the low-rank branch's input, as in `lora`.
@@ -37,8 +38,8 @@ def loraplus(
     plain = lora(rank, alpha, init=init, dropout=dropout)
     config: Config = (("name", "loraplus"), *plain.config[1:], ("ratio", ratio))
 
-    def wrap(tx: Transformation, sites: Sequence[Site]) -> Transformation:
-        started_at_zero = {site.path: "A" if site.kind == "embedding" else "B" for site in sites}
+    def wrap(tx: Transformation, targets: Sequence[Target]) -> Transformation:
+        started_at_zero = {target.path: "A" if target.kind == "embedding" else "B" for target in targets}
 
         def faster(updates: Factors) -> Factors:
             return {
@@ -48,4 +49,4 @@ def loraplus(
 
         return optax.chain(tx, optax.stateless(lambda updates, params: jax.tree.map(lambda u: u, faster(updates))))
 
-    return plain._replace(config=config, wrap=wrap)
+    return plain._replace(config=config, training=plain.training._replace(wrap=wrap))

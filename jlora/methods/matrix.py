@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,28 @@ import jax.numpy as jnp
 from jlora.transform.sites import Site
 
 
-def matrices(w: jax.Array, site: Site) -> jax.Array:
+class HasAxes(Protocol):
+    """A `Site`, or a `Target`."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def in_axes(self) -> tuple[int, ...]: ...
+    @property
+    def out_axes(self) -> tuple[int, ...]: ...
+    @property
+    def stack_axes(self) -> tuple[int, ...]: ...
+
+
+def matrices(w: jax.Array, site: HasAxes) -> jax.Array:
     """`w` as (stack, inputs, outputs), each of them one axis; the stack is 1 where the site has none."""
     order = (*site.stack_axes, *site.in_axes, *site.out_axes)
     return jnp.transpose(w, order).reshape(sizes(site))
 
 
-def sizes(site: Site) -> tuple[int, int, int]:
+def sizes(site: HasAxes) -> tuple[int, int, int]:
     """Numbers of stacked matrices, of inputs and of outputs."""
     stack, inputs, outputs = (
         math.prod(site.shape[i] for i in axes) for axes in (site.stack_axes, site.in_axes, site.out_axes)
@@ -26,28 +41,28 @@ def sizes(site: Site) -> tuple[int, int, int]:
     return stack, inputs, outputs
 
 
-def restore(stacked: jax.Array, site: Site) -> jax.Array:
+def restore(stacked: jax.Array, site: HasAxes) -> jax.Array:
     """The inverse of `matrices`."""
     order = (*site.stack_axes, *site.in_axes, *site.out_axes)
     return jnp.transpose(stacked.reshape([site.shape[i] for i in order]), _inverse(order))
 
 
-def a_form(a: jax.Array, site: Site) -> jax.Array:
+def a_form(a: jax.Array, site: HasAxes) -> jax.Array:
     """(stack, inputs, r) in broadcast form: W's axes plus the rank, size 1 on the outputs."""
     return _form(a, site, (*site.stack_axes, *site.in_axes))
 
 
-def b_form(b: jax.Array, site: Site) -> jax.Array:
+def b_form(b: jax.Array, site: HasAxes) -> jax.Array:
     """(stack, r, outputs) in broadcast form: W's axes plus the rank, size 1 on the inputs."""
     return _form(jnp.swapaxes(b, -1, -2), site, (*site.stack_axes, *site.out_axes))
 
 
-def a_matrix(a: jax.Array, site: Site) -> jax.Array:
+def a_matrix(a: jax.Array, site: HasAxes) -> jax.Array:
     """The inverse of `a_form`: (stack, inputs, r)."""
     return _matrix(a, site, site.in_axes)
 
 
-def b_matrix(b: jax.Array, site: Site) -> jax.Array:
+def b_matrix(b: jax.Array, site: HasAxes) -> jax.Array:
     """The inverse of `b_form`: (stack, r, outputs)."""
     return jnp.swapaxes(_matrix(b, site, site.out_axes), -1, -2)
 
@@ -73,7 +88,7 @@ def thin_svd(m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return u, s, vt
 
 
-def check_fits(rank: int, site: Site, method: str) -> None:
+def check_fits(rank: int, site: HasAxes, method: str) -> None:
     """A rank that the weight's own matrices have.
 
     Raises:
@@ -87,7 +102,7 @@ def check_fits(rank: int, site: Site, method: str) -> None:
         )
 
 
-def check_finite(w: jax.Array, site: Site, method: str) -> None:
+def check_finite(w: jax.Array, site: HasAxes, method: str) -> None:
     """A weight whose decomposition exists (not checked under a transformation, where values are not known).
 
     Raises:
@@ -97,7 +112,7 @@ def check_finite(w: jax.Array, site: Site, method: str) -> None:
         raise ValueError(f"{method}: {site.path!r} has values that are not finite, so that its SVD does not exist")
 
 
-def check_not_zero(stacked: jax.Array, site: Site, method: str) -> None:
+def check_not_zero(stacked: jax.Array, site: HasAxes, method: str) -> None:
     """Matrices that have a singular vector to start from (not checked under a transformation).
 
     Raises:
@@ -118,14 +133,14 @@ def _known(condition: jax.Array) -> bool | None:
         return None
 
 
-def _form(part: jax.Array, site: Site, kept: Sequence[int]) -> jax.Array:
+def _form(part: jax.Array, site: HasAxes, kept: Sequence[int]) -> jax.Array:
     rank = part.shape[-1]
     spread = part.reshape([*(site.shape[i] for i in kept), rank])
     ordered = jnp.transpose(spread, (*_inverse(tuple(_ranks(kept))), len(kept)))
     return ordered.reshape([n if i in kept else 1 for i, n in enumerate(site.shape)] + [rank])
 
 
-def _matrix(part: jax.Array, site: Site, axes: Sequence[int]) -> jax.Array:
+def _matrix(part: jax.Array, site: HasAxes, axes: Sequence[int]) -> jax.Array:
     ones = tuple(i for i in range(len(site.shape)) if i not in (*site.stack_axes, *axes))
     order = (*site.stack_axes, *axes, len(site.shape), *ones)
     stack = math.prod(site.shape[i] for i in site.stack_axes)

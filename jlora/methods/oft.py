@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, OnWeights
 from jlora.methods.checks import check_rank
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import matrices, restore, sizes
-from jlora.methods.method import Arrays, Config, Method
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method
+from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
 
@@ -31,20 +32,20 @@ def oft(block_size: int) -> Method:
         raise ValueError("block_size must be at least 2: a block of 1 does not rotate")
     config: Config = (("name", "oft"), ("block_size", block_size))
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        stack, inputs, _ = sizes(site)
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        stack, inputs, _ = sizes(target)
         if inputs % block_size:
-            raise ValueError(f"oft: block_size={block_size} does not divide the {inputs} inputs of {site.path!r}")
+            raise ValueError(f"oft: block_size={block_size} does not divide the {inputs} inputs of {target.path!r}")
         return {"Q": jnp.zeros((stack, inputs // block_size, block_size * (block_size - 1) // 2), jnp.float32)}
 
-    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
+    def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
         rotation = cayley(factors["Q"], block_size)  # (stack, blocks, block, block)
-        stack, inputs, outputs = sizes(site)
-        blocks = matrices(w, site).astype(jnp.float32).reshape(stack, inputs // block_size, block_size, outputs)
+        stack, inputs, outputs = sizes(target)
+        blocks = matrices(w, target).astype(jnp.float32).reshape(stack, inputs // block_size, block_size, outputs)
         turned = jnp.einsum("nbij,nbjo->nbio", rotation, blocks).reshape(stack, inputs, outputs)
-        return low_rank(restore(turned, site).astype(w.dtype), site)
+        return low_rank(restore(turned, target).astype(w.dtype), target)
 
-    return Method(config, 0, None, init, weight)
+    return Method(config, None, None, OnWeights(init, weight))
 
 
 def cayley(triangle: jax.Array, side: int) -> jax.Array:

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, OnWeights
 from jlora.methods.checks import check_alpha, check_rank
 from jlora.methods.matrix import check_finite, check_fits, matrices, one_by_one
-from jlora.methods.method import Arrays, Config, Method
-from jlora.methods.residual import START, centred, rescaled, started
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method
+from jlora.methods.residual import START, from_initial, minus_initial, rescaled
+from jlora.transform.sites import Target
 
 
 def olora(rank: int, alpha: float | None = None) -> Method:
@@ -18,7 +19,7 @@ def olora(rank: int, alpha: float | None = None) -> Method:
 
     Args:
       rank: r, at most the smaller side of the weight.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless. The target's rank when None.
 
     Raises:
       ValueError: if `rank` < 1, no integer or larger than a weight has, `alpha` is no finite number other than 0, or a
@@ -29,11 +30,10 @@ def olora(rank: int, alpha: float | None = None) -> Method:
     rank, alpha = check_rank(rank), check_alpha(alpha)
     config: Config = (("name", "olora"), ("rank", rank), ("alpha", alpha))
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        assert site.rank is not None
-        check_fits(site.rank, site, "olora")
-        check_finite(w, site, "olora")
-        q, r = one_by_one(jnp.linalg.qr, jnp.swapaxes(matrices(w.astype(jnp.float32), site), 1, 2))
-        return started(jnp.swapaxes(r[:, : site.rank], 1, 2), jnp.swapaxes(q[:, :, : site.rank], 1, 2), site)
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        check_fits(target.rank, target, "olora")
+        check_finite(w, target, "olora")
+        q, r = one_by_one(jnp.linalg.qr, jnp.swapaxes(matrices(w.astype(jnp.float32), target), 1, 2))
+        return from_initial(jnp.swapaxes(r[:, : target.rank], 1, 2), jnp.swapaxes(q[:, :, : target.rank], 1, 2), target)
 
-    return Method(config, rank, alpha, init, centred, frozen=START, rescale=rescaled)
+    return Method(config, rank, alpha, OnWeights(init, minus_initial, frozen=START, rescale=rescaled))

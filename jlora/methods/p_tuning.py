@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.methods.acts import Arrays, Factors, OnActivations
 from jlora.methods.checks import check_rank
-from jlora.methods.lora import as_it_is
-from jlora.methods.method import Activation, Arrays, Config, Factors, Method
+from jlora.methods.method import Config, Method
 from jlora.methods.prompt_tuning import NEEDS, TOKEN_TABLE, check_table, intercept, only_one, prompt_tuning
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 
 ENCODERS = ("mlp", "lstm")
 
@@ -43,10 +43,10 @@ def p_tuning(length: int, *, hidden: int = 128, encoder: str = "mlp") -> Method:
         raise ValueError(f"encoder must be one of {', '.join(map(repr, ENCODERS))}, not {encoder!r}")
     config: Config = (("name", "p_tuning"), ("length", length), ("hidden", hidden), ("encoder", encoder))
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        _, width = check_table(site, "p_tuning")
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        _, width = check_table(target, "p_tuning")
         embedding, *keys = jax.random.split(key, 10)
-        arrays = {"embedding": jax.random.normal(embedding, (site.rank or length, width), jnp.float32)}
+        arrays = {"embedding": jax.random.normal(embedding, (target.rank, width), jnp.float32)}
         if encoder == "mlp":
             layers = {"1": (width, hidden), "2": (hidden, hidden), "3": (hidden, width)}
         else:
@@ -61,11 +61,11 @@ def p_tuning(length: int, *, hidden: int = 128, encoder: str = "mlp") -> Method:
             arrays[f"bias_{name}"] = _uniform(keys[2 * i + 1], (outputs,), inputs**-0.5)
         return arrays
 
-    def prepare(factors: Factors, sites: Sequence[Site]) -> Factors:
-        return {path: {"prompt": encoded(arrays)} for path, arrays in only_one(factors, sites).items()}
+    def prepare(factors: Factors, targets: Sequence[Target]) -> Factors:
+        return {path: {"prompt": encoded(arrays)} for path, arrays in only_one(factors, targets).items()}
 
-    activation = Activation(intercept, NEEDS, prepare=prepare, plain=prompt_tuning(length))
-    return Method(config, length, None, init, as_it_is, targets=(TOKEN_TABLE,), activation=activation)
+    acts = OnActivations(init, intercept, NEEDS, (TOKEN_TABLE,), prepare=prepare, plain=prompt_tuning(length))
+    return Method(config, length, None, acts)
 
 
 def encoded(arrays: Arrays) -> jax.Array:

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, OnActivations
 from jlora.methods.bottleneck import NONLINEARITIES, bottleneck, check_nonlinearity, on_outputs
 from jlora.methods.checks import check_alpha, check_rank
-from jlora.methods.lora import as_it_is
-from jlora.methods.method import Activation, Arrays, Config, Method
+from jlora.methods.method import Config, Method
 from jlora.transform.intercept import Adapter, stacked
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 
 MLP_IN = (
     r"(?i:(^|[/_])(mlp|mlp_?block|ffn|ff|feed_?forward|densereludense)(_?\d+)?"
@@ -51,15 +51,14 @@ def parallel_adapter(rank: int, *, scale: float = 1.0, nonlinearity: str = "relu
         ("name", "parallel_adapter"), ("rank", rank), ("scale", factor), ("nonlinearity", nonlinearity),
     )  # fmt: skip
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        assert site.rank is not None
-        width = math.prod(site.shape[i] for i in site.in_axes)
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        width = math.prod(target.shape[i] for i in target.in_axes)
         bound = 1.0 / math.sqrt(width)
-        zeros = lambda *shape: jnp.zeros(stacked(shape, site), jnp.float32)
+        zeros = lambda *shape: jnp.zeros(stacked(shape, target), jnp.float32)
         return {
-            "down": jax.random.uniform(key, stacked((width, site.rank), site), jnp.float32, -bound, bound),
-            "down_bias": zeros(site.rank),
-            "up": zeros(site.rank, width),
+            "down": jax.random.uniform(key, stacked((width, target.rank), target), jnp.float32, -bound, bound),
+            "down_bias": zeros(target.rank),
+            "up": zeros(target.rank, width),
             "up_bias": zeros(width),
         }
 
@@ -74,6 +73,6 @@ def parallel_adapter(rank: int, *, scale: float = 1.0, nonlinearity: str = "relu
         return h + jnp.asarray(factor, h.dtype) * bottleneck(adapter, x, NONLINEARITIES[nonlinearity])
 
     needs = "the linen module that holds the module of each weight (for 'mlp/fc/kernel' that is 'mlp'), in its __call__"
-    width = lambda site: (math.prod(site.shape[i] for i in site.in_axes),)
-    activation = Activation(on_outputs("parallel_adapter", width, act), needs, holder=2)
-    return Method(config, rank, None, init, as_it_is, targets=(MLP_IN,), activation=activation)
+    width = lambda target: (math.prod(target.shape[i] for i in target.in_axes),)
+    acts = OnActivations(init, on_outputs("parallel_adapter", width, act), needs, (MLP_IN,), holder=2)
+    return Method(config, rank, None, acts)

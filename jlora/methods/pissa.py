@@ -5,11 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, OnWeights
 from jlora.methods.checks import check_rank
 from jlora.methods.matrix import check_finite, check_fits, check_not_zero, matrices, thin_svd
-from jlora.methods.method import Arrays, Config, Method
-from jlora.methods.residual import START, centred, check_positive, rescaled, started
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method
+from jlora.methods.residual import START, check_positive, from_initial, minus_initial, rescaled
+from jlora.transform.sites import Target
 
 _MOST = 100  # iterations, each of which is a part of the program of its own
 _OVERSAMPLING = 10  # columns more than the rank in the randomised range finder
@@ -24,7 +25,7 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
 
     Args:
       rank: r, at most the smaller side of the weight.
-      alpha: numerator of the scale, dimensionless, positive. The site's rank when None.
+      alpha: numerator of the scale, dimensionless, positive. The target's rank when None.
       iterations: power iterations of a randomised SVD (the paper's fast SVD; 4 to 16); None for the exact one.
 
     Raises:
@@ -41,19 +42,18 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
         raise ValueError(f"iterations must be at most {_MOST}, not {iterations}; None for the exact SVD")
     config: Config = (("name", "pissa"), ("rank", rank), ("alpha", alpha), ("iterations", iterations))
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        assert site.rank is not None and site.alpha is not None
-        check_fits(site.rank, site, "pissa")
-        check_finite(w, site, "pissa")
-        check_positive(site.alpha, f"pissa: alpha of {site.path!r}")
-        stacked = matrices(w.astype(jnp.float32), site)
-        check_not_zero(stacked, site, "pissa")
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        check_fits(target.rank, target, "pissa")
+        check_finite(w, target, "pissa")
+        check_positive(target.alpha, f"pissa: alpha of {target.path!r}")
+        stacked = matrices(w.astype(jnp.float32), target)
+        check_not_zero(stacked, target, "pissa")
         keys = jax.random.split(key, len(stacked))
-        u, s, vt = principal(stacked, site.rank, iterations, keys)
-        root = jnp.sqrt(s * (site.rank / site.alpha))
-        return started(u * root[:, None, :], root[:, :, None] * vt, site)
+        u, s, vt = principal(stacked, target.rank, iterations, keys)
+        root = jnp.sqrt(s * (target.rank / target.alpha))
+        return from_initial(u * root[:, None, :], root[:, :, None] * vt, target)
 
-    return Method(config, rank, alpha, init, centred, frozen=START, rescale=rescaled)
+    return Method(config, rank, alpha, OnWeights(init, minus_initial, frozen=START, rescale=rescaled))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.methods.acts import SHARED, Arrays, Factors, OnActivations
 from jlora.methods.checks import check_number, check_rank
-from jlora.methods.lora import as_it_is
-from jlora.methods.method import SHARED, Activation, Arrays, Config, Factors, Method
+from jlora.methods.method import Config, Method
 from jlora.transform.intercept import (
     Adapter,
     Interceptor,
@@ -23,7 +23,7 @@ from jlora.transform.intercept import (
     stacked,
 )
 from jlora.transform.marks import mark
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 
 KEY, VALUE = r"(^|/)(key|k|k_proj|key_proj|to_k|wk)/kernel$", r"(^|/)(value|v|v_proj|value_proj|to_v|wv)/kernel$"
 NEEDS = (
@@ -67,22 +67,21 @@ def prefix_tuning(length: int, *, hidden: int | None = None, std: float = 0.02) 
         raise ValueError(f"std must be at least 0, not {std!r}")
     config: Config = (("name", "prefix_tuning"), ("length", length), ("hidden", hidden), ("std", std))
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        assert site.rank is not None
-        _role(site)
-        features = [site.shape[i] for i in site.out_axes]
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        _role(target)
+        features = [target.shape[i] for i in target.out_axes]
         if hidden is None:
-            shape = stacked((site.rank, *features), site)
+            shape = stacked((target.rank, *features), target)
             return {"prefix": std * jax.random.normal(key, shape, jnp.float32)}
         bound = hidden**-0.5  # as torch.nn.Linear starts
-        shapes = {"weight": stacked((hidden, *features), site), "bias": stacked(features, site)}
+        shapes = {"weight": stacked((hidden, *features), target), "bias": stacked(features, target)}
         keys = dict(zip(shapes, jax.random.split(key), strict=True))
         return {n: jax.random.uniform(keys[n], shape, jnp.float32, -bound, bound) for n, shape in shapes.items()}
 
-    def shared(key: jax.Array, sites: Sequence[Site]) -> Arrays:
+    def shared(key: jax.Array, targets: Sequence[Target]) -> Arrays:
         assert hidden is not None
-        inputs = {_inputs(site) for site in sites}
-        lengths = {site.rank for site in sites}
+        inputs = {_inputs(target) for target in targets}
+        lengths = {target.rank for target in targets}
         if len(inputs) != 1 or len(lengths) != 1:
             raise ValueError(
                 "prefix_tuning(hidden=): one network makes all prefixes, so that the inputs and the lengths must be "
@@ -97,51 +96,52 @@ def prefix_tuning(length: int, *, hidden: int | None = None, std: float = 0.02) 
             "bias": jax.random.uniform(bias, (hidden,), jnp.float32, -bound, bound),
         }
 
-    def prepare(factors: Factors, sites: Sequence[Site]) -> Factors:
-        _check_pairs(sites)
+    def prepare(factors: Factors, targets: Sequence[Target]) -> Factors:
+        _check_pairs(targets)
         if hidden is None:
-            return {site.path: factors[site.path] for site in sites}
+            return {target.path: factors[target.path] for target in targets}
         network = factors[SHARED]
         h = jnp.tanh(network["embedding"] @ network["weight"] + network["bias"][None])  # (length, hidden)
-        return {site.path: {"prefix": _prefix(h, factors[site.path], site)} for site in sites}
+        return {target.path: {"prefix": _prefix(h, factors[target.path], target)} for target in targets}
 
     plain = None if hidden is None else prefix_tuning(length, std=std)
-    activation = Activation(_intercept, NEEDS, shared=None if hidden is None else shared, prepare=prepare, plain=plain)
-    return Method(config, length, None, init, as_it_is, targets=(KEY, VALUE), activation=activation)
+    network = None if hidden is None else shared
+    acts = OnActivations(init, _intercept, NEEDS, (KEY, VALUE), network=network, prepare=prepare, plain=plain)
+    return Method(config, length, None, acts)
 
 
-def _prefix(h: jax.Array, arrays: Arrays, site: Site) -> jax.Array:
-    """`h D + d` of one site, (length, features) or stacked as the weight is."""
+def _prefix(h: jax.Array, arrays: Arrays, target: Target) -> jax.Array:
+    """`h D + d` of one target, (length, features) or stacked as the weight is."""
     one = lambda weight, bias: jnp.tensordot(h, weight, 1) + bias[None]  # (length, *features)
     make = one
-    for axis in sorted(site.stack_axes):  # the last one is the outermost, and takes its axis away first
+    for axis in sorted(target.stack_axes):  # the last one is the outermost, and takes its axis away first
         make = jax.vmap(make, in_axes=axis, out_axes=axis)
     return make(arrays["weight"], arrays["bias"])
 
 
-def _inputs(site: Site) -> int:
-    return math.prod(site.shape[i] for i in site.in_axes)
+def _inputs(target: Target) -> int:
+    return math.prod(target.shape[i] for i in target.in_axes)
 
 
-def _role(site: Site) -> str:
+def _role(target: Target) -> str:
     """Whether a weight makes keys or values."""
-    roles = [role for role, pattern in (("key", KEY), ("value", VALUE)) if re.search(pattern, site.path)]
+    roles = [role for role, pattern in (("key", KEY), ("value", VALUE)) if re.search(pattern, target.path)]
     if len(roles) != 1:
         raise ValueError(
-            f"prefix_tuning: {site.path!r} does not say whether it makes keys or values (kernels of modules named key "
-            "and value, k and v, k_proj and v_proj, to_k and to_v do); choose those with targets="
+            f"prefix_tuning: {target.path!r} does not say whether it makes keys or values (kernels of modules named "
+            "key and value, k and v, k_proj and v_proj, to_k and to_v do); choose those with targets="
         )
     return roles[0]
 
 
-def _check_pairs(sites: Sequence[Site]) -> None:
+def _check_pairs(targets: Sequence[Target]) -> None:
     """Keys and values of one attention have prefixes of one length."""
     pairs: dict[str, dict[str, int | None]] = {}
-    for site in sites:
-        module, role = site.path.rsplit("/", 2)[0] if site.path.count("/") > 1 else "", _role(site)
+    for target in targets:
+        module, role = target.path.rsplit("/", 2)[0] if target.path.count("/") > 1 else "", _role(target)
         if role in pairs.setdefault(module, {}):
             raise ValueError(f"prefix_tuning: {module!r} makes its {role}s twice; choose one of them with targets=")
-        pairs[module][role] = site.rank
+        pairs[module][role] = target.rank
     for module, lengths in pairs.items():
         if len(lengths) != 2 or len(set(lengths.values())) != 1:
             found = ", ".join(f"{role}: {length}" for role, length in lengths.items())
@@ -234,22 +234,22 @@ def _given(bound: Any, name: str) -> bool:
 
 
 def _length(prefixes: dict[str, Adapter]) -> int:
-    return next(iter(prefixes.values())).site.rank or 0
+    return next(iter(prefixes.values())).site.rank
 
 
 def _lengthened(adapter: Adapter, made: jax.Array, module: nn.Module) -> jax.Array:
     """Keys or values (batch..., tokens, heads, width) with the prefix before them."""
-    site = adapter.site
-    prefix = check_cut(adapter, "prefix", 1 + len(site.out_axes)).astype(made.dtype)
+    target = adapter.site
+    prefix = check_cut(adapter, "prefix", 1 + len(target.out_axes)).astype(made.dtype)
     if made.ndim < 3 or prefix[0].size != math.prod(made.shape[-2:]):
         raise ValueError(
-            f"prefix_tuning: the prefix of {site.path!r} has {prefix[0].size} features, and {type(module).__name__} is "
-            f"given an array of shape {made.shape}, not (batch, tokens, heads, width): heads that are repeated on the "
-            "way have no place for a prefix"
+            f"prefix_tuning: the prefix of {target.path!r} has {prefix[0].size} features, and {type(module).__name__} "
+            f"is given an array of shape {made.shape}, not (batch, tokens, heads, width): heads that are repeated on "
+            "the way have no place for a prefix"
         )
     # Every query meets `length` more keys, or values: as many multiply-adds as the tokens' own features times that.
     flops = 2 * made.size * prefix.shape[0]
-    with mark(site.path, "prefix_tuning", prefix.shape[0], flops, type(module).__name__, adapter.tree):
+    with mark(target.path, "prefix_tuning", prefix.shape[0], flops, type(module).__name__, adapter.tree):
         prefix = prefix.reshape(prefix.shape[0], *made.shape[-2:])  # (length, heads, width)
         wide = jnp.broadcast_to(prefix, (*made.shape[:-3], *prefix.shape))
         return joined(wide, made, axis=-3)

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, Factors, OnActivations
 from jlora.methods.checks import check_integers, check_rank
-from jlora.methods.lora import as_it_is
-from jlora.methods.method import Activation, Arrays, Config, Factors, Method
+from jlora.methods.method import Config, Method
 from jlora.transform.intercept import (
     Adapter,
     Interceptor,
@@ -19,7 +19,7 @@ from jlora.transform.intercept import (
     joined,
 )
 from jlora.transform.marks import mark
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 
 TOKEN_TABLE = (
     r"(?i)(^|/)(wte|word_embeddings|embed_tokens|tok_embeddings|token_embedding|token_embed|embed|embedder|shared)"
@@ -63,46 +63,43 @@ def prompt_tuning(length: int, *, tokens: Sequence[int] | None = None) -> Method
         raise ValueError(f"tokens must be as many as length={length}, not {len(start)}")
     config: Config = (("name", "prompt_tuning"), ("length", length), ("tokens", start))
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        vocabulary, _ = check_table(site, "prompt_tuning")
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        vocabulary, _ = check_table(target, "prompt_tuning")
         rows = None if start is None else jnp.asarray(start)
         if rows is None:
-            rows = jax.random.randint(key, (site.rank or 0,), 0, vocabulary)
-        elif site.rank != length or not all(0 <= token < vocabulary for token in start or ()):
+            rows = jax.random.randint(key, (target.rank,), 0, vocabulary)
+        elif target.rank != length or not all(0 <= token < vocabulary for token in start or ()):
             raise ValueError(
-                f"prompt_tuning: tokens must be {site.rank}, as long as the prompt is, within the {vocabulary} rows of "
-                f"{site.path!r}"
+                f"prompt_tuning: tokens must be {target.rank}, as long as the prompt is, within the {vocabulary} rows "
+                f"of {target.path!r}"
             )
         return {"prompt": w[rows].astype(jnp.float32)}
 
-    return Method(
-        config, length, None, init, as_it_is, targets=(TOKEN_TABLE,),
-        activation=Activation(intercept, NEEDS, prepare=only_one),
-    )  # fmt: skip
+    return Method(config, length, None, OnActivations(init, intercept, NEEDS, (TOKEN_TABLE,), prepare=only_one))
 
 
-def check_table(site: Site, method: str) -> tuple[int, int]:
+def check_table(target: Target, method: str) -> tuple[int, int]:
     """(vocabulary, width) of a table of embeddings.
 
     Raises:
-      ValueError: if the site is something else.
+      ValueError: if the target is something else.
     """
-    if site.kind != "embedding" or len(site.shape) != 2 or site.stack_axes or site.in_axes != (0,):
+    if target.kind != "embedding" or len(target.shape) != 2 or target.stack_axes or target.in_axes != (0,):
         raise ValueError(
-            f"{method} belongs to a table of embeddings (vocabulary, width); {site.path!r} of shape {site.shape} is "
-            f"{site.kind}: choose the tokens' table with targets="
+            f"{method} belongs to a table of embeddings (vocabulary, width); {target.path!r} of shape {target.shape} "
+            f"is {target.kind}: choose the tokens' table with targets="
         )
-    return site.shape[0], site.shape[1]
+    return target.shape[0], target.shape[1]
 
 
-def only_one(factors: Factors, sites: Sequence[Site]) -> Factors:
+def only_one(factors: Factors, targets: Sequence[Target]) -> Factors:
     """The prompt's factors, after a check that there is one table."""
-    if len(sites) != 1:
+    if len(targets) != 1:
         raise ValueError(
-            f"a prompt belongs to one table of embeddings, and {len(sites)} are adapted: "
-            f"{', '.join(repr(site.path) for site in sites)}; choose the tokens' with targets="
+            f"a prompt belongs to one table of embeddings, and {len(targets)} are adapted: "
+            f"{', '.join(repr(target.path) for target in targets)}; choose the tokens' with targets="
         )
-    return {sites[0].path: factors[sites[0].path]}
+    return {targets[0].path: factors[targets[0].path]}
 
 
 # -- where the prompt meets the tokens ---------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays
 from jlora.methods.checks import check_alpha, check_number
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form
-from jlora.methods.method import Arrays
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
 START = ("A0", "B0")  # the names of the frozen copies
@@ -28,26 +28,24 @@ def check_positive(alpha: Any, where: str = "alpha") -> float | None:
     return number
 
 
-def centred(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
+def minus_initial(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
     """`W + alpha / r * (A B - A0 B0)`, A0 and B0 being the initial A and B: rank 2r on the base as it is.
 
     The papers store `W - alpha / r * A0 B0` as the base. In this form the base stays what it was, shared with other
     adapters and untouched by a rounding of the residual, and the adapter is a plain LoRA of rank 2r all along.
     """
-    assert site.rank is not None and site.alpha is not None
-    scale = jnp.asarray(site.alpha / site.rank, factors["A"].dtype)
+    scale = jnp.asarray(target.alpha / target.rank, factors["A"].dtype)
     a = jnp.concatenate([factors["A"] * scale, buffers["A0"] * -scale], axis=-1)
     b = jnp.concatenate([factors["B"], buffers["B0"]], axis=-1)
-    return low_rank(w, site, a, b)
+    return low_rank(w, target, a, b)
 
 
-def rescaled(site: Site, factors: Arrays, buffers: Arrays, s: Any) -> tuple[Site, Arrays]:
+def rescaled(target: Target, factors: Arrays, buffers: Arrays, s: Any) -> tuple[Target, Arrays]:
     """`Method.rescale`: alpha times s, since A0 and B0 are frozen; A0 and B0 themselves for 0.
 
     Raises:
       ValueError: for a negative s, or one that is traced: alpha is a positive constant of the program.
     """
-    assert site.alpha is not None
     s = check_number(s, "scale: s")
     if s < 0:
         raise ValueError(
@@ -55,11 +53,11 @@ def rescaled(site: Site, factors: Arrays, buffers: Arrays, s: Any) -> tuple[Site
             "jlora.to_lora(adapted) is a plain LoRA, which has any"
         )
     if s == 0:
-        return site, {"A": jnp.array(buffers["A0"], copy=True), "B": jnp.array(buffers["B0"], copy=True)}
-    return dataclasses.replace(site, alpha=site.alpha * s), factors
+        return target, {"A": jnp.array(buffers["A0"], copy=True), "B": jnp.array(buffers["B0"], copy=True)}
+    return dataclasses.replace(target, alpha=target.alpha * s), factors
 
 
-def started(a: jax.Array, b: jax.Array, site: Site) -> Arrays:
+def from_initial(a: jax.Array, b: jax.Array, target: Target) -> Arrays:
     """The initial arrays from A (stack, inputs, r) and B (stack, r, outputs)."""
-    a, b = a_form(a.astype(jnp.float32), site), b_form(b.astype(jnp.float32), site)
+    a, b = a_form(a.astype(jnp.float32), target), b_form(b.astype(jnp.float32), target)
     return {"A": a, "B": b, "A0": jnp.array(a, copy=True), "B0": jnp.array(b, copy=True)}

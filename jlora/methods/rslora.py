@@ -13,7 +13,7 @@ def rslora(rank: int, alpha: float | None = None, *, init: str = "gaussian", dro
 
     Args:
       rank: r, the number of columns of A. At least 1.
-      alpha: numerator of the scale, dimensionless. The site's rank when None.
+      alpha: numerator of the scale, dimensionless. The target's rank when None.
       init: of A, as in `lora`.
       dropout: of the low-rank branch's input, as in `lora`.
 

@@ -4,12 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import OnLeaves, Rows
 from jlora.methods.checks import check_pattern, check_rank
-from jlora.methods.lora import as_it_is
-from jlora.methods.method import Arrays, Config, Method, Rows
+from jlora.methods.method import Config, Method
 from jlora.transform.sites import Site
 
 BIAS = r"(^|[/.])(\w+_)?(bias|b)$"
@@ -72,7 +71,7 @@ def top_layers(count: int, pattern: str = LAYER) -> Method:
         raise ValueError(f"pattern={pattern!r} has no group for the layer's number")
     config: Config = (("name", "top_layers"), ("count", count), ("pattern", pattern))
 
-    def extras(named: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Rows]:
+    def leaves(named: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Rows]:
         numbers = {path: int(found[1]) for path in _trainable(named) if (found := re.search(pattern, path))}
         if numbers:
             layers = sorted(set(numbers.values()))
@@ -92,7 +91,7 @@ def top_layers(count: int, pattern: str = LAYER) -> Method:
         mine = (p for p in _trainable(named) if p.split("/")[0] in roots and jnp.shape(named[p])[:1] == (depth,))
         return dict.fromkeys(mine, rows)
 
-    return _selective(config, extras)
+    return _selective(config, leaves)
 
 
 def _check_layers(count: int, found: int) -> None:
@@ -103,7 +102,7 @@ def _check_layers(count: int, found: int) -> None:
 def _matching(name: str, pattern: str) -> Method:
     pattern = check_pattern(pattern)
 
-    def extras(named: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Rows]:
+    def leaves(named: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Rows]:
         found = [path for path in _trainable(named) if re.search(pattern, path)]
         if not found:
             raise ValueError(
@@ -111,14 +110,11 @@ def _matching(name: str, pattern: str) -> Method:
             )
         return dict.fromkeys(found)
 
-    return _selective((("name", name), ("pattern", pattern)), extras)
+    return _selective((("name", name), ("pattern", pattern)), leaves)
 
 
-def _selective(config: Config, extras: Any) -> Method:
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        return {}
-
-    return Method(config, 0, None, init, as_it_is, extras=extras)
+def _selective(config: Config, leaves: Any) -> Method:
+    return Method(config, None, None, OnLeaves(leaves))
 
 
 def _trainable(named: Mapping[str, Any]) -> list[str]:

@@ -5,11 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jlora.methods.acts import Arrays, OnWeights, linear_in
 from jlora.methods.checks import check_number, check_rank
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form, sizes, without_stack
-from jlora.methods.method import Arrays, Config, Method, linear_in
-from jlora.transform.sites import Site
+from jlora.methods.method import Config, Method
+from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
 
@@ -42,26 +43,24 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:
         raise ValueError("start must not be 0: b starts there, too, and neither d nor b would have a gradient")
     config: Config = (("name", "vera"), ("rank", rank), ("seed", seed), ("start", start))
 
-    def init(key: jax.Array, w: jax.Array, site: Site) -> Arrays:
-        assert site.rank is not None
-        stack = [n if i in site.stack_axes else 1 for i, n in enumerate(site.shape)]
-        _, b_shape = site.factor_shapes(1)
-        return {"d": jnp.full((*stack, site.rank), start, jnp.float32), "b": jnp.zeros(b_shape, jnp.float32)}
+    def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
+        stack = [n if i in target.stack_axes else 1 for i, n in enumerate(target.shape)]
+        _, b_shape = target.factor_shapes(1)
+        return {"d": jnp.full((*stack, target.rank), start, jnp.float32), "b": jnp.zeros(b_shape, jnp.float32)}
 
-    def buffers(w: jax.Array, site: Site) -> Arrays:
-        assert site.rank is not None
-        _, inputs, outputs = sizes(site)
-        one = without_stack(site)
+    def buffers(w: jax.Array, target: Target) -> Arrays:
+        _, inputs, outputs = sizes(target)
+        one = without_stack(target.site)
         a_key, b_key = jax.random.split(jax.random.key(seed))
         return {
-            "A": a_form(rows(a_key, inputs, site.rank, inputs)[None], one),
-            "B": b_form(rows(b_key, outputs, site.rank, site.rank).T[None], one),
+            "A": a_form(rows(a_key, inputs, target.rank, inputs)[None], one),
+            "B": b_form(rows(b_key, outputs, target.rank, target.rank).T[None], one),
         }
 
-    def weight(w: jax.Array, site: Site, factors: Arrays, buffers: Arrays) -> Weight:
-        return low_rank(w, site, buffers["A"] * factors["d"], buffers["B"] * factors["b"])
+    def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
+        return low_rank(w, target, buffers["A"] * factors["d"], buffers["B"] * factors["b"])
 
-    return Method(config, rank, None, init, weight, buffers, rescale=linear_in("b"))
+    return Method(config, rank, None, OnWeights(init, weight, buffers, rescale=linear_in("b")))
 
 
 def rows(key: jax.Array, count: int, rank: int, fan_in: int) -> jax.Array:

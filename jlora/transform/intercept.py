@@ -20,7 +20,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from flax.core.meta import AxisMetadata
 
-from jlora.transform.sites import Site
+from jlora.transform.sites import Target
 
 NAME = "jlora_adapter"  # beside a module's own parameters
 Interceptor: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], Any]
@@ -34,13 +34,13 @@ class Adapter:
 
     Attributes:
       arrays: by name; under a scan those of one layer.
-      site: the weight that it belongs to.
+      site: the adapted weight that it belongs to.
       owner: the method, hashable. An interceptor acts on the adapters of its own method alone.
       tree: which of the adapted trees of one call it is in, from 0.
     """
 
     arrays: dict[str, jax.Array]
-    site: Site = field(metadata={"static": True})
+    site: Target = field(metadata={"static": True})
     owner: Any = field(metadata={"static": True})
     tree: int = field(default=0, metadata={"static": True})
 
@@ -162,7 +162,7 @@ def joined(first: jax.Array, second: jax.Array, axis: int) -> jax.Array:
     return jnp.concatenate([first, second], axis=axis)
 
 
-def stacked(shape: Sequence[int], site: Site) -> tuple[int, ...]:
+def stacked(shape: Sequence[int], site: Target) -> tuple[int, ...]:
     """The shape of an array that a scan cuts into `shape`: the stack's axes stand where they stand in the weight."""
     whole = list(shape)
     for axis in sorted(site.stack_axes):

@@ -27,7 +27,6 @@ class Site:
       stack_axes: the axes along which there is one weight per index (scanned layers, experts): A and B both have them.
       kind: "linear", "conv" or "embedding"; "unknown" where the axes cannot be told; "other" where no product has it.
       uses: the operations that read it, in program order.
-      rank, alpha: set by `apply` on the sites that it adapts.
       materialised: the operation before the product (a rounding, a norm, a concatenation) for which the adapted weight
         is built; "" where input and factors meet one by one.
     """
@@ -40,8 +39,6 @@ class Site:
     stack_axes: tuple[int, ...]
     kind: str
     uses: tuple[str, ...] = ()
-    rank: int | None = None
-    alpha: float | None = None
     materialised: str = ""
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -49,6 +46,84 @@ class Site:
         a = tuple(1 if i in self.out_axes else n for i, n in enumerate(self.shape))
         b = tuple(1 if i in self.in_axes else n for i, n in enumerate(self.shape))
         return (*a, rank), (*b, rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A weight that is adapted: the site that was found, and what `apply` chose for it.
+
+    Attributes:
+      site: of the weight. What it knows can be read from the target, too.
+      rank: r; 0 of a method that has none.
+      alpha: the numerator of the scale, dimensionless; 0 of a method that has none.
+    """
+
+    site: Site
+    rank: int
+    alpha: float
+
+    @property
+    def path(self) -> str:
+        """The leaf's path."""
+        return self.site.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stored parameter."""
+        return self.site.shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the stored parameter."""
+        return self.site.dtype
+
+    @property
+    def in_axes(self) -> tuple[int, ...]:
+        """The axes that A spans."""
+        return self.site.in_axes
+
+    @property
+    def out_axes(self) -> tuple[int, ...]:
+        """The axes that B spans."""
+        return self.site.out_axes
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The axes along which there is one weight per index."""
+        return self.site.stack_axes
+
+    @property
+    def kind(self) -> str:
+        """As in `Site`."""
+        return self.site.kind
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The operations that read it."""
+        return self.site.uses
+
+    @property
+    def materialised(self) -> str:
+        """As in `Site`."""
+        return self.site.materialised
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Target":
+        """The inverse of `to_json`."""
+        found = {name: value for name, value in fields.items() if name not in ("rank", "alpha")}
+        return cls(Site(**found), fields.get("rank"), fields.get("alpha"))  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        """The site's fields, and what was chosen for it, as JSON-able data."""
+        return dataclasses.asdict(self.site) | {"rank": self.rank, "alpha": self.alpha}
+
+    def of_dtype(self, dtype: str) -> "Target":
+        """The same target of a base of this dtype."""
+        return dataclasses.replace(self, site=dataclasses.replace(self.site, dtype=dtype))
+
+    def factor_shapes(self, rank: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B in broadcast form, of this rank where none is given."""
+        return self.site.factor_shapes(self.rank if rank is None else rank)
 
 
 def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
