@@ -61,3 +61,5 @@ from jlora.transform.sites import Site as Site
 from jlora.transform.sites import Target as Target
 from jlora.transform.sites import sites as sites
 from jlora.transform.trace import MaterialisedError as MaterialisedError
+
+__version__ = "0.1.0"

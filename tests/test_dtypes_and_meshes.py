@@ -82,7 +82,9 @@ def test_what_a_method_computes_in_64_bits_is_kept_in_32():
         name: array.astype(jnp.float64) for name, array in jlora.lora(2).acts.init(key, w, site).items()
     }
     with jax.enable_x64(True):
-        start = jlora.apply({"kernel": normal(IN, OUT)}, method=jlora.lora(2)._replace(acts=jlora.lora(2).acts.replace(init=wide)))
+        start = jlora.apply(
+            {"kernel": normal(IN, OUT)}, method=jlora.lora(2)._replace(acts=jlora.lora(2).acts.replace(init=wide))
+        )
     assert {x.dtype for x in jax.tree.leaves(start.factors)} == {jnp.dtype("float32")}
 
 

@@ -1,13 +1,25 @@
-"""The README's Python runs: every fenced block, each on its own, in a process of its own."""
+"""The Python of every README runs: each fenced block on its own, in a process of its own; what they point to is there."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+from jlora.methods import table
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = (
+    "README.md",
+    "jlora/README.md",
+    "jlora/methods/README.md",
+    "jlora/models/README.md",
+    "experiments/README.md",
+    "tests/README.md",
+)
+LARGEST = 8000  # bytes of the first page
 
 
 def blocks(text: str) -> dict[str, str]:
@@ -28,16 +40,16 @@ def blocks(text: str) -> dict[str, str]:
     return found
 
 
-# A README that is missing, or holds no example, is one failing case: without parameters the test would be skipped.
-EXAMPLES = blocks(README.read_text()) if README.exists() else {}
+EXAMPLES = {
+    f"{name}:{heading}": block for name in READMES for heading, block in blocks((ROOT / name).read_text()).items()
+}
 
 
-@pytest.mark.parametrize("name", EXAMPLES or ["README.md holds no Python"])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name: str, tmp_path: Path):
-    assert EXAMPLES, name
     # As a person would: plain promotion, one device, an empty folder. Nothing deprecated is shown.
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(README.parent)
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", EXAMPLES[name]]
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -49,3 +61,37 @@ def test_blocks_are_found():
     text = "# A\n```bash\n# no heading\n```\n```python\nx = 1\n```\n## B c\n``` py title\ny = 2\n\nz = 3\n```\n```\nno\n```\n"
     assert blocks(text) == {"A-1": "x = 1", "B c-2": "y = 2\n\nz = 3"}
     assert blocks("`python`\n```json\n{}\n```\n") == {}
+
+
+def test_the_pages_with_examples_have_some():
+    assert {name.partition(":")[0] for name in EXAMPLES} == {"README.md", "jlora/README.md", "jlora/models/README.md"}
+
+
+def test_the_first_page_is_one_page():
+    assert len((ROOT / "README.md").read_bytes()) <= LARGEST
+
+
+@pytest.mark.parametrize("name", [*READMES, "CHANGELOG.md"])
+def test_what_it_points_to_is_there(name: str):
+    text = (ROOT / name).read_text()
+    files = [link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)]
+    files += [
+        f"{'../' * name.count('/')}{path}" for path in re.findall(r"(?<![\w/.])(?:configs|notebooks)/\w+\.py\b", text)
+    ]
+    assert [file for file in files if not (ROOT / name).parent.joinpath(file).exists()] == []
+
+
+def test_names_of_jlora_exist():
+    """`jlora.name` in a text, whether or not the example runs it."""
+    import jlora
+
+    named = {
+        found for name in READMES for found in re.findall(r"\bjlora\.([a-z_A-Z]+)\b(?!/)", (ROOT / name).read_text())
+    }
+    assert {name for name in named if not hasattr(jlora, name)} <= {"git"}
+
+
+def test_the_table_of_methods_is_that_of_the_docstrings():
+    assert table.written(table.README.read_text()) == table.README.read_text(), "python -m jlora.methods.table"
+    with pytest.raises(ValueError, match="has no lines"):
+        table.written("no table")
