@@ -1,7 +1,8 @@
 """Attention of queries, keys and values, as a module of its own: what acts on keys and values finds them there."""
 
+import functools
 import re
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,14 @@ class DotProductAttention(nn.Module):
     Attributes:
       causal: a query sees the keys up to its own position. With more keys than queries the last ones belong together,
         and all keys before the first query's are seen, by all: a prefix.
-      window: of a causal attention: a query sees so many keys, its own the last of them. None for all.
+      window: sliding window: each query attends to the last `window` keys, including itself. None for all.
       scale: 1 / sqrt(width) when None.
       dropout: of the attention weights, in [0, 1). In training it needs the plain form: no flash attention has it.
       deterministic: no dropout.
-      implementation: "cudnn" is flash attention; None takes it where the device and the operands allow it.
+      implementation: "cudnn" is flash attention, "xla" the plain form. None: flash attention in a program that is
+        compiled for CUDA, whatever devices there are here, if the operands allow it and cuDNN is installed where it is
+        compiled (JAX's CUDA wheels bring it); every other platform's program has the plain form alone. Where the GPUs
+        at hand are older than Ampere, the plain form, too.
     """
 
     takes_prefix: ClassVar[bool] = True  # whoever puts keys before the others widens the mask, and nothing else
@@ -62,17 +66,42 @@ class DotProductAttention(nn.Module):
         if drops:
             weights = _weights(query, key, mask, bias, self.scale).astype(value.dtype)
             return _mixed(nn.Dropout(self.dropout, deterministic=False)(weights), value)
-        flash = _flash(query, keys, masked=mask is not None or bias is not None)
-        implementation = self.implementation or ("cudnn" if flash else "xla")
-        if implementation == "cudnn" and mask is not None:  # which wants to see every query's row
-            mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
-        if implementation == "cudnn" and bias is not None:  # and a bias of the operands' dtype
-            bias = bias.astype(query.dtype)
-        with jax.numpy_dtype_promotion("standard"):  # inside, it promotes half operands to float32 by itself
-            return jax.nn.dot_product_attention(
-                query, key, value, bias, mask, scale=self.scale, is_causal=causal,
-                local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
-            )  # fmt: skip
+        attend = functools.partial(
+            _attend, scale=self.scale, causal=causal, window=window, masked=mask is not None, biased=bias is not None
+        )
+        more = [x for x in (mask, bias) if x is not None]
+        if self.implementation is not None:
+            return attend(query, key, value, *more, implementation=self.implementation)
+        plain = functools.partial(attend, implementation="xla")
+        if not (_fits_flash(query, keys, masked=bool(more)) and _has_flash()):
+            return plain(query, key, value, *more)
+        flash = functools.partial(attend, implementation="cudnn")
+        return jax.lax.platform_dependent(query, key, value, *more, cuda=flash, default=plain)
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *more: jax.Array,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    masked: bool,
+    biased: bool,
+    implementation: Implementation,
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`; `more` are the mask and the bias, those of them that there are."""
+    mask, bias = more[0] if masked else None, more[-1] if biased else None
+    if implementation == "cudnn" and mask is not None:  # which wants to see every query's row
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+    if implementation == "cudnn" and bias is not None:  # and a bias of the operands' dtype
+        bias = bias.astype(query.dtype)
+    with jax.numpy_dtype_promotion("standard"):  # inside, it promotes half operands to float32 by itself
+        return jax.nn.dot_product_attention(
+            query, key, value, bias, mask, scale=scale, is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
+        )  # fmt: skip
 
 
 def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:
@@ -86,17 +115,28 @@ def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:
     return seen[None, None]
 
 
-def _flash(query: jax.Array, keys: int, *, masked: bool) -> bool:
+def _fits_flash(query: jax.Array, keys: int, *, masked: bool) -> bool:
     """Whether cuDNN has flash attention, and its gradient, for such operands. With a mask it wants even lengths."""
     width, odd = query.shape[-1], query.shape[1] % 2 or keys % 2
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128 or (masked and odd):
+    return query.dtype in (jnp.bfloat16, jnp.float16) and not (width % 8 or width > 128 or (masked and odd))
+
+
+@functools.cache
+def _has_flash() -> bool:
+    """Whether a program with flash attention can be made here: cuDNN is there, and no GPU at hand is too old for it.
+
+    The devices at hand need not be those that the program is compiled for: without any, cuDNN alone decides.
+    """
+    x = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            jax.eval_shape(lambda x: attend(x, x, x), x)
+    except RuntimeError:  # "cuDNN is not detected."
         return False
-    device: Any = (
-        getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
-    )  # set, it may be a platform's name
-    device = jax.devices(device)[0] if isinstance(device, str) else device
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0" of CUDA; AMD's are otherwise, CPUs have none
-    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
+    capabilities = [str(getattr(device, "compute_capability", "")) for device in jax.local_devices()]
+    known = [float(found) for found in capabilities if re.fullmatch(r"\d+\.\d+", found)]  # CUDA's, as "9.0"
+    return all(capability >= 8 for capability in known)
 
 
 def _weights(

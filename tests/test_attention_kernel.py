@@ -1,0 +1,105 @@
+"""Attention's kernel is that of the devices which a program is compiled for, or the one that was asked for."""
+
+import functools
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import pytest
+
+import jlora
+from jlora.models import attention
+from jlora.models.attention import DotProductAttention
+from jlora.models.gpt2 import GPT2, GPT2Config
+from tests.conformance import close
+
+PLAIN, HAS_FLASH = jax.nn.dot_product_attention, attention._has_flash
+
+
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with cuDNN's library, and no GPU: its branch can be told by a number in the program."""
+
+    def stand_in(query, key, value, *args, implementation, **options):
+        out = PLAIN(query, key, value, *args, implementation="xla", **options)
+        return out if implementation == "xla" else jnp.maximum(out, jnp.asarray(-2.0, out.dtype))
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    HAS_FLASH.cache_clear()
+    yield
+    HAS_FLASH.cache_clear()
+
+
+def program(fn, *args, platform: str) -> str:
+    return jax.export.export(jax.jit(fn), platforms=[platform])(*args).mlir_module()
+
+
+def has_flash(text: str) -> bool:
+    return re.search(r"dense<-2.000000e\+00> : tensor<b?f16>", text) is not None
+
+
+def attend(dtype=jnp.bfloat16, width=8, **options):
+    x = jnp.ones((1, 4, 2, width), dtype)
+    return functools.partial(DotProductAttention(causal=True, **options).apply, {}), (x, x, x)
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.parametrize(
+    ("options", "cuda"),
+    [
+        ({}, True),
+        ({"dtype": jnp.float32}, False),
+        ({"width": 12}, False),
+        ({"window": 2}, True),
+        ({"implementation": "xla"}, False),
+    ],
+)
+def test_the_platform_that_is_compiled_for_chooses(options, cuda):
+    fn, args = attend(**options)
+    assert has_flash(program(fn, *args, platform="cuda")) == cuda
+    for platform in ("cpu", "tpu"):
+        assert not has_flash(program(fn, *args, platform=platform))
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_what_was_asked_for_is_on_every_platform():
+    fn, args = attend(implementation="cudnn")
+    assert all(has_flash(program(fn, *args, platform=platform)) for platform in ("cpu", "cuda"))
+
+
+def test_without_cudnn_the_plain_form_is_compiled_and_asking_for_the_other_is_an_error():
+    HAS_FLASH.cache_clear()
+    assert not attention._has_flash()
+    fn, args = attend()
+    assert "case" not in program(fn, *args, platform="cuda")
+    fn, args = attend(implementation="cudnn")
+    with pytest.raises(RuntimeError, match="cuDNN"):
+        fn(*args)
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.loose_promotion  # Flax's norms of bfloat16
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_lifted_training_step_has_the_kernel_of_its_target(scan, monkeypatch):
+    """Through lift, grad, scan and remat; the CPU's program has none of the other's operations, and its numbers."""
+    model = GPT2(
+        GPT2Config(vocab_size=16, context=8, width=16, layers=1, heads=2, dtype="bfloat16", scan=scan, remat=scan)
+    )
+    ids = jnp.arange(8)[None]
+    params = model.init(jax.random.key(0), ids)["params"]
+    sites = jlora.sites(lambda p: model.apply({"params": p}, ids), params)
+    adapted = jlora.apply(params, rank=2, sites=sites)
+    factors, frozen = jlora.partition(adapted)
+
+    def loss(factors, frozen):
+        logits = jlora.lift(lambda p: model.apply({"params": p}, ids))(jlora.combine(factors, frozen))
+        return jnp.mean(logits.astype(jnp.float32) ** 2)
+
+    step = jax.value_and_grad(loss)
+    assert has_flash(program(step, factors, frozen, platform="cuda"))
+    assert not has_flash(program(step, factors, frozen, platform="cpu"))
+    value, gradient = jax.jit(step)(factors, frozen)
+    monkeypatch.setattr(attention, "_has_flash", lambda: False)
+    close(jax.jit(lambda *a: loss(*a))(factors, frozen), value)
+    assert any(jnp.any(g != 0) for g in jax.tree.leaves(gradient))
