@@ -344,7 +344,7 @@ def on_x(params, x):
         (lambda: jlora.pissa(2, alpha=-1.0), "alpha must be positive, not -1.0"),
         (lambda: jlora.pissa(2, alpha="2"), "alpha must be a finite number, not '2'"),
         (lambda: jlora.apply(PARAMS, method=jlora.pissa(2), alphas={"kernel": -1.0}), "pissa: alpha of 'kernel' must be positive, not -1.0"),
-        (lambda: jlora.apply({"kernel": PARAMS["kernel"] * 0}, method=jlora.pissa(2)), "pissa: 'kernel', or one of its stacked weights, is zero: A and B would both start at zero, where neither has a gradient; leave it out with targets="),
+        (lambda: jlora.apply({"kernel": PARAMS["kernel"] * 0}, method=jlora.pissa(2)), "pissa: 'kernel', or one of its stacked weights, is zero: what its SVD gives is zero, too, where factors have no gradient; leave it out with targets="),
         (lambda: jlora.apply({"kernel": PARAMS["kernel"].at[0, 0].set(jnp.nan)}, method=jlora.corda(2), fn=on_x, batches=[X], sites=jlora.sites(on_x, PARAMS, X)), "corda: 'kernel' has values that are not finite"),
         (lambda: jlora.apply({"kernel": PARAMS["kernel"] * 0}, method=jlora.corda(2), fn=on_x, batches=[X], sites=jlora.sites(on_x, PARAMS, X)), "corda: 'kernel', or one of its stacked weights, is zero"),
         (lambda: jlora.apply(PARAMS, method=jlora.eva(2), fn=on_x, batches=[X, X[:, :3]], sites=jlora.sites(on_x, PARAMS, X)), "eva: fn(params, batch) fails on batch 1: dot_general requires"),

@@ -120,8 +120,8 @@ def check_not_zero(stacked: jax.Array, site: HasAxes, method: str) -> None:
     """
     if _known(jnp.any(stacked != 0, axis=(1, 2)).all()) is False:
         raise ValueError(
-            f"{method}: {site.path!r}, or one of its stacked weights, is zero: A and B would both start at zero, where "
-            "neither has a gradient; leave it out with targets="
+            f"{method}: {site.path!r}, or one of its stacked weights, is zero: what its SVD gives is zero, too, where "
+            "factors have no gradient; leave it out with targets="
         )
 
 

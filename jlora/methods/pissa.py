@@ -1,6 +1,7 @@
 """PiSSA: the principal singular values are trained, the rest is frozen."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,7 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
     arXiv 2404.02948, eq. 2 to 4; Halko et al., arXiv 0909.4061, algorithm 4.4.
     """
     rank, alpha = check_rank(rank), check_positive(alpha)
-    if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0):
-        raise ValueError(f"iterations must be None or an integer of at least 0, not {iterations!r:.200}")
-    if iterations is not None and iterations > _MOST:
-        raise ValueError(f"iterations must be at most {_MOST}, not {iterations}; None for the exact SVD")
+    check_iterations(iterations)
     config: Config = (("name", "pissa"), ("rank", rank), ("alpha", alpha), ("iterations", iterations))
 
     def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
@@ -54,6 +52,14 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
         return from_initial(u * root[:, None, :], root[:, :, None] * vt, target)
 
     return Method(config, rank, alpha, OnWeights(init, minus_initial, frozen=START, rescale=rescaled))
+
+
+def check_iterations(iterations: Any) -> None:
+    """Raises ValueError unless it is a number of power iterations, or None for the exact SVD."""
+    if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0):
+        raise ValueError(f"iterations must be None or an integer of at least 0, not {iterations!r:.200}")
+    if iterations is not None and iterations > _MOST:
+        raise ValueError(f"iterations must be at most {_MOST}, not {iterations}; None for the exact SVD")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
