@@ -40,6 +40,7 @@ from jlora.methods import lokr as lokr
 from jlora.methods import lora as lora
 from jlora.methods import lora_fa as lora_fa
 from jlora.methods import lora_ga as lora_ga
+from jlora.methods import lora_xs as lora_xs
 from jlora.methods import loraplus as loraplus
 from jlora.methods import norms as norms
 from jlora.methods import oft as oft

@@ -149,6 +149,22 @@ def test_pissa_takes_the_largest_singular_values_out(iterations):
     np.testing.assert_array_equal(factor(start, "A0"), factor(start, "A"))
 
 
+@pytest.mark.parametrize("iterations", [None, 40], ids=["exact", "fast"])
+def test_lora_xs_trains_what_lies_between_the_singular_vectors(iterations):
+    start = one(jlora.lora_xs(3, alpha=6.0, std=1e-5, iterations=iterations), (60, 80))
+    w, between = np.asarray(start.base["w"], np.float64), normal(3, 3)
+    u, s, vt = np.linalg.svd(w)
+    a, b = np.asarray(start.buffers["w"]["A"])[:, 0], np.asarray(start.buffers["w"]["B"])[0].T
+    np.testing.assert_allclose(a @ b, (u[:, :3] * s[:3]) @ vt[:3], atol=1e-3 if iterations else 1e-5)  # U_r S_r V_r^T
+    np.testing.assert_allclose(np.linalg.norm(a, axis=0), s[:3], rtol=1e-4)  # S on A's side alone
+    drawn = np.asarray(one(jlora.lora_xs(60, std=1e-5), (60, 80)).factors["w"]["R"])
+    assert drawn.std() == pytest.approx(1e-5, rel=0.1) and set(start.factors["w"]) == {"R"}
+    trained = start.replace(factors={"w": {"R": between[None]}})
+    np.testing.assert_allclose(jlora.merge(trained)["w"], w + 2.0 * a @ np.asarray(between) @ b, atol=1e-4)
+    signs = [np.sign(a[:, i] @ u[:, i]) for i in range(3)]  # an SVD is one up to the signs of its pairs
+    np.testing.assert_allclose(a * signs, u[:, :3] * s[:3], atol=1e-2 if iterations else 1e-4)
+
+
 def test_olora_is_the_same_for_either_orientation():
     w = normal(D, F)
     site = lambda shape, i, o: [jlora.Site("w", shape, "float32", (i,), (o,), (), "linear")]
@@ -239,7 +255,7 @@ def test_cayley_is_the_papers_formula_and_so_is_its_derivative():
 
 @pytest.mark.parametrize(
     "method",
-    [jlora.oft(8), jlora.pissa(2), jlora.pissa(2, iterations=1), jlora.olora(2)],
+    [jlora.oft(8), jlora.pissa(2), jlora.pissa(2, iterations=1), jlora.olora(2), jlora.lora_xs(2)],
     ids=repr,
 )
 def test_no_batched_call_of_lapack_is_compiled(method):
@@ -341,6 +357,10 @@ def on_x(params, x):
         (lambda: jlora.adalora(4, 2, total_steps=9, orthogonality=math.inf), "orthogonality must be a finite number, not inf"),
         (lambda: jlora.adalora(4, 2, total_steps=9, orthogonality=-0.1), "orthogonality must be at least 0, not -0.1"),
         (lambda: jlora.adalora(4, 2, total_steps=9, alpha=0), "alpha must not be 0: the factors would have no effect and no gradient"),
+        (lambda: jlora.lora_xs(2, std=-1e-5), "std must be at least 0, not -1e-05"),
+        (lambda: jlora.lora_xs(2, iterations=101), "iterations must be at most 100, not 101; None for the exact SVD"),
+        (lambda: jlora.apply(PARAMS, method=jlora.lora_xs(17)), "lora_xs: rank 17 exceeds 16, the rank of 'kernel'"),
+        (lambda: jlora.apply({"kernel": PARAMS["kernel"] * 0}, method=jlora.lora_xs(2)), "lora_xs: 'kernel', or one of its stacked weights, is zero"),
         (lambda: jlora.pissa(2, alpha=-1.0), "alpha must be positive, not -1.0"),
         (lambda: jlora.pissa(2, alpha="2"), "alpha must be a finite number, not '2'"),
         (lambda: jlora.apply(PARAMS, method=jlora.pissa(2), alphas={"kernel": -1.0}), "pissa: alpha of 'kernel' must be positive, not -1.0"),

@@ -60,6 +60,7 @@ METHODS = {
     "pissa": Row(lambda: jlora.pissa(3, alpha=2.0), exact=False),
     "pissa, fast": Row(lambda: jlora.pissa(2, iterations=2), exact=False),
     "olora": Row(lambda: jlora.olora(2), exact=False),
+    "lora_xs": Row(lambda: jlora.lora_xs(3, alpha=2.0)),
     "eva": Row(lambda: jlora.eva(2), LINEAR),
     "corda": Row(lambda: jlora.corda(2), LINEAR, exact=False),
     "corda, knowledge": Row(lambda: jlora.corda(2, mode="knowledge"), LINEAR, exact=False),

@@ -16,6 +16,7 @@ from jlora.methods.lokr import lokr
 from jlora.methods.lora import lora
 from jlora.methods.lora_fa import lora_fa
 from jlora.methods.lora_ga import lora_ga
+from jlora.methods.lora_xs import lora_xs
 from jlora.methods.loraplus import loraplus
 from jlora.methods.method import Method
 from jlora.methods.oft import oft
@@ -35,7 +36,7 @@ METHODS = {
     for constructor in (
         lora, rslora, loraplus, lora_fa, dora, adalora, pissa, olora, eva, lora_ga, corda, vera, loha, lokr, ia3, oft,
         dylora, bitfit, norms, full, top_layers, houlsby, pfeiffer, parallel_adapter, prefix_tuning, prompt_tuning,
-        p_tuning,
+        p_tuning, lora_xs,
     )
 }  # fmt: skip
 
@@ -57,6 +58,7 @@ __all__ = [
     "lora",
     "lora_fa",
     "lora_ga",
+    "lora_xs",
     "loraplus",
     "nearest",
     "norms",
