@@ -52,6 +52,7 @@ from jlora.methods import pissa as pissa
 from jlora.methods import prefix_tuning as prefix_tuning
 from jlora.methods import prompt_tuning as prompt_tuning
 from jlora.methods import rslora as rslora
+from jlora.methods import together as together
 from jlora.methods import top_layers as top_layers
 from jlora.methods import vera as vera
 from jlora.optim import optimizer as optimizer

@@ -137,6 +137,10 @@ CASES: dict[str, tuple[jlora.Method, Callable[[Any, Any, Any], jax.Array]]] = {
         jlora.prefix_tuning(3, hidden=6),
         lambda p, t, f: by_hand(p, t, {k: network(f["*"], v) for k, v in f.items() if k != "*"}, prefix=True),
     ),
+    "MAM": (
+        jlora.together(jlora.prefix_tuning(3), jlora.parallel_adapter(3, scale=4.0)),
+        lambda p, t, f: by_hand(p, t, f, prefix=True, beside=lambda x, f: 4.0 * bottleneck(x, f, jax.nn.relu)),
+    ),
     "prompt_tuning": (jlora.prompt_tuning(3), lambda p, t, f: by_hand(p, t, f, prompt=f[TABLE]["prompt"])),
     "p_tuning": (jlora.p_tuning(3, hidden=6), lambda p, t, f: by_hand(p, t, f, prompt=mlp(f[TABLE]))),
     "p_tuning, lstm": (
@@ -155,9 +159,13 @@ def test_values_and_gradients_are_those_of_the_function_by_hand(name):
     method, reference = CASES[name]
     params = base()
     adapted = randomised(jlora.apply(params, method=method), 0.5)
-    assert len(adapted.sites) == {"houlsby": 4, "pfeiffer": 2, "parallel_adapter": 2, "prefix_tuning": 4}.get(
-        method.name, 1
-    )
+    assert len(adapted.sites) == {
+        "houlsby": 4,
+        "pfeiffer": 2,
+        "parallel_adapter": 2,
+        "prefix_tuning": 4,
+        "together": 6,
+    }.get(method.name, 1)
 
     def lifted(factors):
         y = jlora.lift(forward)(adapted.replace(factors=factors), TOKENS)

@@ -71,6 +71,7 @@ METHODS = {
     "lokr, whole": Row(lambda: jlora.lokr(20, factor=2)),
     "ia3": Row(lambda: jlora.ia3("back"), is_lora=False),
     "oft": Row(lambda: jlora.oft(4), WINDOWED, is_lora=False),
+    "together": Row(lambda: jlora.together(jlora.lora(3), (jlora.ia3("back"), "stack|back")), (), is_lora=False),
     "dylora": Row(lambda: jlora.dylora(4, alpha=2.0)),
     "bitfit": Row(lambda: jlora.bitfit("scale"), ()),
     "norms": Row(lambda: jlora.norms("scale"), ()),
@@ -81,6 +82,7 @@ METHODS = {
     "parallel_adapter": on_linen(lambda: jlora.parallel_adapter(3, scale=2.0), exact=True),
     "prefix_tuning": on_linen(lambda: jlora.prefix_tuning(3)),
     "prefix_tuning, hidden": on_linen(lambda: jlora.prefix_tuning(3, hidden=5)),
+    "together, MAM": on_linen(lambda: jlora.together(jlora.prefix_tuning(3), jlora.parallel_adapter(3, scale=2.0))),
     "prompt_tuning": on_linen(lambda: jlora.prompt_tuning(3)),
     "p_tuning, lstm": on_linen(lambda: jlora.p_tuning(3, hidden=5, encoder="lstm")),
 }
@@ -169,6 +171,11 @@ def adapted(name: str, dtype=jnp.float32) -> jlora.Adapted:
     return jlora.apply(base, method=row.make(), sites=jlora.sites(fn, base, IDS), extras=extras, key=3, **options)
 
 
+def names(adapted: jlora.Adapted) -> str:
+    """A pattern of the names that errors give the method, or one of several."""
+    return f"({'|'.join(part.name for part, _ in adapted.method.parts)})"
+
+
 @pytest.fixture(params=METHODS)
 def name(request):
     return request.param
@@ -208,9 +215,7 @@ def test_merged_equals_lifted(name):
     assert jlora.explain(fn, trained, IDS).materialised == ()
     if METHODS[name].linen:
         for refused in (jlora.merge, jlora.rounding, lambda a: jlora.unmerge(a.base, a)):
-            with pytest.raises(
-                ValueError, match=f"^merge: {trained.method.name} acts on activations, and no weights of"
-            ):
+            with pytest.raises(ValueError, match=f"^merge: {names(trained)} acts on activations, and no weights of"):
                 refused(trained)
         return
     close(jlora.lift(fn)(trained, IDS), fn(jlora.merge(trained), IDS))
@@ -342,7 +347,7 @@ def test_as_plain_lora(name):
     trained = randomised(adapted(name), 0.2)
     if not METHODS[name].is_lora:
         why = "acts on activations and is no" if METHODS[name].linen else "is not W plus a low-rank product at '"
-        with pytest.raises(ValueError, match=f"^to_lora: {trained.method.name} {why}"):
+        with pytest.raises(ValueError, match=f"^to_lora: {names(trained)} {why}"):
             jlora.to_lora(trained)
         return
     plain = jlora.to_lora(trained)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +18,10 @@ from jlora.adapted.select import (
     Pattern,
     check_rows,
     known_sites,
-    listing,
     resolve,
-    select,
+    rules_of,
     select_extras,
+    select_parts,
     warn_of_left_out,
 )
 from jlora.adapted.statistics import statistics
@@ -85,14 +84,10 @@ class Adapted:
         """
         method = changes.get("method")
         if isinstance(method, Method) and "sites" not in changes and self.sites:
-            for name in ("rank", "alpha"):
-                mine, other = getattr(self.method, name), getattr(method, name)
-                if mine != other:
-                    raise ValueError(
-                        f"replace(method=): {name} is {mine} in {self.method!r} and {other} in {method!r}, and would "
-                        "stay what it is: every site holds its own. jlora.scale(adapted, s) multiplies the update by "
-                        "s; for another rank, apply anew"
-                    )
+            if len(method.parts) != len(self.method.parts):
+                raise ValueError(f"replace(method=): {self.method!r} is not as many methods as {method!r}; apply anew")
+            for (mine, _), (other, _) in zip(self.method.parts, method.parts, strict=True):
+                _check_same_scale(mine, other)
         return dataclasses.replace(self, **changes)
 
     def as_weights(self, number: int = 0) -> Any:
@@ -112,7 +107,7 @@ class Adapted:
         filled: dict[str, Any] = dict(named)
         acts, sites = self.method.acts, self.sites
         if self.key is not None:
-            factors = self.method.sampled(tree.fold_path(self.key, ""), factors)
+            factors = self.method.sampled(tree.fold_path(self.key, ""), factors, sites)
         weights = acts.weights(named, sites, factors, frozen)
         for site in sites:
             if site.path in weights:
@@ -286,22 +281,17 @@ def apply(
     if not any(hasattr(leaf, "dtype") for leaf in named.values()):
         raise ValueError("apply: the tree of parameters holds no arrays")
     known = known_sites(params, named, sites)
-    if not method.acts.adapts and targets is not None and targets != ():
-        raise ValueError(f"apply: {method.name} trains leaves as they are and adapts none: leave targets= out")
-    targets = targets if method.acts.adapts else ()
-    if targets is None and method.acts.targets:
-        targets = _own_targets(method, known)
-    if method.rank is not None and not method.acts.has_alpha and alphas:
-        raise ValueError(f"apply: {method.name} has no alpha: leave alphas= out")
-    chosen = resolve(select(known, targets, read_from_program=sites is not None), method, ranks or {}, alphas or {})
+    rules = rules_of(method, targets, known)
     extra = select_extras(named, extras)
-    if targets is None:  # what is trained as it is is no default target
-        trained = {site.path for site in chosen} | {e.path for e in extra}
-        warn_of_left_out(known, trained, read_from_program=sites is not None)
-        chosen = tuple(site for site in chosen if site.path not in {e.path for e in extra})
     own = {path: Extra(path, rows) for path, rows in method.acts.trained(named, known).items()}
     own |= {e.path: e for e in extra}
     extra = tuple(own[path] for path in named if path in own)
+    from_program = sites is not None
+    selected = select_parts(known, method, rules, {e.path for e in extra}, read_from_program=from_program)
+    chosen = resolve(selected, method, ranks or {}, alphas or {})
+    if None in rules:
+        trained = {site.path for site in chosen} | {e.path for e in extra}
+        warn_of_left_out(known, trained, read_from_program=from_program)
     both = [e.path for e in extra if e.path in {site.path for site in chosen}]
     if both:
         raise ValueError(
@@ -309,14 +299,16 @@ def apply(
             "weight itself); keep one of them"
         )
     root = tree.as_key(key)
-    statistic, measured = method.acts.statistic, {}
-    if not statistic and not (fn is None and batches is None and mask is None):
+    measured: dict[str, jax.Array] = {}
+    if not method.acts.statistic and not (fn is None and batches is None and mask is None):
         needless = "mask=" if fn is None and batches is None else "fn= and batches="
         raise ValueError(f"apply: {method.name} does not start from data: leave {needless} out")
-    if statistic:
+    for number, part in ((i, part) for i, (part, _) in enumerate(method.parts) if part.acts.statistic):
         if fn is None or batches is None:
-            raise ValueError(f"apply: {method.name} starts from data: pass fn= (of params and a batch) and batches=")
-        measured = statistics(statistic, fn, params, batches, chosen, method.name, mask)
+            raise ValueError(f"apply: {part.name} starts from data: pass fn= (of params and a batch) and batches=")
+        batches = list(batches) if len(method.parts) > 1 and not hasattr(batches, "shape") else batches
+        its = [site for site in chosen if site.part == number]
+        measured |= statistics(part.acts.statistic, fn, params, batches, its, part.name, mask)
     chosen, arrays = method.acts.start(root, named, chosen, measured)
     arrays |= {e.path: _initial_extra(named[e.path], e) for e in extra}
     adapted = from_arrays(params, arrays, method, chosen, extra)
@@ -340,9 +332,7 @@ def from_arrays(
     named, _ = tree.leaves(params)
     sites = tuple(s.of_dtype(str(named[s.path].dtype)) for s in sites)
     arrays = {path: _canonical(part) for path, part in arrays.items()}  # in tree order
-    frozen = {
-        s.path: {name: arrays[s.path][name] for name in method.acts.frozen if name in arrays[s.path]} for s in sites
-    }
+    frozen = {s.path: {n: arrays[s.path][n] for n in method.of(s).acts.frozen if n in arrays[s.path]} for s in sites}
     computed = method.acts.computed(named, sites)
     buffers = {s.path: frozen[s.path] | _canonical(computed.get(s.path, {})) for s in sites}
     factors = {
@@ -368,8 +358,11 @@ def _canonical(arrays: Arrays) -> Arrays:
 def to_arrays(adapted: Adapted) -> Factors:
     """What an adapter's file holds: the factors, and the initial arrays that the method keeps frozen."""
     frozen = {
-        path: {name: part[name] for name in adapted.method.acts.frozen if name in part}
-        for path, part in adapted.buffers.items()
+        s.path: {
+            n: adapted.buffers[s.path][n] for n in adapted.method.of(s).acts.frozen if n in adapted.buffers[s.path]
+        }
+        for s in adapted.sites
+        if s.path in adapted.buffers
     }
     return {path: part | frozen.get(path, {}) for path, part in adapted.factors.items()}
 
@@ -434,19 +427,18 @@ def _check_modules(params: Any) -> None:
             )
 
 
+def _check_same_scale(mine: Method, other: Method) -> None:
+    for name in ("rank", "alpha"):
+        if getattr(mine, name) != getattr(other, name):
+            raise ValueError(
+                f"replace(method=): {name} is {getattr(mine, name)} in {mine!r} and {getattr(other, name)} in "
+                f"{other!r}, and would stay what it is: every site holds its own. jlora.scale(adapted, s) multiplies "
+                "the update by s; for another rank, apply anew"
+            )
+
+
 def _nearest_to(given: Any) -> str:
     return f"; the nearest name is jlora.{nearest(given)}" if isinstance(given, str) else ""
-
-
-def _own_targets(method: Method, known: Sequence[Site]) -> list[str]:
-    """The patterns that the method goes by, each of which matches something."""
-    for pattern in method.acts.targets:
-        if not any(re.search(pattern, site.path) for site in known):
-            raise ValueError(
-                f"apply: {method.name} goes by the names of layers, and none of these weights has one that it knows "
-                f"({pattern}): say which with targets=. Weights: {listing(known)}"
-            )
-    return list(method.acts.targets)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

@@ -34,10 +34,9 @@ def to_lora(adapted: Adapted) -> Adapted:
       >>> jlora.to_lora(adapted).sites[0].rank
       4
     """
-    if adapted.method.acts.unmergeable:
-        raise ValueError(
-            f"to_lora: {adapted.method.name} acts on activations and is no product that is added to a weight"
-        )
+    for method, _ in adapted.method.parts:
+        if method.acts.unmergeable:
+            raise ValueError(f"to_lora: {method.name} acts on activations and is no product that is added to a weight")
     named, _ = tree.leaves(adapted.base)
     factors: Factors = {e.path: adapted.factors[e.path] for e in adapted.extras}
     chosen = []
@@ -45,7 +44,9 @@ def to_lora(adapted: Adapted) -> Adapted:
     for site in adapted.sites:
         w, weight = named[site.path], weights[site.path]
         if weight.gain is not None or weight.w is not w:
-            raise ValueError(f"to_lora: {adapted.method.name} is not W plus a low-rank product at {site.path!r}")
+            raise ValueError(
+                f"to_lora: {adapted.method.of(site).name} is not W plus a low-rank product at {site.path!r}"
+            )
         assert weight.a is not None and weight.b is not None
         axes = tuple(range(w.ndim))
         alive = np.asarray(jnp.any(weight.a != 0, axis=axes) & jnp.any(weight.b != 0, axis=axes))
@@ -53,7 +54,7 @@ def to_lora(adapted: Adapted) -> Adapted:
             continue
         factors[site.path] = {"A": weight.a[..., alive], "B": weight.b[..., alive]}
         rank = int(alive.sum())
-        chosen.append(dataclasses.replace(site, rank=rank, alpha=float(rank)))
+        chosen.append(dataclasses.replace(site, rank=rank, alpha=float(rank), part=0))
     method = lora(max((site.rank for site in chosen), default=1))
     return from_arrays(adapted.base, factors, method, tuple(chosen), adapted.extras)
 
@@ -121,6 +122,8 @@ def to_plain(adapted: Adapted) -> Adapted:
       ('prompt_tuning', (3, 4))
     """
     method, factors = adapted.method.acts.baked(adapted.method, adapted.sites, adapted.factors)
+    if method == adapted.method:
+        raise ValueError(f"to_plain: {method!r} has no network that makes its factors")
     factors |= {e.path: adapted.factors[e.path] for e in adapted.extras}
     return from_arrays(adapted.base, factors, method, adapted.sites, adapted.extras)
 

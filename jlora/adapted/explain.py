@@ -122,7 +122,7 @@ def summary(adapted: Adapted) -> str:
         f"rank {site.rank} of {site.path!r} is above its own: {inputs} inputs, {outputs} outputs"
         for site in adapted.sites
         for inputs, outputs in [(fan_in(site.shape, site.in_axes), fan_in(site.shape, site.out_axes))]
-        if not adapted.method.acts.unmergeable and site.rank > min(inputs, outputs)
+        if not adapted.method.of(site).acts.unmergeable and site.rank > min(inputs, outputs)
     ]
     left = [path for path, leaf in named.items() if path not in trained and np.ndim(leaf) > 1]
     left.sort(key=lambda path: path.rpartition("/")[2] != "kernel")

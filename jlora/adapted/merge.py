@@ -88,8 +88,9 @@ def unmerge(params: Any, adapted: Adapted) -> Adapted:
 
 
 def _check_mergeable(method: Method) -> None:
-    if method.acts.unmergeable:
-        raise ValueError(f"merge: {method.name} {method.acts.unmergeable}; run it as it is, with jlora.lift")
+    for part, _ in method.parts:
+        if part.acts.unmergeable:
+            raise ValueError(f"merge: {part.name} {part.acts.unmergeable}; run it as it is, with jlora.lift")
 
 
 def _check_finite(factors: Factors) -> None:

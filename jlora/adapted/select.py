@@ -157,29 +157,100 @@ def _is_left_out(site: Site, trained: Collection[str]) -> bool:
     return site.path.rpartition("/")[2] not in ("bias", "scale")
 
 
+def rules_of(method: Method, targets: Pattern | None, known: Sequence[Site]) -> list[Pattern | None]:
+    """What each part of the method is to adapt; None for all linear layers and convolutions.
+
+    Raises:
+      ValueError: for targets where there can be none, or names that no weight has.
+    """
+    several = len(method.parts) > 1
+    if several and targets is not None:
+        raise ValueError(f"apply: each part of {method.name} has targets of its own: together(lora(8), (ia3(), 'mlp'))")
+    rules: list[Pattern | None] = []
+    for part, given in method.parts:
+        rule = given if several else targets
+        if not part.acts.adapts and rule is not None and rule != ():
+            raise ValueError(f"apply: {part.name} trains leaves as they are and adapts none: leave targets= out")
+        rule = rule if part.acts.adapts else ()
+        rules.append(_own_targets(part, known) if rule is None and part.acts.targets else rule)
+    return rules
+
+
+def _own_targets(method: Method, known: Sequence[Site]) -> list[str]:
+    """The patterns that the method goes by, each of which matches something."""
+    for pattern in method.acts.targets:
+        if not any(re.search(pattern, site.path) for site in known):
+            raise ValueError(
+                f"apply: {method.name} goes by the names of layers, and none of these weights has one that it knows "
+                f"({pattern}): say which with targets=. Weights: {listing(known)}"
+            )
+    return list(method.acts.targets)
+
+
+def select_parts(
+    known: Sequence[Site],
+    method: Method,
+    rules: Sequence[Pattern | None],
+    trained: Collection[str],
+    *,
+    read_from_program: bool,
+) -> list[tuple[Site, int]]:
+    """The sites, each with the number of the part of the method that adapts it.
+
+    A part without a rule takes what no other one names, and what is not trained as it is.
+
+    Raises:
+      ValueError: if two parts take one site, or nothing is left for one of them.
+    """
+    taken: dict[str, int] = {}
+    names = [part.name for part, _ in method.parts]
+    for number, rule in sorted(enumerate(rules), key=lambda of: of[1] is None):
+        found = select(known, rule, read_from_program=read_from_program)
+        for site in found:
+            other = taken.get(site.path)
+            if rule is None and (site.path in trained or (other is not None and rules[other] is not None)):
+                continue
+            if other is not None:
+                raise ValueError(
+                    f"contradicting rules: {site.path!r} is adapted by {names[other]} and by {names[number]}, number "
+                    f"{other + 1} and {number + 1} of {method.name}; give each targets of its own: (method, targets)"
+                )
+            taken[site.path] = number
+        if found and len(rules) > 1 and number not in taken.values():
+            raise ValueError(f"apply: the other parts of {method.name} leave {names[number]} no weight to adapt")
+    return [(site, taken[site.path]) for site in known if site.path in taken]
+
+
 def resolve(
-    chosen: Sequence[Site], method: Method, ranks: Mapping[str, int], alphas: Mapping[str, float]
+    selected: Sequence[tuple[Site, int]], method: Method, ranks: Mapping[str, int], alphas: Mapping[str, float]
 ) -> tuple[Target, ...]:
-    """The sites with their rank and alpha; the first pattern that matches wins."""
-    if method.rank is None and (ranks or alphas):
+    """The targets with their rank and alpha; the first pattern that matches wins."""
+    parts = [part for part, _ in method.parts]
+    ranked = {i for i, part in enumerate(parts) if part.rank is not None}
+    scaled = {i for i in ranked if parts[i].acts.has_alpha}
+    if not ranked and (ranks or alphas):
         raise ValueError(f"apply: {method.name} has no rank: leave ranks= and alphas= out")
-    for argument, rules in (("ranks", ranks), ("alphas", alphas)):
+    if not scaled and alphas:
+        raise ValueError(f"apply: {method.name} has no alpha: leave alphas= out")
+    for argument, rules, able in (("ranks", ranks, ranked), ("alphas", alphas, scaled)):
+        paths = [site.path for site, i in selected if i in able]
         for pattern, value in rules.items():
             if argument == "ranks":
                 check_rank(value, f"ranks[{pattern!r}]")
             else:
                 check_alpha(value, f"alphas[{pattern!r}]")
-            if not any(_search(pattern, site.path, argument) for site in chosen):
-                raise ValueError(_no_match(pattern, [site.path for site in chosen], argument))
+            if not any(_search(pattern, path, argument) for path in paths):
+                raise ValueError(_no_match(pattern, paths, argument))
 
     def first(rules: Mapping[str, Any], path: str, default: Any) -> Any:
         return next((value for pattern, value in rules.items() if _search(pattern, path, "")), default)
 
     resolved = []
-    for site in chosen:
-        rank = first(ranks, site.path, 0 if method.rank is None else method.rank)
-        alpha = first(alphas, site.path, method.alpha)
-        resolved.append(Target(site, rank, float(rank if alpha is None else alpha)))
+    for site, i in selected:
+        part = parts[i]
+        rank = first(ranks, site.path, part.rank) if i in ranked else 0
+        alpha = first(alphas, site.path, part.alpha) if i in scaled else part.alpha
+        resolved.append(Target(site, rank, float(rank if alpha is None else alpha), i))
     return tuple(resolved)
 
 

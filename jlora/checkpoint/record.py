@@ -72,7 +72,9 @@ def decode(record: Mapping[str, Any]) -> Parts:
     check_axes([target.site for target in sites], "sites")
     for i, site in enumerate(sites):
         check_adaptable(site.site)
-        check_scale(site, method, f"sites[{i}]")
+        if site.part >= len(method.parts):
+            raise ValueError(f"sites[{i}].part is {site.part}, and {method.name} has {len(method.parts)} parts")
+        check_scale(site, method.of(site), f"sites[{i}]")
     paths = Counter([*(site.path for site in sites), *(extra.path for extra in extras)])
     twice = [path for path, n in paths.items() if n > 1]
     if twice:
@@ -222,6 +224,12 @@ def _whole(value: Any, where: str) -> Any:
     return value
 
 
+def _part(value: Any, where: str) -> int:
+    if not _is_integer(value) or value < 0:
+        raise _refused(where, "an integer of at least 0", value)
+    return int(value)
+
+
 def _rows(value: Any, where: str) -> tuple[int, ...] | None:
     return None if value is None else _naturals(LARGEST)(value, where)
 
@@ -239,7 +247,8 @@ def _any(value: Any, where: str) -> Any:
 _AXIS = _naturals(_AXES)
 SITE: dict[str, Check] = {
     "path": _text, "shape": _AXIS, "dtype": _dtype, "in_axes": _AXIS, "out_axes": _AXIS, "stack_axes": _AXIS,
-    "kind": _kind, "uses": _texts, "rank": _whole, "alpha": _number, "materialised": _text,
+    "kind": _kind, "uses": _texts, "rank": _whole, "alpha": _number, "part": _part,
+    "materialised": _text,
 }  # fmt: skip
 EXTRA: dict[str, Check] = {"path": _text, "rows": _rows}
 _TENSORS: dict[str, Check] = {
@@ -253,7 +262,7 @@ _RECORD: dict[str, Check] = {
 
 
 def _site(value: Any, where: str) -> Target:
-    return Target.from_json(_object(value, where, SITE, (*_defaults(Site), "rank", "alpha")))
+    return Target.from_json(_object(value, where, SITE, (*_defaults(Site), "rank", "alpha", "part")))
 
 
 def _extra(value: Any, where: str) -> Extra:

@@ -29,6 +29,7 @@ from jlora.methods.prefix_tuning import prefix_tuning
 from jlora.methods.prompt_tuning import prompt_tuning
 from jlora.methods.rslora import rslora
 from jlora.methods.selective import bitfit, full, norms, top_layers
+from jlora.methods.together import together
 from jlora.methods.vera import vera
 
 METHODS = {
@@ -36,7 +37,7 @@ METHODS = {
     for constructor in (
         lora, rslora, loraplus, lora_fa, dora, adalora, pissa, olora, eva, lora_ga, corda, vera, loha, lokr, ia3, oft,
         dylora, bitfit, norms, full, top_layers, houlsby, pfeiffer, parallel_adapter, prefix_tuning, prompt_tuning,
-        p_tuning, lora_xs,
+        p_tuning, lora_xs, together,
     )
 }  # fmt: skip
 
@@ -72,6 +73,7 @@ __all__ = [
     "prompt_tuning",
     "rslora",
     "to_json",
+    "together",
     "top_layers",
     "vera",
 ]
@@ -79,8 +81,13 @@ __all__ = [
 
 def to_json(method: Method) -> dict[str, Any]:
     """The method as JSON-able data: its name and options, nested methods likewise."""
-    config = dict(method.config)
-    return {key: to_json(value) if isinstance(value, Method) else value for key, value in config.items()}
+    return {key: _to_value(value) for key, value in method.config}
+
+
+def _to_value(value: Any) -> Any:
+    if isinstance(value, Method):
+        return to_json(value)
+    return [_to_value(x) for x in value] if isinstance(value, tuple) else value
 
 
 def from_json(data: dict[str, Any]) -> Method:
@@ -100,9 +107,15 @@ def from_json(data: dict[str, Any]) -> Method:
     if isinstance(options.get("inner"), dict):
         options["inner"] = from_json(options["inner"])
     try:
-        return METHODS[name](**options)
+        several = [_part(entry) for entry in options.pop("*methods", ())]
+        return METHODS[name](*several, **options)
     except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, Warning) as error:
         raise ValueError(f"method {name!r}: {error}") from error
+
+
+def _part(entry: Any) -> Any:
+    """One of several methods, or it and its targets."""
+    return (from_json(entry[0]), *entry[1:]) if isinstance(entry, list) and entry else from_json(entry)
 
 
 def nearest(name: object) -> str:

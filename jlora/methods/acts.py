@@ -22,6 +22,7 @@ Arrays = dict[str, jax.Array]
 Factors = dict[str, Arrays]
 Rows: TypeAlias = tuple[int, ...] | None
 Start: TypeAlias = tuple[tuple[Target, ...], Factors]
+Part: TypeAlias = tuple[Any, Any]  # a method, and the patterns of its targets or None
 Adapters: TypeAlias = dict[tuple[str, ...], Adapter]
 SHARED = "*"  # the path of factors that belong to all targets
 
@@ -54,6 +55,10 @@ class Acts:
     def replace(self, **changes: Any) -> Any:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def parts(self, owner: Any) -> tuple[Part, ...]:
+        """The methods that it consists of, each with the patterns of its targets: itself, and none."""
+        return ((owner, None),)
 
     def trained(self, named: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, Rows]:
         """The leaves, or rows of them, that are trained as they are, by path."""
@@ -113,12 +118,8 @@ class Acts:
         )
 
     def baked(self, owner: Any, targets: Sequence[Target], factors: Factors) -> tuple[Any, Factors]:
-        """The method and the factors without the network that makes them.
-
-        Raises:
-          ValueError: where there is no such network.
-        """
-        raise ValueError(f"to_plain: {owner!r} has no network that makes its factors")
+        """The method and the factors without the network that makes them; themselves where there is none."""
+        return owner, factors
 
 
 # -- on weights --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """DyLoRA: one training run for all ranks up to r."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +9,7 @@ from jlora.methods.acts import Factors
 from jlora.methods.checks import check_rank
 from jlora.methods.lora import lora
 from jlora.methods.method import Config, Method, Training
+from jlora.transform.sites import Target
 
 
 def dylora(rank: int, alpha: float | None = None, *, minimum: int = 1, init: str = "gaussian") -> Method:
@@ -32,9 +35,9 @@ def dylora(rank: int, alpha: float | None = None, *, minimum: int = 1, init: str
         raise ValueError(f"minimum must be at most the rank, {rank}, not {minimum}")
     config: Config = (("name", "dylora"), ("rank", rank), ("alpha", alpha), ("minimum", minimum), ("init", init))
 
-    def sample(key: jax.Array, factors: Factors) -> Factors:
+    def sample(key: jax.Array, factors: Factors, targets: Sequence[Target]) -> Factors:
         drawn = jax.random.randint(key, (), minimum, rank + 1)
-        return {path: nested(arrays, drawn) if "A" in arrays else arrays for path, arrays in factors.items()}
+        return factors | {target.path: nested(factors[target.path], drawn) for target in targets}
 
     return plain._replace(config=config, training=Training(sample=sample))
 

@@ -19,12 +19,12 @@ class Training(NamedTuple):
     """What a method does in training beside its factors' gradient.
 
     Attributes:
-      sample: (key, factors) -> the factors of one training step, for a method that draws at random.
+      sample: (key, factors, targets) -> the factors of one training step, for a method that draws at random.
       regulariser: (factors, targets) -> a scalar that `train_step` adds to the loss.
       wrap: (optimizer, targets) -> the optimizer that the method trains with.
     """
 
-    sample: Callable[[jax.Array, Factors], Factors] | None = None
+    sample: Callable[[jax.Array, Factors, Sequence[Target]], Factors] | None = None
     regulariser: Callable[[Factors, Sequence[Target]], jax.Array] | None = None
     wrap: Callable[[Transformation, Sequence[Target]], Transformation] | None = None
 
@@ -36,7 +36,8 @@ class Method(NamedTuple):
     recompile a program.
 
     Attributes:
-      config: hashable pairs from which the method can be built again, the first of them ("name", ...).
+      config: hashable pairs from which the method can be built again, the first of them ("name", ...). A name that
+        begins with a star holds arguments by position.
       rank: r where `apply(ranks=)` says nothing else; None for a method that has none.
       alpha: the numerator of the scale; the target's rank when None.
       acts: where it acts, and how: `OnWeights`, `OnActivations` or `OnLeaves`.
@@ -54,9 +55,18 @@ class Method(NamedTuple):
         """The method's name, as in `config`."""
         return dict(self.config)["name"]
 
-    def sampled(self, key: jax.Array, factors: Factors) -> Factors:
+    @property
+    def parts(self) -> tuple[tuple["Method", Any], ...]:
+        """The methods that it consists of, each with its patterns or None: `together` of several, else itself."""
+        return self.acts.parts(self)
+
+    def of(self, target: Target) -> "Method":
+        """The one of its parts that adapts a target."""
+        return self.parts[target.part][0]
+
+    def sampled(self, key: jax.Array, factors: Factors, targets: Sequence[Target]) -> Factors:
         """The factors of one training step."""
-        return factors if self.training.sample is None else self.training.sample(key, factors)
+        return factors if self.training.sample is None else self.training.sample(key, factors, targets)
 
     def regularisers(self, factors: Factors, targets: Sequence[Target]) -> dict[str, jax.Array]:
         """What is added to the loss, by name: nothing for most methods."""
@@ -82,14 +92,15 @@ class Method(NamedTuple):
 
     def __repr__(self) -> str:
         name, *options = self.config
-        return f"{name[1]}({', '.join(f'{key}={value!r}' for key, value in options)})"
+        shown = (", ".join(map(repr, value)) if key.startswith("*") else f"{key}={value!r}" for key, value in options)
+        return f"{name[1]}({', '.join(shown)})"
 
 
 @functools.lru_cache(maxsize=4096)
 def factor_shapes(method: Method, target: Target) -> dict[str, tuple[int, ...]]:
     """The shapes of a target's trained arrays."""
-    arrays = method.acts.arrays(target)
-    return {name: array.shape for name, array in arrays.items() if name not in method.acts.frozen}
+    acts = method.of(target).acts
+    return {name: array.shape for name, array in acts.arrays(target).items() if name not in acts.frozen}
 
 
 @functools.lru_cache(maxsize=256)

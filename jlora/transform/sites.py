@@ -56,11 +56,13 @@ class Target:
       site: of the weight. What it knows can be read from the target, too.
       rank: r; 0 of a method that has none.
       alpha: the numerator of the scale, dimensionless; 0 of a method that has none.
+      part: which of several methods (`together`) adapts it, from 0.
     """
 
     site: Site
     rank: int
     alpha: float
+    part: int = 0
 
     @property
     def path(self) -> str:
@@ -110,12 +112,15 @@ class Target:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Target":
         """The inverse of `to_json`."""
-        found = {name: value for name, value in fields.items() if name not in ("rank", "alpha")}
-        return cls(Site(**found), fields.get("rank"), fields.get("alpha"))  # type: ignore[arg-type]
+        own = ("rank", "alpha", "part")
+        found = {name: value for name, value in fields.items() if name not in own}
+        rank, alpha, part = fields.get("rank"), fields.get("alpha"), fields.get("part", 0)
+        return cls(Site(**found), rank, alpha, part)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
         """The site's fields, and what was chosen for it, as JSON-able data."""
-        return dataclasses.asdict(self.site) | {"rank": self.rank, "alpha": self.alpha}
+        part = {"part": self.part} if self.part else {}
+        return dataclasses.asdict(self.site) | {"rank": self.rank, "alpha": self.alpha} | part
 
     def of_dtype(self, dtype: str) -> "Target":
         """The same target of a base of this dtype."""
