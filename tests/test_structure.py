@@ -113,6 +113,23 @@ def private(module: str, source: str) -> list[str]:
     return found
 
 
+def asked_of_a_method(source: str) -> list[str]:
+    """Where code asks whether something that a method has is None: `method.acts.data is not None`, and the like."""
+    module = ast.parse(source)
+    arguments = [
+        a for node in ast.walk(module) if isinstance(node, ast.arguments) for a in (*node.args, *node.kwonlyargs)
+    ]
+    methods = {a.arg for a in arguments if a.annotation is not None and "Method" in ast.unparse(a.annotation)}
+    names = {"method", "part", "acts", "training", *methods}
+    return [
+        ast.unparse(node)
+        for node in ast.walk(module)
+        if isinstance(node, ast.Compare) and any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops)
+        for side in (node.left, *node.comparators)
+        if isinstance(side, ast.Attribute) and names & set(ast.unparse(side).split(".")[:-1])
+    ]
+
+
 def test_every_module_of_jlora_has_a_place():
     names = {_room(module) for module in CORE} - {""}
     allowed = {*ROW, APART, "transform", "adapted"}
@@ -132,6 +149,26 @@ def test_no_import_is_circular():
     }
     order = list(graphlib.TopologicalSorter(graph).static_order())
     assert order.index("jlora.transform.weight") < order.index("jlora.transform.lift") < order.index("jlora")
+
+
+def test_no_code_outside_methods_asks_what_a_method_has():
+    outside = {name: path for name, path in WRITTEN.items() if _room(name) != "methods"}
+    assert {name: asked for name, path in outside.items() if (asked := asked_of_a_method(path.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("if adapted.method.acts.data is not None: pass", 1),
+        ("x = None if run.method.activation is None else 1", 1),
+        ("def f(mine: Method): return mine.rank is None", 1),
+        ("def f(mine: jlora.Method | None): return [m for m in mine.parts if part.rank is not None]", 1),
+        ("if method is None and rank is None: pass", 0),
+        ("if site.rank is None or adapted.method.has_rank: pass", 0),
+    ],
+)
+def test_a_question_of_a_method_is_seen(source: str, count: int):
+    assert len(asked_of_a_method(source)) == count
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def resolve(
 ) -> tuple[Target, ...]:
     """The targets with their rank and alpha; the first pattern that matches wins."""
     parts = [part for part, _ in method.parts]
-    ranked = {i for i, part in enumerate(parts) if part.rank is not None}
+    ranked = {i for i, part in enumerate(parts) if part.has_rank}
     scaled = {i for i in ranked if parts[i].acts.has_alpha}
     if not ranked and (ranks or alphas):
         raise ValueError(f"apply: {method.name} has no rank: leave ranks= and alphas= out")
@@ -256,7 +256,7 @@ def resolve(
 
 def check_scale(site: Target, method: Method, where: str) -> None:
     """Raises ValueError unless a site's rank and alpha are such as `resolve` gives it."""
-    if method.rank is None:
+    if not method.has_rank:
         if isinstance(site.rank, bool) or isinstance(site.alpha, bool) or site.rank != 0 or site.alpha != 0:
             raise ValueError(
                 f"{where}: {method.name} has no rank: rank and alpha must be 0, not {site.rank!r:.200} and "

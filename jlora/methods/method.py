@@ -56,6 +56,11 @@ class Method(NamedTuple):
         return dict(self.config)["name"]
 
     @property
+    def has_rank(self) -> bool:
+        """Whether its targets have a rank, or a length."""
+        return self.rank is not None
+
+    @property
     def parts(self) -> tuple[tuple["Method", Any], ...]:
         """The methods that it consists of, each with its patterns or None: `together` of several, else itself."""
         return self.acts.parts(self)
