@@ -272,6 +272,21 @@ def test_no_batched_call_of_lapack_is_compiled(method):
     assert bool(calls) == (method.name != "oft")
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [jlora.vera(4), jlora.loha(2), jlora.lokr(2), jlora.pissa(2), jlora.olora(2), jlora.lora_xs(2), jlora.dylora(2)],
+    ids=repr,
+)
+def test_dora_goes_around_whatever_is_added_to_the_base(inner):
+    start = one(jlora.dora(inner))
+    np.testing.assert_allclose(jlora.merge(start)["w"], start.base["w"], atol=1e-4)  # LoRA-XS is near the base
+    trained = randomised(start)
+    (target,), buffers = trained.sites, trained.buffers["w"]
+    v = np.asarray(inner.acts.weight(trained.base["w"], target, trained.factors["w"], buffers).dense(), np.float64)
+    gain = factor(trained, "magnitude") / np.linalg.norm(v, axis=0, keepdims=True)
+    np.testing.assert_allclose(jlora.merge(trained)["w"], gain * v, rtol=1e-3, atol=1e-4)
+
+
 def test_oft_keeps_the_angles_between_outputs():
     adapted = randomised(one(jlora.oft(8)))
     w, turned = (np.asarray(x, np.float64) for x in (adapted.base["w"], jlora.merge(adapted)["w"]))
@@ -395,7 +410,11 @@ def on_x(params, x):
         (lambda: jlora.oft(1), "block_size must be at least 2: a block of 1 does not rotate"),
         (lambda: jlora.apply(PARAMS, method=jlora.oft(5)), "oft: block_size=5 does not divide the 16 inputs of 'kernel'"),
         (lambda: jlora.dylora(4, minimum=5), "minimum must be at most the rank, 4, not 5"),
-        (lambda: jlora.dora(jlora.vera(4)), "dora(inner): inner must be an additive low-rank method (lora, rslora, loraplus, lora_fa, dylora), not vera"),
+        (lambda: jlora.dora(jlora.ia3()), "dora(inner): inner must be an additive low-rank method, as lora is, not ia3"),
+        (lambda: jlora.dora(jlora.oft(4)), "dora(inner): inner must be an additive low-rank method, as lora is, not oft"),
+        (lambda: jlora.dora(jlora.dora(4)), "dora(inner): inner must be an additive low-rank method, as lora is, not dora"),
+        (lambda: jlora.dora(jlora.eva(4)), "dora(inner): inner must be an additive low-rank method, as lora is, not eva"),
+        (lambda: jlora.dora(jlora.bitfit()), "dora(inner): inner must be an additive low-rank method, as lora is, not bitfit"),
         (lambda: jlora.apply(PARAMS, method=jlora.bitfit()), "bitfit: no leaf fits "),
         (lambda: jlora.apply(PARAMS, method=jlora.norms()), "norms: no leaf fits "),
         (lambda: jlora.apply(PARAMS, method=jlora.top_layers(1)), "top_layers: no path has a layer's number"),
