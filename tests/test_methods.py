@@ -566,7 +566,7 @@ def test_a_column_of_zeros_stays_finite():
         (lambda: jlora.lora(2, alpha=math.inf), "alpha must be a finite number, not inf"),
         (
             lambda: jlora.dora(jlora.dora(2)),
-            "dora(inner): inner must be an additive low-rank method (lora, rslora, loraplus, lora_fa, dylora), not dora",
+            "dora(inner): inner must be an additive low-rank method, as lora is, not dora",
         ),
         (
             lambda: from_json({"name": "lorra"}),

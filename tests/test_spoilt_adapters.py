@@ -430,12 +430,14 @@ def test_saving_onto_a_spoilt_folder(good, tmp_path):
 
 
 def test_every_field_has_a_check():
-    assert set(records.SITE) == {field.name for field in dataclasses.fields(Site)}
+    chosen = {field.name for field in dataclasses.fields(jlora.Target)} - {"site"}
+    assert set(records.SITE) == {field.name for field in dataclasses.fields(Site)} | chosen
     assert set(records.EXTRA) == {field.name for field in dataclasses.fields(Extra)}
 
 
 OPTIONS = {
     "adalora": {"total_steps": 9}, "dora": {"inner": {"name": "lora", "rank": 2}}, "top_layers": {"count": 1}, "oft": {"block_size": 2},
+    "together": {"*methods": [{"name": "oft", "block_size": 2}, [{"name": "ia3"}, ["mlp", "out"]]]},
     "ia3": {}, "full": {}, "bitfit": {}, "norms": {}, "p_tuning": {"length": 2}, "prefix_tuning": {"length": 2}, "prompt_tuning": {"length": 2},
 }  # fmt: skip
 

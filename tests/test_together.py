@@ -106,7 +106,7 @@ def test_leaves_are_trained_beside_it():
     ],
 )  # fmt: skip
 def test_what_contradicts_itself_is_said(make, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
         make()
 
 
