@@ -13,7 +13,7 @@ from jlora.methods.matrix import a_form, a_matrix, matrices, sizes, without_stac
 from jlora.transform.explicit import on_auto_axes
 from jlora.transform.lift import run
 from jlora.transform.product import probe
-from jlora.transform.sites import Target
+from jlora.transform.sites import Site, Target
 from jlora.transform.trace import Trace
 from jlora.transform.weight import Weight
 
@@ -25,7 +25,7 @@ def statistics(
     fn: Callable[..., Any],
     params: Any,
     batches: Iterable[Any],
-    sites: Sequence[Target],
+    sites: Sequence[Site | Target],
     method: str,
     mask: Mask | None = None,
 ) -> dict[str, jax.Array]:
@@ -101,7 +101,7 @@ def _zero(sums: dict[str, jax.Array]) -> frozenset[str]:
 
 
 def _covariances(
-    fn: Callable[..., Any], sites: Sequence[Target], mask: Mask | None, hidden: Collection[str]
+    fn: Callable[..., Any], sites: Sequence[Site | Target], mask: Mask | None, hidden: Collection[str]
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
     """The sums of one batch, over every input of the `hidden` weights, and over those of the others that matter."""
 
@@ -146,13 +146,13 @@ def _probed(x: jax.Array, kept: jax.Array | None) -> jax.Array:
     return jnp.sum(jnp.where(kept.astype(bool).reshape(kept.shape + (1,) * (x.ndim - kept.ndim)), x, 0))
 
 
-def _observed(w: jax.Array, site: Target, total: jax.Array, every_row: bool) -> Weight:
-    one = a_form(jnp.eye(sizes(site)[1], dtype=jnp.float32)[None], without_stack(site.site))
+def _observed(w: jax.Array, site: Site | Target, total: jax.Array, every_row: bool) -> Weight:
+    one = a_form(jnp.eye(sizes(site)[1], dtype=jnp.float32)[None], without_stack(site))
     origin = tuple((i,) for i in range(w.ndim))
     return Weight(w, total, one, path=site.path, origin=origin, observed=True, every_row=every_row)
 
 
-def _gradients(fn: Callable[..., Any], sites: Sequence[Target]) -> Callable[[Any, Any], dict[str, jax.Array]]:
+def _gradients(fn: Callable[..., Any], sites: Sequence[Site | Target]) -> Callable[[Any, Any], dict[str, jax.Array]]:
     def gradients(params: Any, batch: Any) -> dict[str, jax.Array]:
         named, structure = tree.leaves(params)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jlora.transform.sites import Site
+from jlora.transform.sites import Site, Target
 
 
 class HasAxes(Protocol):
@@ -67,9 +67,10 @@ def b_matrix(b: jax.Array, site: HasAxes) -> jax.Array:
     return jnp.swapaxes(_matrix(b, site, site.out_axes), -1, -2)
 
 
-def without_stack(site: Site) -> Site:
+def without_stack(site: Site | Target) -> Site:
     """The site of one of its stacked weights, with the same number of axes."""
-    return dataclasses.replace(site, shape=tuple(1 if i in site.stack_axes else n for i, n in enumerate(site.shape)))
+    found = site.site if isinstance(site, Target) else site
+    return dataclasses.replace(found, shape=tuple(1 if i in site.stack_axes else n for i, n in enumerate(site.shape)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
