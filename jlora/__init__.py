@@ -5,12 +5,12 @@ from jlora import methods as methods
 from jlora import models as models
 from jlora.adapted.adapted import Adapted as Adapted
 from jlora.adapted.adapted import Count as Count
-from jlora.adapted.adapted import apply as apply
 from jlora.adapted.adapted import combine as combine
 from jlora.adapted.adapted import count as count
 from jlora.adapted.adapted import mask as mask
 from jlora.adapted.adapted import partition as partition
 from jlora.adapted.adapted import with_key as with_key
+from jlora.adapted.apply import apply as apply
 from jlora.adapted.convert import scale as scale
 from jlora.adapted.convert import to_lora as to_lora
 from jlora.adapted.convert import to_plain as to_plain
