@@ -22,6 +22,7 @@ from jlora.adapted.merge import merge as merge
 from jlora.adapted.merge import rounding as rounding
 from jlora.adapted.merge import unmerge as unmerge
 from jlora.adapted.select import Extra as Extra
+from jlora.adapted.statistics import measure as measure
 from jlora.checkpoint import Checkpoints as Checkpoints
 from jlora.checkpoint import load as load
 from jlora.checkpoint import save as save

@@ -26,7 +26,7 @@ TRANSFORM = (
     ("sites",),
     ("intercept",),
 )
-ADAPTED = (("select", "statistics"), ("adapted",), ("apply", "merge", "convert", "explain"))
+ADAPTED = (("select",), ("statistics", "adapted"), ("apply", "merge", "convert", "explain"))
 LAYERS = (
     ("tree",),
     *(tuple(f"transform.{name}" for name in row) for row in TRANSFORM),

@@ -1,5 +1,7 @@
-"""`apply`: parameters split into a frozen base and trainable factors."""
+"""`apply` in three steps: `choose`, with every refusal; `start`, the initial arrays; and `from_arrays`."""
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +21,11 @@ from jlora.adapted.select import (
     select_parts,
     warn_of_left_out,
 )
-from jlora.adapted.statistics import statistics
+from jlora.adapted.statistics import Mask, measure, shape_of
 from jlora.methods import Method, lora, nearest
-from jlora.methods.acts import Arrays
+from jlora.methods.acts import Arrays, Factors
 from jlora.transform.explicit import on_auto_axes
-from jlora.transform.sites import Site
+from jlora.transform.sites import Site, Target
 
 
 def apply(
@@ -38,9 +40,10 @@ def apply(
     alphas: Mapping[str, float] | None = None,
     extras: str | Sequence[str] | Mapping[str, Sequence[int] | None] = (),
     key: int | jax.Array = 0,
+    statistics: Mapping[str, jax.Array] | None = None,
     fn: Callable[..., Any] | None = None,
     batches: Iterable[Any] | None = None,
-    mask: Callable[[Any], jax.Array] | None = None,
+    mask: Mask | None = None,
 ) -> Adapted:
     """Splits parameters into a frozen base and trainable low-rank factors.
 
@@ -57,11 +60,9 @@ def apply(
       extras: leaves to train as they are (biases, norms, a new head): patterns, or {pattern: row numbers} for some rows
         of an embedding.
       key: seed or key of the factors' initial values. Each site's own is folded from it by path.
-      fn, batches: for the methods that start from data (eva, corda, lora_ga): `fn(params, batch)`, a loss or any other
-        function of the model, and some batches of the task. Progress is shown on a terminal.
-      mask: for eva and corda, where `fn` returns logits or hidden states: batch -> which of their positions are real,
-        (batch, length) or any other leading axes. An input of a weight is counted if a real position depends on it. A
-        loss leaves padding out by itself.
+      statistics: for the methods that start from data (eva, corda, lora_ga): what `jlora.measure` gives for the same
+        targets, or for more than these.
+      fn, batches, mask: the arguments of `measure`, which `apply` calls itself. Deprecated: until 0.3.
 
     Returns:
       An `Adapted`.
@@ -73,7 +74,8 @@ def apply(
 
     Raises:
       ValueError: for a rank that is no integer of at least 1, a pattern that matches nothing, a tree without arrays, a
-        weight that is integer or complex or whose axes cannot be told, and rules that contradict each other.
+        weight that is integer or complex or whose axes cannot be told, rules that contradict each other, and
+        statistics that are not those of the targets.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -81,62 +83,95 @@ def apply(
       >>> {name: factor.shape for name, factor in adapted.factors["kernel"].items()}
       {'A': (6, 1, 2), 'B': (1, 4, 2)}
     """
-    if isinstance(params, Adapted):
-        raise TypeError("apply: the parameters are adapted already; merge(adapted) first, or apply to adapted.base")
-    _check_modules(params)
-    if isinstance(rank, Method):
-        raise TypeError(
-            f"apply: the second argument is a rank; give the method by name: apply(params, method={rank!r})"
-        )
-    if method is not None and not isinstance(method, Method):
-        raise TypeError(f"apply: method is a Method such as jlora.rslora(16), not {method!r}{_nearest_to(method)}")
-    if method is None and rank is None and targets != ():
-        raise ValueError("apply: give a rank, or a method such as jlora.rslora(16)")
-    if method is not None and (rank is not None or alpha is not None):
-        raise ValueError(f"apply: {method!r} has its own rank and alpha: leave rank= and alpha= out")
-    method = lora(1 if rank is None else rank, alpha) if method is None else method
+    choice = choose(params, rank, method, alpha, targets, sites, ranks or {}, alphas or {}, extras)
+    if not (fn is None and batches is None and mask is None):
+        statistics = _measured(choice, fn, batches, mask, statistics)
+    chosen, arrays = start(choice, tree.as_key(key), statistics)
+    adapted = from_arrays(choice.params, arrays, choice.method, chosen, choice.extras)
+    check_activations(adapted)
+    return adapted
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `apply` is to adapt and to train.
+
+    Attributes:
+      params: the tree, in the dtypes that JAX computes in.
+      method: how.
+      targets: the weights, in tree order, each with its rank and alpha.
+      extras: the leaves to train as they are, the method's own among them.
+    """
+
+    params: Any
+    method: Method
+    targets: tuple[Target, ...]
+    extras: tuple[Extra, ...]
+
+
+def choose(
+    params: Any,
+    rank: int | None,
+    method: Method | None,
+    alpha: float | None,
+    targets: Pattern | None,
+    sites: Iterable[Site] | None,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    extras: Any,
+) -> Choice:
+    """Reads the rules of `apply`, whose arguments these are; raises and warns what it says. No array is made."""
+    _check_params(params)
+    method = _method_of(rank, method, alpha, targets)
     params = tree.canonical(params)
     named, _ = tree.leaves(params)
     if not any(hasattr(leaf, "dtype") for leaf in named.values()):
         raise ValueError("apply: the tree of parameters holds no arrays")
-    known = known_sites(params, named, sites)
+    known, from_program = known_sites(params, named, sites), sites is not None
     rules = rules_of(method, targets, known)
-    extra = select_extras(named, extras)
+    given = select_extras(named, extras)
     own = {path: Extra(path, rows) for path, rows in method.acts.trained(named, known).items()}
-    own |= {e.path: e for e in extra}
-    extra = tuple(own[path] for path in named if path in own)
-    from_program = sites is not None
-    selected = select_parts(known, method, rules, {e.path for e in extra}, read_from_program=from_program)
-    chosen = resolve(selected, method, ranks or {}, alphas or {})
+    own |= {extra.path: extra for extra in given}
+    selected = select_parts(known, method, rules, set(own), read_from_program=from_program)
+    chosen = resolve(selected, method, ranks, alphas)
+    adapted = {target.path for target in chosen}
     if None in rules:
-        trained = {site.path for site in chosen} | {e.path for e in extra}
-        warn_of_left_out(known, trained, read_from_program=from_program)
-    both = [e.path for e in extra if e.path in {site.path for site in chosen}]
+        warn_of_left_out(known, adapted | set(own), read_from_program=from_program)
+    both = [path for path in named if path in own and path in adapted]
     if both:
         raise ValueError(
             f"contradicting rules: {both[0]!r} is matched by targets= (train factors of it) and by extras= (train the "
             "weight itself); keep one of them"
         )
-    root = tree.as_key(key)
-    measured: dict[str, jax.Array] = {}
-    if not method.acts.statistic and not (fn is None and batches is None and mask is None):
-        needless = "mask=" if fn is None and batches is None else "fn= and batches="
-        raise ValueError(f"apply: {method.name} does not start from data: leave {needless} out")
-    for number, part in ((i, part) for i, (part, _) in enumerate(method.parts) if part.acts.statistic):
-        if fn is None or batches is None:
-            raise ValueError(f"apply: {part.name} starts from data: pass fn= (of params and a batch) and batches=")
-        batches = list(batches) if len(method.parts) > 1 and not hasattr(batches, "shape") else batches
-        its = [site for site in chosen if site.part == number]
-        measured |= statistics(part.acts.statistic, fn, params, batches, its, part.name, mask)
-    chosen, arrays = method.acts.start(root, named, chosen, measured)
-    arrays |= {e.path: _initial_extra(named[e.path], e) for e in extra}
-    adapted = from_arrays(params, arrays, method, chosen, extra)
-    check_activations(adapted)
-    return adapted
+    return Choice(params, method, chosen, tuple(own[path] for path in named if path in own))
 
 
-def _check_modules(params: Any) -> None:
+def start(
+    choice: Choice, key: jax.Array, statistics: Mapping[str, jax.Array] | None = None
+) -> tuple[tuple[Target, ...], Factors]:
+    """The initial arrays of a choice, by path, and its targets: a data-driven method may change ranks.
+
+    Args:
+      choice: from `choose`.
+      key: each target's own is folded from it by path.
+      statistics: of the targets whose method starts from data; those of other weights are not read.
+
+    Raises:
+      ValueError: for statistics that are missing or are not those of the targets, or that no method reads.
+    """
+    named, _ = tree.leaves(choice.params)
+    _check_statistics(choice, statistics)
+    chosen, arrays = choice.method.acts.start(key, named, choice.targets, statistics or {})
+    return chosen, arrays | {extra.path: _initial_extra(named[extra.path], extra) for extra in choice.extras}
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _check_params(params: Any) -> None:
     """An NNX module as the parameters would lose the updates of its other state inside the trace."""
+    if isinstance(params, Adapted):
+        raise TypeError("apply: the parameters are adapted already; merge(adapted) first, or apply to adapted.base")
     modules = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Module))
     for module in (m for m in modules if isinstance(m, nnx.Module)):
         kinds = {type(leaf).__name__ for _, leaf in nnx.iter_graph(module) if isinstance(leaf, nnx.Variable)}
@@ -148,8 +183,84 @@ def _check_modules(params: Any) -> None:
             )
 
 
-def _nearest_to(given: Any) -> str:
-    return f"; the nearest name is jlora.{nearest(given)}" if isinstance(given, str) else ""
+def _method_of(rank: Any, method: Any, alpha: float | None, targets: Pattern | None) -> Method:
+    if isinstance(rank, Method):
+        raise TypeError(
+            f"apply: the second argument is a rank; give the method by name: apply(params, method={rank!r})"
+        )
+    if method is None:
+        if rank is None and targets != ():
+            raise ValueError("apply: give a rank, or a method such as jlora.rslora(16)")
+        return lora(1 if rank is None else rank, alpha)
+    if not isinstance(method, Method):
+        near = f"; the nearest name is jlora.{nearest(method)}" if isinstance(method, str) else ""
+        raise TypeError(f"apply: method is a Method such as jlora.rslora(16), not {method!r}{near}")
+    if rank is not None or alpha is not None:
+        raise ValueError(f"apply: {method!r} has its own rank and alpha: leave rank= and alpha= out")
+    return method
+
+
+def _from_data(choice: Choice) -> dict[str, tuple[Method, list[Target]]]:
+    """By statistic: a method that starts from it, and the targets of which it is needed."""
+    found: dict[str, tuple[Method, list[Target]]] = {}
+    for target in choice.targets:
+        method = choice.method.of(target)
+        if method.acts.statistic:
+            found.setdefault(method.acts.statistic, (method, []))[1].append(target)
+    return found
+
+
+def _check_statistics(choice: Choice, statistics: Mapping[str, jax.Array] | None) -> None:
+    needed = _from_data(choice)
+    if statistics is not None and not needed:
+        raise ValueError(f"apply: {choice.method.name} does not start from data: leave statistics= out")
+    for kind, (method, targets) in needed.items():
+        call = f"statistics = jlora.measure(fn, params, batches, sites, {kind!r})"
+        if statistics is None:
+            raise ValueError(f"apply: {method.name} starts from data: {call}, and pass statistics=")
+        for target in targets:
+            if target.path not in statistics:
+                raise ValueError(
+                    f"apply: statistics= lack {target.path!r}, whose {kind} {method.name} starts from: {call} of the "
+                    "same targets"
+                )
+            shape, expected = jnp.shape(statistics[target.path]), shape_of(kind, target.site)
+            if shape != expected:
+                raise ValueError(
+                    f"apply: statistics= are those of other weights, or of another kind: {target.path!r} has shape "
+                    f"{shape}, and its {kind} {expected}"
+                )
+
+
+def _measured(
+    choice: Choice,
+    fn: Callable[..., Any] | None,
+    batches: Iterable[Any] | None,
+    mask: Mask | None,
+    statistics: Mapping[str, jax.Array] | None,
+) -> dict[str, jax.Array]:
+    """What `measure` gives for the targets, where `apply` is given a function and batches."""
+    warnings.warn(
+        "apply(fn=, batches=, mask=) goes in jlora 0.3: statistics = jlora.measure(fn, params, batches, sites, "
+        "method.acts.statistic), and apply(statistics=statistics)",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    needed = _from_data(choice)
+    if not needed:
+        needless = "mask=" if fn is None and batches is None else "fn= and batches="
+        raise ValueError(f"apply: {choice.method.name} does not start from data: leave {needless} out")
+    if fn is None or batches is None or statistics is not None:
+        name = next(iter(needed.values()))[0].name
+        raise ValueError(
+            f"apply: {name} starts from data: pass statistics=, or fn= (of params and a batch) and batches="
+        )
+    several = list(batches) if len(needed) > 1 else batches
+    found: dict[str, jax.Array] = {}
+    for kind, (_, targets) in needed.items():
+        sites = [target.site for target in targets]
+        found |= measure(fn, choice.params, several, sites, kind, mask=mask)
+    return found
 
 
 def _initial_extra(leaf: Any, extra: Extra) -> Arrays:

@@ -54,23 +54,25 @@ def check_axes(sites: Sequence[Site], where: str) -> None:
             )
 
 
-def select(known: Sequence[Site], targets: Pattern | None, *, read_from_program: bool) -> list[Site]:
-    """The sites that `targets=` names, each of which can be adapted."""
+def select(
+    known: Sequence[Site], targets: Pattern | None, *, read_from_program: bool, caller: str = "apply"
+) -> list[Site]:
+    """The sites that `targets=` of a caller names, each of which can be adapted."""
     if targets is None:
         chosen = [site for site in known if site.kind in ("linear", "conv", "unknown")]
         if not chosen:
             tables = [site.path for site in known if site.kind == "embedding"]
             if read_from_program and tables:
                 raise ValueError(
-                    "apply: the program only looks rows up, and tables are no default targets: choose them, as "
+                    f"{caller}: the program only looks rows up, and tables are no default targets: choose them, as "
                     f"targets={tables[0]!r}. Leaves: {listing(known)}"
                 )
             if read_from_program:
                 raise ValueError(
-                    f"apply: the program contracts none of the leaves with an input: {listing(known)}. {_BY_HAND}"
+                    f"{caller}: the program contracts none of the leaves with an input: {listing(known)}. {_BY_HAND}"
                 )
             raise ValueError(
-                "apply: none of the leaves is a linear layer by Flax's conventions (a 'kernel'); pass "
+                f"{caller}: none of the leaves is a linear layer by Flax's conventions (a 'kernel'); pass "
                 f"sites=jlora.sites(fn, params, *args) to read them from the program. Leaves: {listing(known)}"
             )
     elif callable(targets):
@@ -146,7 +148,7 @@ def warn_of_left_out(known: Sequence[Site], trained: Collection[str], *, read_fr
     warnings.warn(
         f"apply: {len(left)} weights of two axes or more stay as they are, since {why}, or leave them out with "
         f"targets=: {', '.join(which)}",
-        stacklevel=3,
+        stacklevel=4,  # of apply's caller: choose and this stand between
     )
 
 

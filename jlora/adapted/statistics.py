@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
+from jlora.adapted.select import Pattern, known_sites, select
 from jlora.methods.matrix import a_form, a_matrix, matrices, sizes, without_stack
 from jlora.transform.explicit import on_auto_axes
 from jlora.transform.lift import run
@@ -18,81 +19,122 @@ from jlora.transform.trace import Trace
 from jlora.transform.weight import Weight
 
 Mask = Callable[[Any], jax.Array]
+STATISTICS = ("covariance", "gradient")
 
 
-def statistics(
-    kind: str,
+def measure(
     fn: Callable[..., Any],
     params: Any,
     batches: Iterable[Any],
-    sites: Sequence[Site | Target],
-    method: str,
+    sites: Iterable[Site] | None,
+    statistic: str,
+    *,
+    targets: Pattern | None = None,
     mask: Mask | None = None,
 ) -> dict[str, jax.Array]:
-    """Means over the batches, by path, as matrices.
+    """Means over batches of what a program shows of its weights: what eva, corda (covariance) and lora_ga start from.
 
     Covariances count the inputs x that matter to the result of `fn`: those for which what the weight makes of x has a
     cotangent that is not zero. Padding that the loss leaves out, and that no attention sees, is not counted. A weight
     all of whose inputs have no effect on the result of the first batch (behind weights that start at zero) counts every
     one of them; with `mask` it is an error, since which of its inputs belong to the positions that matter is not known.
+    Progress is shown on a terminal.
 
     Args:
-      kind: "covariance", the sum of x x^T over the inputs x of each weight: (stack, inputs, inputs); or "gradient", the
-        mean gradient of the loss with respect to it: (stack, inputs, outputs). Both float32.
       fn: (params, batch) -> a scalar loss for gradients, anything for covariances.
       params: the tree.
       batches: at least one.
-      sites: the weights, each of them used in products of rows with a matrix ("linear") for covariances.
-      method: the name, for messages.
-      mask: of covariances: batch -> which positions of `fn`'s result matter, of its leading axes.
+      sites: as in `apply`.
+      statistic: "covariance", the sum of x x^T over the inputs x of each weight: (stack, inputs, inputs); or
+        "gradient", that of the loss with respect to it: (stack, inputs, outputs). Both float32.
+        `method.acts.statistic` says which of them a method needs, "" for neither.
+      targets: as in `apply`; for covariances each of them is used in products of rows with a matrix ("linear").
+      mask: of covariances, where `fn` returns logits or hidden states: batch -> which of their positions are real,
+        (batch, length) or any other leading axes. An input of a weight is counted if a real position depends on it. A
+        loss leaves padding out by itself.
+
+    Returns:
+      {path: matrices} for `apply(statistics=)`. Of `together`, each method's targets are measured for it: `a | b`.
 
     Raises:
       ValueError: if there is no batch, if `fn` does not take one, if the loss is no scalar, if a weight is no linear
         layer or is not reached, if the mask is none of `fn`'s result or nothing of a weight that it keeps matters, or
         if a sum is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params, method = {"kernel": jnp.ones((3, 2))}, jlora.eva(1)
+      >>> fn, batches = lambda params, x: x @ params["kernel"], [jnp.array([[1.0, 0.0, 2.0]])]
+      >>> sites = jlora.sites(fn, params, batches[0])
+      >>> statistics = jlora.measure(fn, params, batches, sites, method.acts.statistic)
+      >>> statistics["kernel"].tolist()
+      [[[1.0, 0.0, 2.0], [0.0, 0.0, 0.0], [2.0, 0.0, 4.0]]]
+      >>> jlora.apply(params, method=method, sites=sites, statistics=statistics).sites[0].rank
+      1
     """
+    if statistic not in STATISTICS:
+        raise ValueError(f"measure: statistic is one of {', '.join(map(repr, STATISTICS))}, not {statistic!r}")
     if hasattr(batches, "shape") or not isinstance(batches, Iterable):
         kind_of = "an array" if hasattr(batches, "shape") else repr(batches)
-        raise ValueError(f"{method}: batches= is a sequence of batches, not {kind_of}: [batch] for one")
-    if kind == "covariance":
-        odd = [site.path for site in sites if site.kind != "linear"]
-        if odd:
-            raise ValueError(f"{method}: {odd[0]!r} is no linear layer; leave it out with targets=")
-        built = next((site for site in sites if site.materialised), None)
-        if built is not None:
-            raise ValueError(
-                f"{method}: {built.path!r} is materialised by `{built.materialised}` before it meets its inputs, which "
-                "are seen where factors meet them; leave it out with targets="
-            )
+        raise ValueError(f"measure: batches= is a sequence of batches, not {kind_of}: [batch] for one")
+    params = tree.canonical(params)
+    known = known_sites(params, tree.leaves(params)[0], sites)
+    chosen = select(known, targets, read_from_program=sites is not None, caller="measure")
+    if statistic == "covariance":
+        _check_linear(chosen)
     elif mask is not None:
-        raise ValueError(f"{method}: it starts from the gradient of the loss, which masks by itself: leave mask= out")
+        raise ValueError("measure: the gradient is that of a loss, which masks by itself: leave mask= out")
+    return _means(statistic, fn, params, batches, chosen, mask)
+
+
+def shape_of(statistic: str, site: Site) -> tuple[int, int, int]:
+    """The shape of a weight's statistic."""
+    stack, inputs, outputs = sizes(site)
+    return stack, inputs, inputs if statistic == "covariance" else outputs
+
+
+def _check_linear(sites: Sequence[Site]) -> None:
+    odd = [site.path for site in sites if site.kind != "linear"]
+    if odd:
+        raise ValueError(f"measure: {odd[0]!r} is no linear layer; leave it out with targets=")
+    built = next((site for site in sites if site.materialised), None)
+    if built is not None:
+        raise ValueError(
+            f"measure: {built.path!r} is materialised by `{built.materialised}` before it meets its inputs, which "
+            "are seen where factors meet them; leave it out with targets="
+        )
+
+
+def _means(
+    kind: str, fn: Callable[..., Any], params: Any, batches: Iterable[Any], sites: Sequence[Site], mask: Mask | None
+) -> dict[str, jax.Array]:
     of_rows = lambda hidden: jax.jit(_covariances(fn, sites, mask, hidden))
-    measure = of_rows(frozenset()) if kind == "covariance" else jax.jit(_gradients(fn, sites))
+    of_batch = of_rows(frozenset()) if kind == "covariance" else jax.jit(_gradients(fn, sites))
     total: dict[str, jax.Array] | None = None
     count = 0
-    for batch in _shown(batches, method):
+    for batch in _shown(batches):
         try:
-            part = measure(params, batch)
+            part = of_batch(params, batch)
             if count == 0 and kind == "covariance" and mask is None and (hidden := _zero(part)):
-                measure = of_rows(hidden)
-                part = measure(params, batch)
+                of_batch = of_rows(hidden)
+                part = of_batch(params, batch)
         except (TypeError, ValueError, IndexError, KeyError) as error:
-            raise ValueError(f"{method}: fn(params, batch) fails on batch {count}: {error}") from error
+            raise ValueError(f"measure: fn(params, batch) fails on batch {count}: {error}") from error
         total = part if total is None else jax.tree.map(jnp.add, total, part)
         count += 1
     if total is None:
-        raise ValueError(f"{method}: batches= is empty")
+        raise ValueError("measure: batches= is empty")
     for path, value in total.items():
         if not bool(jnp.isfinite(value).all()):
-            raise ValueError(f"{method}: the {kind} of {path!r} is not finite")
+            raise ValueError(f"measure: the {kind} of {path!r} is not finite")
     for path in sorted(_zero(total)):
         if mask is not None:
             raise ValueError(
-                f"{method}: no input of {path!r} matters to what mask= keeps of fn's result: it keeps nothing in any "
+                f"measure: no input of {path!r} matters to what mask= keeps of fn's result: it keeps nothing in any "
                 "batch, or weights that are zero stand between the two; return the hidden states before these weights, "
                 "or cut padding off the batches and leave mask= out"
             )
-        raise ValueError(f"{method}: no {kind} reaches {path!r}: fn's result does not depend on it")
+        raise ValueError(f"measure: no {kind} reaches {path!r}: fn's result does not depend on it")
     return {path: value / count for path, value in total.items()}
 
 
@@ -101,7 +143,7 @@ def _zero(sums: dict[str, jax.Array]) -> frozenset[str]:
 
 
 def _covariances(
-    fn: Callable[..., Any], sites: Sequence[Site | Target], mask: Mask | None, hidden: Collection[str]
+    fn: Callable[..., Any], sites: Sequence[Site], mask: Mask | None, hidden: Collection[str]
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
     """The sums of one batch, over every input of the `hidden` weights, and over those of the others that matter."""
 
@@ -146,13 +188,13 @@ def _probed(x: jax.Array, kept: jax.Array | None) -> jax.Array:
     return jnp.sum(jnp.where(kept.astype(bool).reshape(kept.shape + (1,) * (x.ndim - kept.ndim)), x, 0))
 
 
-def _observed(w: jax.Array, site: Site | Target, total: jax.Array, every_row: bool) -> Weight:
+def _observed(w: jax.Array, site: Site, total: jax.Array, every_row: bool) -> Weight:
     one = a_form(jnp.eye(sizes(site)[1], dtype=jnp.float32)[None], without_stack(site))
     origin = tuple((i,) for i in range(w.ndim))
     return Weight(w, total, one, path=site.path, origin=origin, observed=True, every_row=every_row)
 
 
-def _gradients(fn: Callable[..., Any], sites: Sequence[Site | Target]) -> Callable[[Any, Any], dict[str, jax.Array]]:
+def _gradients(fn: Callable[..., Any], sites: Sequence[Site]) -> Callable[[Any, Any], dict[str, jax.Array]]:
     def gradients(params: Any, batch: Any) -> dict[str, jax.Array]:
         named, structure = tree.leaves(params)
 
@@ -169,7 +211,7 @@ def _gradients(fn: Callable[..., Any], sites: Sequence[Site | Target]) -> Callab
     return gradients
 
 
-def _shown(batches: Iterable[Any], method: str) -> Iterator[Any]:
+def _shown(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches, with a line of progress where a person is watching."""
     started = time.monotonic()
     known = f" of {len(batches)}" if isinstance(batches, Sized) else ""
@@ -177,7 +219,7 @@ def _shown(batches: Iterable[Any], method: str) -> Iterator[Any]:
     done = 0
     for done, batch in enumerate(batches, 1):
         if watched:
-            print(f"\r{method}: batch {done}{known}, {time.monotonic() - started:.0f} s", end="", file=sys.stderr)
+            print(f"\rmeasure: batch {done}{known}, {time.monotonic() - started:.0f} s", end="", file=sys.stderr)
         yield batch
     if watched and done:
         print(file=sys.stderr)
