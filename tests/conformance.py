@@ -54,6 +54,12 @@ def adapt(case: Case) -> jlora.Adapted:
     return jlora.apply(case.params, method=jlora.lora(RANK, ALPHA), sites=sites, targets=targets)
 
 
+def measured(method: jlora.Method, fn: Callable, params: Any, batches: Any, sites: Any = None, **options: Any) -> dict:
+    """The `statistics=` of `apply` for a method that starts from data; nothing for another."""
+    kind = method.acts.statistic
+    return {"statistics": jlora.measure(fn, params, batches, sites, kind, **options)} if kind else {}
+
+
 def randomised(adapted: jlora.Adapted, size: float = 0.3) -> jlora.Adapted:
     """Factors as after some training: none of them zero."""
     factors = {

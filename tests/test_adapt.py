@@ -260,11 +260,11 @@ ERRORS = {
         "apply: rslora(rank=2, alpha=None, init='gaussian', dropout=0.0) has its own rank and alpha: leave rank= and alpha= out",
     ),
     "data without need": (
-        lambda p: jlora.apply(p, rank=2, fn=predict, batches=[X]), "apply: lora does not start from data: leave fn= and batches="
+        lambda p: jlora.apply(p, rank=2, statistics={}), "apply: lora does not start from data: leave statistics= out"
     ),
     "an array for batches": (
-        lambda p: jlora.apply(p, method=jlora.eva(2), fn=predict, batches=X),
-        "eva: batches= is a sequence of batches, not an array: [batch] for one",
+        lambda p: jlora.measure(predict, p, X, None, "covariance"),
+        "measure: batches= is a sequence of batches, not an array: [batch] for one",
     ),
     "rank of a rule": (
         lambda p: jlora.apply(p, rank=2, ranks={"up": 0}), "ranks['up'] must be at least 1, not 0"

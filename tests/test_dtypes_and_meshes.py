@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
-from tests.conformance import close, normal, randomised
+from tests.conformance import close, measured, normal, randomised
 
 P = PartitionSpec
 IN, OUT, ROWS = 8, 6, 16
@@ -70,8 +70,7 @@ def test_rows_out_of_bounds_are_filled_as_the_model_says(method):
 def test_an_adapter_made_in_a_program_of_64_bits_is_saved_and_loaded(method, tmp_path):
     with jax.enable_x64(True):
         params = {"kernel": normal(IN, OUT)}
-        options = {"fn": loss_fn, "batches": [normal(ROWS, IN)]} if method.acts.statistic else {}
-        start = jlora.apply(params, method=method, **options)
+        start = jlora.apply(params, method=method, **measured(method, loss_fn, params, [normal(ROWS, IN)]))
         assert {x.dtype for x in jax.tree.leaves((start.factors, start.buffers))} == {jnp.dtype("float32")}
         jlora.save(tmp_path, start)
         chex.assert_trees_all_equal(jlora.load(tmp_path, params), start)

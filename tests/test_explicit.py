@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora.checkpoint import fingerprint
-from tests.conformance import close, normal
+from tests.conformance import close, measured, normal
 
 D, F, B, L = 16, 8, 12, 2
 # One kernel for each way to lie on the mesh. The stacked one is (layers, outputs, inputs).
@@ -65,9 +65,10 @@ def batch() -> dict:
 
 def adapt(name: str, base: dict, x: dict) -> jlora.Adapted:
     method = METHODS[name]
-    options = {"fn": loss_of, "batches": [x]} if method.acts.statistic else {}
+    options = {}
     if name != "full":
         options |= {"extras": {"whole": None, "rows": [1, 5]}, "targets": ["inputs", "both", "stack"]}
+    options |= measured(method, loss_of, base, [x], SITES, targets=options.get("targets"))
     return jlora.apply(base, method=method, sites=SITES, key=3, **options)
 
 

@@ -115,5 +115,5 @@ def test_a_start_from_inputs_needs_a_weight_that_meets_them():
     params = {"w": normal(8, 6), "kernel": normal(8, 6)}
     fn = lambda p, x: x @ jnp.exp(p["w"]) + x @ p["kernel"]
     sites = jlora.sites(fn, params, normal(5, 8))
-    with pytest.raises(ValueError, match="eva: 'w' is materialised by `exp` before it meets its inputs"):
-        jlora.apply(params, method=jlora.eva(2), sites=sites, fn=fn, batches=[normal(5, 8)])
+    with pytest.raises(ValueError, match="measure: 'w' is materialised by `exp` before it meets its inputs"):
+        jlora.measure(fn, params, [normal(5, 8)], sites, "covariance")

@@ -14,7 +14,7 @@ from jlora.methods.adalora import Schedule, budget, lowest
 from jlora.methods.lokr import small_side
 from jlora.methods.oft import cayley, rotation
 from jlora.methods.selective import BIAS, LAYER, NORM
-from tests.conformance import close, normal, randomised
+from tests.conformance import close, measured, normal, randomised
 
 D, F, L = 16, 24, 3
 X, Y = normal(10, D), normal(10, F, seed=1)
@@ -29,6 +29,11 @@ def factor(adapted: jlora.Adapted, name: str) -> np.ndarray:
     return np.asarray(
         adapted.factors["w"][name] if name in adapted.factors["w"] else adapted.buffers["w"][name], np.float64
     )
+
+
+def from_data(params, method: jlora.Method, fn, batches) -> jlora.Adapted:
+    sites = jlora.sites(on_x, PARAMS, X)
+    return jlora.apply(params, method=method, sites=sites, **measured(method, fn, params, batches, sites))
 
 
 def forward(params, x):
@@ -380,12 +385,12 @@ def on_x(params, x):
         (lambda: jlora.pissa(2, alpha="2"), "alpha must be a finite number, not '2'"),
         (lambda: jlora.apply(PARAMS, method=jlora.pissa(2), alphas={"kernel": -1.0}), "pissa: alpha of 'kernel' must be positive, not -1.0"),
         (lambda: jlora.apply({"kernel": PARAMS["kernel"] * 0}, method=jlora.pissa(2)), "pissa: 'kernel', or one of its stacked weights, is zero: what its SVD gives is zero, too, where factors have no gradient; leave it out with targets="),
-        (lambda: jlora.apply({"kernel": PARAMS["kernel"].at[0, 0].set(jnp.nan)}, method=jlora.corda(2), fn=on_x, batches=[X], sites=jlora.sites(on_x, PARAMS, X)), "corda: 'kernel' has values that are not finite"),
-        (lambda: jlora.apply({"kernel": PARAMS["kernel"] * 0}, method=jlora.corda(2), fn=on_x, batches=[X], sites=jlora.sites(on_x, PARAMS, X)), "corda: 'kernel', or one of its stacked weights, is zero"),
-        (lambda: jlora.apply(PARAMS, method=jlora.eva(2), fn=on_x, batches=[X, X[:, :3]], sites=jlora.sites(on_x, PARAMS, X)), "eva: fn(params, batch) fails on batch 1: dot_general requires"),
-        (lambda: jlora.apply(PARAMS, method=jlora.eva(2), fn=lambda p, x: x, batches=[X], sites=jlora.sites(on_x, PARAMS, X)), "eva: fn(params, batch) fails on batch 0: 1 of 1 adapted weights are never read by '<lambda>': 'kernel'"),
-        (lambda: jlora.apply(PARAMS, method=jlora.lora_ga(2), fn=lambda p, x: jnp.sum(x), batches=[X], sites=jlora.sites(on_x, PARAMS, X)), "lora_ga: no gradient reaches 'kernel': fn's result does not depend on it"),
-        (lambda: jlora.apply(PARAMS, method=jlora.lora_ga(2), fn=lambda p, x: jnp.sum(on_x(p, x)), batches=[X * jnp.nan], sites=jlora.sites(on_x, PARAMS, X)), "lora_ga: the gradient of 'kernel' is not finite"),
+        (lambda: from_data({"kernel": PARAMS["kernel"].at[0, 0].set(jnp.nan)}, jlora.corda(2), on_x, [X]), "corda: 'kernel' has values that are not finite"),
+        (lambda: from_data({"kernel": PARAMS["kernel"] * 0}, jlora.corda(2), on_x, [X]), "corda: 'kernel', or one of its stacked weights, is zero"),
+        (lambda: from_data(PARAMS, jlora.eva(2), on_x, [X, X[:, :3]]), "measure: fn(params, batch) fails on batch 1: dot_general requires"),
+        (lambda: from_data(PARAMS, jlora.eva(2), lambda p, x: x, [X]), "measure: fn(params, batch) fails on batch 0: 1 of 1 adapted weights are never read by '<lambda>': 'kernel'"),
+        (lambda: from_data(PARAMS, jlora.lora_ga(2), lambda p, x: jnp.sum(x), [X]), "measure: no gradient reaches 'kernel': fn's result does not depend on it"),
+        (lambda: from_data(PARAMS, jlora.lora_ga(2), lambda p, x: jnp.sum(on_x(p, x)), [X * jnp.nan]), "measure: the gradient of 'kernel' is not finite"),
         (lambda: jlora.olora(2, alpha=math.nan), "alpha must be a finite number, not nan"),
         (lambda: jlora.corda(2, alpha=-1), "alpha must be positive, not -1"),
         (lambda: jlora.loha(2, alpha=0), "alpha must not be 0: the factors would have no effect and no gradient"),

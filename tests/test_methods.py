@@ -20,7 +20,7 @@ import jlora
 from jlora.methods import from_json, to_json
 from jlora.methods.lora import low_rank_init
 from jlora.models.attention import DotProductAttention
-from tests.conformance import close, normal, optimized, randomised
+from tests.conformance import close, measured, normal, optimized, randomised
 
 LINEAR, WINDOWED, EVERY = ("linear",), ("linear", "conv"), ("linear", "conv", "embedding")
 
@@ -164,11 +164,11 @@ def loss_of(name: str) -> Callable:
 def adapted(name: str, dtype=jnp.float32) -> jlora.Adapted:
     row, (fn, base) = METHODS[name], model(name)
     base = jax.tree.map(lambda x: x.astype(dtype), base)
-    options = {"fn": loss_of(name), "batches": [IDS, IDS[::-1]]} if row.make().acts.statistic else {}
-    if row.kinds:
-        options["targets"] = lambda site: site.kind in row.kinds
+    method, sites = row.make(), jlora.sites(fn, base, IDS)
+    options = {"targets": lambda site: site.kind in row.kinds} if row.kinds else {}
+    options |= measured(method, loss_of(name), base, [IDS, IDS[::-1]], sites, **options)
     extras = "head/bias" if row.linen else "scale"
-    return jlora.apply(base, method=row.make(), sites=jlora.sites(fn, base, IDS), extras=extras, key=3, **options)
+    return jlora.apply(base, method=method, sites=sites, extras=extras, key=3, **options)
 
 
 def names(adapted: jlora.Adapted) -> str:

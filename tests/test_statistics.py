@@ -9,10 +9,9 @@ import pytest
 from jax import lax
 
 import jlora
-from jlora.adapted.statistics import statistics
 from jlora.methods.eva import redistributed
 from jlora.methods.matrix import a_form, a_matrix, b_form, b_matrix, matrices, restore
-from tests.conformance import close, normal
+from tests.conformance import close, measured, normal
 
 L, D, F, B, H, K = 3, 6, 8, 5, 3, 4
 BATCHES = [normal(B, D), normal(B, D, seed=1)]
@@ -24,7 +23,7 @@ def square(x: jax.Array) -> jax.Array:
 
 def covariance(fn, params, batches=BATCHES, **options) -> dict[str, jax.Array]:
     sites = [site for site in jlora.sites(fn, params, batches[0]) if site.kind == "linear"]
-    return statistics("covariance", fn, params, batches, sites, "eva")
+    return jlora.measure(fn, params, batches, sites, "covariance", **options)
 
 
 # -- covariances -------------------------------------------------------------------------------------------------------
@@ -117,7 +116,7 @@ MASKED = {
 def test_padding_is_not_counted(case):
     fn, params, mask, rows = MASKED[case]
     sites = [site for site in jlora.sites(fn, params, BATCHES[0]) if site.path != "out"]
-    found = statistics("covariance", fn, params, BATCHES, sites, "eva", mask)
+    found = jlora.measure(fn, params, BATCHES, sites, "covariance", mask=mask)
     expected = jnp.asarray(np.mean([square(x[:rows]) for x in BATCHES], axis=0)[None], jnp.float32)
     for path in params.keys() - {"out", "v"} | (params.keys() & {"k"}):
         close(found[path], expected)
@@ -126,7 +125,7 @@ def test_padding_is_not_counted(case):
 def masked(fn, batches) -> jax.Array:
     """The covariance of w over batches of (x, which rows are kept)."""
     sites = [site for site in jlora.sites(fn, W, batches[0]) if site.path == "w"]
-    return statistics("covariance", fn, W, batches, sites, "eva", lambda batch: batch[1])["w"]
+    return jlora.measure(fn, W, batches, sites, "covariance", mask=lambda batch: batch[1])["w"]
 
 
 def test_a_batch_of_padding_alone_adds_nothing():
@@ -144,7 +143,7 @@ def test_a_batch_of_padding_alone_adds_nothing():
     ids=["behind zeros", "all masked"],
 )  # fmt: skip
 def test_padding_is_never_counted_in_place_of_what_a_mask_keeps(fn, kept):
-    with pytest.raises(ValueError, match="eva: no input of 'w' matters to what mask= keeps of fn's result"):
+    with pytest.raises(ValueError, match="measure: no input of 'w' matters to what mask= keeps of fn's result"):
         masked(fn, [(x, kept) for x in BATCHES])
 
 
@@ -155,7 +154,7 @@ def test_a_layer_of_a_stack_without_rows_starts_from_no_variance():
     batches = [jnp.broadcast_to(x, (2, B, D)) for x in BATCHES]
     sites = jlora.sites(fn, params, batches[0])
     for method in (jlora.eva(2), jlora.corda(2)):
-        start = jlora.apply(params, method=method, sites=sites, fn=fn, batches=batches)
+        start = jlora.apply(params, method=method, sites=sites, **measured(method, fn, params, batches, sites))
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(start.factors))
         assert start.sites[0].rank == 2
 
@@ -164,7 +163,7 @@ def test_the_gradient_is_the_mean_over_batches():
     params = {"w": normal(D, F)}
     loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) ** 2)
     sites = jlora.sites(loss, params, BATCHES[0])
-    found = statistics("gradient", loss, params, BATCHES, sites, "lora_ga")
+    found = jlora.measure(loss, params, BATCHES, sites, "gradient")
     expected = sum(jax.grad(loss)(params, x)["w"] for x in BATCHES) / 2
     close(found["w"][0], expected)
 
@@ -193,9 +192,8 @@ def test_matrices_and_broadcast_forms_are_inverses(shape, axes):
 def one(method: jlora.Method, fn=None, **options) -> jlora.Adapted:
     params = {"w": normal(D, F)}
     fn = fn or (lambda p, x: x @ p["w"])
-    return jlora.apply(
-        params, method=method, sites=jlora.sites(fn, params, BATCHES[0]), fn=fn, batches=BATCHES, **options
-    )
+    sites = jlora.sites(fn, params, BATCHES[0])
+    return jlora.apply(params, method=method, sites=sites, **measured(method, fn, params, BATCHES, sites), **options)
 
 
 def test_eva_starts_with_the_right_singular_vectors_of_the_inputs():
@@ -222,7 +220,8 @@ def test_eva_keeps_the_scale_and_drops_weights_without_ranks():
     params = {"wide": normal(D, D), "narrow": normal(D, F)}
     fn = lambda p, x: (x @ p["wide"], jnp.ones((B, 1)) @ normal(1, D) @ p["narrow"])  # one direction explains all
     sites = jlora.sites(fn, params, BATCHES[0])
-    adapted = jlora.apply(params, method=jlora.eva(2, alpha=3.0), sites=sites, fn=fn, batches=BATCHES)
+    method = jlora.eva(2, alpha=3.0)
+    adapted = jlora.apply(params, method=method, sites=sites, **measured(method, fn, params, BATCHES, sites))
     assert {s.path: s.rank for s in adapted.sites} == {"wide": 3, "narrow": 1}
     assert all(s.alpha / s.rank == 1.5 for s in adapted.sites)
 
@@ -257,32 +256,32 @@ def test_lora_ga_starts_along_the_gradient():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: jlora.apply({"w": normal(D, F)}, method=jlora.eva(2), sites=SITES), "apply: eva starts from data: pass fn= "),
-        (lambda: one_with(jlora.eva(2), []), "eva: batches= is empty"),
-        (lambda: one_with(jlora.eva(2), [normal(B, F)]), r"eva: fn\(params, batch\) fails on batch 0: dot_general requires"),
-        (lambda: one_with(jlora.eva(2), [BATCHES[0] * jnp.nan]), "eva: the covariance of 'w' is not finite"),
-        (lambda: one_with(jlora.eva(2), [BATCHES[0] * 0]), "eva: no covariance reaches 'w': fn's result does not depend on it"),
-        (lambda: one_with(jlora.lora_ga(2), BATCHES), r"lora_ga: fn\(params, batch\) fails on batch 0: fn is a loss and returns a"),
-        (lambda: one_with(jlora.eva(2), 5), r"eva: batches= is a sequence of batches, not 5: \[batch\] for one"),
+        (lambda: jlora.apply({"w": normal(D, F)}, method=jlora.eva(2), sites=SITES), r"apply: eva starts from data: statistics = jlora.measure\(fn, params, batches, sites, 'covariance'\), and pass"),
+        (lambda: one_with(jlora.eva(2), []), "measure: batches= is empty"),
+        (lambda: one_with(jlora.eva(2), [normal(B, F)]), r"measure: fn\(params, batch\) fails on batch 0: dot_general requires"),
+        (lambda: one_with(jlora.eva(2), [BATCHES[0] * jnp.nan]), "measure: the covariance of 'w' is not finite"),
+        (lambda: one_with(jlora.eva(2), [BATCHES[0] * 0]), "measure: no covariance reaches 'w': fn's result does not depend on it"),
+        (lambda: one_with(jlora.lora_ga(2), BATCHES), r"measure: fn\(params, batch\) fails on batch 0: fn is a loss and returns a"),
+        (lambda: one_with(jlora.eva(2), 5), r"measure: batches= is a sequence of batches, not 5: \[batch\] for one"),
         (
             lambda: one_with(jlora.eva(2), BATCHES, lambda p, x: jnp.argmax(x @ p["w"])),
-            r"eva: fn\(params, batch\) fails on batch 0: fn returns int32, no floating-point array that depends on the",
+            r"measure: fn\(params, batch\) fails on batch 0: fn returns int32, no floating-point array that depends on the",
         ),
         (
             lambda: one_with(jlora.eva(2), BATCHES, lambda p, x: jnp.sum(x @ p["w"]), mask=lambda x: jnp.ones(B)),
-            r"eva: fn\(params, batch\) fails on batch 0: mask= gives an array of shape \(5,\), which are no leading axes",
+            r"measure: fn\(params, batch\) fails on batch 0: mask= gives an array of shape \(5,\), which are no leading axes",
         ),
         (
             lambda: one_with(jlora.lora_ga(2), BATCHES, mask=lambda x: jnp.ones(B)),
-            "lora_ga: it starts from the gradient of the loss, which masks by itself: leave mask= out",
+            "measure: the gradient is that of a loss, which masks by itself: leave mask= out",
         ),
         (
-            lambda: jlora.apply({"kernel": normal(D, F)}, rank=2, mask=jnp.ones_like),
-            "apply: lora does not start from data: leave mask= out",
+            lambda: jlora.apply({"kernel": normal(D, F)}, rank=2, statistics={}),
+            "apply: lora does not start from data: leave statistics= out",
         ),
         (lambda: one_with(jlora.eva(7), BATCHES), "eva: rank 7 exceeds 6, the rank of 'w'"),
         (lambda: one_with(jlora.lora_ga(4), BATCHES, lambda p, x: jnp.mean(x @ p["w"])), r"lora_ga \(2r\): rank 8 exceeds 6"),
-        (lambda: one_with(jlora.eva(2), BATCHES, kind="conv"), "eva: 'w' is no linear layer; leave it out with targets="),
+        (lambda: one_with(jlora.eva(2), BATCHES, kind="conv"), "measure: 'w' is no linear layer; leave it out with targets="),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said(wrong, message):
@@ -295,10 +294,18 @@ SITES = jlora.sites(lambda p, x: x @ p["w"], {"w": normal(D, F)}, BATCHES[0])
 
 def one_with(method, batches, fn=lambda p, x: x @ p["w"], kind="linear", **options) -> jlora.Adapted:
     sites = [dataclasses.replace(site, kind=kind) for site in SITES]
-    return jlora.apply({"w": normal(D, F)}, method=method, sites=sites, fn=fn, batches=batches, **options)
+    params = {"w": normal(D, F)}
+    return jlora.apply(params, method=method, sites=sites, **measured(method, fn, params, batches, sites, **options))
 
 
 def test_progress_is_shown_where_a_person_watches(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     one(jlora.eva(2))
-    assert "eva: batch 2 of 2, 0 s" in capsys.readouterr().err
+    assert "measure: batch 2 of 2, 0 s" in capsys.readouterr().err
+
+
+def test_apply_still_measures_by_itself_with_a_warning():
+    params, method = {"w": normal(D, F)}, jlora.eva(2)
+    with pytest.warns(DeprecationWarning, match="goes in jlora 0.2: statistics = jlora.measure"):
+        old = jlora.apply(params, method=method, sites=SITES, fn=lambda p, x: x @ p["w"], batches=BATCHES)
+    close(old.factors, one_with(method, BATCHES).factors)

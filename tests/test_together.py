@@ -94,7 +94,7 @@ def test_leaves_are_trained_beside_it():
         (lambda: together((jlora.ia3(), "mlp"), (jlora.oft(2), "attn"), ranks={"mlp": 3}), "apply: together has no rank: leave ranks= and alphas= out"),
         (lambda: together((jlora.lora(2), "attn"), jlora.full()), "contradicting rules: 'attn/key/kernel' is matched by targets= (train factors of it) and by extras="),
         (lambda: together((jlora.lora(2), "key"), jlora.prefix_tuning(3)), "apply: prefix_tuning goes by the names of layers, and none of these weights has one that it knows"),
-        (lambda: together((jlora.eva(2), "attn"), (jlora.ia3(), "mlp")), "apply: eva starts from data: pass fn= (of params and a batch) and batches="),
+        (lambda: together((jlora.eva(2), "attn"), (jlora.ia3(), "mlp")), "apply: eva starts from data: statistics = jlora.measure(fn, params, batches, sites, 'covariance'), and pass statistics="),
         (lambda: jlora.scale(together((jlora.lora(2), "attn"), (jlora.dora(2), "mlp")), 0.5), "scale: the weight of dora is not the base plus an update"),
         (lambda: jlora.to_lora(together(jlora.lora(2), (jlora.ia3(), "mlp"))), "to_lora: ia3 is not W plus a low-rank product at 'mlp/fc/kernel'"),
         (lambda: jlora.to_plain(together(jlora.lora(2), (jlora.ia3(), "mlp"))), "to_plain: together(lora(rank=2, alpha=None, init='gaussian', dropout=0.0), (ia3(feedforward=None), 'mlp')) has no network"),
@@ -123,9 +123,11 @@ def test_two_adapters_of_one_module_are_refused():
 
 
 def test_each_starts_as_it_does_alone():
-    data = {"fn": fn, "batches": iter([X, 2 * X]), "sites": jlora.sites(fn, PARAMS, X)}
-    adapted = together((jlora.eva(2), "attn"), (jlora.lora_ga(2), "fc"), (jlora.lora_xs(2), "proj"), fn=loss, batches=iter([X, 2 * X]), sites=data["sites"])  # fmt: skip
-    eva = jlora.apply(PARAMS, method=jlora.eva(2), targets="attn", **{**data, "fn": loss})
+    sites = jlora.sites(fn, PARAMS, X)
+    covariances = jlora.measure(loss, PARAMS, [X, 2 * X], sites, "covariance", targets="attn")
+    both = covariances | jlora.measure(loss, PARAMS, [X, 2 * X], sites, "gradient", targets="fc")
+    adapted = together((jlora.eva(2), "attn"), (jlora.lora_ga(2), "fc"), (jlora.lora_xs(2), "proj"), statistics=both, sites=sites)  # fmt: skip
+    eva = jlora.apply(PARAMS, method=jlora.eva(2), targets="attn", sites=sites, statistics=covariances)
     assert {site.path: site.rank for site in adapted.sites[:2]} == {site.path: site.rank for site in eva.sites}
     for site in eva.sites:
         close(adapted.factors[site.path], eva.factors[site.path])

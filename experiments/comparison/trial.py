@@ -123,8 +123,14 @@ class Entry:
             contender,
             bench.base,
             key=seed,
-            fn=bench.task.loss,
-            batches=[batches(i) for i in range(bench.comparison.statistics)],
+            statistics=jlora.measure(
+                bench.task.loss,
+                bench.base,
+                [batches(i) for i in range(bench.comparison.statistics)],
+                None,
+                contender.method.acts.statistic,
+                targets=contender.targets,
+            ),
         )
 
     def state(self, start: jlora.Adapted, learning_rate: float, seed: int) -> TrainState:

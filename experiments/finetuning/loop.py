@@ -116,10 +116,12 @@ class Trainer:
         options: dict[str, Any] = {"sites": self.sites} | ({"extras": extras} if extras else {})
         if run.method.acts.statistic:
             batches = work.batches(self.schedule.batch, seed)
-            options |= {
-                "fn": lambda params, batch: work.loss(params, batch, jax.random.key(seed)),
-                "batches": [batches(i) for i in range(4)],
-            }
+            fn, some = (
+                lambda params, batch: work.loss(params, batch, jax.random.key(seed)),
+                [batches(i) for i in range(4)],
+            )
+            kind = run.method.acts.statistic
+            options["statistics"] = jlora.measure(fn, params, some, self.sites, kind, targets=run.targets)
         adapted = jlora.apply(params, method=run.method, targets=run.targets, key=seed, **options)
         return TrainState.create(adapted, self.step.tx, key=seed)
 

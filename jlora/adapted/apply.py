@@ -62,7 +62,7 @@ def apply(
       key: seed or key of the factors' initial values. Each site's own is folded from it by path.
       statistics: for the methods that start from data (eva, corda, lora_ga): what `jlora.measure` gives for the same
         targets, or for more than these.
-      fn, batches, mask: the arguments of `measure`, which `apply` calls itself. Deprecated: until 0.3.
+      fn, batches, mask: the arguments of `measure`, which `apply` calls itself. Deprecated: until 0.2.
 
     Returns:
       An `Adapted`.
@@ -241,7 +241,7 @@ def _measured(
 ) -> dict[str, jax.Array]:
     """What `measure` gives for the targets, where `apply` is given a function and batches."""
     warnings.warn(
-        "apply(fn=, batches=, mask=) goes in jlora 0.3: statistics = jlora.measure(fn, params, batches, sites, "
+        "apply(fn=, batches=, mask=) goes in jlora 0.2: statistics = jlora.measure(fn, params, batches, sites, "
         "method.acts.statistic), and apply(statistics=statistics)",
         DeprecationWarning,
         stacklevel=3,

@@ -14,7 +14,7 @@ from jlora.methods.matrix import a_form, a_matrix, matrices, sizes, without_stac
 from jlora.transform.explicit import on_auto_axes
 from jlora.transform.lift import run
 from jlora.transform.product import probe
-from jlora.transform.sites import Site, Target
+from jlora.transform.sites import Site
 from jlora.transform.trace import Trace
 from jlora.transform.weight import Weight
 

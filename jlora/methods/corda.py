@@ -29,7 +29,7 @@ def corda(rank: int, alpha: float | None = None, *, mode: str = "instruction") -
         "knowledge" the r smallest, on inputs of what is to be kept ("knowledge-preserved").
 
     Raises:
-      ValueError: if `mode` is unknown, and as in `pissa`; in `apply` without `fn=` and `batches=`.
+      ValueError: if `mode` is unknown, and as in `pissa`; in `apply` without `statistics=`.
 
     Source: Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models", arXiv 2406.05223,
     section 3.

@@ -31,7 +31,7 @@ def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: flo
       dropout: of the low-rank branch's input, as in `lora`.
 
     Raises:
-      ValueError: if `rho` < 1, and as in `lora`; in `apply` without `fn=` and `batches=`.
+      ValueError: if `rho` < 1, and as in `lora`; in `apply` without `statistics=`.
 
     Source: Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv
     2410.07170, section 3.

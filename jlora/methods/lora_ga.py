@@ -27,7 +27,7 @@ def lora_ga(rank: int, alpha: float | None = None, *, gamma: float = 16.0) -> Me
 
     Raises:
       ValueError: if `alpha` or `gamma` is not positive, or a weight has fewer than 2r singular values; in `apply`
-        without `fn=` (a loss) and `batches=`.
+        without `statistics=`, of a loss.
 
     Source: Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv 2407.05000, section 3.
     """
