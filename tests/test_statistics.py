@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import jlora
+from jlora.adapted.apply import choose, start
 from jlora.methods.eva import redistributed
 from jlora.methods.matrix import a_form, a_matrix, b_form, b_matrix, matrices, restore
 from tests.conformance import close, measured, normal
@@ -279,6 +280,23 @@ def test_lora_ga_starts_along_the_gradient():
             lambda: jlora.apply({"kernel": normal(D, F)}, rank=2, statistics={}),
             "apply: lora does not start from data: leave statistics= out",
         ),
+        (
+            lambda: jlora.apply({"w": normal(D, F)}, method=jlora.eva(2), sites=SITES, statistics={"v": jnp.ones((1, D, D))}),
+            r"apply: statistics= lack 'w', whose covariance eva starts from: statistics = jlora.measure\(fn, .*\) of the same t",
+        ),
+        (
+            lambda: jlora.apply({"w": normal(D, F)}, method=jlora.eva(2), sites=SITES, statistics={"w": jnp.ones((1, D, F))}),
+            r"apply: statistics= are those of other weights, or of another kind: 'w' has shape \(1, 6, 8\), and its covariance "
+            r"\(1, 6, 6\)",
+        ),
+        (
+            lambda: jlora.measure(lambda p, x: x @ p["w"], {"w": normal(D, F)}, BATCHES, SITES, "variance"),
+            "measure: statistic is one of 'covariance', 'gradient', not 'variance'",
+        ),
+        (
+            lambda: jlora.measure(lambda p, x: x @ p["w"], {"w": normal(D, F)}, BATCHES, (), "covariance"),
+            "measure: the program contracts none of the leaves with an input: ",
+        ),
         (lambda: one_with(jlora.eva(7), BATCHES), "eva: rank 7 exceeds 6, the rank of 'w'"),
         (lambda: one_with(jlora.lora_ga(4), BATCHES, lambda p, x: jnp.mean(x @ p["w"])), r"lora_ga \(2r\): rank 8 exceeds 6"),
         (lambda: one_with(jlora.eva(2), BATCHES, kind="conv"), "measure: 'w' is no linear layer; leave it out with targets="),
@@ -304,8 +322,58 @@ def test_progress_is_shown_where_a_person_watches(monkeypatch, capsys):
     assert "measure: batch 2 of 2, 0 s" in capsys.readouterr().err
 
 
-def test_apply_still_measures_by_itself_with_a_warning():
-    params, method = {"w": normal(D, F)}, jlora.eva(2)
-    with pytest.warns(DeprecationWarning, match="goes in jlora 0.2: statistics = jlora.measure"):
-        old = jlora.apply(params, method=method, sites=SITES, fn=lambda p, x: x @ p["w"], batches=BATCHES)
-    close(old.factors, one_with(method, BATCHES).factors)
+# -- apply with a function and batches: one release more ---------------------------------------------------------------
+
+
+OLD = r"^apply\(fn=, batches=, mask=\) goes in jlora 0.2: statistics = jlora.measure\("
+
+
+def test_apply_still_measures_by_itself():
+    params, fn, method = {"w": normal(D, F)}, lambda p, x: jnp.sum(jnp.where(KEPT, x @ p["w"], 0) ** 2), jlora.corda(2)
+    sites = jlora.sites(fn, params, BATCHES[0])
+    with pytest.warns(DeprecationWarning, match=OLD) as warned:
+        old = jlora.apply(params, method=method, sites=sites, fn=fn, batches=iter(BATCHES))
+    assert [warning.filename for warning in warned] == [__file__]
+    new = jlora.apply(
+        params, method=method, sites=sites, statistics=jlora.measure(fn, params, BATCHES, sites, "covariance")
+    )
+    for name in "AB":
+        np.testing.assert_array_equal(old.factors["w"][name], new.factors["w"][name])
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        (jlora.lora(2), {"mask": jnp.ones_like}, "apply: lora does not start from data: leave mask= out"),
+        (jlora.lora(2), {"fn": jnp.dot, "batches": BATCHES}, "apply: lora does not start from data: leave fn= and batches= out"),
+        (jlora.eva(2), {"fn": jnp.dot}, "apply: eva starts from data: pass statistics=, or fn= .of params and a batch. and batches="),
+        (jlora.eva(2), {"fn": jnp.dot, "batches": BATCHES, "statistics": {}}, "apply: eva starts from data: pass statistics=, or fn="),
+    ],
+)  # fmt: skip
+def test_what_apply_cannot_measure(method, given, message):
+    with pytest.warns(DeprecationWarning, match=OLD), pytest.raises(ValueError, match=f"^{message}"):
+        jlora.apply({"w": normal(D, F)}, method=method, sites=SITES, **given)
+
+
+# -- the steps of apply, alone -----------------------------------------------------------------------------------------
+
+
+def test_the_steps_of_apply_are_apply():
+    """`choose` makes no array; `start` gives those that `apply` holds, of the targets' new ranks."""
+    params = {"wide": normal(D, D), "narrow": normal(D, F), "bias": normal(F)}
+    sites = jlora.sites(lambda p, x: (x @ p["wide"], x @ p["narrow"] + p["bias"][None]), params, BATCHES[0])
+    shapes = jax.eval_shape(lambda: params)
+    choice = choose(shapes, None, jlora.eva(2), None, None, sites, {"wide": 3}, {}, "bias")
+    assert [(t.path, t.rank, t.alpha) for t in choice.targets] == [("narrow", 2, 2.0), ("wide", 3, 3.0)]
+    assert [extra.path for extra in choice.extras] == ["bias"]
+    assert jax.tree.leaves(choice.params) == jax.tree.leaves(shapes)
+    some = {"wide": jnp.diag(jnp.arange(6.0))[None], "narrow": jnp.eye(D)[None], "more": jnp.ones(())}
+    targets, arrays = start(dataclasses.replace(choice, params=params), jax.random.key(0), some)
+    whole = jlora.apply(params, method=jlora.eva(2), sites=sites, ranks={"wide": 3}, extras="bias", statistics=some)
+    assert targets == whole.sites
+    assert {path: sorted(own) for path, own in arrays.items()} == {
+        "wide": ["A", "B"],
+        "narrow": ["A", "B"],
+        "bias": ["value"],
+    }
+    jax.tree.map(np.testing.assert_array_equal, arrays, whole.factors)
