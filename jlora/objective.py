@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.adapted.adapted import Adapted, combine, with_key
+from jlora.adapted.adapted import Adapted, combine, with_dropout
 from jlora.transform.lift import check_reached, run
 from jlora.transform.trace import Trace
 
@@ -60,7 +60,7 @@ def objective(loss_fn: Callable[..., Any], shape: Shape, *, forward_mode: bool =
 
     def of_part(factors: PyTree, frozen: Adapted, batch: PyTree, key: jax.Array) -> Loss:
         dropout, user = jax.random.split(key)
-        params = with_key(combine(factors, frozen), dropout)
+        params = with_dropout(combine(factors, frozen), dropout)
         trace = Trace(forward_mode=forward_mode, counted=shape.averaged and not shape.weighted)
         arguments = (params, batch, user) if shape.pass_key else (params, batch)
         loss, weight, aux = _parsed(run(loss_fn, arguments, {}, trace), shape)

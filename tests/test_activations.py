@@ -185,13 +185,13 @@ def test_values_and_gradients_are_those_of_the_function_by_hand(name):
 @pytest.mark.parametrize("method", [jlora.prefix_tuning(3, hidden=6), jlora.p_tuning(3, hidden=6)], ids=repr)
 def test_without_the_network_it_is_the_same_function(method, tmp_path):
     adapted = randomised(jlora.apply(base(), method=method, extras="ln_f"), 0.5)
-    plain = jlora.to_plain(adapted)
+    plain = jlora.bake_prompt(adapted)
     assert plain.method.name == {"p_tuning": "prompt_tuning"}.get(method.name, method.name)
     close(jlora.lift(forward)(plain, TOKENS), jlora.lift(forward)(adapted, TOKENS))
     jlora.save(tmp_path, plain)
     close(jlora.lift(forward)(jlora.load(tmp_path, adapted.base), TOKENS), jlora.lift(forward)(adapted, TOKENS))
-    with pytest.raises(ValueError, match=r"^to_plain: p\w+_tuning\(.*\) has no network that makes its factors$"):
-        jlora.to_plain(plain)
+    with pytest.raises(ValueError, match=r"^bake_prompt: p\w+_tuning\(.*\) has no network that makes its factors$"):
+        jlora.bake_prompt(plain)
 
 
 # -- how they start ----------------------------------------------------------------------------------------------------
@@ -762,7 +762,7 @@ def test_ranks_set_the_length():
     assert adapted.factors[TABLE]["prompt"].shape == (5, WIDTH)
     adapted = randomised(jlora.apply(base(), method=jlora.prefix_tuning(3, hidden=4), ranks={"": 5}))
     assert adapted.factors["*"]["embedding"].shape == (5, WIDTH)
-    plain = jlora.to_plain(adapted)
+    plain = jlora.bake_prompt(adapted)
     assert plain.factors["h_0/attn/key/kernel"]["prefix"].shape == (5, WIDTH)
     close(jlora.lift(forward)(plain, TOKENS), jlora.lift(forward)(adapted, TOKENS))
 

@@ -352,7 +352,7 @@ def test_methods_on_weights_of_nothing(method, shape):
         params = {"w": w}
         adapted = jlora.apply(params, method=method, sites=jlora.sites(fn, params, x))
         loss = lambda factors: jnp.sum(jlora.lift(fn)(jlora.combine(factors, adapted), x))
-        keyed = jlora.with_key(adapted, jax.random.key(0))
+        keyed = jlora.with_dropout(adapted, jax.random.key(0))
         return jlora.lift(fn)(keyed, x), jlora.merge(adapted)["w"], adapted.factors, jax.grad(loss)(adapted.factors)
 
     y, merged, factors, gradient = jax.eval_shape(run, jnp.zeros(shape))

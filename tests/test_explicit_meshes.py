@@ -159,7 +159,7 @@ def test_fsdp_by_reshard_is_factored_found_and_dropped_out():
         adapted = jlora.apply(params, method=jlora.lora(2, dropout=0.5), sites=found)
         assert not jlora.explain(loss, adapted, x).materialised
         moved = adapted.replace(factors=jax.tree.map(lambda f: f + 0.3, adapted.factors))
-        plain, dropped = jlora.lift(loss)(moved, x), jlora.lift(loss)(jlora.with_key(moved, 1), x)
+        plain, dropped = jlora.lift(loss)(moved, x), jlora.lift(loss)(jlora.with_dropout(moved, 1), x)
     assert plain != dropped
 
 

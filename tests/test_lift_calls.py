@@ -148,13 +148,13 @@ def test_dropout_that_is_not_applied_is_an_error():
     with pytest.raises(
         ValueError, match=r"dropout=0.5 cannot be applied to 'k': `exp` at test_lift_calls.py:\d+ materialises it"
     ):
-        jlora.lift(fn)(jlora.with_key(one, 1), X)
+        jlora.lift(fn)(jlora.with_dropout(one, 1), X)
 
 
 def test_dropout_of_a_look_up_leaves_out_whole_rows():
     table = jlora.apply({"k": jnp.zeros((8, 6))}, method=jlora.lora(2, dropout=0.5), sites=SITE)
     table = table.replace(factors=jax.tree.map(lambda f: f + 1.0, table.factors))
-    rows = jlora.lift(lambda p: p["k"][jnp.arange(200) % 8])(jlora.with_key(table, 1))
+    rows = jlora.lift(lambda p: p["k"][jnp.arange(200) % 8])(jlora.with_dropout(table, 1))
     whole = jlora.merge(table)["k"][jnp.arange(200) % 8]
     dropped = jnp.all(rows == 0, axis=1)
     assert 0.35 < float(dropped.mean()) < 0.65

@@ -216,7 +216,7 @@ def test_dylora_trains_every_rank_from_its_minimum_on():
     outputs = {b: jlora.lift(forward)(jlora.truncate(adapted, b), X) for b in (1, 2, 3, 4)}
     drawn = set()
     for key in range(24):
-        out = jlora.lift(forward)(jlora.with_key(adapted, key), X)
+        out = jlora.lift(forward)(jlora.with_dropout(adapted, key), X)
         drawn |= {b for b, expected in outputs.items() if np.allclose(out, expected, atol=1e-4)}
     assert drawn == {2, 3, 4}
     close(jlora.lift(forward)(adapted, X), outputs[4])

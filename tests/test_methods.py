@@ -214,7 +214,7 @@ def test_merged_equals_lifted(name):
     trained, (fn, _) = randomised(adapted(name), 0.2), model(name)
     assert jlora.explain(fn, trained, IDS).materialised == ()
     if METHODS[name].linen:
-        for refused in (jlora.merge, jlora.rounding, lambda a: jlora.unmerge(a.base, a)):
+        for refused in (jlora.merge, jlora.merge_error, lambda a: jlora.unmerge(a.base, a)):
             with pytest.raises(ValueError, match=f"^merge: {names(trained)} acts on activations, and no weights of"):
                 refused(trained)
         return

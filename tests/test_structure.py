@@ -32,7 +32,7 @@ LAYERS = (
     *(tuple(f"transform.{name}" for name in row) for row in TRANSFORM),
     ("methods", "quant"),
     *(tuple(f"adapted.{name}" for name in row) for row in ADAPTED),
-    ("matrices",),
+    ("matrices", "deprecated"),
     ("optim", "serve", "analysis", "search"),
     ("state",),
     ("checkpoint", "sharding"),

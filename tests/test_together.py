@@ -97,7 +97,7 @@ def test_leaves_are_trained_beside_it():
         (lambda: together((jlora.eva(2), "attn"), (jlora.ia3(), "mlp")), "apply: eva starts from data: statistics = jlora.measure(fn, params, batches, sites, 'covariance'), and pass statistics="),
         (lambda: jlora.scale(together((jlora.lora(2), "attn"), (jlora.dora(2), "mlp")), 0.5), "scale: the weight of dora is not the base plus an update"),
         (lambda: jlora.to_lora(together(jlora.lora(2), (jlora.ia3(), "mlp"))), "to_lora: ia3 is not W plus a low-rank product at 'mlp/fc/kernel'"),
-        (lambda: jlora.to_plain(together(jlora.lora(2), (jlora.ia3(), "mlp"))), "to_plain: together(lora(rank=2, alpha=None, init='gaussian', dropout=0.0), (ia3(feedforward=None), 'mlp')) has no network"),
+        (lambda: jlora.bake_prompt(together(jlora.lora(2), (jlora.ia3(), "mlp"))), "bake_prompt: together(lora(rank=2, alpha=None, init='gaussian', dropout=0.0), (ia3(feedforward=None), 'mlp')) has no network"),
         (lambda: together(jlora.lora(2), (jlora.ia3(), "mlp")).replace(method=jlora.together(jlora.lora(3), jlora.ia3())), "replace(method=): rank is 2 in lora("),
         (lambda: together(jlora.lora(2), (jlora.ia3(), "mlp")).replace(method=jlora.lora(2)), "replace(method=): together("),
         (lambda: from_json({"name": "together", "*methods": [{"name": "lora"}, 8]}), "method 'together': method 'lora': lora() missing 1 required positional argument: 'rank'"),
@@ -229,8 +229,8 @@ def test_what_targets_share_is_each_parts_own():
         factors={s.path: adapted.factors[s.path] for s in alone.sites}
         | {"*": {name.removeprefix("1."): x for name, x in adapted.factors["*"].items()}}
     )
-    plain = jlora.to_plain(adapted)
+    plain = jlora.bake_prompt(adapted)
     assert plain.method == jlora.together(jlora.parallel_adapter(2), jlora.prefix_tuning(3))
-    expected = jlora.to_plain(alone).factors
+    expected = jlora.bake_prompt(alone).factors
     close({path: plain.factors[path] for path in expected}, expected)
     np.testing.assert_array_equal(plain.factors["mlp/fc/kernel"]["down"], adapted.factors["mlp/fc/kernel"]["down"])

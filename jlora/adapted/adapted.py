@@ -37,7 +37,7 @@ class Adapted:
         are in broadcast form: W's axes plus the rank, size 1 on the axes that they do not span. What all sites of a
         method share is under "*".
       buffers: frozen arrays that the method computes from the base.
-      key: a dropout key (`with_key`), None outside training.
+      key: a dropout key (`with_dropout`), None outside training.
       method: how factors make a weight.
       sites: the adapted weights, in tree order, each with its rank and alpha.
       extras: the leaves trained as they are.
@@ -278,7 +278,7 @@ def mask(adapted: Adapted) -> Adapted:
     return frozen.replace(factors=jax.tree.map(lambda _: True, adapted.factors))
 
 
-def with_key(adapted: Adapted, key: int | jax.Array) -> Adapted:
+def with_dropout(adapted: Adapted, key: int | jax.Array) -> Adapted:
     """Switches dropout on: each site draws its mask from `key`, folded by path, and each stacked layer its own.
 
     A weight that the function uses several times has one mask for inputs of one shape. A materialised weight has none.

@@ -106,7 +106,7 @@ def _as_trained(leaf: Any, rows: tuple[int, ...] | None) -> jax.Array:
     return value if rows is None else value[jnp.asarray(rows)]
 
 
-def to_plain(adapted: Adapted) -> Adapted:
+def bake_prompt(adapted: Adapted) -> Adapted:
     """The same function without the network that makes a prefix or a prompt: what is kept after training.
 
     `prefix_tuning(hidden=)` becomes `prefix_tuning`, `p_tuning` becomes `prompt_tuning`.
@@ -117,13 +117,13 @@ def to_plain(adapted: Adapted) -> Adapted:
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> params = {"wte": {"embedding": jnp.ones((9, 4))}}
-      >>> plain = jlora.to_plain(jlora.apply(params, method=jlora.p_tuning(3, hidden=8)))
+      >>> plain = jlora.bake_prompt(jlora.apply(params, method=jlora.p_tuning(3, hidden=8)))
       >>> plain.method.name, plain.factors["wte/embedding"]["prompt"].shape
       ('prompt_tuning', (3, 4))
     """
     method, factors = adapted.method.acts.baked(adapted.method, adapted.sites, adapted.factors)
     if method == adapted.method:
-        raise ValueError(f"to_plain: {method!r} has no network that makes its factors")
+        raise ValueError(f"bake_prompt: {method!r} has no network that makes its factors")
     factors |= {e.path: adapted.factors[e.path] for e in adapted.extras}
     return from_arrays(adapted.base, factors, method, adapted.sites, adapted.extras)
 

@@ -40,7 +40,7 @@ def merge(adapted: Adapted) -> Any:
     )
 
 
-def rounding(adapted: Adapted) -> dict[str, float]:
+def merge_error(adapted: Adapted) -> dict[str, float]:
     """What `merge` loses to the base's dtype: of each weight's update, the share that the cast rounds away.
 
     `|merged - exact| / |exact - W0|` in the Frobenius norm, exact being the sum in float32; 0 where nothing is updated.
@@ -49,7 +49,7 @@ def rounding(adapted: Adapted) -> dict[str, float]:
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> adapted = jlora.apply({"kernel": jnp.ones((3, 2), jnp.bfloat16)}, rank=1)
-      >>> jlora.rounding(adapted)
+      >>> jlora.merge_error(adapted)
       {'kernel': 0.0}
     """
     _check_mergeable(adapted.method)

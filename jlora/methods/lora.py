@@ -27,7 +27,7 @@ def lora(rank: int, alpha: float | None = None, *, init: str = "gaussian", dropo
       rank: r, the number of columns of A. At least 1.
       alpha: numerator of the scale, dimensionless. The target's rank when None, which makes the scale 1.
       init: of A: "gaussian", N(0, 1 / (3 n)), or "kaiming_uniform", U(-1 / sqrt(n), 1 / sqrt(n)), as loralib and PEFT.
-      dropout: probability with which an input of the low-rank branch is dropped, where a key is passed (`with_key`).
+      dropout: probability with which an input of the low-rank branch is dropped, where there is a key (`with_dropout`).
 
     Raises:
       ValueError: if `rank` < 1 or is no integer, `init` is unknown, or `dropout` is outside [0, 1).

@@ -19,8 +19,8 @@ def p_tuning(length: int, *, hidden: int = 128, encoder: str = "mlp") -> Method:
     """P-tuning: prompt tuning with `P = f(E)`, the embeddings E and the network f trained.
 
     f is applied to the whole prompt: "mlp" is `W3 relu(W2 relu(W1 E))`, each with a bias; "lstm" a bidirectional LSTM
-    over the prompt and then `W2 relu(W1 h)`, so that its tokens depend on each other. After training `to_plain` keeps P
-    alone. Of the paper's patterns there is the one with all of the prompt before the tokens.
+    over the prompt and then `W2 relu(W1 h)`, so that its tokens depend on each other. After training `bake_prompt`
+    keeps P alone. Of the paper's patterns there is the one with all of the prompt before the tokens.
 
     Args:
       length: of the prompt, in tokens.

@@ -45,7 +45,7 @@ def prefix_tuning(length: int, *, hidden: int | None = None, std: float = 0.02) 
       length: of the prefix, in tokens; 2 * length * width parameters a layer.
       hidden: h, the width of the network that the paper trains instead of P: `P = tanh(E C + c) D + d`, E (length,
         width), C (width, h) and c shared by all layers, D (h, width) and d of each key and value. None for P itself.
-        `to_plain` drops the network after training.
+        `bake_prompt` drops the network after training.
       std: of the initial P, or of E.
 
     Raises:
