@@ -13,9 +13,9 @@ import pytest
 from jax import lax
 
 from jlora.transform.interpret import trace_weights
-from jlora.transform.product import compute_dtype
+from jlora.transform.product import OBSERVED, compute_dtype
 from jlora.transform.trace import Trace
-from jlora.transform.weight import Weight, drop
+from jlora.transform.weight import Place, Weight, drop
 
 WEIGHTS = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 INPUTS = (*WEIGHTS, "complex64", "complex128", "int8", "uint8", "int32", "bool")
@@ -55,7 +55,7 @@ def compare(cases: dict[Any, Case], forward_mode: bool = False) -> None:
 
         def lazy(x: jax.Array, parts: Any) -> jax.Array:
             trace = Trace(forward_mode=forward_mode)
-            weight = Weight(w, path="w", origin=tuple((i,) for i in range(w.ndim)), **parts)
+            weight = Weight(w, place=Place("w", tuple((i,) for i in range(w.ndim))), **parts)
             value = trace_weights(lambda w: fn(x, w), [weight], trace)
             assert [use.factored for use in trace.uses] == [factored], (name, trace.uses)
             return value
@@ -199,7 +199,7 @@ def test_integers_that_16_bits_do_not_hold():
     assert compute_dtype(x, jnp.ones((3, 4), jnp.bfloat16)) == jnp.float32
     fn = functools.partial(matmul, preferred=jnp.float32)
     weight = Weight(
-        jnp.zeros((3, 4), jnp.bfloat16), small(3, 1, 1, seed=2), small(1, 4, 1, seed=3), path="w", origin=((0,), (1,))
+        jnp.zeros((3, 4), jnp.bfloat16), small(3, 1, 1, seed=2), small(1, 4, 1, seed=3), place=Place("w", ((0,), (1,)))
     )
     got = trace_weights(lambda w: fn(x, w), [weight], Trace())
     np.testing.assert_array_equal(got, np.asarray(x, np.float32) @ np.sum(weight.a * weight.b, -1))
@@ -211,7 +211,7 @@ def test_adapters_of_complex_examples():
     a, b = small(3, 4, 1, 2, seed=2), small(3, 1, 5, 2, seed=3)
 
     def lazy(x, a, b):
-        weight = Weight(w, a, b, path="w", origin=((0,), (1,)))
+        weight = Weight(w, a, b, place=Place("w", ((0,), (1,))))
         return jnp.sum(jnp.abs(trace_weights(lambda w: matmul(x, w), [weight], Trace())) ** 2)
 
     def merged(x, a, b):
@@ -236,7 +236,7 @@ def test_the_covariance_of_complex_inputs_is_that_of_both_parts():
 
     def loss(total):
         one = jnp.eye(3)[:, None]  # (inputs, 1, inputs)
-        weight = Weight(small(3, 4, seed=1), total, one, path="w", origin=((0,), (1,)), observed=True)
+        weight = Weight(small(3, 4, seed=1), total, one, place=Place("w", ((0,), (1,))), multiply=OBSERVED[False])
         return jnp.sum(jnp.abs(trace_weights(lambda w: matmul(x, w), [weight], Trace())))
 
     got = jax.grad(loss)(jnp.zeros((3, 1, 3)))[:, 0]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jlora.transform.weight import NotSeparable, Weight, drop
+from jlora.transform.product import ADAPTED, PLAIN
+from jlora.transform.weight import NotSeparable, Place, Weight, drop
 from tests.conformance import close
 
 R = 3
@@ -32,6 +33,9 @@ class Form(NamedTuple):
     gain: tuple[int, ...] | None = None
 
 
+PLACE = Place("w", ((0,), (1,)))  # of two axes
+
+
 def spanning(shape, axes) -> tuple[int, ...]:
     return tuple(n if i in axes else 1 for i, n in enumerate(shape))
 
@@ -44,8 +48,7 @@ def make(form: Form, keyed: bool = False) -> Weight:
         whole(*spanning(shape, b), R, seed=3),
         None if gain is None else whole(*spanning(shape, gain), seed=4),
         jax.random.split(jax.random.key(0), spanning(shape, set(a) & set(b))) if keyed else None,
-        path="w",
-        origin=tuple((i,) for i in range(len(shape))),
+        place=Place("w", tuple((i,) for i in range(len(shape)))),
     )
 
 
@@ -121,7 +124,7 @@ def test_dense_is_the_definition(form):
 
 def test_a_weight_without_factors_is_its_base():
     w = whole(4, 6)
-    probe = Weight(w, origin=((0,), (1,)))
+    probe = Weight(w, place=PLACE)
     assert probe.rank == 0
     assert probe.dense() is w
 
@@ -133,7 +136,7 @@ def test_dense_of_a_gain_alone():
 
 def test_dense_sums_in_float32_and_casts_once():
     base = jnp.full((4, 6), 256.0, jnp.bfloat16)  # whose neighbour is 258
-    weight = Weight(base, jnp.full((4, 1, R), 0.3), jnp.ones((1, 6, R)), jnp.full((1, 6), 1.0015), origin=((0,), (1,)))
+    weight = Weight(base, jnp.full((4, 1, R), 0.3), jnp.ones((1, 6, R)), jnp.full((1, 6), 1.0015), place=PLACE)
     assert weight.dense().dtype == jnp.bfloat16
     np.testing.assert_array_equal(weight.dense(), 258.0)  # 256.9 * 1.0015 = 257.29; cast before, 256 * 1.0015 = 256.38
     np.testing.assert_array_equal(weight.replace(gain=None).dense(), 256.0)
@@ -215,7 +218,7 @@ def test_reshape_that_merges_a_part_of_a_gain_is_refused():
 
 
 def test_reshape_of_a_weight_that_is_only_followed_is_never_refused():
-    probe = Weight(whole(4, 6), origin=((0,), (1,)))
+    probe = Weight(whole(4, 6), place=PLACE)
     flat = probe.reshape((24,))
     np.testing.assert_array_equal(flat.w, np.ravel(probe.w))
     assert flat.origin == ((0, 1),)
@@ -368,7 +371,7 @@ def test_scale(form, divide):
 
 @pytest.mark.parametrize("form", [DENSE, TRANSPOSED, HEADS, OUT, CONV])
 def test_scale_by_what_spans_inputs_and_outputs_is_refused(form):
-    probe = Weight(whole(*form.shape), origin=tuple((i,) for i in range(len(form.shape))))
+    probe = Weight(whole(*form.shape), place=make(form).place)
     for weight in (make(form), make(form._replace(gain=form.b)), probe):
         with pytest.raises(NotSeparable, match="^product with an array that spans inputs and outputs$"):
             weight.scale(whole(*form.shape))
@@ -482,8 +485,8 @@ def check_dots(form: Form, all_roles) -> None:
     for roles, weight_first in itertools.product(all_roles, (False, True)):
         x, numbers, spec = product_of(form.shape, roles, weight_first)
 
-        def dot(weight, x, forward_mode=True, numbers=numbers, weight_first=weight_first):
-            return weight.dot(x, numbers, weight_first, None, jnp.float32, forward_mode)
+        def dot(weight, x, multiply=PLAIN, numbers=numbers, weight_first=weight_first):
+            return weight.replace(multiply=multiply).dot(x, numbers, weight_first, None, jnp.float32)
 
         if {CONTRACTED, FREE} <= {roles[i] for i in spanned}:
             with pytest.raises(NotSeparable, match=f"^{REFUSED}$"):
@@ -493,7 +496,7 @@ def check_dots(form: Form, all_roles) -> None:
         name = f"{roles} {spec}"
         xs[name], acts[name], expected[name] = x, dot, np.einsum(spec, x, built(weight))
     assert len(acts) + refusals == 2 * len(all_roles) and acts
-    both = jax.jit(lambda w, xs: {name: [acts[name](w, x, mode) for mode in (True, False)] for name, x in xs.items()})
+    both = jax.jit(lambda w, xs: {name: [acts[name](w, x, how) for how in (PLAIN, ADAPTED)] for name, x in xs.items()})
     for name, ys in both(weight, xs).items():
         for y in ys:
             np.testing.assert_array_equal(y, expected[name], err_msg=name)
@@ -554,8 +557,9 @@ def test_gradients_of_dot_are_those_of_the_dense_product(form, roles, weight_fir
     weight = make(form)
     parts = {name: getattr(weight, name) for name in ("w", "a", "b", "gain") if getattr(weight, name) is not None}
 
-    def factored(parts, x, forward_mode):
-        y = weight.replace(**parts).dot(x, numbers, weight_first, lax.Precision.HIGHEST, jnp.float32, forward_mode)
+    def factored(parts, x, multiply):
+        lazy = weight.replace(**parts, multiply=multiply)
+        y = lazy.dot(x, numbers, weight_first, lax.Precision.HIGHEST, jnp.float32)
         return jnp.vdot(whole(*y.shape, seed=5), y)
 
     def dense(parts, x):
@@ -566,7 +570,7 @@ def test_gradients_of_dot_are_those_of_the_dense_product(form, roles, weight_fir
     @jax.jit
     def gradients(parts, x):
         return jax.grad(dense, (0, 1))(parts, x), *(
-            jax.grad(factored, (0, 1))(parts, x, mode) for mode in (True, False)
+            jax.grad(factored, (0, 1))(parts, x, multiply) for multiply in (PLAIN, ADAPTED)
         )
 
     expected, *got = gradients(parts, x)
@@ -574,17 +578,38 @@ def test_gradients_of_dot_are_those_of_the_dense_product(form, roles, weight_fir
         close(each, expected, 1e-6)
 
 
+@pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.checkpoint], ids=["alone", "jit", "remat"])
+def test_layers_that_share_a_trace_may_be_differentiated_by_different_things(around):
+    """One traced product, by its input, its base, its factors, and by the first things once more."""
+    x, numbers, _ = product_of((4, 6), (CONTRACTED, FREE), False)
+    weight = make(DENSE)
+    parts = {"x": x, "w": weight.w, "a": weight.a, "b": weight.b}
+
+    def of(multiply):
+        dot = around(
+            lambda x, w, a, b: Weight(w, a, b, place=PLACE, multiply=multiply).dot(x, numbers, False, None, None)
+        )
+        return lambda parts: jnp.sum(jnp.sin(dot(**parts)))
+
+    by_hand, plain = of(ADAPTED), of(PLAIN)
+    for names in (("a", "b"), ("w",), ("b",), ("x", "w", "b"), ("x", "a"), ("a", "b"), ("w",), ("b",)):
+        mine = {name: parts[name] for name in names}
+        rest = {name: part for name, part in parts.items() if name not in mine}
+        gradients = [jax.grad(lambda mine, of=of, rest=rest: of({**rest, **mine}))(mine) for of in (by_hand, plain)]
+        close(*gradients, 1e-5)
+
+
 def test_forward_mode_differentiates_forward():
     x, numbers, _ = product_of((4, 6), (CONTRACTED, FREE), False)
     weight = make(DENSE)
 
-    def of_a(a, forward_mode):
-        return weight.replace(a=a).dot(x, numbers, False, None, None, forward_mode)
+    def of_a(a, multiply):
+        return weight.replace(a=a, multiply=multiply).dot(x, numbers, False, None, None)
 
-    _, tangent = jax.jvp(lambda a: of_a(a, True), (weight.a,), (weight.a,))
-    np.testing.assert_array_equal(tangent, of_a(weight.a, True) - of_a(jnp.zeros_like(weight.a), True))
+    _, tangent = jax.jvp(lambda a: of_a(a, PLAIN), (weight.a,), (weight.a,))
+    np.testing.assert_array_equal(tangent, of_a(weight.a, PLAIN) - of_a(jnp.zeros_like(weight.a), PLAIN))
     with pytest.raises(TypeError, match="can't apply forward-mode (autodiff|differentiation)"):
-        jax.jvp(lambda a: of_a(a, False), (weight.a,), (weight.a,))
+        jax.jvp(lambda a: of_a(a, ADAPTED), (weight.a,), (weight.a,))
 
 
 def shapes_made(jaxpr) -> set[tuple[int, ...]]:
@@ -597,15 +622,15 @@ def shapes_made(jaxpr) -> set[tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize("forward_mode", [False, True])
-def test_dot_builds_nothing_of_the_weights_shape(forward_mode):
-    weight = make(Form((32, 48), (0,), (1,), (1,)))
+@pytest.mark.parametrize("multiply", [ADAPTED, PLAIN], ids=["adapted", "plain"])
+def test_dot_builds_nothing_of_the_weights_shape(multiply):
+    weight = make(Form((32, 48), (0,), (1,), (1,))).replace(multiply=multiply)
     x = whole(5, 32)
 
     def loss(a, b, lazy):
         value = weight.replace(a=a, b=b)
         numbers = (((1,), (0,)), ((), ()))
-        y = value.dot(x, numbers, False, None, None, forward_mode) if lazy else x @ value.dense()
+        y = value.dot(x, numbers, False, None, None) if lazy else x @ value.dense()
         return jnp.sum(y**2)
 
     def made(lazy):
@@ -620,8 +645,8 @@ def test_dot_keeps_the_dtype_of_the_models_product():
     weight = make(DENSE._replace(gain=(1,))).astype(jnp.bfloat16)
     x = whole(5, 4).astype(jnp.bfloat16)
     numbers = (((1,), (0,)), ((), ()))
-    assert weight.dot(x, numbers, False, None, None, False).dtype == jnp.bfloat16
-    assert weight.dot(x, numbers, False, None, jnp.float32, False).dtype == jnp.float32
+    assert weight.dot(x, numbers, False, None, None).dtype == jnp.bfloat16
+    assert weight.dot(x, numbers, False, None, jnp.float32).dtype == jnp.float32
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------
@@ -636,12 +661,12 @@ def test_drop_keeps_or_zeroes_and_scales():
     assert drop(x.astype(jnp.bfloat16), jax.random.key(1), 0.25).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("forward_mode", [False, True])
-def test_dot_drops_in_the_low_rank_branch_alone(forward_mode):
-    weight = make(DENSE, keyed=True).replace(dropout=0.5)
+@pytest.mark.parametrize("multiply", [ADAPTED, PLAIN], ids=["adapted", "plain"])
+def test_dot_drops_in_the_low_rank_branch_alone(multiply):
+    weight = make(DENSE, keyed=True).replace(dropout=0.5, multiply=multiply)
     x = whole(50, 4)
     numbers = (((1,), (0,)), ((), ()))
     dropped = np.asarray(drop(x, weight.key.reshape(-1)[0], 0.5))
     expected = np.asarray(x) @ np.asarray(weight.w) + dropped @ np.sum(np.asarray(weight.a) * np.asarray(weight.b), -1)
-    np.testing.assert_array_equal(weight.dot(x, numbers, False, None, None, forward_mode), expected)
+    np.testing.assert_array_equal(weight.dot(x, numbers, False, None, None), expected)
     assert not np.array_equal(expected, np.asarray(x) @ built(weight))

@@ -22,7 +22,7 @@ from jlora.methods.method import factor_shapes, shared_shapes
 from jlora.transform.explicit import on_auto_axes, spec_of
 from jlora.transform.intercept import insert
 from jlora.transform.sites import Target
-from jlora.transform.weight import Weight
+from jlora.transform.weight import Trained
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +107,7 @@ class Adapted:
                 filled[site.path] = weight.replace(key=_site_key(self.key, site)) if draws else weight
         for extra in self.extras:
             value = _with_extra(named[extra.path], extra, self.factors[extra.path])
-            filled[extra.path] = Weight(value, path=extra.path, trained=True, optional=True, tree=number)
+            filled[extra.path] = Trained(value, extra.path, number, optional=True)
         adapters = acts.adapters(self.method, sites, factors, number)
         return insert(jax.tree.unflatten(structure, filled.values()), adapters)
 

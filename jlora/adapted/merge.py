@@ -10,7 +10,7 @@ from jlora import tree
 from jlora.adapted.adapted import Adapted
 from jlora.methods import Method
 from jlora.methods.acts import Factors
-from jlora.transform.weight import Weight
+from jlora.transform.weight import Trained, Weight
 
 
 def merge(adapted: Adapted) -> Any:
@@ -34,9 +34,9 @@ def merge(adapted: Adapted) -> Any:
     _check_mergeable(adapted.method)
     _check_finite(adapted.factors)
     return jax.tree.map(
-        lambda leaf: leaf.dense() if isinstance(leaf, Weight) else leaf,
+        _plain,
         adapted.replace(key=None).as_weights(),
-        is_leaf=lambda leaf: isinstance(leaf, Weight),
+        is_leaf=lambda leaf: isinstance(leaf, Weight | Trained),
     )
 
 
@@ -53,7 +53,7 @@ def merge_error(adapted: Adapted) -> dict[str, float]:
       {'kernel': 0.0}
     """
     _check_mergeable(adapted.method)
-    weights, _ = tree.leaves(adapted.replace(key=None).as_weights(), lambda leaf: isinstance(leaf, Weight))
+    weights, _ = tree.leaves(adapted.replace(key=None).as_weights(), lambda leaf: isinstance(leaf, Weight | Trained))
     named, _ = tree.leaves(adapted.base)
     lost = {}
     for path in (site.path for site in adapted.sites):
@@ -85,6 +85,10 @@ def unmerge(params: Any, adapted: Adapted) -> Adapted:
             raise ValueError(f"unmerge: {path!r} is not the merged weight of this adapter")
         given[path] = base[path]
     return adapted.replace(base=jax.tree.unflatten(structure, given.values()))
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf.dense() if isinstance(leaf, Weight) else leaf.value if isinstance(leaf, Trained) else leaf
 
 
 def _check_mergeable(method: Method) -> None:

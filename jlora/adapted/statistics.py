@@ -13,10 +13,10 @@ from jlora.adapted.select import Pattern, known_sites, select
 from jlora.methods.matrix import a_form, a_matrix, matrices, sizes, without_stack
 from jlora.transform.explicit import on_auto_axes
 from jlora.transform.lift import run
-from jlora.transform.product import probe
+from jlora.transform.product import OBSERVED, probe
 from jlora.transform.sites import Site
 from jlora.transform.trace import Trace
-from jlora.transform.weight import Weight
+from jlora.transform.weight import Place, Weight
 
 Mask = Callable[[Any], jax.Array]
 STATISTICS = ("covariance", "gradient")
@@ -190,8 +190,8 @@ def _probed(x: jax.Array, kept: jax.Array | None) -> jax.Array:
 
 def _observed(w: jax.Array, site: Site, total: jax.Array, every_row: bool) -> Weight:
     one = a_form(jnp.eye(sizes(site)[1], dtype=jnp.float32)[None], without_stack(site))
-    origin = tuple((i,) for i in range(w.ndim))
-    return Weight(w, total, one, path=site.path, origin=origin, observed=True, every_row=every_row)
+    place = Place(site.path, tuple((i,) for i in range(w.ndim)))
+    return Weight(w, total, one, place=place, multiply=OBSERVED[every_row])
 
 
 def _gradients(fn: Callable[..., Any], sites: Sequence[Site]) -> Callable[[Any, Any], dict[str, jax.Array]]:

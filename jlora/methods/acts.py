@@ -16,7 +16,7 @@ from jlora.methods.lazy import lazy_weight
 from jlora.transform.explicit import on_auto_axes
 from jlora.transform.intercept import Adapter, Interceptor, active, check_linen
 from jlora.transform.sites import Site, Target
-from jlora.transform.weight import Weight
+from jlora.transform.weight import Trained, Weight
 
 Arrays = dict[str, jax.Array]
 Factors = dict[str, Arrays]
@@ -266,7 +266,7 @@ class OnActivations(Acts):
                     f"{owner.name}: {path!r} and {found[holder].site.path!r} belong to one module, "
                     f"{'/'.join(holder)!r}, which has one adapter; choose one of them with targets="
                 )
-            weights = {n: Weight(array, path=path, trained=True, tree=number) for n, array in arrays.items()}
+            weights = {n: Trained(array, path, number) for n, array in arrays.items()}
             found[holder] = Adapter(weights, target, owner, number)  # type: ignore[arg-type]
         return found
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.methods.acts import Arrays, OnWeights, linear_in
 from jlora.methods.checks import check_alpha, check_number, check_rank
 from jlora.methods.method import Config, Method
 from jlora.transform.axes import fan_in
 from jlora.transform.sites import Target
-from jlora.transform.weight import Weight
+from jlora.transform.weight import Place, Weight
 
 INITS = ("gaussian", "kaiming_uniform")
 
@@ -55,7 +56,7 @@ def scaled(name: str, scale: Any, rank: int, alpha: float | None, init: str, dro
         return low_rank_init(key, target, init)
 
     def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
-        a = factors["A"] * jnp.asarray(scale(target.alpha, target.rank), factors["A"].dtype)
+        a = jax.lax.mul(factors["A"], np.asarray(scale(target.alpha, target.rank), factors["A"].dtype))
         return low_rank(w, target, a, factors["B"]).replace(dropout=dropout)
 
     return Method(config, rank, alpha, OnWeights(initialise, weight, rescale=linear_in("B")))
@@ -63,7 +64,7 @@ def scaled(name: str, scale: Any, rank: int, alpha: float | None, init: str, dro
 
 def low_rank(w: jax.Array, target: Target, a: jax.Array | None = None, b: jax.Array | None = None) -> Weight:
     """The lazy weight `w + a b` of a target; `w` alone without factors."""
-    return Weight(w, a, b, path=target.path, origin=tuple((i,) for i in range(w.ndim)))
+    return Weight(w, a, b, place=Place(target.path, tuple((i,) for i in range(w.ndim))))
 
 
 def low_rank_init(key: jax.Array, target: Target, init: str) -> Arrays:

@@ -24,7 +24,7 @@ _CONV_OPTIONS = (
 )
 
 
-def conv_general_dilated(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
+def conv_general_dilated(weight: Weight, values: Sequence[Any], params: dict[str, Any]) -> Product:
     """A thin convolution to rank channels and a 1x1 map; or, for a transposed kernel, the map first."""
     x, kernel = values
     if kernel is not weight or params["batch_group_count"] != 1:

@@ -16,14 +16,16 @@ from jlora.transform import rules
 from jlora.transform.jaxprs import bind, constant, last_uses, open_jaxpr, opened_end, run_segment, scan_counts, scope
 from jlora.transform.marks import applications
 from jlora.transform.mean import count_of_mean
+from jlora.transform.product import ADAPTED, PLAIN
 from jlora.transform.trace import UNTOUCHED, Trace
-from jlora.transform.weight import NotSeparable, Weight
+from jlora.transform.weight import NotSeparable, Trained, Weight
 
 
-def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trace) -> Any:
+def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight | Trained], trace: Trace) -> Any:
     """`fn(*weights)` for a function of plain arrays, evaluated on lazy weights.
 
-    `fn` is traced once with `jax.make_jaxpr` on the weights' shapes; everything else that it reads is closed over.
+    What is trained as it is is an array from here on. `fn` is traced once with `jax.make_jaxpr` on the weights' shapes;
+    everything else that it reads is closed over.
     """
     out_tree: Any = None
     leaves: list[Any] = []
@@ -33,16 +35,16 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
         leaves, out_tree = jax.tree.flatten(fn(*arrays))
         return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
-    closed = jax.make_jaxpr(flat)(*[weight.w for weight in weights])
+    arguments = [_argument(weight, trace) for weight in weights]
+    closed = jax.make_jaxpr(flat)(*[x.w if isinstance(x, Weight) else x for x in arguments])
     jaxpr, consts = open_jaxpr(closed)
-    adapters = {(weight.tree, weight.path) for weight in weights if weight.trained and not weight.optional}
+    trained = [(x, variable) for x, variable in zip(weights, jaxpr.invars, strict=True) if isinstance(x, Trained)]
+    adapters = {(x.tree, x.path) for x, _ in trained if not x.optional}
     if adapters:
         trace.uses.extend(use for use in applications(jaxpr) if (use.tree, use.path) in adapters)
     operands = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, jex.Literal)}
-    pairs = list(zip(jaxpr.invars, weights, strict=True))
-    trace.extras |= {(weight.tree, weight.path): variable in operands for variable, weight in pairs if weight.optional}
+    trace.extras |= {(x.tree, x.path): variable in operands for x, variable in trained if x.optional}
     trace.program = (jaxpr, weights)
-    arguments = [weight.w if weight.trained else weight for weight in weights]
     count = None
     if trace.counted:
         jaxpr, given = opened_end(jaxpr, consts)
@@ -55,6 +57,12 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trac
     # What the function returns beside arrays (a number, a string, a NumPy array) passes through as it is.
     full = [next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
     return jax.tree.unflatten(out_tree, full)
+
+
+def _argument(weight: Weight | Trained, trace: Trace) -> Any:
+    if isinstance(weight, Trained):
+        return weight.value
+    return weight.replace(multiply=PLAIN) if trace.forward_mode and weight.multiply is ADAPTED else weight
 
 
 # -- the interpreter --------------------------------------------------------------------------------------------------
@@ -112,14 +120,14 @@ def _apply(eqn: Any, values: list[Any], trace: Trace, make_dense: Callable[..., 
             return list(kept)
         if name in rules.PRODUCTS:
             matrix = min(lazy, key=_is_rather_an_input)
-            if matrix.observed and name != "dot_general":
+            if not matrix.multiply.adds and name != "dot_general":
                 raise NotSeparable("not a product of rows with a matrix")
             kept_at = max(i for i, v in enumerate(values) if v is matrix)
             values = [
                 make_dense(v, reason="product of two adapted weights") if isinstance(v, Weight) and i != kept_at else v
                 for i, v in enumerate(values)
             ]
-            product = rules.PRODUCTS[name](matrix, values, eqn.params, trace.forward_mode)
+            product = rules.PRODUCTS[name](matrix, values, eqn.params)
             if not isinstance(product.value, Weight):
                 trace.note(matrix, name, product)
             return [product.value]

@@ -11,7 +11,7 @@ from flax.errors import TraceContextError
 from jlora.transform.interpret import trace_weights
 from jlora.transform.reach import reached
 from jlora.transform.trace import UNTOUCHED, Trace
-from jlora.transform.weight import Weight
+from jlora.transform.weight import Trained, Weight
 
 _NO_FORWARD_MODE = "can't apply forward-mode autodiff (jvp) to a custom_vjp function"
 
@@ -85,8 +85,8 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
     numbers = {id(x): number for number, x in enumerate(lazy)}
     open_tree = lambda x: x.as_weights(numbers[id(x)]) if isinstance(x, Lazy) else x
     opened = jax.tree.map(open_tree, (args, kwargs), is_leaf=is_lazy)
-    leaves, tree = jax.tree.flatten(opened, is_leaf=lambda x: isinstance(x, Weight))
-    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Weight)]
+    leaves, tree = jax.tree.flatten(opened, is_leaf=lambda x: isinstance(x, Weight | Trained))
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Weight | Trained)]
     if not at:
         args, kwargs = opened
         return fn(*args, **kwargs)
@@ -113,7 +113,7 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
     return result
 
 
-def _check_read(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trace, needs: str) -> None:
+def _check_read(fn: Callable[..., Any], weights: Sequence[Weight | Trained], trace: Trace, needs: str) -> None:
     """An adapted weight that is never read is an error; an extra is not, as it is none in full fine-tuning.
 
     Raises:
@@ -121,7 +121,7 @@ def _check_read(fn: Callable[..., Any], weights: Sequence[Weight], trace: Trace,
     """
     read = {(use.tree, use.path) for use in trace.uses if use.reason != UNTOUCHED}
     every = list(dict.fromkeys((weight.tree, weight.path) for weight in weights))
-    optional = {(weight.tree, weight.path) for weight in weights if weight.optional}
+    optional = {(weight.tree, weight.path) for weight in weights if isinstance(weight, Trained) and weight.optional}
     if not read and not any(trace.extras.values()):  # one that is not read among others is as in full fine-tuning
         optional = set()
     unread = [of for of in every if of not in read | optional]

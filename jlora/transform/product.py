@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -109,6 +110,19 @@ def add(y: jax.Array, delta: jax.Array) -> jax.Array:
     return (y.astype(delta.dtype) + delta).astype(y.dtype)
 
 
+class Multiply(NamedTuple):
+    """How an input meets a weight.
+
+    Attributes:
+      product: (x, z, w, a, b, spec) -> y; the factors in broadcast form, that which meets the input first; z is None
+        where it is x.
+      adds: whether a and b are part of the weight, `w + a b`; those of an observer are not.
+    """
+
+    product: Callable[..., jax.Array]
+    adds: bool = True
+
+
 def is_placed(x: jax.Array) -> bool:
     """Whether the type of x says where it lies: on explicit axes of a mesh, or inside `shard_map`.
 
@@ -143,23 +157,16 @@ def adapted_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: j
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """What is known while tracing, carried from the forward to the backward pass.
-
-    Attributes:
-      x, z: shapes and dtypes.
-      w_moves, u_moves: whether the base weight, and the first factor, are differentiated.
-    """
+    """The shapes and dtypes of x and z, known while tracing and carried from the forward to the backward pass."""
 
     x: jax.ShapeDtypeStruct
     z: jax.ShapeDtypeStruct
-    w_moves: bool
-    u_moves: bool
 
 
 def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
     *operands, spec = arguments
     x, z, w, u, v = (operand.value for operand in operands)
-    known = _Known(_like(x), _like(z), operands[2].perturbed, operands[3].perturbed)
+    w_moves, u_moves = operands[2].perturbed, operands[3].perturbed
     base = base_product(x, w, spec)
     inner = _inner_product(z, u, spec)
     delta = _outer_product(inner, v, spec)
@@ -171,7 +178,21 @@ def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
     else:
         y = add(base, delta)
     # The gradient of u needs the whole input; without it (LoRA-FA) r numbers per row do.
-    return y, (x if known.w_moves else None, z if known.u_moves else inner, w, u, v, known)
+    kept = (_kept(x, w_moves), _kept(z, u_moves), _kept(inner, not u_moves))
+    return y, (*kept, w, u, v, _Known(_like(x), _like(z)))
+
+
+def _kept(x: jax.Array, needed: bool) -> jax.Array:
+    """What may be needed, behind a new axis, or an empty array.
+
+    JAX remembers one structure of residuals, and which of them are operands, for all derivatives of a traced product,
+    whatever is differentiated in each: these are the same for all.
+    """
+    return x[None] if needed else jnp.zeros((0,), jnp.bool_)
+
+
+def _found(kept: jax.Array) -> jax.Array | None:
+    return None if kept.shape == (0,) else lax.squeeze(kept, (0,))
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -187,14 +208,14 @@ def _fenced_sum(x: jax.Array, y: jax.Array, some: jax.Array) -> jax.Array:
 
 
 def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...]:
-    x, z_or_inner, w, u, v, known = residuals
+    *kept, w, u, v, known = residuals
+    x, z, inner = map(_found, kept)
     if isinstance(g, SymbolicZero):
         return None, None, None, None, None
     g = g.astype(known.z.dtype)
-    if known.u_moves:
-        inner = contract(z_or_inner, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
-    else:
-        inner = z_or_inner
+    if z is not None:
+        inner = contract(z, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
+    assert inner is not None  # one of the two is kept
     into = functools.partial(_contract_into, precision=spec.precision)
     inner_g = into(inner, spec.inner, g, spec.y, v, spec.v)
     # An integer input has no gradient.
@@ -202,9 +223,9 @@ def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...
     dz = into(known.z, spec.x, inner_g, spec.inner, u, spec.u)
     # The thin operand comes first: the CPU backend transposes its left operand to contract a leading axis, and a
     # transposed activation costs more than a transposed factor (0.89 against 0.76 of full fine-tuning's time).
-    du = into(u, spec.u, inner_g, spec.inner, z_or_inner, spec.x) if known.u_moves else None
+    du = into(u, spec.u, inner_g, spec.inner, z, spec.x) if z is not None else None
     dv = into(v, spec.v, inner, spec.inner, g, spec.y)
-    dw = into(w, spec.w, x, spec.x, g, spec.y) if known.w_moves else None
+    dw = into(w, spec.w, x, spec.x, g, spec.y) if x is not None else None
     return dx, dz, dw, du, dv
 
 
@@ -283,3 +304,48 @@ def _contract_into(
 
 
 adapted_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+# -- the ways in which an input meets a weight -------------------------------------------------------------------------
+
+
+def _operands(
+    x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What the products take: z is x if nothing was dropped, and all that is of low rank is in one dtype."""
+    dtype = compute_dtype(x, w)
+    u, v = _spanned(a, spec.w, spec.u), _spanned(b, spec.w, spec.v)
+    return x, (x if z is None else z).astype(dtype), w, u.astype(dtype), v.astype(dtype)
+
+
+def _spanned(part: jax.Array, labels: Labels, kept: Labels) -> jax.Array:
+    """A factor in broadcast form without the axes that it does not span; its last label is the rank's."""
+    return lax.squeeze(part, [i for i, label in enumerate((*labels, kept[-1])) if label not in kept])
+
+
+def _plain(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    return plain_product(*_operands(x, z, w, a, b, spec), spec)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",), inline=True)
+def _by_hand(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    """Layers of one shape share the trace of their product and that of its derivative; inlined, it is no call."""
+    return adapted_product(*_operands(x, z, w, a, b, spec), spec)
+
+
+def _adapted(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    placed = spec.sharding is not None or any(map(is_placed, (x, w, a, b)))
+    return (_plain if placed else _by_hand)(x, z, w, a, b, spec)
+
+
+def _observed(every_row: bool) -> Multiply:
+    def product(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+        total, one = _spanned(a, spec.w, spec.u), _spanned(b, spec.w, spec.v)
+        return observed_product(x, w, total, one, spec, every_row)
+
+    return Multiply(product, adds=False)
+
+
+ADAPTED = Multiply(_adapted)
+PLAIN = Multiply(_plain)
+OBSERVED = {every_row: _observed(every_row) for every_row in (False, True)}

@@ -162,10 +162,10 @@ def _scaled(primitive: str, left: Any, right: Any) -> list[Weight] | None:
     return [weight.scale(factor, divide=primitive == "div")]
 
 
-# -- products: (weight, values, params, forward_mode) -> result, low-rank FLOPs, stored axes in, out, stack ------------
+# -- products: (weight, values, params) -> result, low-rank FLOPs, stored axes in, out, stack ------------
 
 
-def dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
+def dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any]) -> Product:
     """`lax.dot_general` with the weight as either operand."""
     weight_first = values[0] is weight
     x = values[1] if weight_first else values[0]
@@ -181,14 +181,13 @@ def dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any], f
         weight_first,
         params["precision"],
         params["preferred_element_type"],
-        forward_mode,
         params.get("out_sharding"),
     )
     flops = 2 * weight.rank * (x.size + value.size)
     return Product(value, in_axes, out_axes, stack_axes + weight.gathered, flops)
 
 
-def ragged_dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
+def ragged_dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any]) -> Product:
     """`lax.ragged_dot`: rows (m, k) of several groups with one (k, n) kernel per group."""
     x, kernel, sizes = values
     numbers = params["ragged_dot_dimension_numbers"]
@@ -228,7 +227,7 @@ def _ragged_factors(weight: Weight) -> tuple[jax.Array, jax.Array]:
     raise NotSeparable("ragged product of a weight whose factors each span inputs and outputs")
 
 
-def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any], forward_mode: bool) -> Product:
+def gather(weight: Weight, values: Sequence[Any], params: dict[str, Any]) -> Product:
     """A look-up: rows of `a` are gathered and meet `b`. Where both factors have the gathered axis (one kernel per row,
     as an expert table) the result is a lazy weight again, and so it is where the weight is only followed.
     """
@@ -326,7 +325,7 @@ def _inside(weight: Weight, indices: jax.Array, params: dict[str, Any], out_ndim
     return lax.reshape(inside, [1 if i in numbers.offset_dims else next(batch) for i in range(out_ndim)])
 
 
-PRODUCTS: dict[str, Callable[[Weight, Sequence[Any], dict[str, Any], bool], Product]] = {
+PRODUCTS: dict[str, Callable[[Weight, Sequence[Any], dict[str, Any]], Product]] = {
     "conv_general_dilated": conv_general_dilated,
     "dot_general": dot_general,
     "gather": gather,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jlora.transform.jaxprs import line_of
-from jlora.transform.weight import Weight
+from jlora.transform.weight import Trained, Weight
 
 UNTOUCHED = "returned as it is by the function"  # why a weight is materialised that nothing has read
 
@@ -77,7 +77,7 @@ class Trace:
     repeat: int = 1
     around: list[Any] = dataclasses.field(default_factory=list)
     extras: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
-    program: tuple[Any, Sequence[Weight]] | None = None
+    program: tuple[Any, Sequence[Weight | Trained]] | None = None
     counted: bool = False
     count: tuple[Any, bool] | None = None
 

@@ -17,16 +17,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora.transform import axes as ax
 from jlora.transform.explicit import on_auto_axes, spec_of
 from jlora.transform.product import (
+    ADAPTED,
+    Multiply,
     Spec,
-    adapted_product,
     base_product,
     compute_dtype,
     is_complex,
     is_linear,
-    is_placed,
     keeps,
-    observed_product,
-    plain_product,
 )
 
 RANK = "rank"  # the label of the last axis of a and b
@@ -34,6 +32,45 @@ RANK = "rank"  # the label of the last axis of a and b
 
 class NotSeparable(Exception):
     """An operation that mixes axes in a way the form cannot express: the caller materialises instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which stored parameter a value is, and where its axes come from.
+
+    Attributes:
+      path: where the parameter stands in its tree.
+      origin: for each axis of the value, the axes of the stored parameter that it comes from.
+      stack: axes of the stored parameter that scans and indexing have already consumed.
+      gathered: axes that a batched gather has looked up (an embedding or an expert table).
+      tree: which of the adapted trees of one call the parameter is in, from 0.
+    """
+
+    path: str = ""
+    origin: tuple[tuple[int, ...], ...] = ()
+    stack: tuple[int, ...] = ()
+    gathered: tuple[int, ...] = ()
+    tree: int = 0
+
+
+_PLACE = frozenset(field.name for field in dataclasses.fields(Place))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A leaf that is trained as it is, or an array of an adapter of activations: an array to the function and to rules.
+
+    Attributes:
+      value: the array.
+      path, tree: as in `Place`.
+      optional: whether the function may leave it unread.
+    """
+
+    value: jax.Array
+    path: str = dataclasses.field(metadata={"static": True})
+    tree: int = dataclasses.field(default=0, metadata={"static": True})
+    optional: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -44,18 +81,13 @@ class Weight:
     Attributes:
       w: the base weight, any number of axes.
       a, b: the low-rank factors in broadcast form, the scale folded into `a`; None for a weight that is only followed.
+        Of an observed weight `a` is the sum of x x^T over the inputs x that is asked for, as its cotangent, and `b` the
+        identity.
       gain: a factor in broadcast form without the rank axis, or None.
       key: a dropout key per stacked weight, in broadcast form without the rank axis, or None.
       dropout: the probability with which an input of the low-rank branch is dropped; used where `key` is there.
-      path: where the weight stands in the parameter tree.
-      origin: for each axis, the axes of the stored parameter that it comes from.
-      stack: axes of the stored parameter that scans and indexing have already consumed.
-      trained: an array to the function: a leaf that is trained as it is, or part of an adapter of activations.
-      optional: a leaf that is trained as it is, which the function may leave unread.
-      observed: `a` is no part of the weight: its cotangent is the sum of x x^T over the inputs x; `b` is the identity.
-      tree: which of the adapted trees of one call it is in, from 0.
-      every_row: of an observed weight: rows of x that do not matter to the result are counted, too.
-      gathered: axes of the stored parameter that a batched gather has looked up (an embedding or an expert table).
+      place: which stored parameter it is, and where its axes come from. Its fields are attributes of the weight, too.
+      multiply: how an input meets it: `product.ADAPTED`, `PLAIN` (which forward mode can pass) or `OBSERVED`.
     """
 
     w: jax.Array
@@ -64,15 +96,28 @@ class Weight:
     gain: jax.Array | None = None
     key: jax.Array | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
-    path: str = dataclasses.field(default="", metadata={"static": True})
-    origin: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
-    stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
-    gathered: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
-    tree: int = dataclasses.field(default=0, metadata={"static": True})
-    observed: bool = dataclasses.field(default=False, metadata={"static": True})
-    every_row: bool = dataclasses.field(default=False, metadata={"static": True})
-    trained: bool = dataclasses.field(default=False, metadata={"static": True})
-    optional: bool = dataclasses.field(default=False, metadata={"static": True})
+    place: Place = dataclasses.field(default=Place(), metadata={"static": True})
+    multiply: Multiply = dataclasses.field(default=ADAPTED, metadata={"static": True})
+
+    @property
+    def path(self) -> str:
+        return self.place.path
+
+    @property
+    def origin(self) -> tuple[tuple[int, ...], ...]:
+        return self.place.origin
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.place.stack
+
+    @property
+    def gathered(self) -> tuple[int, ...]:
+        return self.place.gathered
+
+    @property
+    def tree(self) -> int:
+        return self.place.tree
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,6 +133,10 @@ class Weight:
         return 0 if self.a is None else self.a.shape[-1]
 
     def replace(self, **changes: Any) -> "Weight":
+        """A copy with some fields, its own or those of its place, changed."""
+        moved = {name: changes.pop(name) for name in _PLACE & changes.keys()}
+        if moved:
+            changes["place"] = dataclasses.replace(self.place, **moved)
         return dataclasses.replace(self, **changes)
 
     def spans(self, part: jax.Array) -> frozenset[int]:
@@ -239,7 +288,7 @@ class Weight:
         factor = jnp.asarray(factor)
         needed = {i for i, n in enumerate(factor.shape) if n != 1}
         scaled = self.replace(w=apply(self.w, factor.astype(self.w.dtype)))
-        if self.observed:
+        if not self.multiply.adds:
             return scaled
         for name in ("a", "b") if self.rank else ():
             part = getattr(self, name)
@@ -251,7 +300,7 @@ class Weight:
         return scaled
 
     def negate(self) -> "Weight":
-        return self.replace(w=-self.w, a=self.a if self.observed or self.a is None else -self.a)
+        return self.replace(w=-self.w, a=self.a if self.a is None or not self.multiply.adds else -self.a)
 
     def unstack(self) -> tuple["Weight", Callable[["Weight"], "Weight"]]:
         """Splits the leading axis off, for `lax.scan`.
@@ -290,7 +339,7 @@ class Weight:
 
     def dense(self, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
         """The materialised weight: summed in float32 (or the base's own precision, if higher), cast once."""
-        if self.observed or (self.rank == 0 and self.gain is None):
+        if not self.multiply.adds or (self.rank == 0 and self.gain is None):
             return self.w
         return on_auto_axes(lambda weight: weight._summed(precision), self, place=lambda _: spec_of(self.w))
 
@@ -319,7 +368,6 @@ class Weight:
         weight_first: bool,
         precision: Any,
         dtype: Any,
-        forward_mode: bool,
         sharding: NamedSharding | None = None,
     ) -> jax.Array:
         """`dot_general` of x with the weight, factored: x meets one factor, then the other.
@@ -341,28 +389,21 @@ class Weight:
                 result = jax.eval_shape(lambda x, w: base_product(x, w, spec), x, self.w).dtype
                 spec = spec._replace(dtype=dtype if keeps(dtype, wide) else None)
             x = amplify(x, gain_in, wide)
-        y = self._low_rank_dot(x, spec, forward_mode) if self.rank else base_product(x, self.w, spec)
+        y = self._low_rank_dot(x, spec) if self.rank else base_product(x, self.w, spec)
         y = y if result is None else y.astype(result)
         return y if gain_out is None else amplify(y, gain_out, y.dtype)
 
-    def _low_rank_dot(self, x: jax.Array, spec: Spec, forward_mode: bool) -> jax.Array:
-        a, a_labels = ax.drop_ones(self.a, spec.w + (RANK,), keep=(RANK,))  # type: ignore[arg-type]
-        b, b_labels = ax.drop_ones(self.b, spec.w + (RANK,), keep=(RANK,))  # type: ignore[arg-type]
+    def _low_rank_dot(self, x: jax.Array, spec: Spec) -> jax.Array:
+        a, b = self.a, self.b
+        assert a is not None and b is not None
+        a_labels, b_labels = ((*(spec.w[i] for i in sorted(self.varies(part))), RANK) for part in (a, b))
         contracted = [label for label in spec.w if label in spec.x and label not in spec.y]
         if sum(n in a_labels for n in contracted) < sum(n in b_labels for n in contracted):
             a, a_labels, b, b_labels = b, b_labels, a, a_labels
-        if self.observed:
-            if not set(b_labels) - {RANK} <= set(contracted):
-                raise NotSeparable("product along other axes than the inputs")
-            return observed_product(x, self.w, a, b, spec._replace(u=a_labels, v=b_labels), self.every_row)
-        dtype = compute_dtype(x, self.w)
-        z, u, v = x.astype(dtype), a.astype(dtype), b.astype(dtype)
-        spec = spec._replace(u=a_labels, v=b_labels)
-        if self.key is not None:
-            z = drop(z, self.key, self.dropout)
-        placed = forward_mode or spec.sharding is not None or any(map(is_placed, (x, self.w, u, v)))
-        product = plain_product if placed else adapted_product
-        return product(x, z, self.w, u, v, spec)
+        if not self.multiply.adds and not set(b_labels) - {RANK} <= set(contracted):
+            raise NotSeparable("product along other axes than the inputs")
+        z = None if self.key is None else drop(x.astype(compute_dtype(x, self.w)), self.key, self.dropout)
+        return self.multiply.product(x, z, self.w, a, b, spec._replace(u=a_labels, v=b_labels))
 
     def _spec(self, x_ndim: int, dimension_numbers: Any, weight_first: bool, precision: Any, dtype: Any) -> Spec:
         (left, right), (left_batch, right_batch) = dimension_numbers
