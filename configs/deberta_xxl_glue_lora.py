@@ -1,11 +1,11 @@
 """DeBERTa-v2-XXL (1.5 billion parameters) on a task of GLUE with LoRA on query and value: the LoRA paper's Table 2.
 
-Command:   python -m experiments.finetune configs/deberta_xxl_glue_lora.py
-           JLORA_GLUE_TASK=rte python -m experiments.finetune configs/deberta_xxl_glue_lora.py
+Command:   python -m experiments.train configs/deberta_xxl_glue_lora.py
+           JLORA_GLUE_TASK=rte python -m experiments.train configs/deberta_xxl_glue_lora.py
 Tasks:     mnli (if none is named), sst2, mrpc, cola, qnli, qqp, rte, stsb
 Data:      the GLUE download's folders (MNLI/train.tsv, ...) in glue/ below JLORA_DATA, or nyu-mll/glue of the hub
 Model:     microsoft/deberta-v2-xxlarge. If the repository has neither safetensors nor a tokenizer.json, transformers
-           writes both (AutoModel and AutoTokenizer, save_pretrained), and checkpoint=FOLDER names them.
+           writes both (AutoModel and AutoTokenizer, save_pretrained), and base=FOLDER names them.
 Hardware:  not run: needs a GPU and the hub. The paper's authors had 4 V100
 
 Trained:   4,718,592 parameters of LoRA, 4 * 48 layers * 1536 * r with r=16, and the head: 7,084,035 with three classes
@@ -31,9 +31,10 @@ Target:    the LoRA row within its deviations, MRPC, RTE and STS-B aside.
 """
 
 import jlora
-from experiments.finetuning import Finetune, tiny
-from experiments.finetuning.recipes import glue
-from experiments.finetuning.recipes.glue import Recipe
+from experiments.recipes import tiny
+from experiments.config import Experiment
+from experiments.recipes import glue
+from experiments.recipes.glue import Recipe
 
 RECIPES = {
     "mnli": Recipe(1e-4, 8, 5, length=256, warmup=1000, weight_decay=0.0, evaluate_every=500, head_dropout=0.15),
@@ -47,7 +48,7 @@ RECIPES = {
 }
 
 
-def config(task: str | None = None) -> Finetune:
+def config(task: str | None = None) -> Experiment:
     """The task of the argument, or of JLORA_GLUE_TASK."""
     name = glue.chosen(task, RECIPES)
     return glue.experiment(
@@ -56,6 +57,6 @@ def config(task: str | None = None) -> Finetune:
     )  # fmt: skip
 
 
-def small(task: str | None = None) -> Finetune:
+def small(task: str | None = None) -> Experiment:
     """A few steps of a tiny DeBERTa."""
     return glue.small(config(task), glue.chosen(task, RECIPES), tiny.deberta)

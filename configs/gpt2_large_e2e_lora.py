@@ -1,6 +1,6 @@
 """GPT-2 large writes restaurant descriptions (E2E) with LoRA on query and value: the LoRA paper's Table 3.
 
-Command:   python -m experiments.finetune configs/gpt2_large_e2e_lora.py
+Command:   python -m experiments.train configs/gpt2_large_e2e_lora.py
 Data:      train.txt, valid.txt and test.txt of microsoft/LoRA, examples/NLG/data/e2e, in e2e/ below JLORA_DATA
 Model:     openai-community/gpt2-large; the five scores take a Java runtime
 Hardware:  not run: needs a GPU and the hub
@@ -23,15 +23,15 @@ Target:    BLEU 68.9 to 70.4. VeRA's Table 3 (arXiv 2310.11454) has 70.1 / 8.80 
            last epoch.
 """
 
-from experiments.finetuning import Finetune
-from experiments.finetuning.recipes import e2e
+from experiments.config import Experiment
+from experiments.recipes import e2e
 
 
-def config() -> Finetune:
+def config() -> Experiment:
     """Three seeds."""
     return e2e.experiment("gpt2_large_e2e_lora", "GPT-2 large", "openai-community/gpt2-large")
 
 
-def small() -> Finetune:
+def small() -> Experiment:
     """A few steps of a tiny GPT-2."""
     return e2e.small(config())

@@ -1,6 +1,6 @@
 """GPT-2 medium writes restaurant descriptions (E2E) with LoRA on query and value: the LoRA paper's Table 3.
 
-Command:   python -m experiments.finetune configs/gpt2_medium_e2e_lora.py
+Command:   python -m experiments.train configs/gpt2_medium_e2e_lora.py
 Data:      train.txt, valid.txt and test.txt of microsoft/LoRA, examples/NLG/data/e2e, in e2e/ below JLORA_DATA
 Model:     openai-community/gpt2-medium; the five scores take a Java runtime
 Hardware:  not run: needs a GPU and the hub. The paper's own command runs on one GPU
@@ -31,15 +31,15 @@ Target:    BLEU 68.9 to 70.4. Others who ran LoRA got less, at the last epoch: V
            68.9 / 8.69 / 46.4 / 71.3 / 2.51.
 """
 
-from experiments.finetuning import Finetune
-from experiments.finetuning.recipes import e2e
+from experiments.config import Experiment
+from experiments.recipes import e2e
 
 
-def config() -> Finetune:
+def config() -> Experiment:
     """Three seeds."""
     return e2e.experiment("gpt2_medium_e2e_lora", "GPT-2 medium", "openai-community/gpt2-medium")
 
 
-def small() -> Finetune:
+def small() -> Experiment:
     """A few steps of a tiny GPT-2."""
     return e2e.small(config())

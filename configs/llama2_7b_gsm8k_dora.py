@@ -1,13 +1,13 @@
 """Llama 2 7B with DoRA on all linear layers learns MetaMathQA and answers GSM8K: LoRA-GA's comparison (Table 2).
 
-Command:   python -m experiments.finetune configs/llama2_7b_gsm8k_dora.py
+Command:   python -m experiments.train configs/llama2_7b_gsm8k_dora.py
 Data:      MetaMathQA-395K.json in metamathqa/ and GSM8K's test.jsonl in gsm8k/ below JLORA_DATA, or
            meta-math/MetaMathQA and openai/gsm8k of the hub
 Model:     meta-llama/Llama-2-7b-hf, whose licence has to be accepted on the hub
 Hardware:  not run: needs a GPU of 80 GB and the hub
 
 Trained:   21,348,352 parameters: LoRA's 19,988,480, and a magnitude for each of the 42,496 outputs of a layer.
-Recipe:    experiments/finetuning/recipes/gsm8k.py, which says what is the papers' and what ours.
+Recipe:    experiments/recipes/gsm8k.py, which says what is the papers' and what ours.
 
 Published (LoRA-GA, arXiv 2407.05000, Table 2, as reprinted in LoRA-MGPO):
 
@@ -26,15 +26,15 @@ Target:    53.07±.75 under this recipe.
 """
 
 import jlora
-from experiments.finetuning import Finetune, Run
-from experiments.finetuning.recipes import gsm8k
+from experiments.config import Experiment, Run
+from experiments.recipes import gsm8k
 
 
-def config() -> Finetune:
+def config() -> Experiment:
     """Three seeds."""
     return gsm8k.experiment(Run("dora", "DoRA r=8", jlora.dora(jlora.lora(8, alpha=16, init="kaiming_uniform")), 2e-5))
 
 
-def small() -> Finetune:
+def small() -> Experiment:
     """A few steps of a tiny Llama."""
     return gsm8k.small(config())

@@ -1,13 +1,13 @@
 """Llama 2 7B with LoRA on all linear layers learns MetaMathQA and answers GSM8K: LoRA-GA's comparison (Table 2).
 
-Command:   python -m experiments.finetune configs/llama2_7b_gsm8k_lora.py
+Command:   python -m experiments.train configs/llama2_7b_gsm8k_lora.py
 Data:      MetaMathQA-395K.json in metamathqa/ and GSM8K's test.jsonl in gsm8k/ below JLORA_DATA, or
            meta-math/MetaMathQA and openai/gsm8k of the hub
 Model:     meta-llama/Llama-2-7b-hf, whose licence has to be accepted on the hub
 Hardware:  not run: needs a GPU of 80 GB and the hub
 
 Trained:   19,988,480 parameters, 32 layers * r * (11 * 4096 + 3 * 11008): inputs and outputs of seven layers, r times.
-Recipe:    experiments/finetuning/recipes/gsm8k.py, which says what is the papers' and what ours.
+Recipe:    experiments/recipes/gsm8k.py, which says what is the papers' and what ours.
 
 Published (LoRA-GA, arXiv 2407.05000, Table 2, as reprinted in LoRA-MGPO):
 
@@ -27,15 +27,15 @@ Target:    42.08±.04 under this recipe. PiSSA's Table 2 has 42.85 for LoRA with
 """
 
 import jlora
-from experiments.finetuning import Finetune, Run
-from experiments.finetuning.recipes import gsm8k
+from experiments.config import Experiment, Run
+from experiments.recipes import gsm8k
 
 
-def config() -> Finetune:
+def config() -> Experiment:
     """Three seeds."""
     return gsm8k.experiment(Run("lora", "LoRA r=8", jlora.lora(8, alpha=16, init="kaiming_uniform"), 2e-5))
 
 
-def small() -> Finetune:
+def small() -> Experiment:
     """A few steps of a tiny Llama, in bfloat16 as the large one."""
     return gsm8k.small(config(), dtype="bfloat16", param_dtype="bfloat16", remat=True)

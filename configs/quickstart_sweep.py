@@ -7,7 +7,8 @@ Hardware:  2 CPU cores; 14 minutes
 import dataclasses
 from pathlib import Path
 
-from experiments.config import Experiment, load
+from experiments.config import Experiment, Measure
+from experiments.configfile import load
 
 _QUICKSTART = Path(__file__).with_name("quickstart.py")
 _RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -15,13 +16,14 @@ _RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 def config() -> Experiment:
     """The sweep: the quickstart's base, runs and steps."""
-    return _sweep(load(_QUICKSTART), _RATES)
+    return _sweep(load(Experiment, _QUICKSTART), _RATES)
 
 
 def small() -> Experiment:
     """The sweep of the quickstart's small form, at two learning rates."""
-    return _sweep(load(_QUICKSTART, small=True), _RATES[1:3])
+    return _sweep(load(Experiment, _QUICKSTART, small=True), _RATES[1:3])
 
 
 def _sweep(quickstart: Experiment, rates: tuple[float, ...]) -> Experiment:
-    return dataclasses.replace(quickstart, name=f"{quickstart.name}_sweep", learning_rates=rates)
+    measure = Measure(test=False, rounds=0)  # the test split is for the runs at the best rates
+    return dataclasses.replace(quickstart, name=f"{quickstart.name}_sweep", rates=rates, measure=measure)

@@ -1,7 +1,7 @@
 """RoBERTa-base on a task of GLUE with LoRA on query and value: the LoRA paper's Table 2.
 
-Command:   python -m experiments.finetune configs/roberta_base_glue_lora.py
-           JLORA_GLUE_TASK=sst2 python -m experiments.finetune configs/roberta_base_glue_lora.py
+Command:   python -m experiments.train configs/roberta_base_glue_lora.py
+           JLORA_GLUE_TASK=sst2 python -m experiments.train configs/roberta_base_glue_lora.py
 Tasks:     mnli (if none is named), sst2, mrpc, cola, qnli, qqp, rte, stsb
 Data:      the GLUE download's folders (MNLI/train.tsv, ...) in glue/ below JLORA_DATA, or nyu-mll/glue of the hub
 Model:     FacebookAI/roberta-base
@@ -36,9 +36,10 @@ Target:    the LoRA row within its deviations, MRPC, RTE and STS-B aside. VeRA (
 """
 
 import jlora
-from experiments.finetuning import Finetune, tiny
-from experiments.finetuning.recipes import glue
-from experiments.finetuning.recipes.glue import Recipe
+from experiments.recipes import tiny
+from experiments.config import Experiment
+from experiments.recipes import glue
+from experiments.recipes.glue import Recipe
 
 RECIPES = {
     "mnli": Recipe(5e-4, batch=16, epochs=30, length=512),
@@ -52,7 +53,7 @@ RECIPES = {
 }
 
 
-def config(task: str | None = None) -> Finetune:
+def config(task: str | None = None) -> Experiment:
     """The task of the argument, or of JLORA_GLUE_TASK."""
     name = glue.chosen(task, RECIPES)
     method = jlora.lora(8, alpha=16, init="kaiming_uniform")
@@ -61,6 +62,6 @@ def config(task: str | None = None) -> Finetune:
     )
 
 
-def small(task: str | None = None) -> Finetune:
+def small(task: str | None = None) -> Experiment:
     """A few steps of a tiny RoBERTa."""
     return glue.small(config(task), glue.chosen(task, RECIPES), tiny.roberta)

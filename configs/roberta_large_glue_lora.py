@@ -1,7 +1,7 @@
 """RoBERTa-large on a task of GLUE with LoRA on query and value: the LoRA paper's Table 2.
 
-Command:   python -m experiments.finetune configs/roberta_large_glue_lora.py
-           JLORA_GLUE_TASK=rte python -m experiments.finetune configs/roberta_large_glue_lora.py
+Command:   python -m experiments.train configs/roberta_large_glue_lora.py
+           JLORA_GLUE_TASK=rte python -m experiments.train configs/roberta_large_glue_lora.py
 Tasks:     mnli (if none is named), sst2, mrpc, cola, qqp, rte, stsb. No recipe for QNLI could be had.
 Data:      the GLUE download's folders (MNLI/train.tsv, ...) in glue/ below JLORA_DATA, or nyu-mll/glue of the hub
 Model:     FacebookAI/roberta-large
@@ -37,9 +37,10 @@ Target:    the row LoRA † (MRPC 90.2, RTE 85.2, STS-B 92.3), which starts from
 """
 
 import jlora
-from experiments.finetuning import Finetune, tiny
-from experiments.finetuning.recipes import glue
-from experiments.finetuning.recipes.glue import Recipe
+from experiments.recipes import tiny
+from experiments.config import Experiment
+from experiments.recipes import glue
+from experiments.recipes.glue import Recipe
 
 RECIPES = {
     "mnli": Recipe(3e-4, batch=4, epochs=10, length=128),
@@ -52,7 +53,7 @@ RECIPES = {
 }
 
 
-def config(task: str | None = None) -> Finetune:
+def config(task: str | None = None) -> Experiment:
     """The task of the argument, or of JLORA_GLUE_TASK."""
     name = glue.chosen(task, RECIPES)
     method = jlora.lora(8, alpha=16, init="kaiming_uniform")
@@ -61,6 +62,6 @@ def config(task: str | None = None) -> Finetune:
     )
 
 
-def small(task: str | None = None) -> Finetune:
+def small(task: str | None = None) -> Experiment:
     """A few steps of a tiny RoBERTa."""
     return glue.small(config(task), glue.chosen(task, RECIPES), tiny.roberta)

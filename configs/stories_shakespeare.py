@@ -1,6 +1,6 @@
 """stories260K, which writes stories for children, learns Shakespeare: full fine-tuning, LoRA r=4 and r=16, DoRA r=4.
 
-Command:   python -m experiments.finetune configs/stories_shakespeare.py
+Command:   python -m experiments.train configs/stories_shakespeare.py
 Data:      input.txt of karpathy/char-rnn's data/tinyshakespeare, in tinyshakespeare/ below JLORA_DATA: the first 90 %
            to learn, then 5 % that decide between evaluations and 5 % to test on
 Model:     stories260K.bin and tok512.bin of karpathy/tinyllamas, in stories260K/ below JLORA_WEIGHTS
@@ -14,18 +14,21 @@ from pathlib import Path
 
 import jlora
 from experiments.data.files import existing
-from experiments.finetuning import Decoding, Finetune, Run, Schedule, Texts, sources, tiny
-from experiments.finetuning.stories import converted, stories
-from experiments.finetuning.texts import Splits
+from experiments.tasks.texts import Texts
+from experiments.data import sources
+from experiments.recipes import tiny
+from experiments.config import Decoding, Experiment, Measure, Run, Schedule
+from experiments.recipes.stories import converted, stories
+from experiments.tasks.texts import Splits
 
 LINEAR = r"(attn|mlp)/"  # all linear layers of the blocks
 
 
-def config() -> Finetune:
+def config() -> Experiment:
     """Four runs."""
-    return Finetune(
+    return Experiment(
         name="stories_shakespeare",
-        checkpoint=stories,
+        base=stories,
         task=Texts(
             "stories260K on Shakespeare", shakespeare, ("ROMEO:\n", "The king", "Once upon a time"),
             Decoding(new_tokens=96, temperature=0.8, top_p=0.9, batch=3), length=256,
@@ -42,7 +45,7 @@ def config() -> Finetune:
     )  # fmt: skip
 
 
-def small() -> Finetune:
+def small() -> Experiment:
     """A few steps of a run on a tiny model in the same two files."""
     whole = config()
     assert isinstance(whole.task, Texts)
@@ -50,12 +53,12 @@ def small() -> Finetune:
     return dataclasses.replace(
         whole,
         name="stories_shakespeare_small",
-        checkpoint=tiny_stories,
+        base=tiny_stories,
         task=dataclasses.replace(whole.task, data=few, decoding=decoding, length=32),
         runs=whole.runs[1:2],
-        train=dataclasses.replace(whole.train, length=4, batch=4, evaluate_every=2),
+        train=dataclasses.replace(whole.train, steps=4, batch=4, evaluate_every=2),
         evaluate_batch=8,
-        rounds=0,
+        measure=Measure(rounds=0),
     )
 
 

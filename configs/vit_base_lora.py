@@ -1,6 +1,6 @@
 """ViT-B/16 learns the images of a folder with LoRA on query and value: the setup of VeRA's Table 5.
 
-Command:   python -m experiments.finetune configs/vit_base_lora.py
+Command:   python -m experiments.train configs/vit_base_lora.py
 Data:      train/, validation/ and test/ in images/ below JLORA_DATA, each with a folder for each class of .jpg or .png
 Model:     google/vit-base-patch16-224-in21k
 Hardware:  not run: needs a GPU and the hub
@@ -28,35 +28,38 @@ from pathlib import Path
 
 import jlora
 from experiments.data.images import read_image_folder
-from experiments.finetuning import Finetune, Images, Run, Schedule, sources, tiny
-from experiments.finetuning.images import Splits
+from experiments.tasks.images import Images
+from experiments.data import sources
+from experiments.recipes import tiny
+from experiments.config import Experiment, Measure, Run, Schedule
+from experiments.tasks.images import Splits
 
 QV = r"attn/(query|value)"
 
 
-def config() -> Finetune:
+def config() -> Experiment:
     """Three seeds."""
-    return Finetune(
+    return Experiment(
         name="vit_base_lora",
-        checkpoint="google/vit-base-patch16-224-in21k",
+        base="google/vit-base-patch16-224-in21k",
         task=Images("ViT-B/16 on a folder of images", images),
         runs=(Run("lora", "LoRA q,v r=8", jlora.lora(8), 4e-3, QV),),
         train=Schedule("10 epochs", batch=64, decay="cosine"),
         seeds=(0, 1, 2),
         options={"scan": True},
-        rounds=0,
+        measure=Measure(rounds=0),
     )
 
 
-def small() -> Finetune:
+def small() -> Experiment:
     """A few steps of a tiny ViT."""
     whole = config()
     return dataclasses.replace(
         whole,
         name="vit_base_lora_small",
-        checkpoint=tiny.vit,
+        base=tiny.vit,
         task=Images(whole.task.label, few),
-        train=dataclasses.replace(whole.train, length=4, batch=6, evaluate_every=2),
+        train=dataclasses.replace(whole.train, steps=4, batch=6, evaluate_every=2),
         seeds=(0,),
         evaluate_batch=6,
     )

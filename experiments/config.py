@@ -1,151 +1,18 @@
-"""What an experiment is: frozen dataclasses, the Python file that builds them, and dotted overrides.
+"""What an experiment is: a base, a task, the runs that adapt the one to the other, and what is measured of them."""
 
-A config is a file with `def config() -> Experiment`, and `def small() -> Experiment` for a form that ends in seconds.
-Experiments of other kinds (`experiments.comparison.Comparison`) are loaded, overridden and described by the same
-functions.
-"""
-
-import ast
-import dataclasses
-import difflib
-import functools
-import hashlib
-import importlib.util
-import json
 import math
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import jlora
-from experiments.data import Corpus
-from jlora.models.gpt2 import GPT2Config
+from experiments.configfile import ConfigError as ConfigError
+from experiments.tasks.task import Task
+from jlora.models.sampling import Sampling
 
-Kind = TypeVar("Kind")
 Duration = int | str
 """How long: a number of steps, "2 epochs" or "5000 examples"."""
-
-
-class ConfigError(ValueError):
-    """A config file, an override or a run folder is not what it has to be. Shown without a traceback."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """The two domains: the base learns the old one, the runs learn the new one."""
-
-    old: Callable[[], Corpus]
-    new: Callable[[], Corpus]
-
-
-@dataclass(frozen=True)
-class Train:
-    """How to train: AdamW, a linear warm-up and a cosine to zero.
-
-    Attributes:
-      steps: how long.
-      batch: windows per step, each as long as the model's context.
-      evaluate_every: steps between evaluations on both domains; the training state is kept at the same times.
-      warmup: fraction of the steps.
-      weight_decay, b2: of AdamW.
-      clip: the largest norm of a gradient.
-    """
-
-    steps: Duration
-    batch: int
-    evaluate_every: int
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    b2: float = 0.98
-    clip: float = 1.0
-
-
-@dataclass(frozen=True)
-class Pretrain(Train):
-    """How to make the base. The runs have a learning rate each, the base has this one."""
-
-    learning_rate: float = dataclasses.field(kw_only=True)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One way to adapt the base.
-
-    Attributes:
-      name: of its folder, and in overrides: `runs.lora_r4.learning_rate=1e-3`.
-      label: in tables and plots.
-      learning_rate: the peak.
-      rank: r; None for full fine-tuning.
-      alpha: r when None.
-      method: (rank, alpha) -> a method of `jlora`.
-      targets: which weights, as in `jlora.apply`; all kernels of linear layers when None.
-    """
-
-    name: str
-    label: str
-    learning_rate: float
-    rank: int | None = None
-    alpha: float | None = None
-    method: Callable[..., jlora.Method] = jlora.lora
-    targets: str | None = None
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """How much is evaluated.
-
-    Attributes:
-      validation, test: windows of each domain, during training and at the end.
-      batch: windows at a time.
-      rounds: how often each run's step is timed, in turn.
-    """
-
-    validation: int
-    test: int
-    batch: int = 32
-    rounds: int = 12
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A base, and runs that adapt it side by side.
-
-    Attributes:
-      name: of the run folder.
-      learning_rates: for a sweep: each run is trained at each of them and the best by validation is reported; the test
-        split is not read, nothing is timed.
-      seed: of the initial values, the batches and the factors.
-    """
-
-    name: str
-    model: GPT2Config
-    data: Data
-    pretrain: Pretrain
-    train: Train
-    runs: tuple[Run, ...]
-    evaluate: Evaluate
-    learning_rates: tuple[float, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        names = [run.name for run in self.runs]
-        if not names or len(set(names)) != len(names):
-            raise ConfigError(f"runs: at least one, and each with a name of its own; got {names}")
-        for path, positive in (
-            *(
-                (f"{part}.{name}", getattr(getattr(self, part), name))
-                for part in ("train", "pretrain")
-                for name in ("batch", "evaluate_every")
-            ),
-            *((f"evaluate.{name}", getattr(self.evaluate, name)) for name in ("validation", "test", "batch", "rounds")),
-        ):
-            if positive < 1:
-                raise ConfigError(f"{path} is at least 1, got {positive}")
-        in_steps(self.pretrain.steps, batch=1, examples=1)
-        in_steps(self.train.steps, batch=1, examples=1)
 
 
 def in_steps(duration: Duration, *, batch: int, examples: int) -> int:
@@ -167,151 +34,232 @@ def in_steps(duration: Duration, *, batch: int, examples: int) -> int:
     return round(exact)
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Schedule:
+    """How to train: AdamW, a linear warm-up, then a line or a cosine to zero, or a constant rate.
 
-
-def load(path: str | Path, overrides: Iterable[str] = (), *, small: bool = False) -> Experiment:
-    """The `Experiment` of a config file: see `load_as`."""
-    return load_as(Experiment, path, overrides, small=small)
-
-
-def load_as(kind: type[Kind], path: str | Path, overrides: Iterable[str] = (), *, small: bool = False) -> Kind:
-    """Runs a config file and applies overrides to what its `config()` (or `small()`) returns.
-
-    Args:
-      kind: the dataclass that it has to return.
-      path: of the file.
-      overrides: dotted, as in `override`.
-      small: call `small()`.
-
-    Raises:
-      ConfigError: if the file does not exist, has no such function or returns something else; or for an override that
-        names no field or has a value of the wrong type.
+    Attributes:
+      steps: how long: "3 epochs", "5000 examples" or a number of steps.
+      batch: examples per step.
+      evaluate_every: between evaluations on the validation split; the training state is kept at the same times.
+      warmup: steps, or below 1 a fraction of all steps.
+      decay: of the rate after the warm-up.
+      weight_decay, b1, b2, epsilon: of AdamW.
+      clip: the largest norm of a gradient; None for no bound.
+      label_smoothing: of the loss, in [0, 1).
+      accumulate: micro-batches that a step is cut into.
+      keep: which evaluation is a run's result: the best on the validation split, or the last.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(_absent(path))
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"config file '{path}' is not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    name = "small" if small else "config"
-    make = getattr(module, name, None)
-    if not callable(make):
-        raise ConfigError(f"config file '{path}' has no function {name}() -> {kind.__name__}")
-    experiment = make()
-    if not isinstance(experiment, kind):
-        raise ConfigError(
-            f"{name}() of config file '{path}' returns a {type(experiment).__name__}, expected an "
-            f"{kind.__module__}.{kind.__name__}"
-        )
-    for item in overrides:
-        experiment = override(experiment, item)
-    return experiment
+
+    steps: Duration
+    batch: int
+    evaluate_every: Duration = "1 epochs"
+    warmup: float = 0.06
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    clip: float | None = None
+    label_smoothing: float = 0.0
+    accumulate: int = 1
+    keep: Literal["best", "last"] = "best"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
+            raise ConfigError(f"batch={self.batch} is not at least 1 and a multiple of accumulate={self.accumulate}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing is in [0, 1), got {self.label_smoothing}")
+        for duration in (self.steps, self.evaluate_every):
+            in_steps(duration, batch=1, examples=1000)
 
 
-def _absent(path: Path) -> str:
-    found = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-    if not found:
-        return f"config file '{path}' does not exist, and '{path.parent}' has no .py files"
-    near = difflib.get_close_matches(str(path), found, 1, 0.0)[0]
-    return f"config file '{path}' does not exist; the nearest is '{near}'"
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are made from prompts when a language model is evaluated.
 
-
-# -- overrides ---------------------------------------------------------------------------------------------------------
-
-
-def override(experiment: Kind, item: str) -> Kind:
-    """Sets one field, as in `train.steps=200` or `runs.lora_r4.rank=8`.
-
-    Raises:
-      ConfigError: naming the nearest field, or the type that the field has.
+    Attributes:
+      new_tokens: at most.
+      beams: 1 for one token after the other.
+      length_penalty: of the beams; see `jlora.models.beam_search`.
+      no_repeat_ngram: no n tokens in a row occur twice; 0 for no such rule.
+      of_prompt: with beams, whether those of the prompt count, as in transformers; not so in the LoRA paper's code.
+      temperature, top_p: how tokens are drawn where there is one beam, see `jlora.models.Sampling`; 0 for the best.
+      batch: prompts at a time.
     """
-    path, equals, text = item.partition("=")
-    path = path.strip()
-    if not equals:
-        raise ConfigError(f"an override has the form field=value (train.steps=200), got {item!r}")
-    known = fields(experiment)
-    if path not in known:
-        near = difflib.get_close_matches(path, known, 1, 0.0)[0]
-        raise ConfigError(f"there is no field {path!r}; the nearest is {near!r}")
-    changed: Kind = _replace(experiment, path.split("."), _parse(path, text.strip(), known[path]))
-    return changed
+
+    new_tokens: int
+    beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    of_prompt: bool = True
+    temperature: float = 0.0
+    top_p: float = 1.0
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.new_tokens, self.beams, self.batch) < 1:
+            raise ConfigError(
+                f"decoding: new_tokens={self.new_tokens}, beams={self.beams} and batch={self.batch} are at least 1 each"
+            )
+        if self.beams > 1 and (self.temperature or self.top_p < 1):
+            raise ConfigError(
+                f"decoding: temperature={self.temperature} and top_p={self.top_p} draw tokens, and "
+                f"beams={self.beams} do not"
+            )
+        try:
+            self.sampling  # noqa: B018
+        except ValueError as error:
+            raise ConfigError(f"decoding: {error}") from error
+
+    @property
+    def sampling(self) -> Sampling:
+        """How a token is chosen without beams."""
+        return Sampling(self.temperature, None, self.top_p, self.no_repeat_ngram)
 
 
-def fields(node: Any, prefix: str = "") -> dict[str, Any]:
-    """The dotted names of all fields that hold values, with their types."""
-    found: dict[str, Any] = {}
-    hints = typing.get_type_hints(type(node))
-    for field in dataclasses.fields(node):
-        path, value = prefix + field.name, getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= fields(value, f"{path}.")
-        elif type(value) is tuple and any(map(dataclasses.is_dataclass, value)):  # each under its own name
-            for item in value:
-                found |= fields(item, f"{path}.{item.name}.")
-        else:
-            found[path] = hints[field.name]
-    return found
+@dataclass(frozen=True)
+class Pretrain:
+    """A base that is trained here, on the task's old domain, and kept for every experiment with the same one.
+
+    Attributes:
+      model: the shape of the model, such as a `GPT2Config`.
+      train: how.
+      learning_rate: the peak.
+    """
+
+    model: Any
+    train: Schedule
+    learning_rate: float
 
 
-def _replace(node: Any, path: list[str], value: Any) -> Any:
-    if isinstance(node, tuple):
-        return tuple(_replace(item, path[1:], value) if item.name == path[0] else item for item in node)
-    name, *rest = path
-    try:
-        return dataclasses.replace(node, **{name: _replace(getattr(node, name), rest, value) if rest else value})
-    except ConfigError:
-        raise
-    except ValueError as error:  # from a dataclass that checks itself, such as GPT2Config
-        raise ConfigError(str(error)) from error
+Base = str | Callable[[Path], Path] | Pretrain
+"""A repository on the hub or a folder, a function that makes a checkpoint below a folder and returns where, or here."""
 
 
-def _parse(path: str, text: str, hint: Any) -> Any:
-    """The value of a text as the type of its field: int, float, bool, str, a tuple of numbers, or a union of these."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    for kind in kinds:
-        if kind is float and type(value) is int:
-            return float(value)
-        if typing.get_origin(kind) is tuple and isinstance(value, int | float | tuple):
-            members = value if isinstance(value, tuple) else (value,)
-            whole = typing.get_args(kind)[0] is int
-            if all(type(member) in ((int,) if whole else (int, float)) for member in members):
-                return members if whole else tuple(float(member) for member in members)
-        if isinstance(kind, type) and type(value) is kind:
-            return value
-    if str in kinds:
-        return text
-    if any(not isinstance(kind, type) and typing.get_origin(kind) is not tuple for kind in kinds):
-        raise ConfigError(f"{path} is a function: set it in the config file")
-    names = " or ".join("None" if k is types.NoneType else getattr(k, "__name__", str(k)) for k in kinds)
-    raise ConfigError(f"{path} is of type {names}, got {text!r}")
+@dataclass(frozen=True)
+class Run:
+    """A way to adapt the base. Full fine-tuning is a method like any other: `jlora.full()`.
+
+    Attributes:
+      name: of its folder, and in overrides: `runs.lora.method="dora(16)"`.
+      label: in tables and plots.
+      method: with its rank and all else that it takes.
+      learning_rate: the peak; None for a sweep.
+      rates: of a sweep with the first seed, ascending; the best on the validation split is used for all seeds. The
+        experiment's where there is neither this nor a learning rate.
+      targets: which weights, as in `jlora.apply`.
+      extras: leaves trained as they are; a new head always is.
+      family: runs of one family have one colour in the plots that compare many.
+    """
+
+    name: str
+    label: str
+    method: jlora.Method
+    learning_rate: float | None = None
+    targets: str | None = None
+    extras: str | None = None
+    rates: tuple[float, ...] = ()
+    family: str = ""
+
+    def __post_init__(self) -> None:
+        if list(self.rates) != sorted(set(self.rates)) or any(rate <= 0 for rate in self.rates):
+            raise ConfigError(f"runs.{self.name}.rates: positive and ascending; got {self.rates}")
 
 
-# -- identity ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of the runs, beside their scores.
+
+    Attributes:
+      test: whether the runs are scored on the test split; without it the end is the sweep.
+      rounds: how often the training steps are timed, in turn; 0 for not at all.
+      relative_to: names of the runs that times are divided by; the first run when empty.
+      forward_rounds: how often the forward passes are timed, the factors apart and merged; 0 for not at all.
+      forward_batch: examples in such a pass.
+    """
+
+    test: bool = True
+    rounds: int = 8
+    relative_to: tuple[str, ...] = ()
+    forward_rounds: int = 0
+    forward_batch: int = 8
 
 
-def describe(node: Any) -> Any:
-    """A config as JSON: dataclasses as objects, functions by their names, methods as they are written."""
-    if isinstance(node, jlora.Method):
-        return repr(node)
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return {field.name: describe(getattr(node, field.name)) for field in dataclasses.fields(node)}
-    if isinstance(node, list | tuple):
-        return [describe(item) for item in node]
-    if isinstance(node, Mapping):
-        return {str(key): describe(value) for key, value in node.items()}
-    if isinstance(node, functools.partial):
-        return [describe(node.func), describe(node.args), describe(node.keywords)]
-    return f"{node.__module__}.{node.__qualname__}" if callable(node) else node
+@dataclass(frozen=True)
+class Experiment:
+    """A base that is adapted to a task in several ways, side by side.
+
+    Attributes:
+      name: of the folder.
+      base: a checkpoint, or how to pretrain one.
+      task: the data, the loss and the scores.
+      runs: each is trained with every seed.
+      train: how.
+      seeds: of a new head, the factors, dropout and the order of the examples.
+      rates: for a sweep of the runs that have no rates of their own; they leave their learning rate aside.
+      options: fields of a checkpoint's config: `{"dtype": "bfloat16", "remat": True, "dropout": 0.1}`.
+      revision: of a repository.
+      evaluate_batch: examples at a time in an evaluation.
+      statistics: training batches that data-driven methods start from.
+      measure: what else is measured.
+    """
+
+    name: str
+    base: Base
+    task: Task
+    runs: tuple[Run, ...]
+    train: Schedule
+    seeds: tuple[int, ...] = (0,)
+    rates: tuple[float, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    evaluate_batch: int = 64
+    statistics: int = 4
+    measure: Measure = Measure()
+
+    def __post_init__(self) -> None:
+        names = [run.name for run in self.runs]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"runs: at least one, and each with a name of its own; got {names}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError(f"seeds: at least one, and no seed twice; got {self.seeds}")
+        for name in ("evaluate_batch", "statistics"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}")
+        absent = sorted(set(self.measure.relative_to) - set(names))
+        if absent:
+            raise ConfigError(f"measure.relative_to: {absent} are no runs of {self.name!r}")
+        for run in self.runs:
+            if not self.rates_of(run):
+                raise ConfigError(f"runs.{run.name}: a learning_rate, or rates for a sweep")
+
+    def rates_of(self, run: Run) -> tuple[float, ...]:
+        """The learning rates of a run: one, or those of a sweep."""
+        return run.rates or self.rates or (() if run.learning_rate is None else (run.learning_rate,))
+
+    @property
+    def seed(self) -> int:
+        """The first one: of a pretrained base, and of a sweep."""
+        return self.seeds[0]
 
 
-def key(*parts: Any) -> str:
-    """A short hash of parts of a config and other JSON values."""
-    text = json.dumps([describe(part) for part in parts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+@dataclass(frozen=True)
+class Study:
+    """Several experiments by one command: `experiments.text.seeds=0` sets a field of one of them."""
+
+    name: str
+    experiments: tuple[Experiment, ...]
+
+    def __post_init__(self) -> None:
+        names = [experiment.name for experiment in self.experiments]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"experiments: at least one, and each with a name of its own; got {names}")
+
+
+def all_of(config: Experiment | Study) -> dict[str, Experiment]:
+    """The experiments of a config, by the folder of each below the config's own."""
+    if isinstance(config, Experiment):
+        return {"": config}
+    return {experiment.name: experiment for experiment in config.experiments}
+

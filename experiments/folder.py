@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.config import ConfigError
+from experiments.configfile import ConfigError
 from jlora.checkpoint import lock
 from jlora.checkpoint.lock import Lock
 from jlora.checkpoint.place import folder_of
@@ -27,7 +27,7 @@ def located(given: str | None, name: str) -> Path:
         raise ConfigError(f"--folder: {error}") from error
 
 
-def claim(folder: Path, description: dict[str, Any], *, resume: bool) -> Lock:
+def open_run_folder(folder: Path, description: dict[str, Any], *, resume: bool) -> Lock:
     """Makes `folder` the folder of an experiment, or finds that it is already, and locks it.
 
     Without `resume` an earlier run of the same experiment in it is deleted.

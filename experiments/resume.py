@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jlora
-from experiments.config import ConfigError
+from experiments.configfile import ConfigError
 from jlora.checkpoint import Checkpoints, DamagedCheckpoint
 from jlora.state import TrainState
 

@@ -1,59 +1,54 @@
-"""Pretrains a base, adapts it in several ways side by side, and reports what each learned, forgot and cost.
+"""Adapts a base to a task in several ways side by side, and reports what each learned, forgot and cost.
 
     python -m experiments.train configs/quickstart.py
-    python -m experiments.train configs/quickstart.py train.steps=200 runs.lora_r4.rank=8 --folder runs/rank8
+    python -m experiments.train configs/quickstart.py train.steps=200 runs.lora_r4.method="lora(8)" --folder runs/rank8
+    python -m experiments.train configs/minilm_sst2.py seeds=0 runs.lora_qv.learning_rate=1e-3
+    python -m experiments.train configs/gpt2_medium_e2e_lora.py --small
     python -m experiments.train configs/quickstart.py --resume
 
-The folder of a run is `runs/<name>`; bases lie beside it, in `runs/bases`, and are used again by every experiment with
-the same model, data and pretraining.
+The folder of an experiment is `runs/<name>`; each training has a folder in it with the adapter that is kept, the curve
+and TensorBoard's events (`tensorboard --logdir runs`). Bases that are pretrained lie beside it, in `runs/bases`, and are
+used again by every experiment with the same model, data and pretraining.
 """
 
 import argparse
-import dataclasses
-import functools
-import os
-import platform
-import shutil
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 
-import jlora
-from experiments import config, plots, pretrained, report
-from experiments.config import ConfigError, Experiment, Run, Train, in_steps
-from experiments.data import Corpus, Windows, spread
-from experiments.evaluate import Evaluator, mean_loss
-from experiments.fit import Curve, fit, optimizer, read_curve
-from experiments.folder import claim, clear, located, locked, size, write_json, write_text
-from experiments.measure import costs
-from experiments.progress import Live
-from experiments.report import Base, Outcome, Results
-from experiments.resume import loaded
-from jlora.checkpoint.lock import Lock
-from jlora.models.gpt2 import GPT2
-from jlora.state import TrainState
-from jlora.train import Step, train_step
-
-Params = Any
-_BASE = "pretraining"
+from experiments import bases, configfile, report
+from experiments.bases import Base
+from experiments.config import Experiment, Pretrain, Study, all_of
+from experiments.configfile import ConfigError
+from experiments.data.files import DataError
+from experiments.folder import located, open_run_folder
+from experiments.price import Plan, planned, priced
+from experiments.progress import Progress
+from experiments.report.results import outcome_of
+from experiments.tasks.task import Opened, Params
+from experiments.trainer import Shared, Trainer
+from experiments.trial import Trial
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = _parser().parse_intermixed_args(arguments)
     console = Console()
+    if not console.is_terminal:  # a log is as wide as its tables
+        console = Console(width=160)
     try:
-        experiment = config.load(options.config, options.overrides, small=options.small)
-        folder = located(options.folder, experiment.name)
-        run(experiment, folder, resume=options.resume, console=console)
-    except (ConfigError, FloatingPointError) as error:
+        config = configfile.load(Experiment | Study, options.config, options.overrides, small=options.small)
+        folder = located(options.folder, config.name)
+        with _most_optimizations_off() if options.small else contextlib.nullcontext():
+            for name, experiment in all_of(config).items():
+                run(experiment, folder / name, resume=options.resume, console=console)
+    except (ConfigError, DataError, FileNotFoundError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
@@ -63,273 +58,145 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console) -> None:
-    """The whole experiment, from texts to plots, in `folder`."""
+    """The whole experiment, from the base to the plots, in `folder`."""
     started = time.monotonic()
-    work, held = _prepare(experiment, folder, resume)
-    with held:
-        _run(work, started, console)
+    if jax.process_count() > 1:
+        raise ConfigError("experiments.train runs in one process: data and parameters are not sharded by process yet")
+    with _as_config_errors():
+        opened = experiment.task.open(
+            bases.source(experiment, folder), experiment.train, experiment.evaluate_batch
+        )
+    work = _prepared(experiment, opened, folder)
+    description = {"config": configfile.describe(experiment), "data": opened.digest}
+    with open_run_folder(folder, description, resume=resume):
+        for line in report.opening(experiment, opened, work.trials[0].trainer.steps):
+            console.print(line, highlight=False, soft_wrap=True)
+        with Progress(console, work.phases()) as progress:
+            base = _base(work, progress, resume=resume)
+            plans = _plans(work, base.params(experiment.seed))
+            for line in report.planned(opened, base.params(experiment.seed), work.trials, plans):
+                progress.print(line)
+            _trained(work, base, progress)
+            results = _measured(work, base, plans, progress)
+        report.write(experiment, results, opened, folder, time.monotonic() - started, console)
 
 
 # -- the parts of the story --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
-    """What all parts share."""
+    """An experiment whose task is opened, the runs with their programs, and the folder."""
 
     experiment: Experiment
-    model: GPT2
-    old: Corpus
-    new: Corpus
-    evaluator: Evaluator
+    opened: Opened
     folder: Path
-    base_folder: Path
-    resume: bool
+    shared: Shared
+    trials: list[Trial]
+    loaded: Base | None
 
-    def windows(self, train: Train, corpus: Corpus) -> Windows:
-        """The batches of a phase."""
-        text = corpus.bytes("train")
-        return Windows(text, self.experiment.model.context, train.batch, self.experiment.seed)
+    def phases(self) -> dict[str, int]:
+        """The bars, in steps."""
+        base = self.experiment.base
+        first = {bases.LABEL: self.base_trainer.steps} if isinstance(base, Pretrain) else {}
+        return first | {trial.run.label: trial.trainings * trial.trainer.steps for trial in self.trials}
 
-    def steps(self, train: Train, corpus: Corpus) -> int:
-        """The length of a phase."""
-        return in_steps(train.steps, batch=train.batch, examples=self.windows(train, corpus).examples)
-
-    def step(self, train: Train, learning_rate: float, corpus: Corpus) -> Step:
-        """The training step of a phase, not yet compiled."""
-        return train_step(mean_loss(self.model), optimizer(train, learning_rate, self.steps(train, corpus)))
-
-
-def _run(work: Work, started: float, console: Console) -> None:
-    experiment = work.experiment
-    runs = _expanded(experiment)
-    phases = {_BASE: work.steps(experiment.pretrain, work.old)}
-    phases |= {_title(r, runs): work.steps(experiment.train, work.new) for r in runs}
-    with Live(console, phases) as live:
-        base, base_curve = _pretrained(work, live)
-        steps = [work.step(experiment.train, r.learning_rate, work.new) for r in runs]
-        trained = [_adapted(work, base, r, step, _title(r, runs), live) for r, step in zip(runs, steps, strict=True)]
-        if experiment.learning_rates:
-            curves = [(r, curve) for r, (_, curve) in zip(runs, trained, strict=True)]
-            return _report_sweep(work, curves, time.monotonic() - started, console)
-        live.say("evaluating on the test split, timing the steps")
-        results = _measured(work, base, base_curve, runs, steps, trained)
-    _report(work, results, time.monotonic() - started, console)
+    @property
+    def base_trainer(self) -> Trainer:
+        """The pretraining of the base."""
+        return bases.trainer_of(self.experiment, self.shared)
 
 
-def _prepare(experiment: Experiment, folder: Path, resume: bool) -> tuple[Work, Lock]:
-    model = GPT2(experiment.model)
-    _check_runs(model, experiment)
-    old, new = experiment.data.old(), experiment.data.new()
-    digests = {"old": old.digest(), "new": new.digest()}
-    held = claim(folder, {"config": config.describe(experiment), "data": digests}, resume=resume)
-    base_key = config.key(experiment.model, experiment.pretrain, experiment.seed, digests["old"])
-    context, amount = experiment.model.context, experiment.evaluate
-    windows = {
-        split: (spread(new.bytes(split), context, count), spread(old.bytes(split), context, count))
-        for split, count in (("validation", amount.validation), ("test", amount.test))
-    }
-    evaluator = Evaluator(model, windows, amount.batch)
-    work = Work(experiment, model, old, new, evaluator, folder, folder.parent / "bases" / base_key, resume)
-    return work, held
+def _prepared(experiment: Experiment, opened: Opened, folder: Path) -> Work:
+    """The runs; one that cannot be is found here, on abstract parameters where the base is not there yet."""
+    seed, base = experiment.seed, None
+    with _as_config_errors():
+        if isinstance(experiment.base, Pretrain):
+            shapes = jax.eval_shape(lambda: opened.params(seed))
+        else:
+            base = bases.of_checkpoint(opened, seed)
+            shapes = jax.eval_shape(lambda params: params, base.params(seed))
+    shared = Shared.of(experiment, opened, shapes)
+    trials = []
+    for each in experiment.runs:
+        rates = experiment.rates_of(each)
+        trainer = Trainer(each, shared, experiment.train, rates[0])
+        trainer.check(shapes)
+        trials.append(Trial(trainer, rates, experiment.seeds, folder / each.name, experiment.measure.test))
+    return Work(experiment, opened, folder, shared, trials, base)
 
 
-def _check_runs(model: GPT2, experiment: Experiment) -> None:
-    """Splits the abstract parameters as every run will: a mistake is found before hours of pretraining."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    for run in experiment.runs:
-        try:
-            jax.eval_shape(functools.partial(_with_factors, run=run, seed=experiment.seed), shapes)
-        except ValueError as error:
-            raise ConfigError(f"runs.{run.name}: {error}") from error
+def _base(work: Work, progress: Progress, *, resume: bool) -> Base:
+    """The checkpoint, or the base from an earlier start if there is one, else trained."""
+    if work.loaded is not None:
+        return work.loaded
+    place, phase = work.folder.parent / "bases", progress.phase(bases.LABEL)
+    return bases.pretrained(work.base_trainer, place, work.experiment.seed, phase, resume=resume)
 
 
-def _pretrained(work: Work, live: Live) -> tuple[Params, Curve]:
-    """The base: from an earlier start if there is one with the same model, data and pretraining, else trained."""
-    experiment, train = work.experiment, work.experiment.pretrain
-    initial = jax.jit(work.model.init)(jax.random.key(experiment.seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    if (work.base_folder / pretrained.NAME).exists():
-        live.skip(_BASE, f"reused from {work.base_folder}")
-        return pretrained.load(work.base_folder, initial), read_curve(work.base_folder)
-    with locked(work.base_folder):  # other experiments have the same base
-        if not work.resume:
-            clear(work.base_folder)
-        # A base is a full fine-tuning of random parameters: the same loop, the same state on disk.
-        step = work.step(train, train.learning_rate, work.old)
-        start = TrainState.create(jlora.apply(initial, targets=(), extras=".*"), step.tx, key=experiment.seed)
-        state, curve = _fit(work, train, step, start, work.old, work.base_folder, _BASE, live)
-        base = jlora.merge(state.adapted)
-        pretrained.save(work.base_folder, base)
-        shutil.rmtree(work.base_folder / "training")
-        return base, curve
+def _plans(work: Work, params: Params) -> dict[str, Plan]:
+    """What each run will do."""
+    plans = {}
+    for trial in work.trials:
+        with _as_config_errors(f"runs.{trial.run.name}: "):
+            plans[trial.run.name] = planned(trial.trainer, work.experiment.seed, params)
+    return plans
 
 
-def _adapted(work: Work, base: Params, run: Run, step: Step, label: str, live: Live) -> tuple[jlora.Adapted, Curve]:
-    """One run. Its adapter is on disk when it is done, and only then."""
-    folder = work.folder / run.name
-    if (folder / "adapter").exists():
-        live.skip(label, "done before")
-        return loaded(folder, base), read_curve(folder)
-    start = TrainState.create(_with_factors(base, run, work.experiment.seed), step.tx, key=work.experiment.seed)
-    state, curve = _fit(work, work.experiment.train, step, start, work.new, folder, label, live)
-    jlora.save(folder / "adapter", state.adapted)
-    shutil.rmtree(folder / "training")
-    return state.adapted, curve
+def _trained(work: Work, base: Base, progress: Progress) -> None:
+    """Every run with every seed; a head's parameters are another one's with another seed."""
+    for seed in work.experiment.seeds:
+        for trial in work.trials:
+            trial.train(seed, base.params(seed), progress)
 
 
-def _with_factors(base: Params, run: Run, seed: int) -> jlora.Adapted:
-    if run.rank is None:
-        return jlora.apply(base, targets=(), extras=".*")
-    method = run.method(run.rank, run.alpha)
-    # One program in place of one for every shape of a factor.
-    return jax.jit(lambda base: jlora.apply(base, method=method, targets=run.targets, key=seed))(base)
+def _measured(work: Work, base: Base, plans: dict[str, Plan], progress: Progress) -> report.Results:
+    """Scores of the base, what the runs cost beside each other, and samples."""
+    experiment, opened, params = work.experiment, work.opened, base.params(work.experiment.seed)
+    if experiment.measure.rounds:
+        progress.say("timing the steps")
+    ended = [t for t in work.trials if t.results and all(result.diverged is None for result in t.results)]
+    prices = priced(experiment, ended, params, work.folder)
+    shown = report.samples(opened, work.trials, params, work.folder)
+    if shown:
+        progress.print(shown)
+    new = old = None
+    if opened.old is not None and experiment.measure.test:
+        new, old = (work.shared.plain(params, "test", side) for side in ("new", "old"))
+    start = report.Start(sum(leaf.size for leaf in jax.tree.leaves(params)), base.bytes, new, old, base.curve)
+    outcomes = tuple(outcome_of(t, plans[t.run.name], prices.get(t.run.name)) for t in work.trials)
+    return report.Results.of(experiment, opened, start, outcomes)
 
 
-def _fit(
-    work: Work, train: Train, step: Step, start: TrainState, corpus: Corpus, folder: Path, label: str, live: Live
-) -> tuple[TrainState, Curve]:
-    return fit(
-        step,
-        start,
-        work.windows(train, corpus),
-        work.steps(train, corpus),
-        every=train.evaluate_every,
-        evaluate=lambda adapted: work.evaluator(adapted, "validation"),
-        folder=folder,
-        live=live,
-        label=label,
-    )
+@contextlib.contextmanager
+def _most_optimizations_off() -> Iterator[None]:
+    """XLA leaves out most optimizations: a small form's time is that of its compilations, which are thrice as fast."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
-def _measured(
-    work: Work,
-    base: Params,
-    base_curve: Curve,
-    runs: Sequence[Run],
-    steps: Sequence[Step],
-    trained: Sequence[tuple[jlora.Adapted, Curve]],
-) -> Results:
-    """Scores on the test split, and what a step of each run costs beside those of the others."""
-    experiment = work.experiment
-    reference = next((run for run in runs if run.rank is None), runs[0])
-    batch = work.windows(experiment.train, work.new)(0)
-    programs = {
-        run.name: (step, TrainState.create(adapted, step.tx))
-        for run, step, (adapted, _) in zip(runs, steps, trained, strict=True)
-    }
-    cost = costs(programs, batch, reference=reference.name, rounds=experiment.evaluate.rounds)
-    outcomes = [
-        Outcome(
-            run=run,
-            curve=curve,
-            scores=work.evaluator(adapted, "test"),
-            count=jlora.count(adapted),
-            cost=cost[run.name],
-            adapter_bytes=size(work.folder / run.name / "adapter"),
-            difference=work.evaluator.difference(adapted),
-        )
-        for run, (adapted, curve) in zip(runs, trained, strict=True)
-    ]
-    start = Base(
-        scores=work.evaluator(base, "test"),
-        curve=base_curve,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(base)),
-        checkpoint_bytes=size(work.base_folder / pretrained.NAME),
-    )
-    return Results(work.new.label, work.old.label, start, tuple(outcomes), reference.label)
-
-
-# -- the end -----------------------------------------------------------------------------------------------------------
-
-
-def _report(work: Work, results: Results, seconds: float, console: Console) -> None:
-    folder, table = work.folder, report.cells(results)
-    title = f"{work.experiment.name}: {results.base.parameters:,} parameters"
-    pictures = ["learning_curves.png", "learned_forgotten.png"]
-    write_json(folder / "results.json", report.as_json(results) | _setting(work, seconds))
-    write_text(folder / "results.md", report.markdown(table, title, _notes(work, seconds), pictures))
-    plots.learning_curves(folder / pictures[0], results)  # the numbers lie on disk before anything is drawn
-    plots.learned_forgotten(folder / pictures[1], results)
-    console.print(report.rich_table(table, title))
-    _print_files(folder, ["results.md", "results.json", *pictures], seconds, console)
-
-
-def _report_sweep(work: Work, curves: Sequence[tuple[Run, Curve]], seconds: float, console: Console) -> None:
-    folder, table = work.folder, report.sweep_cells(curves)
-    title = f"bits per byte on {work.new.label} (validation) at each learning rate"
-    ends = [{"label": r.label, "learning_rate": r.learning_rate, "new": c[-1].new, "old": c[-1].old} for r, c in curves]
-    found = {
-        "sweep": ends,
-        "best": report.best_rates(curves),
-        "domains": {"new": work.new.label, "old": work.old.label},
-    }
-    write_json(folder / "results.json", found | _setting(work, seconds))
-    write_text(folder / "results.md", report.markdown(table, title, _notes(work, seconds), ["sweep.png"]))
-    plots.sweep(folder / "sweep.png", curves, new=work.new.label)
-    console.print(report.rich_table(table, title))
-    _print_files(folder, ["results.md", "results.json", "sweep.png"], seconds, console)
-
-
-def _print_files(folder: Path, names: Sequence[str], seconds: float, console: Console) -> None:
-    minutes, rest = divmod(round(seconds), 60)
-    console.print(f"{minutes}:{rest:02d} minutes; {', '.join(names)} are in {folder}", highlight=False, soft_wrap=True)
-
-
-def _setting(work: Work, seconds: float) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "config": config.describe(work.experiment),
-        "data": {
-            name: {split: len(corpus.bytes(split)) for split in ("train", "validation", "test")}
-            | {"digest": corpus.digest()}
-            for name, corpus in (("old", work.old), ("new", work.new))
-        },
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
-        "cpus": os.cpu_count(),
-        "seconds": seconds,
-    }
-
-
-def _notes(work: Work, seconds: float) -> list[str]:
-    experiment, train = work.experiment, work.experiment.train
-    steps, context = work.steps(train, work.new), experiment.model.context
-    amount, splits = experiment.evaluate, list[str]()
-    if not experiment.learning_rates:
-        splits = [
-            f"test split, at most {amount.test} windows of {context} bytes of each domain: the table, learned against "
-            f"forgotten; validation split, at most {amount.validation} windows: the learning curves"
-        ]
-    return [
-        f"{steps} steps of {train.batch} x {context} bytes, seed {experiment.seed}",
-        *splits,
-        f"Python {platform.python_version()}, JAX {jax.__version__}, {os.cpu_count()} CPUs, "
-        f"{jax.devices()[0].device_kind}; this start took {seconds:.0f} s",
-    ]
-
-
-def _expanded(experiment: Experiment) -> list[Run]:
-    """The runs, or for a sweep each of them at every learning rate."""
-    if not experiment.learning_rates:
-        return list(experiment.runs)
-    return [
-        dataclasses.replace(run, name=f"{run.name}_{rate:g}", learning_rate=rate)
-        for run in experiment.runs
-        for rate in experiment.learning_rates
-    ]
-
-
-def _title(run: Run, runs: Sequence[Run]) -> str:
-    """The label, with the learning rate where there are several runs of one label."""
-    shared = sum(other.label == run.label for other in runs) > 1
-    return f"{run.label}, {run.learning_rate:g}" if shared else run.label
+@contextlib.contextmanager
+def _as_config_errors(prefix: str = "") -> Iterator[None]:
+    """What jlora says of a checkpoint or a method that does not fit is the user's to mend: no traceback is shown."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m experiments.train", description="Pretrain, adapt, compare.")
+    parser = argparse.ArgumentParser("python -m experiments.train", description="Adapt a base in several ways.")
     parser.add_argument("config", help="a Python file with `def config() -> Experiment`")
-    parser.add_argument("overrides", nargs="*", help="dotted: train.steps=200 runs.lora_r4.rank=8")
-    parser.add_argument("--folder", help="the run's folder; runs/<name> if not given")
+    parser.add_argument("overrides", nargs="*", help="dotted: train.steps=200 runs.lora_r4.method='lora(8)'")
+    parser.add_argument("--folder", help="the experiment's folder; runs/<name> if not given")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--small", action="store_true", help="the config's small form, which ends in seconds")
     return parser

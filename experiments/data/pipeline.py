@@ -76,7 +76,7 @@ def tokenise_prompted(
     begin: int | None = None,
     separator: int | None = None,
     end: int | None = None,
-    glue: str = " ",
+    joiner: str = " ",
     truncate: bool = False,
 ) -> Tokenised:
     """Tokens of prompts and completions: `[begin] prompt [separator] completion [end]`; completion and `end` count.
@@ -88,7 +88,7 @@ def tokenise_prompted(
       encode: text to tokens, without special tokens.
       length: the context, in tokens.
       begin, separator, end: special tokens before, between and behind; None for none.
-      glue: text before the completion.
+      joiner: text before the completion.
       truncate: cut the end of what is longer.
 
     Raises:
@@ -101,7 +101,7 @@ def tokenise_prompted(
 
     def item(number: int, example: Prompted) -> Item:
         prompt = [*first, *_encode(encode, number, (example.prompt,)), *behind]
-        completion = _encode(encode, number, (example.completion,), before=glue)
+        completion = _encode(encode, number, (example.completion,), before=joiner)
         return Item(np.array([*prompt, *completion, *last], np.int32), len(prompt), None)
 
     items = [item(number, example) for number, example in enumerate(examples)]

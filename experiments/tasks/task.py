@@ -1,144 +1,201 @@
-"""What a method is tried on: a model, the task that its base has learned, and a new one.
+"""What a task is. A new one is a file here, with a frozen dataclass that has `label` and `open`, and a config.
 
-A `Task` is functions and arrays, the same for texts and for images; `TextTask` and `ImageTask` are the configs that
-`open` makes one of. All of it works on plain parameters; for an `Adapted`, lift what takes parameters, or merge.
+`task.open(source, train, evaluate_batch)` reads the data and returns an `Opened`: the model, its parameters, the loss,
+training batches and evaluations. `source` is what the experiment's base offers: the `Files` of a checkpoint, or the
+config of a model that is pretrained here. All else (sweeps, seeds, going on after an interruption, the best point,
+forgetting, TensorBoard, prices, plots, samples) is the same for every task and written elsewhere, once.
+
+A task has a *new* domain, which the runs learn, and may have an *old* one, which the base knows, so that one sees what
+is forgotten.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
+
+if TYPE_CHECKING:
+    from experiments.config import Schedule
 
 Params = Any
-Batch = Any  # a tree of arrays with the examples along their first axes
-Domain = Literal["old", "new"]
+Batch = Any
+"""A tree of arrays with the examples along their first axes."""
+Apply = Callable[..., Any]
+"""The model's `apply`, plain or lifted."""
 Split = Literal["validation", "test"]
+Side = Literal["new", "old"]
+Scores = dict[str, float]
+Evaluate = Callable[[Params, Split, Side], Scores]
+Read = TypeVar("Read")
 
 
-class Batches(Protocol):
-    """Training batches as a function of the step: the position in the data is the step's number."""
-
-    @property
-    def examples(self) -> int:
-        """Examples per epoch."""
-
-    def __call__(self, step: int) -> Batch:
-        """The batch of a step."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How good a model is.
+class Metric(NamedTuple):
+    """A score, and which way is better.
 
     Attributes:
-      label: "bits per byte", "accuracy".
-      unit: written behind a value.
+      name: among the scores.
       better: which way.
+      unit: written behind a value.
       decimals: shown.
     """
 
-    label: str
-    unit: str
-    better: Literal["lower", "higher"]
-    decimals: int
+    name: str
+    better: Literal["higher", "lower"]
+    unit: str = ""
+    decimals: int = 2
 
-    def text(self, value: float) -> str:
-        """A value as it is shown."""
-        return f"{value:.{self.decimals}f}{self.unit}"
+    def beats(self, scores: Scores, best: Scores) -> bool:
+        """Whether scores are better than the best so far; a NaN (a correlation of constants) is worse than any."""
+        new, old = scores[self.name], best[self.name]
+        if math.isnan(old):
+            return not math.isnan(new)
+        return new > old if self.better == "higher" else new < old
 
     def gain(self, before: float, after: float) -> float:
         """By how much `after` is better than `before`; below 0 if it is worse."""
         return before - after if self.better == "lower" else after - before
 
-
-class Outcome(NamedTuple):
-    """What became of each example: the metric's value, and the loss in nats; their means are those of the data."""
-
-    values: jax.Array
-    losses: jax.Array
+    def text(self, value: float) -> str:
+        """A value as it is shown."""
+        return f"{value:.{self.decimals}f}{self.unit}"
 
 
-class Score(NamedTuple):
-    """The metric and the loss in nats, averaged over a split."""
+class Files(NamedTuple):
+    """A checkpoint: its folder, and fields of its model's config that are set otherwise."""
 
-    value: float
-    loss: float
-
-
-class Scores(NamedTuple):
-    """On both tasks."""
-
-    new: Score
-    old: Score
+    folder: Path
+    options: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Task:
-    """A model, the old task of its base, and the new one.
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """One kind of data.
 
     Attributes:
-      name, label: for folders, and for people.
-      metric: how good a model is, on either task.
-      old, new: the tasks' names.
-      model: the linen module.
-      initial: seed -> random parameters.
-      forward: (params, batch) -> logits. Labels that the batch has are not read.
-      outcome: (logits, batch) -> each example's value and loss.
-      batches: (domain, batch size, seed) -> training batches.
-      held_out: the whole split of a domain, as one batch.
-      digest: a hash of all data.
+      label: for people: "Python".
+      examples: in an epoch.
+      batches: (batch size, seed) -> step -> the training batch. The step is all there is to the position in the data.
     """
 
-    name: str
     label: str
-    metric: Metric
-    old: str
-    new: str
-    model: nn.Module
-    initial: Callable[[int], Params]
-    forward: Callable[[Params, Batch], jax.Array]
-    outcome: Callable[[jax.Array, Batch], Outcome]
-    batches: Callable[[Domain, int, int], Batches]
-    held_out: Callable[[Domain, Split], Batch]
+    examples: int
+    batches: Callable[[int, int], Callable[[int], Batch]]
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A task whose data are read.
+
+    Attributes:
+      model: a linen module, with the task's head.
+      params: seed -> its parameters: those of the checkpoint, a new head's being the seed's; random ones where the base
+        is pretrained here.
+      new, old: the domains; there may be no old one.
+      loss: (params, batch, key) -> the mean loss in nats, with the model's dropout: what is trained.
+      outputs: (apply, params, batch) -> the model's outputs without dropout, for a batch of training.
+      evaluator: apply -> (params, split, side) -> scores. "loss", in nats, is among those of the validation split.
+      selection_metric: which evaluation of a run is its result, and which learning rate is the best, by the validation
+        split of the new domain.
+      headline_metric: the first score of tables and plots, on the test split.
+      held_out: what the other splits have, for people: "872 validation, 1,821 test examples".
+      tokens: batch -> how many tokens are no padding, for the speed.
+      digest: a hash of all data.
+      head: a pattern of a new head's parameters, "" for none: they are trained beside the factors.
+      samples: (apply, params) -> lines to look at; None for no such thing.
+    """
+
+    model: Any
+    params: Callable[[int], Params]
+    new: Domain
+    old: Domain | None
+    loss: Callable[[Params, Batch, jax.Array], jax.Array]
+    outputs: Callable[[Apply, Params, Batch], Any]
+    evaluator: Callable[[Apply], Evaluate]
+    selection_metric: Metric
+    headline_metric: Metric
+    held_out: str
+    tokens: Callable[[Batch], int]
     digest: str
+    head: str = ""
+    samples: Callable[[Apply, Params], Sequence[str]] | None = None
 
-    def loss(self, params: Params, batch: Batch) -> jax.Array:
-        """The mean loss over a batch, in nats: what is trained."""
-        return jnp.mean(self.outcome(self.forward(params, batch), batch).losses)
-
-
-class Scorer:
-    """Scores of models on the held-out splits of a task; for plain parameters by one program for all of them."""
-
-    def __init__(self, task: Task, batch: int = 64) -> None:
-        """`batch` examples go at a time."""
-        self.task = task
-        self.forward = jax.jit(task.forward)
-        self._outcome = jax.jit(task.outcome)
-        self._batch = batch
-
-    def __call__(self, params: Any, split: Split, forward: Callable[[Any, Batch], jax.Array] | None = None) -> Scores:
-        """The scores of plain parameters; or of anything that `forward` takes, such as an `Adapted` that is lifted."""
-        run = self.forward if forward is None else forward
-        return Scores(*(self._score(run, params, self.task.held_out(domain, split)) for domain in ("new", "old")))
-
-    def _score(self, forward: Callable[[Params, Batch], jax.Array], params: Params, whole: Batch) -> Score:
-        count = len(jax.tree.leaves(whole)[0])
-        parts = []
-        for start in range(0, count, self._batch):
-            batch = jax.device_put(rows(whole, np.minimum(np.arange(start, start + self._batch), count - 1)))
-            parts.append(self._outcome(forward(params, batch), batch))
-        return Score(*(_mean(arrays, count) for arrays in zip(*parts, strict=True)))
+    def domain(self, side: Side) -> Domain:
+        """The new domain or the old one."""
+        found = self.new if side == "new" else self.old
+        assert found is not None, f"the task has no {side} domain"
+        return found
 
 
-def rows(batch: Batch, places: np.ndarray | slice) -> Batch:
-    """Some examples of a batch. The last one may be repeated to fill a batch: one shape is compiled once."""
-    return jax.tree.map(lambda array: array[places], batch)
+class Task(Protocol):
+    """The config of a task, a frozen dataclass: its fields are set by overrides, `task.length=64`."""
+
+    @property
+    def label(self) -> str:
+        """In titles."""
+
+    def open(self, source: Any, train: "Schedule", evaluate_batch: int) -> Opened:
+        """Reads the data.
+
+        Args:
+          source: `Files`, or the config of a model that is pretrained here.
+          train: how the runs train; the loss has its label smoothing.
+          evaluate_batch: examples at a time in an evaluation.
+
+        Raises:
+          ConfigError: if the fields do not go together.
+          DataError: if the data are absent or not as expected.
+        """
 
 
-def _mean(arrays: Sequence[jax.Array], count: int) -> float:
-    return float(np.concatenate(jax.device_get(list(arrays)))[:count].mean(dtype=np.float64))
+# -- what tasks share --------------------------------------------------------------------------------------------------
+
+
+def sides(new: Callable[[], Read], old: Callable[[], Read] | None) -> dict[Side, Read]:
+    """The data of the domains."""
+    read: dict[Side, Read] = {"new": new()}
+    return read if old is None else {**read, "old": old()}
+
+
+def digest_of(data: Iterable[Any]) -> str:
+    """A hash of what data are written as."""
+    return hashlib.sha256(repr(list(data)).encode()).hexdigest()[:16]
+
+
+def smoothed(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Cross entropy in nats with `smoothing` of the probability spread over all classes: (..., classes) -> (...)."""
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    target = -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+    return (1 - smoothing) * target - smoothing * jnp.mean(log_probs, axis=-1) if smoothing else target
+
+
+class Steps(Protocol):
+    """Batches of all rows in order, as `experiments.data.batches.Batches` with `last="pad"`."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch."""
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """The batch of a step; `valid` says which rows are no copies."""
+
+
+def outputs_of(
+    forward: Callable[[Params, Batch], Any], params: Params, batches: Steps, read: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The outputs of a forward pass, "out", and some arrays of all rows, in order, without those that fill the last
+    batch.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for step in range(batches.steps_per_epoch):
+        batch = batches(step)
+        valid = batch.pop("valid")
+        out = jax.device_get(forward(params, jax.device_put(batch)))
+        for name, value in {"out": out, **{name: batch[name] for name in read}}.items():
+            found.setdefault(name, []).append(value[valid])
+    return {name: np.concatenate(parts) for name, parts in found.items()}

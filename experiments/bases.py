@@ -1,0 +1,136 @@
+"""Where a base comes from: a checkpoint of the hub, of a folder or made, or a pretraining here, which is kept."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+import jlora
+from experiments.config import Experiment, Pretrain, Run
+from experiments.configfile import ConfigError, describe, key
+from experiments.folder import clear, locked, size
+from experiments.progress import Phase
+from experiments.resume import loaded
+from experiments.tasks.task import Files, Opened, Params
+from experiments.trainer import Point, Shared, Trainer, read_curve, train
+
+NAME = "base.safetensors"
+LABEL = "pretraining"
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """What the runs start from.
+
+    Attributes:
+      params: seed -> the parameters, a new head's values being the seed's.
+      bytes: of its file.
+      curve: of its pretraining.
+    """
+
+    params: Callable[[int], Params]
+    bytes: int
+    curve: tuple[Point, ...] = ()
+
+
+def source(experiment: Experiment, folder: Path) -> Any:
+    """What the task opens: the checkpoint's files, or the config of the model that is pretrained.
+
+    A checkpoint that is made lies beside the folders of the experiments.
+    """
+    base = experiment.base
+    if isinstance(base, Pretrain):
+        return base.model
+    if callable(base):
+        return Files(base(folder.parent / "checkpoints" / experiment.name), experiment.options)
+    from jlora.models.files import folder_of
+
+    return Files(folder_of(base, experiment.revision), experiment.options)
+
+
+def trainer_of(experiment: Experiment, shared: Shared) -> Trainer:
+    """The pretraining of a base: full fine-tuning of random parameters on the old domain."""
+    base = experiment.base
+    assert isinstance(base, Pretrain)
+    run = Run(LABEL, LABEL, jlora.full(), base.learning_rate)
+    return Trainer(run, shared, base.train, base.learning_rate, side="old")
+
+
+def of_checkpoint(opened: Opened, seed: int) -> Base:
+    """A checkpoint's parameters, those of one seed at a time: the old ones go before new ones come."""
+    held: dict[int, Params] = {seed: opened.params(seed)}
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(held[seed]))
+
+    def params(seed: int) -> Params:
+        if seed not in held and opened.head:  # another head
+            held.clear()
+            held[seed] = opened.params(seed)
+        return next(iter(held.values()))
+
+    return Base(params, total)
+
+
+def pretrained(trainer: Trainer, folder: Path, seed: int, phase: Phase, *, resume: bool = False) -> Base:
+    """The base from a file in `folder` if there is one with the same model, data and pretraining, else trained.
+
+    Args:
+      trainer: of the base, see `trainer_of`.
+      folder: of bases of all kinds; each has a folder of its own in it.
+      seed: of the initial values and the batches.
+      phase: where progress is shown.
+      resume: keep what an interrupted pretraining left.
+
+    Raises:
+      FloatingPointError: if the pretraining diverges.
+      ConfigError: if the file is damaged, or another process is at the same base.
+    """
+    opened = trainer.opened
+    model = {"class": type(opened.model).__name__, "shape": describe(opened.model.config)}
+    own = folder / key(model, trainer.schedule, trainer.first_rate, seed, opened.digest)
+    initial = opened.params(seed)
+    if (own / NAME).exists():
+        phase.skip(f"reused from {own}")
+    else:
+        with locked(own):  # other experiments have the same base
+            if not resume:
+                clear(own)
+            result = train(trainer, seed, trainer.first_rate, initial, own, phase, test=False)
+            if result.diverged:
+                raise FloatingPointError(f"the base: {result.diverged}")
+            write(own, trainer.merged(loaded(own, initial)))
+            shutil.rmtree(own / "adapter")
+    params = read(own, initial)
+    return Base(lambda _: params, size(own / NAME), read_curve(own))
+
+
+def write(folder: Path, params: Params) -> None:
+    """Writes parameters under their paths ("h_0/attn/query/kernel"): one file, whole or absent."""
+    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    temporary = folder / f".{NAME}.tmp"
+    save_file({path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}, temporary)
+    os.replace(temporary, folder / NAME)
+
+
+def read(folder: Path, like: Params) -> Params:
+    """Reads the parameters of a model that is initialised as `like`.
+
+    Raises:
+      ConfigError: if the file is damaged or holds other tensors.
+    """
+    file = folder / NAME
+    try:
+        flat = load_file(file)
+    except SafetensorError as error:
+        raise ConfigError(f"the base in '{file}' is damaged ({error}): delete it to pretrain again") from error
+    expected = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(like, sep="/").items()}
+    if {path: leaf.shape for path, leaf in flat.items()} != expected:
+        raise ConfigError(f"the base in '{file}' has other tensors than the model: delete it to pretrain again")
+    return jax.device_put(traverse_util.unflatten_dict(flat, sep="/"))

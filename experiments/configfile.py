@@ -1,0 +1,243 @@
+"""Config files, dotted overrides, and the identity of a config. Knows no experiment.
+
+A config is a Python file with `def config()` that returns a frozen dataclass, and `def small()` for a form that ends in
+seconds. Its fields are set by their dotted names: `train.steps=200`, `runs.lora.method="dora(16)"`.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jlora
+from jlora.methods import METHODS, nearest
+
+Kind = TypeVar("Kind")
+
+
+class ConfigError(ValueError):
+    """A config file, an override or a run folder is not what it has to be. Shown without a traceback."""
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def load(kind: type[Kind], path: str | Path, overrides: Iterable[str] = (), *, small: bool = False) -> Kind:
+    """Runs a config file and applies overrides to what its `config()` (or `small()`) returns.
+
+    Args:
+      kind: the dataclass that it has to return, or one of a union of them.
+      path: of the file.
+      overrides: dotted, as in `override`.
+      small: call `small()`.
+
+    Raises:
+      ConfigError: if the file does not exist, has no such function or returns something else; or for an override that
+        names no field or has a value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(_absent(path))
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file '{path}' is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    name = "small" if small else "config"
+    make = getattr(module, name, None)
+    if not callable(make):
+        raise ConfigError(f"config file '{path}' has no function {name}() -> {_names(kind)}")
+    experiment = make()
+    if not isinstance(experiment, kind):
+        raise ConfigError(f"{name}() of config file '{path}' returns {type(experiment).__name__}, expected {_names(kind)}")
+    for item in overrides:
+        experiment = override(experiment, item)
+    return experiment
+
+
+def _names(kind: Any) -> str:
+    return " or ".join(one.__name__ for one in typing.get_args(kind) or (kind,))
+
+
+def _absent(path: Path) -> str:
+    found = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    if not found:
+        return f"config file '{path}' does not exist, and '{path.parent}' has no .py files"
+    near = difflib.get_close_matches(str(path), found, 1, 0.0)[0]
+    return f"config file '{path}' does not exist; the nearest is '{near}'"
+
+
+# -- overrides ---------------------------------------------------------------------------------------------------------
+
+
+def override(experiment: Kind, item: str) -> Kind:
+    """Sets one field, as in `train.steps=200` or `runs.lora.method=lora(8)`.
+
+    Raises:
+      ConfigError: naming the nearest field, or the type that the field has.
+    """
+    path, equals, text = item.partition("=")
+    path = path.strip()
+    if not equals:
+        raise ConfigError(f"an override has the form field=value (train.steps=200), got {item!r}")
+    known = fields(experiment)
+    if path not in known:
+        near = difflib.get_close_matches(path, known, 1, 0.0)[0]
+        raise ConfigError(f"there is no field {path!r}; the nearest is {near!r}")
+    changed: Kind = _replace(experiment, path.split("."), _parse(path, text.strip(), known[path]))
+    return changed
+
+
+def fields(node: Any, prefix: str = "") -> dict[str, Any]:
+    """The dotted names of all fields that hold values, with their types."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(type(node))
+    for field in dataclasses.fields(node):
+        path, value = prefix + field.name, getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= fields(value, f"{path}.")
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):  # each under its own name
+            for item in value:
+                found |= fields(item, f"{path}.{item.name}.")
+        else:
+            found[path] = hints[field.name]
+    return found
+
+
+def _replace(node: Any, path: list[str], value: Any) -> Any:
+    if isinstance(node, tuple):
+        return tuple(_replace(item, path[1:], value) if item.name == path[0] else item for item in node)
+    name, *rest = path
+    try:
+        return dataclasses.replace(node, **{name: _replace(getattr(node, name), rest, value) if rest else value})
+    except ConfigError:
+        raise
+    except ValueError as error:  # from a dataclass that checks itself, such as a model's config
+        raise ConfigError(str(error)) from error
+
+
+def _parse(path: str, text: str, hint: Any) -> Any:
+    """The value of a text as the type of its field: a number, bool, str, a tuple or dict of such, a method, or a union."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    for kind in kinds:
+        if kind is jlora.Method and isinstance(value, str):
+            return method(path, value)
+        if kind is float and type(value) is int:
+            return float(value)
+        if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
+            return value
+        if typing.get_origin(kind) is tuple and isinstance(value, int | float | tuple):
+            members = value if isinstance(value, tuple) else (value,)
+            whole = typing.get_args(kind)[0] is int
+            if all(type(member) in ((int,) if whole else (int, float)) for member in members):
+                return members if whole else tuple(float(member) for member in members)
+        if typing.get_origin(kind) is Mapping and isinstance(value, dict):
+            return value
+        if isinstance(kind, type) and type(value) is kind:
+            return value
+    if str in kinds:
+        return text
+    if any(typing.get_origin(kind) is Callable for kind in kinds):
+        raise ConfigError(f"{path} is a function: set it in the config file")
+    raise ConfigError(f"{path} is {' or '.join(map(_said, kinds))}, got {text!r}")
+
+
+def _said(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
+    return "None" if kind is types.NoneType else f"of type {getattr(kind, '__name__', str(kind))}"
+
+
+def method(path: str, text: str) -> jlora.Method:
+    """The method that a text writes: a call of a constructor in `jlora.methods`, such as `dora(lora(8, alpha=16))`.
+
+    Nothing is evaluated: names are those of `METHODS`, arguments are literals or methods. A wrapper that is given its
+    inner method's rank has LoRA inside: `dora(16)` is `dora(lora(16))`.
+
+    Args:
+      path: of the field, for errors.
+      text: to read.
+
+    Raises:
+      ConfigError: naming the nearest method or argument.
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ConfigError(f"{path} is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got {text!r}") from None
+    return _method(path, node, text)
+
+
+def _method(path: str, node: ast.expr, text: str) -> jlora.Method:
+    if isinstance(node, ast.Name):
+        raise ConfigError(f"{path} is a method, written as a call: '{nearest(node.id)}(...)'; got {text!r}")
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        raise ConfigError(f"{path} is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got {text!r}")
+    name = node.func.id
+    if name not in METHODS:
+        raise ConfigError(f"{path}: there is no method {name!r}; the nearest is {nearest(name)!r}")
+    make = METHODS[name]
+    known = list(inspect.signature(make).parameters)
+    given = [_argument(path, argument, text) for argument in node.args]
+    options = {str(keyword.arg): _argument(path, keyword.value, text) for keyword in node.keywords}
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1, 0.0)
+            raise ConfigError(
+                f"{path}: {name} has no argument {option!r}" + (f"; the nearest is {near[0]!r}" if near else "")
+            )
+    if known[:1] == ["inner"] and given and type(given[0]) is int:
+        given[0] = METHODS["lora"](given[0])
+    try:
+        made: jlora.Method = make(*given, **options)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: {name}: {error}") from error
+    return made
+
+
+def _argument(path: str, node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call):
+        return _method(path, node, text)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ConfigError(
+            f"{path}: {ast.unparse(node)!r} is no number, text or method: an argument is written out"
+        ) from None
+
+
+# -- identity ----------------------------------------------------------------------------------------------------------
+
+
+def describe(node: Any) -> Any:
+    """A config as JSON: dataclasses as objects, functions by their names, methods as they are written."""
+    if isinstance(node, jlora.Method):
+        return repr(node)
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return {field.name: describe(getattr(node, field.name)) for field in dataclasses.fields(node)}
+    if isinstance(node, list | tuple):
+        return [describe(item) for item in node]
+    if isinstance(node, Mapping):
+        return {str(key): describe(value) for key, value in node.items()}
+    if isinstance(node, functools.partial):
+        return [describe(node.func), describe(node.args), describe(node.keywords)]
+    return f"{node.__module__}.{node.__qualname__}" if callable(node) else node
+
+
+def key(*parts: Any) -> str:
+    """A short hash of parts of a config and other JSON values."""
+    text = json.dumps([describe(part) for part in parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

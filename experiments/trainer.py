@@ -1,0 +1,413 @@
+"""The training loop of every run, and of a pretrained base: it evaluates, keeps what decides, and goes on where cut off."""
+
+import dataclasses
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jlora
+from experiments.config import ConfigError, Experiment, Run, Schedule, in_steps
+from experiments.folder import read_json, write_json
+from experiments.progress import Phase
+from experiments.resume import loaded, restored
+from experiments.tasks.task import Apply, Batch, Evaluate, Opened, Params, Scores, Side, Split
+from experiments.tensorboard import TensorBoard
+from jlora.checkpoint import Checkpoints
+from jlora.state import TrainState
+from jlora.train import Step, train_step
+
+_RESULT, _CURVE = "result.json", "curve.json"
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation on the validation split.
+
+    Attributes:
+      step: after which.
+      loss: in nats, the mean over the steps since the point before.
+      scores: of the new domain.
+      old: of the old one, where there is one.
+    """
+
+    step: int
+    loss: float | None
+    scores: Scores
+    old: Scores | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to with a seed and a learning rate.
+
+    Attributes:
+      seed, learning_rate: of it.
+      points: its evaluations.
+      best: the step whose evaluation is kept; so is its adapter.
+      tokens_per_second: in training, evaluations and the first step, which is compiled, aside.
+      seconds: of those steps.
+      test, old: the kept adapter's scores on the test split of the new and the old domain.
+      diverged: the error's words; the result is what was kept before.
+    """
+
+    seed: int
+    learning_rate: float
+    points: tuple[Point, ...]
+    best: int
+    tokens_per_second: float
+    seconds: float
+    test: Scores | None = None
+    old: Scores | None = None
+    diverged: str | None = None
+
+    @property
+    def kept(self) -> Point:
+        """The evaluation that is kept."""
+        return next(point for point in self.points if point.step == self.best)
+
+
+class Shared:
+    """What all runs of an experiment share: the task, and one compiled evaluation of plain parameters."""
+
+    def __init__(self, opened: Opened, sites: tuple[jlora.Site, ...], statistics: int) -> None:
+        self.opened, self.sites, self.statistics = opened, sites, statistics
+
+    @functools.cached_property
+    def plain(self) -> Evaluate:
+        """The scores of plain parameters."""
+        return self.opened.evaluator(self.opened.model.apply)
+
+    @functools.cached_property
+    def merge(self) -> Callable[[jlora.Adapted], Params]:
+        """Plain parameters again."""
+        return jax.jit(jlora.merge)
+
+    @classmethod
+    def of(cls, experiment: Experiment, opened: Opened, params: Params) -> "Shared":
+        """With the axes of the model's weights as its loss uses them: no name says those of stacked layers."""
+        batch = opened.new.batches(experiment.train.batch, 0)(0)
+        return cls(opened, jlora.sites(opened.loss, params, batch, jax.random.key(0)), experiment.statistics)
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """A run's programs: each is compiled once, for all seeds and learning rates.
+
+    Attributes:
+      run: what is trained.
+      shared: with the other runs.
+      schedule: how it is trained.
+      first_rate: that the step is made at. The rate lies in the optimizer's state, so that it is another one's too.
+      side: the domain that is learned.
+    """
+
+    run: Run
+    shared: Shared
+    schedule: Schedule
+    first_rate: float
+    side: Side = "new"
+
+    @property
+    def opened(self) -> Opened:
+        """The task."""
+        return self.shared.opened
+
+    @property
+    def steps(self) -> int:
+        """Of the run."""
+        return self.in_steps(self.schedule.steps)
+
+    def in_steps(self, duration: int | str) -> int:
+        """A duration in this run's steps."""
+        return in_steps(duration, batch=self.schedule.batch, examples=self.opened.domain(self.side).examples)
+
+    def batches(self, seed: int) -> Callable[[int], Batch]:
+        """step -> the training batch."""
+        return self.opened.domain(self.side).batches(self.schedule.batch, seed)
+
+    @functools.cached_property
+    def step(self) -> Step:
+        """The training step, for every learning rate."""
+        return train_step(
+            self.opened.loss, self.optimizer(self.first_rate), pass_key=True, accumulate=self.schedule.accumulate
+        )
+
+    def optimizer(self, learning_rate: float) -> optax.GradientTransformation:
+        """The optimizer at a rate; its states are alike for all of them."""
+        return optimizer(self.schedule, learning_rate, self.steps)
+
+    @functools.cached_property
+    def apply(self) -> Apply:
+        """How the model is called for an evaluation: as it is with merged weights, lifted where there are none."""
+        return self.opened.model.apply if self.merges else jlora.lift(self.opened.model.apply)
+
+    @property
+    def merges(self) -> bool:
+        """Whether the method gives plain weights, and those of the base take the update without rounding it away."""
+        return not acts_on_activations(self.run.method) and self.opened.model.config.param_dtype == "float32"
+
+    def merged(self, adapted: jlora.Adapted) -> Params:
+        """What `apply` takes."""
+        return self.shared.merge(adapted) if self.merges else adapted
+
+    @functools.cached_property
+    def _evaluator(self) -> Evaluate:
+        return self.shared.plain if self.merges else self.opened.evaluator(self.apply)
+
+    def evaluate(self, adapted: jlora.Adapted, split: Split) -> tuple[Scores, Scores | None]:
+        """The scores of adapted parameters, of the new domain and of the old one."""
+        params, old = self.merged(adapted), None
+        new = self._evaluator(params, split, "new")
+        if self.opened.old is not None:
+            old = self._evaluator(params, split, "old")
+        return new, old
+
+    def adapted(self, seed: int, params: Params) -> jlora.Adapted:
+        """The base with initial factors."""
+        run, opened = self.run, self.opened
+        extras = "|".join(f"(?:{pattern})" for pattern in (opened.head, run.extras) if pattern)
+        options: dict[str, Any] = {"sites": self.shared.sites} | ({"extras": extras} if extras else {})
+        if learns_from_data(run.method):
+            batches = self.batches(seed)
+            options |= {
+                "fn": lambda params, batch: opened.loss(params, batch, jax.random.key(seed)),
+                "batches": [batches(i) for i in range(self.shared.statistics)],
+            }
+        return jlora.apply(params, method=run.method, targets=run.targets, key=seed, **options)
+
+    def start(self, seed: int, params: Params, learning_rate: float | None = None) -> TrainState:
+        """The state before the first step."""
+        rate = self.first_rate if learning_rate is None else learning_rate
+        return TrainState.create(self.adapted(seed, params), self.optimizer(rate), key=seed)
+
+    def check(self, shapes: Params) -> None:
+        """Finds a run that cannot be, on abstract parameters, before anything is trained.
+
+        Raises:
+          ConfigError: naming the run.
+        """
+        method, steps = self.run.method, self.steps
+        total = dict(method.config).get("total_steps", steps)
+        if total != steps:
+            raise ConfigError(
+                f"runs.{self.run.name}: {method.name} is made for total_steps={total}, and the run has {steps} steps"
+            )
+        run = self.run
+        if learns_from_data(method):  # abstract parameters have no data to start from
+            run = dataclasses.replace(run, method=jlora.lora(method.rank or 1))
+        try:
+            self.optimizer(self.first_rate)
+            jax.eval_shape(functools.partial(dataclasses.replace(self, run=run).adapted, 0), shapes)
+        except ValueError as error:
+            raise ConfigError(f"runs.{self.run.name}: {error}") from error
+
+
+def learns_from_data(method: jlora.Method) -> bool:
+    """Whether a method starts from batches of the task."""
+    return method.data is not None
+
+
+def acts_on_activations(method: jlora.Method) -> bool:
+    """Whether a method cannot be merged into weights."""
+    return method.activation is not None
+
+
+def optimizer(schedule: Schedule, learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """AdamW with the schedule's warm-up and decay, its peak rate in the state.
+
+    Raises:
+      ConfigError: if no step is left after the warm-up.
+    """
+    warmup = round(schedule.warmup if schedule.warmup >= 1 else schedule.warmup * steps)
+    if warmup >= steps:
+        raise ConfigError(
+            f"train.warmup={schedule.warmup:g} is {warmup} of the run's {steps} steps: none is left after it"
+        )
+
+    def adamw(peak: Any) -> optax.GradientTransformation:
+        after: Any = {
+            "linear": lambda: optax.linear_schedule(peak, 0.0, steps - warmup),
+            "cosine": lambda: optax.cosine_decay_schedule(peak, steps - warmup),
+            "constant": lambda: optax.constant_schedule(peak),
+        }[schedule.decay]()
+        rate = optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+        rule = optax.adamw(
+            rate, b1=schedule.b1, b2=schedule.b2, eps=schedule.epsilon, weight_decay=schedule.weight_decay
+        )
+        return rule if schedule.clip is None else optax.chain(optax.clip_by_global_norm(schedule.clip), rule)
+
+    return optax.inject_hyperparams(adamw, hyperparam_dtype=jnp.float32)(peak=learning_rate)
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def train(
+    trainer: Trainer, seed: int, rate: float, params: Params, folder: Path, phase: Phase, *, test: bool = True
+) -> Result:
+    """Trains, or goes on after an interruption, or reads what an earlier call came to.
+
+    The folder holds the adapter that is kept, the curve, the result, TensorBoard's events, and the training state up to
+    the end. The state is kept after each evaluation, and the points up to it are on disk before it: a resumed run has
+    the same numbers as one that was never cut off.
+
+    Args:
+      trainer: the run.
+      seed, rate: of this training.
+      params: the base.
+      folder: of this training alone.
+      phase: where progress is shown.
+      test: score what is kept on the test split.
+    """
+    if (folder / _RESULT).exists():
+        phase.skip("done before")
+        return read_result(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(folder / "training", keep=2) as checkpoints, TensorBoard(folder / "events") as board:
+        points = _Points(trainer, folder, board)
+        seconds, tokens, diverged = _loop(trainer, trainer.start(seed, params, rate), seed, points, checkpoints, phase)
+        speed = tokens / seconds if seconds else 0.0
+        result = Result(seed, rate, tuple(points.all), points.kept.step, speed, seconds, diverged=diverged)
+        if test:
+            result = _tested(trainer, result, folder, params, board, phase)
+    write_json(folder / _RESULT, dataclasses.asdict(result))
+    shutil.rmtree(folder / "training", ignore_errors=True)  # there is nothing left to go on with
+    return result
+
+
+def _loop(
+    trainer: Trainer, state: TrainState, seed: int, points: "_Points", checkpoints: Checkpoints, phase: Phase
+) -> tuple[float, int, str | None]:
+    """All steps that are left. Returns seconds and tokens of training, and the words of an error."""
+    every, batches, steps = trainer.in_steps(trainer.schedule.evaluate_every), trainer.batches(seed), trainer.steps
+    state, position = restored(checkpoints, state, phase.say)
+    done, (seconds, tokens) = int(state.step), position or (0.0, 0)
+    points.read(done)
+    if not points.all:
+        points.add(0, [], state.adapted)
+    phase.begin(done)
+    losses: list[jax.Array] = []
+    try:
+        for i in range(done, steps):
+            began, batch = time.monotonic(), batches(i)
+            with jax.transfer_guard("disallow"):  # what goes to the device and back is written down as such
+                state, metrics = trainer.step(state, batch)
+            losses.append(metrics["loss"])
+            # Half a period before the last evaluation there is no other: 155 steps by 77 have two, not three.
+            end = i + 1 == steps or ((i + 1) % every == 0 and steps - i - 1 >= every / 2)
+            if end or i == done:
+                state.check()  # the first step is compiled: it is waited for, and not counted
+            if i != done:
+                seconds, tokens = seconds + time.monotonic() - began, tokens + trainer.opened.tokens(batch)
+            if len(losses) > 1:  # the one before the last is there already: the step has looked at it
+                points.training(i, float(jax.device_get(losses[-2])), tokens / max(seconds, 1e-9), phase)
+            phase.advance(i + 1)
+            if end:
+                points.add(i + 1, losses, state.adapted)
+                checkpoints.save(state, [seconds, tokens])
+                phase.line(i + 1, points.text())
+                losses = []
+    except FloatingPointError as error:
+        words = str(error).split(" (", 1)[0]
+        phase.say(f"{phase.title}: {words}")
+        return seconds, tokens, words
+    return seconds, tokens, None
+
+
+def score(trainer: Trainer, result: Result, folder: Path, params: Params, phase: Phase) -> Result:
+    """The result of an earlier training with the scores on the test split, which are written down."""
+    if result.test is None:
+        with TensorBoard(folder / "events") as board:
+            result = _tested(trainer, result, folder, params, board, phase)
+        write_json(folder / _RESULT, dataclasses.asdict(result))
+    return result
+
+
+def _tested(
+    trainer: Trainer, result: Result, folder: Path, params: Params, board: TensorBoard, phase: Phase
+) -> Result:
+    new, old = trainer.evaluate(loaded(folder, params), "test")
+    board.scalars(trainer.steps, _named("test", new, old))
+    phase.say(f"{phase.title}: test {_text(new)}, of step {result.best}")
+    return dataclasses.replace(result, test=new, old=old)
+
+
+class _Points:
+    """The curve of a run, in memory and on disk, and the adapter at the point that is kept."""
+
+    def __init__(self, trainer: Trainer, folder: Path, board: TensorBoard) -> None:
+        self.all: list[Point] = []
+        self._trainer, self._folder, self._board = trainer, folder, board
+
+    @property
+    def kept(self) -> Point:
+        """The point that is a run's result."""
+        if self._trainer.schedule.keep == "last":
+            return self.all[-1]
+        best = self.all[0]
+        for point in self.all[1:]:
+            if self._trainer.opened.selection_metric.beats(point.scores, best.scores):
+                best = point
+        return best
+
+    def read(self, done: int) -> None:
+        """What an interrupted run left, up to the state that is gone on from."""
+        self.all = [point for point in read_curve(self._folder) if point.step <= done]
+
+    def add(self, step: int, losses: list[jax.Array], adapted: jlora.Adapted) -> None:
+        loss = float(np.mean(jax.device_get(losses))) if losses else None
+        point = Point(step, loss, *self._trainer.evaluate(adapted, "validation"))
+        self.all.append(point)
+        if self.kept is point:
+            jlora.save(self._folder / "adapter", adapted)
+        write_json(self._folder / _CURVE, [dataclasses.asdict(point) for point in self.all])
+        self._board.scalars(step, _named("validation", point.scores, point.old))
+
+    def training(self, step: int, loss: float, speed: float, phase: Phase) -> None:
+        """What a step says."""
+        self._board.scalars(step, {"train/loss": loss, "train/tokens_per_second": speed})
+        phase.note(f"loss {loss:.3f}  {speed:,.0f} tokens/s")
+
+    def text(self) -> str:
+        """The last evaluation."""
+        point = self.all[-1]
+        return _text(point.scores) + ("" if point.old is None else f"  old: {_text(point.old)}")
+
+
+def read_curve(folder: Path) -> tuple[Point, ...]:
+    """The evaluations that `train` left in a folder."""
+    path = folder / _CURVE
+    return read_json(path, lambda curve: tuple(Point(**point) for point in curve)) if path.exists() else ()
+
+
+def read_result(folder: Path) -> Result:
+    """What `train` left in a folder."""
+    return read_json(folder / _RESULT, as_result)
+
+
+def as_result(read: Mapping[str, Any]) -> Result:
+    """A result from its JSON form."""
+    return Result(**{**read, "points": tuple(Point(**point) for point in read["points"])})
+
+
+def is_finite(result: Result) -> bool:
+    """Whether a training came to its end with a loss that is a number."""
+    return result.diverged is None and math.isfinite(result.kept.scores.get("loss", 0.0))
+
+
+def _named(split: str, new: Scores, old: Scores | None) -> dict[str, float]:
+    return {f"{split}/{name}": x for name, x in new.items()} | {f"{split}_old/{n}": x for n, x in (old or {}).items()}
+
+
+def _text(scores: Scores) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
