@@ -31,9 +31,8 @@ Target:    the LoRA row within its deviations, MRPC, RTE and STS-B aside.
 """
 
 import jlora
-from experiments.recipes import tiny
 from experiments.config import Experiment
-from experiments.recipes import glue
+from experiments.recipes import glue, tiny
 from experiments.recipes.glue import Recipe
 
 RECIPES = {

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import jlora
 from experiments import metrics
-from experiments.config import ConfigError
-from experiments.data.labelled_text import read_labelled
-from experiments.tasks.classification import Classification
+from experiments.config import ConfigError, Experiment, Measure, Run, Schedule
 from experiments.data import sources
+from experiments.data.labelled_text import read_labelled
 from experiments.recipes import tiny
-from experiments.config import Experiment, Measure, Run, Schedule
-from experiments.tasks.classification import Splits
+from experiments.tasks.classification import Classification, Splits
 
 LINEAR = r"^h_\d+/(attn|mlp)/"  # all linear layers of the blocks
 QV = r"attn/(query|value)"

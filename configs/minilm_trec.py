@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from experiments import metrics
-from experiments.configfile import load
-from experiments.data.labelled_text import read_trec
-from experiments.tasks.classification import Classification
-from experiments.data import sources
-from experiments.recipes import tiny
 from experiments.config import Experiment, Measure
-from experiments.tasks.classification import Splits
+from experiments.configfile import load
+from experiments.data import sources
+from experiments.data.labelled_text import read_trec
+from experiments.recipes import tiny
+from experiments.tasks.classification import Classification, Splits
 from experiments.tasks.task import Scores
 
 HELD_OUT = 500  # questions of the training file

@@ -37,9 +37,8 @@ Target:    the row LoRA † (MRPC 90.2, RTE 85.2, STS-B 92.3), which starts from
 """
 
 import jlora
-from experiments.recipes import tiny
 from experiments.config import Experiment
-from experiments.recipes import glue
+from experiments.recipes import glue, tiny
 from experiments.recipes.glue import Recipe
 
 RECIPES = {

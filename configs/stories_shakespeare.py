@@ -13,13 +13,12 @@ import dataclasses
 from pathlib import Path
 
 import jlora
-from experiments.data.files import existing
-from experiments.tasks.texts import Texts
-from experiments.data import sources
-from experiments.recipes import tiny
 from experiments.config import Decoding, Experiment, Measure, Run, Schedule
+from experiments.data import sources
+from experiments.data.files import existing
+from experiments.recipes import tiny
 from experiments.recipes.stories import converted, stories
-from experiments.tasks.texts import Splits
+from experiments.tasks.texts import Splits, Texts
 
 LINEAR = r"(attn|mlp)/"  # all linear layers of the blocks
 

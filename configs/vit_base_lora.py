@@ -27,12 +27,11 @@ import dataclasses
 from pathlib import Path
 
 import jlora
-from experiments.data.images import read_image_folder
-from experiments.tasks.images import Images
-from experiments.data import sources
-from experiments.recipes import tiny
 from experiments.config import Experiment, Measure, Run, Schedule
-from experiments.tasks.images import Splits
+from experiments.data import sources
+from experiments.data.images import read_image_folder
+from experiments.recipes import tiny
+from experiments.tasks.images import Images, Splits
 
 QV = r"attn/(query|value)"
 

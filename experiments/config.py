@@ -262,4 +262,3 @@ def all_of(config: Experiment | Study) -> dict[str, Experiment]:
     if isinstance(config, Experiment):
         return {"": config}
     return {experiment.name: experiment for experiment in config.experiments}
-

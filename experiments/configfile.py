@@ -31,11 +31,13 @@ class ConfigError(ValueError):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def load(kind: type[Kind], path: str | Path, overrides: Iterable[str] = (), *, small: bool = False) -> Kind:
+def load(
+    kind: type[Kind] | tuple[type[Any], ...], path: str | Path, overrides: Iterable[str] = (), *, small: bool = False
+) -> Kind:
     """Runs a config file and applies overrides to what its `config()` (or `small()`) returns.
 
     Args:
-      kind: the dataclass that it has to return, or one of a union of them.
+      kind: the dataclass that it has to return, or several of which it is one.
       path: of the file.
       overrides: dotted, as in `override`.
       small: call `small()`.
@@ -58,14 +60,16 @@ def load(kind: type[Kind], path: str | Path, overrides: Iterable[str] = (), *, s
         raise ConfigError(f"config file '{path}' has no function {name}() -> {_names(kind)}")
     experiment = make()
     if not isinstance(experiment, kind):
-        raise ConfigError(f"{name}() of config file '{path}' returns {type(experiment).__name__}, expected {_names(kind)}")
+        raise ConfigError(
+            f"{name}() of config file '{path}' returns {type(experiment).__name__}, expected {_names(kind)}"
+        )
     for item in overrides:
         experiment = override(experiment, item)
     return experiment
 
 
 def _names(kind: Any) -> str:
-    return " or ".join(one.__name__ for one in typing.get_args(kind) or (kind,))
+    return " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
 
 
 def _absent(path: Path) -> str:
@@ -126,7 +130,7 @@ def _replace(node: Any, path: list[str], value: Any) -> Any:
 
 
 def _parse(path: str, text: str, hint: Any) -> Any:
-    """The value of a text as the type of its field: a number, bool, str, a tuple or dict of such, a method, or a union."""
+    """The value of a text as the type of its field: number, bool, str, tuple or dict of such, method, or a union."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     try:
         value = ast.literal_eval(text)
@@ -177,19 +181,25 @@ def method(path: str, text: str) -> jlora.Method:
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise ConfigError(f"{path} is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got {text!r}") from None
+        raise ConfigError(
+            f"{path} is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got {text!r}"
+        ) from None
     return _method(path, node, text)
+
+
+def _no_method(path: str, text: str) -> ConfigError:
+    return ConfigError(f"{path} is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got {text!r}")
 
 
 def _method(path: str, node: ast.expr, text: str) -> jlora.Method:
     if isinstance(node, ast.Name):
         raise ConfigError(f"{path} is a method, written as a call: '{nearest(node.id)}(...)'; got {text!r}")
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        raise ConfigError(f"{path} is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got {text!r}")
+        raise _no_method(path, text)
     name = node.func.id
     if name not in METHODS:
         raise ConfigError(f"{path}: there is no method {name!r}; the nearest is {nearest(name)!r}")
-    make = METHODS[name]
+    make: Callable[..., jlora.Method] = METHODS[name]
     known = list(inspect.signature(make).parameters)
     given = [_argument(path, argument, text) for argument in node.args]
     options = {str(keyword.arg): _argument(path, keyword.value, text) for keyword in node.keywords}
@@ -200,12 +210,11 @@ def _method(path: str, node: ast.expr, text: str) -> jlora.Method:
                 f"{path}: {name} has no argument {option!r}" + (f"; the nearest is {near[0]!r}" if near else "")
             )
     if known[:1] == ["inner"] and given and type(given[0]) is int:
-        given[0] = METHODS["lora"](given[0])
+        given[0] = jlora.lora(given[0])
     try:
-        made: jlora.Method = make(*given, **options)
+        return make(*given, **options)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: {name}: {error}") from error
-    return made
 
 
 def _argument(path: str, node: ast.expr, text: str) -> Any:

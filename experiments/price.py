@@ -1,4 +1,4 @@
-"""What runs cost beside each other: parameters, bytes, FLOPs, a training step, a forward pass apart and merged, a file."""
+"""What runs cost beside each other: parameters, bytes, FLOPs, time of a step and of a forward pass, a file."""
 
 import dataclasses
 import statistics

@@ -62,7 +62,9 @@ class Progress:
     def move(self, label: str, done: int, note: str | None = None) -> None:
         """Moves a phase's bar, and starts its clock."""
         self._bars.start_task(self._tasks[label])
-        self._bars.update(self._tasks[label], completed=done, **({} if note is None else {"note": note}))
+        self._bars.update(self._tasks[label], completed=done)
+        if note is not None:
+            self.remark(label, note)
 
     def remark(self, label: str, note: str) -> None:
         """Shows a word beside a phase's bar."""

@@ -7,8 +7,8 @@
     python -m experiments.train configs/quickstart.py --resume
 
 The folder of an experiment is `runs/<name>`; each training has a folder in it with the adapter that is kept, the curve
-and TensorBoard's events (`tensorboard --logdir runs`). Bases that are pretrained lie beside it, in `runs/bases`, and are
-used again by every experiment with the same model, data and pretraining.
+and TensorBoard's events (`tensorboard --logdir runs`). Bases that are pretrained lie beside it, in `runs/bases`, and
+are used again by every experiment with the same model, data and pretraining.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not console.is_terminal:  # a log is as wide as its tables
         console = Console(width=160)
     try:
-        config = configfile.load(Experiment | Study, options.config, options.overrides, small=options.small)
+        config: Experiment | Study = configfile.load(
+            (Experiment, Study), options.config, options.overrides, small=options.small
+        )
         folder = located(options.folder, config.name)
         with _most_optimizations_off() if options.small else contextlib.nullcontext():
             for name, experiment in all_of(config).items():
@@ -63,9 +65,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
     if jax.process_count() > 1:
         raise ConfigError("experiments.train runs in one process: data and parameters are not sharded by process yet")
     with _as_config_errors():
-        opened = experiment.task.open(
-            bases.source(experiment, folder), experiment.train, experiment.evaluate_batch
-        )
+        opened = experiment.task.open(bases.source(experiment, folder), experiment.train, experiment.evaluate_batch)
     work = _prepared(experiment, opened, folder)
     description = {"config": configfile.describe(experiment), "data": opened.digest}
     with open_run_folder(folder, description, resume=resume):

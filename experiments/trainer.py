@@ -1,4 +1,4 @@
-"""The training loop of every run, and of a pretrained base: it evaluates, keeps what decides, and goes on where cut off."""
+"""The training loop of every run and of a pretrained base: evaluations, what is kept of them, going on where cut off."""
 
 import dataclasses
 import functools
@@ -132,7 +132,7 @@ class Trainer:
         return in_steps(duration, batch=self.schedule.batch, examples=self.opened.domain(self.side).examples)
 
     def batches(self, seed: int) -> Callable[[int], Batch]:
-        """step -> the training batch."""
+        """Step -> the training batch."""
         return self.opened.domain(self.side).batches(self.schedule.batch, seed)
 
     @functools.cached_property
@@ -333,9 +333,7 @@ def score(trainer: Trainer, result: Result, folder: Path, params: Params, phase:
     return result
 
 
-def _tested(
-    trainer: Trainer, result: Result, folder: Path, params: Params, board: TensorBoard, phase: Phase
-) -> Result:
+def _tested(trainer: Trainer, result: Result, folder: Path, params: Params, board: TensorBoard, phase: Phase) -> Result:
     new, old = trainer.evaluate(loaded(folder, params), "test")
     board.scalars(trainer.steps, _named("test", new, old))
     phase.say(f"{phase.title}: test {_text(new)}, of step {result.best}")

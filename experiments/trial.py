@@ -1,4 +1,4 @@
-"""All trainings of a run: the learning rates of a sweep with the first seed, then the best rate with the other seeds."""
+"""All trainings of a run: a sweep's learning rates with the first seed, then the best rate with the other seeds."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,9 +75,7 @@ class Trial:
                     result = score(self.trainer, result, self.place, params, phase)
                 self.results = [result]
 
-    def _one(
-        self, seed: int, rate: float, number: int, params: Params, progress: Progress, *, test: bool
-    ) -> Result:
+    def _one(self, seed: int, rate: float, number: int, params: Params, progress: Progress, *, test: bool) -> Result:
         phase = progress.phase(self.run.label, number * self.trainer.steps, self._title(seed, rate), self.trainer.steps)
         return train(self.trainer, seed, rate, params, self._place(seed, rate), phase, test=test)
 

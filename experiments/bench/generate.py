@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import jlora
-from experiments.measure import interleaved, ratio
+from experiments.price import interleaved, ratio
 from jlora import models
 from jlora.models.gpt2 import GPT2, PRESETS
 

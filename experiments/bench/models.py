@@ -52,8 +52,8 @@ import optax
 
 import jlora
 from experiments.bench.step import MEGA, machine
-from experiments.measure import interleaved, ratio
-from experiments.report import markdown_table
+from experiments.price import interleaved, ratio
+from experiments.report.tables import markdown_table
 from jlora import models
 from jlora.models.bert import PRESETS as BERT
 from jlora.models.bert import Bert, BertConfig

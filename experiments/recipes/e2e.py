@@ -7,14 +7,12 @@ from pathlib import Path
 
 import jlora
 from experiments import metrics
-from experiments.config import ConfigError
+from experiments.config import ConfigError, Decoding, Experiment, Measure, Run, Schedule
+from experiments.data import sources
 from experiments.data.e2e import read_e2e
 from experiments.data.examples import References, prompted
-from experiments.tasks.completion import Completion
-from experiments.data import sources
 from experiments.recipes import tiny
-from experiments.config import Decoding, Experiment, Measure, Run, Schedule
-from experiments.tasks.completion import Splits
+from experiments.tasks.completion import Completion, Splits
 from experiments.tasks.task import Scores
 
 QV = r"attn/(query|value)"

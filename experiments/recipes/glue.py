@@ -10,15 +10,11 @@ from typing import Any
 
 import jlora
 from experiments import metrics
-from experiments.config import ConfigError, Duration
-from experiments.data import glue, hub
+from experiments.config import Base, ConfigError, Duration, Experiment, Measure, Run, Schedule
+from experiments.data import glue, hub, sources
 from experiments.data.files import Malformed
-from experiments.tasks.classification import Classification
-from experiments.data import sources
 from experiments.recipes import tiny
-from experiments.config import Experiment, Measure, Run, Schedule
-from experiments.tasks.classification import Splits
-from experiments.config import Base
+from experiments.tasks.classification import Classification, Splits
 
 QV = r"attn/(query|value)"
 

@@ -24,15 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments import metrics
-from experiments.data import hub
+from experiments.config import Decoding, Experiment, Measure, Run, Schedule
+from experiments.data import hub, sources
 from experiments.data.examples import Prompted, References
 from experiments.data.files import DataError, collect, existing, filled
 from experiments.data.instructions import read_gsm8k
-from experiments.tasks.completion import Completion
-from experiments.data import sources
 from experiments.recipes import tiny
-from experiments.config import Decoding, Experiment, Measure, Run, Schedule
-from experiments.tasks.completion import Splits
+from experiments.tasks.completion import Completion, Splits
 from experiments.tasks.task import Scores
 
 LINEAR = r"(attn|mlp)/"

@@ -231,9 +231,7 @@ def _in_parts(points: Sequence[tuple[float, float]], level: float) -> list[tuple
 
 def _mark(results: Results, outcome: Outcome, xs: Sequence[float], ys: Sequence[float]) -> Mark:
     look = _looks(results)[outcome.family]
-    return Mark(
-        outcome.label, look, statistics.fmean(xs), statistics.fmean(ys), _deviation(xs), _deviation(ys)
-    )
+    return Mark(outcome.label, look, statistics.fmean(xs), statistics.fmean(ys), _deviation(xs), _deviation(ys))
 
 
 # -- bars --------------------------------------------------------------------------------------------------------------

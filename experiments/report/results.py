@@ -140,9 +140,7 @@ class Results:
 def outcome_of(trial: Trial, plan: Plan, price: Price | None) -> Outcome:
     """What a run came to."""
     run = trial.run
-    return Outcome(
-        run.name, run.label, run.family, repr(run.method), plan, price, trial.sweep, tuple(trial.results)
-    )
+    return Outcome(run.name, run.label, run.family, repr(run.method), plan, price, trial.sweep, tuple(trial.results))
 
 
 def as_json(results: Results) -> dict[str, Any]:
@@ -167,9 +165,10 @@ def from_json(read: Mapping[str, Any]) -> Results:
         for name in ("sweep", "results"):
             fields[name] = tuple(map(as_result, fields[name]))
         outcomes.append(Outcome(**fields))
-    metrics = {name: Metric(*read[name]) for name in ("selection_metric", "headline_metric")}
-    names = {name: read[name] for name in ("name", "label", "new", "old")}
-    return Results(**names, **metrics, start=Start(**start), outcomes=tuple(outcomes))
+    return Results(
+        read["name"], read["label"], Metric(*read["selection_metric"]), Metric(*read["headline_metric"]), read["new"],
+        read["old"], Start(**start), tuple(outcomes),
+    )  # fmt: skip
 
 
 def mean(values: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""Plots of the test split: the score against the trained parameters, and what was learned against what was forgotten."""
+"""Plots of the test split: the score against the trained parameters, what was learned against what was forgotten."""
 
 import math
 from pathlib import Path
@@ -77,7 +77,9 @@ def learned_forgotten(path: Path, results: Results) -> None:
                 linestyle="",
             )  # fmt: skip
             points.append((learned, forgotten))
-            names.append(f"{outcome.label}\nlearned {learned:.{metric.decimals}f}\nforgot {forgotten:.{metric.decimals}f}")
+            names.append(
+                f"{outcome.label}\nlearned {learned:.{metric.decimals}f}\nforgot {forgotten:.{metric.decimals}f}"
+            )
         heading(figure, "Learned and forgotten after the last step (test split, as in the table)")
         ax.set(
             xlabel=f"learned: {measured(metric)} {less} on {results.new} (test)  →",

@@ -183,7 +183,9 @@ def sweep(results: Results) -> Cells:
         cells = []
         for result in outcome.sweep:
             value = metric.text(result.kept.scores[metric.name]) if is_finite(result) else "diverged"
-            cells.append(f"{result.learning_rate:g}: {value}" + (" *" if result.learning_rate == outcome.learning_rate else ""))
+            cells.append(
+                f"{result.learning_rate:g}: {value}" + (" *" if result.learning_rate == outcome.learning_rate else "")
+            )
         edge = " (edge of the grid: widen it)" if outcome.at_edge else ""
         best = "all diverged" if outcome.learning_rate is None else f"{outcome.learning_rate:g}{edge}"
         table.append([outcome.label, *cells, *([""] * (most - len(cells))), best])

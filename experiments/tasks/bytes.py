@@ -12,7 +12,19 @@ import optax
 
 from experiments.config import ConfigError, Schedule
 from experiments.data import Corpus, Windows, spread
-from experiments.tasks.task import Apply, Batch, Domain, Evaluate, Metric, Opened, Params, Scores, Side, Split, digest_of
+from experiments.tasks.task import (
+    Apply,
+    Batch,
+    Domain,
+    Evaluate,
+    Metric,
+    Opened,
+    Params,
+    Scores,
+    Side,
+    Split,
+    digest_of,
+)
 from jlora.models.gpt2 import GPT2, GPT2Config
 
 BITS = Metric("bits per byte", "lower", decimals=3)
@@ -85,7 +97,8 @@ class Bytes:
             evaluator=evaluator,
             selection_metric=BITS,
             headline_metric=BITS,
-            held_out=", ".join(f"{len(windows['new', split])} {split}" for split in counts) + f" windows of {length} bytes",
+            held_out=", ".join(f"{len(windows['new', split])} {split}" for split in counts)
+            + f" windows of {length} bytes",
             tokens=lambda windows: windows[:, 1:].size,
             digest=digest_of(text.digest() for text in texts.values()),
         )

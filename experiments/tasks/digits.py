@@ -12,7 +12,19 @@ import optax
 from experiments.config import ConfigError, Schedule
 from experiments.data import Digits as Images
 from experiments.data import Labelled, Shuffled
-from experiments.tasks.task import Apply, Batch, Domain, Evaluate, Metric, Opened, Params, Scores, Side, Split, digest_of
+from experiments.tasks.task import (
+    Apply,
+    Batch,
+    Domain,
+    Evaluate,
+    Metric,
+    Opened,
+    Params,
+    Scores,
+    Side,
+    Split,
+    digest_of,
+)
 from jlora.models.vit import ViT, ViTConfig
 
 ACCURACY = Metric("accuracy", "higher", " %", 1)
@@ -41,7 +53,7 @@ class Digits:
         def outputs(apply: Apply, params: Params, batch: Batch) -> Any:
             return apply({"params": params}, batch.images)  # (batch, labels)
 
-        def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        def losses(logits: jax.Array, labels: Any) -> jax.Array:
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels)  # (batch,)
 
         def evaluator(apply: Apply) -> Evaluate:
@@ -63,9 +75,7 @@ class Digits:
 
         def domain(side: Side) -> Domain:
             images = data[side].train
-            return Domain(
-                data[side].label, len(images.labels), lambda batch, seed: Shuffled(images, batch, seed)
-            )
+            return Domain(data[side].label, len(images.labels), lambda batch, seed: Shuffled(images, batch, seed))
 
         blank = jnp.zeros((1, side_length, side_length, source.channels))
         return Opened(
