@@ -109,7 +109,7 @@ def fields(node: Any, prefix: str = "") -> dict[str, Any]:
         path, value = prefix + field.name, getattr(node, field.name)
         if dataclasses.is_dataclass(value):
             found |= fields(value, f"{path}.")
-        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):  # each under its own name
+        elif type(value) is tuple and any(map(dataclasses.is_dataclass, value)):  # each under its own name
             for item in value:
                 found |= fields(item, f"{path}.{item.name}.")
         else:

@@ -1,4 +1,4 @@
-"""The training loop of every run and of a pretrained base: evaluations, what is kept of them, going on where cut off."""
+"""The training loop of every run and of a pretrained base: evaluations, what is kept of them, resuming."""
 
 import dataclasses
 import functools
@@ -154,7 +154,7 @@ class Trainer:
     @property
     def merges(self) -> bool:
         """Whether the method gives plain weights, and those of the base take the update without rounding it away."""
-        return not acts_on_activations(self.run.method) and self.opened.model.config.param_dtype == "float32"
+        return not self.run.method.acts.unmergeable and self.opened.model.config.param_dtype == "float32"
 
     def merged(self, adapted: jlora.Adapted) -> Params:
         """What `apply` takes."""
@@ -177,7 +177,7 @@ class Trainer:
         run, opened = self.run, self.opened
         extras = "|".join(f"(?:{pattern})" for pattern in (opened.head, run.extras) if pattern)
         options: dict[str, Any] = {"sites": self.shared.sites} | ({"extras": extras} if extras else {})
-        if learns_from_data(run.method):
+        if run.method.acts.statistic:
             batches = self.batches(seed)
             options |= {
                 "fn": lambda params, batch: opened.loss(params, batch, jax.random.key(seed)),
@@ -203,23 +203,13 @@ class Trainer:
                 f"runs.{self.run.name}: {method.name} is made for total_steps={total}, and the run has {steps} steps"
             )
         run = self.run
-        if learns_from_data(method):  # abstract parameters have no data to start from
+        if method.acts.statistic:  # abstract parameters have no data to start from
             run = dataclasses.replace(run, method=jlora.lora(method.rank or 1))
         try:
             self.optimizer(self.first_rate)
             jax.eval_shape(functools.partial(dataclasses.replace(self, run=run).adapted, 0), shapes)
         except ValueError as error:
             raise ConfigError(f"runs.{self.run.name}: {error}") from error
-
-
-def learns_from_data(method: jlora.Method) -> bool:
-    """Whether a method starts from batches of the task."""
-    return method.data is not None
-
-
-def acts_on_activations(method: jlora.Method) -> bool:
-    """Whether a method cannot be merged into weights."""
-    return method.activation is not None
 
 
 def optimizer(schedule: Schedule, learning_rate: float, steps: int) -> optax.GradientTransformation:

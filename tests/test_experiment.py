@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-TIMED = ("milliseconds", "relative_time")
+TIMED = ("tokens_per_second", "seconds")
 
 
 def start(*arguments: str, config: str = "quickstart.py") -> subprocess.Popen:
@@ -33,9 +33,12 @@ def finish(process: subprocess.Popen) -> str:
 
 def results(folder: Path) -> dict:
     """The numbers of a run, without what a clock said."""
-    runs = json.loads((folder / "results.json").read_text())["runs"]
+    runs = json.loads((folder / "results.json").read_text())["outcomes"]
     for run in runs:
-        run["step"] = {name: value for name, value in run["step"].items() if name not in TIMED}
+        run["price"] = run["price"] and {name: run["price"][name] for name in ("difference", "adapter_bytes")}
+        for result in [*run["results"], *run["sweep"]]:
+            for name in TIMED:
+                del result[name]
     return {run["name"]: run for run in runs}
 
 
@@ -48,29 +51,32 @@ def whole(tmp_path_factory) -> tuple[Path, str]:
 
 def test_the_table_holds_what_was_measured(whole):
     folder, out = whole
-    runs, base = results(folder), json.loads((folder / "results.json").read_text())["base"]
+    runs, base = results(folder), json.loads((folder / "results.json").read_text())["start"]
     assert list(runs) == ["full", "lora_r4", "lora_r16"]
     for run in runs.values():
-        assert 0 < run["bits_per_byte"]["new"] < 8 and 0 < run["bits_per_byte"]["old"] < 8
-        assert run["learned"] == pytest.approx(base["bits_per_byte"]["new"] - run["bits_per_byte"]["new"])
-        assert run["forgotten"] == pytest.approx(run["bits_per_byte"]["old"] - base["bits_per_byte"]["old"])
-        assert run["largest_lifted_merged_difference"] < 1e-4
-        assert [point["step"] for point in run["curve"]] == [0, 4, 8]
-        assert run["step"]["optimizer_bytes"] >= 8 * run["trainable_parameters"]  # two float32 moments of AdamW
-        assert run["adapter_bytes"] > 4 * run["trainable_parameters"]
+        (result,) = run["results"]
+        new, old = result["test"]["bits per byte"], result["old"]["bits per byte"]
+        assert 0 < new < 8 and 0 < old < 8
+        assert run["learned"] == [pytest.approx(base["test"]["bits per byte"] - new)]
+        assert run["forgotten"] == [pytest.approx(old - base["old"]["bits per byte"])]
+        assert run["price"]["difference"] < 1e-4
+        assert [point["step"] for point in result["points"]] == [0, 4, 8] and result["best"] == 8
+        assert run["plan"]["optimizer_bytes"] >= 8 * run["plan"]["trainable"]  # two float32 moments of AdamW
+        assert run["price"]["adapter_bytes"] > 4 * run["plan"]["trainable"]
+        assert len(list((folder / run["name"] / "seed_0" / "events").glob("events.out.tfevents.*"))) == 1
     # width 32, one layer: query, key, value, out are 32 x 32, fc 32 x 128, proj 128 x 32
-    assert runs["lora_r4"]["trainable_parameters"] == 4 * (4 * 64 + 2 * 160)
-    assert runs["full"]["trainable_parameters"] == base["parameters"]
-    assert runs["lora_r4"]["step"]["flops"] < runs["full"]["step"]["flops"]
-    assert runs["lora_r16"]["adapter_bytes"] < runs["full"]["adapter_bytes"]
+    assert runs["lora_r4"]["plan"]["trainable"] == 4 * (4 * 64 + 2 * 160)
+    assert runs["full"]["plan"]["trainable"] == base["parameters"]
+    assert runs["lora_r4"]["plan"]["flops"] < runs["full"]["plan"]["flops"]
+    assert runs["lora_r16"]["price"]["adapter_bytes"] < runs["full"]["price"]["adapter_bytes"]
     for text in ("bits/byte on Python (new)", "LoRA r=16", "optimizer state", "max |lifted - merged| logit"):
         assert text in out and text in (folder / "results.md").read_text().replace("\\|", "|")
 
 
 def test_the_base_is_where_all_runs_start(whole):
-    curves = [run["curve"][0] for run in results(whole[0]).values()]
+    curves = [run["results"][0]["points"][0] for run in results(whole[0]).values()]
     assert curves[0] == curves[1] == curves[2]
-    assert curves[0]["train"] is None and math.isfinite(curves[0]["new"])
+    assert curves[0]["loss"] is None and math.isfinite(curves[0]["scores"]["loss"])
 
 
 @pytest.mark.parametrize("name", ["learning_curves.png", "learned_forgotten.png"])
@@ -115,10 +121,9 @@ def test_a_folder_of_another_config_is_refused(whole):
 
 def test_the_sweep_names_the_best_learning_rate(whole):
     folder = whole[0].parent / "sweep"
-    out = finish(start("--folder", str(folder), "train.steps=4", config="quickstart_sweep.py"))
-    record = json.loads((folder / "results.json").read_text())
-    assert set(record["best"]) == {"full fine-tuning", "LoRA r=4", "LoRA r=16"}
-    for label, rate in record["best"].items():
-        ends = {row["learning_rate"]: row["new"] for row in record["sweep"] if row["label"] == label}
-        assert len(ends) == 2 and ends[rate] == min(ends.values())
-    assert "reused from" in out and (folder / "sweep.png").exists()
+    out = finish(start("--folder", str(folder), "train.steps=4", "train.evaluate_every=4", config="quickstart_sweep.py"))
+    for run in results(folder).values():
+        ends = {end["learning_rate"]: end["points"][-1]["scores"]["bits per byte"] for end in run["sweep"]}
+        ((best, test),) = ((result["learning_rate"], result["test"]) for result in run["results"])
+        assert len(ends) == 2 and ends[best] == min(ends.values()) and test is None
+    assert "reused from" in out and (folder / "sweep.png").exists() and "(edge of the grid: widen it)" in out

@@ -1,4 +1,4 @@
-"""Fine-tuning experiments from the command line to the plots: each config's small form, run to its end."""
+"""Experiments on checkpoints from the command line to the plots: small forms, what they promise and what they refuse."""
 
 import contextlib
 import dataclasses
@@ -18,17 +18,19 @@ import numpy as np
 import pytest
 
 import jlora
-from experiments import config as configs
-from experiments.config import ConfigError
-from experiments.data import hub
+from experiments import bases, configfile, trainer
+from experiments.config import Decoding, Experiment
+from experiments.configfile import ConfigError
+from experiments.data import hub, sources
 from experiments.data.files import DataError
 from experiments.data.images import ImageFolder
-from experiments.finetune import main
-from experiments.finetuning import Decoding, Finetune, loop, sources, stories, tiny
-from experiments.finetuning.images import Images
-from experiments.finetuning.images import Splits as ImageSplits
-from experiments.finetuning.recipes import e2e, glue, gsm8k
-from experiments.finetuning.texts import Splits, Texts
+from experiments.recipes import e2e, glue, gsm8k, stories, tiny
+from experiments.tasks.images import Images
+from experiments.tasks.images import Splits as ImageSplits
+from experiments.tasks.task import Files
+from experiments.tasks.texts import Splits, Texts
+from experiments.train import main
+from experiments.trainer import Shared, Trainer
 from jlora import models
 from jlora.models import deberta, gpt2, llama, roberta, vit
 from jlora.models.llama import llama2c
@@ -80,11 +82,11 @@ def called(name, *arguments, small=True):
 
 def numbers(folder):
     """What a folder's runs came to, without what a clock said."""
-    runs = json.loads((folder / "results.json").read_text())["runs"]
-    for run in runs.values():
-        del run["cost"]
+    runs = json.loads((folder / "results.json").read_text())["outcomes"]
+    for run in runs:
+        del run["price"]
         run["results"] = [{name: x for name, x in result.items() if name not in TIMES} for result in run["results"]]
-    return runs
+    return {run["name"]: run for run in runs}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,28 @@ def finished(tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module", params=ROWS)
+ENDED = ("gpt2_medium_e2e_lora", "roberta_base_glue_lora", "minilm_trec", "stories_shakespeare")
+
+
+def test_every_small_form_trains_what_it_promises(tmp_path):
+    """On abstract parameters: nothing is trained."""
+    for name, (task, expected) in ROWS.items():
+        with environment(JLORA_GLUE_TASK=task):
+            experiment = loaded(name, small=True)
+        opened = experiment.task.open(
+            bases.source(experiment, tmp_path / name), experiment.train, experiment.evaluate_batch
+        )
+        shapes = jax.eval_shape(lambda params: params, opened.params(0))
+        shared, found = Shared.of(experiment, opened, shapes), {}
+        for run in experiment.runs:
+            made = Trainer(run, shared, experiment.train, experiment.rates_of(run)[0])
+            made.check(shapes)
+            adapted = jax.eval_shape(functools.partial(made.adapted, 0), shapes)
+            found[run.name] = (len(adapted.sites), jlora.count(adapted).trainable)
+        assert found == expected, name
+
+
+@pytest.fixture(scope="module", params=ENDED)
 def ended(request, finished):
     """A config's name, the folder that its small form filled, and what it printed."""
     return request.param, *finished(request.param)
@@ -112,9 +135,7 @@ def ended(request, finished):
 def test_a_small_form_ends_and_leaves_what_it_promises(ended):
     name, folder, out = ended
     runs = numbers(folder)
-    assert {run: (found["plan"]["sites"], found["plan"]["count"]["trainable"]) for run, found in runs.items()} == ROWS[
-        name
-    ][1]
+    assert {run: (found["plan"]["sites"], found["plan"]["trainable"]) for run, found in runs.items()} == ROWS[name][1]
     for run, found in runs.items():
         assert [result["seed"] for result in found["results"]] == ([0, 1] if name == "minilm_trec" else [0])
         for result in found["results"]:
@@ -129,7 +150,7 @@ def test_a_small_form_ends_and_leaves_what_it_promises(ended):
     for found in runs.values():
         for heading in ("trained", *found["results"][0]["test"]):
             assert heading in table and heading.split(" (")[0] in out
-        assert f"{found['plan']['count']['trainable']:,}" in table
+        assert f"{found['plan']['trainable']:,}" in table
     for picture in ("quality.png", "curves.png"):
         assert len(np.unique((255 * plt.imread(folder / picture)[..., :3]).astype(int) @ (65536, 256, 1))) > 50
         assert f"({picture})" in table
@@ -141,23 +162,30 @@ def test_a_small_form_ends_and_leaves_what_it_promises(ended):
 def test_the_first_lines_say_what_will_be_trained(ended):
     _, folder, out = ended
     record = json.loads((folder / "results.json").read_text())
-    title, data, model, schedule, *lines = out.splitlines()
-    assert title.startswith(f"{record['config']['name']}: ") and title.endswith(record["config"]["task"]["label"])
+    title, data, schedule, model, *lines = out.splitlines()
+    assert title == f"{record['name']}: {record['label']}"
     assert re.fullmatch(r"data      \d+ training rows; .*(examples|images|prompts|windows).*", data)
     assert re.fullmatch(r"model     \w+, [\d,]+ parameters, (float32|bfloat16), [\d.]+ kB", model)
     assert re.match(r"schedule  4 steps of [46] rows, (1 seed|2 seeds) a run", schedule)
-    for line, found in zip(lines, record["runs"].values(), strict=False):
+    for line, found in zip(lines, record["outcomes"], strict=False):
         plan = found["plan"]
-        percent = 100 * plan["count"]["trainable"] / plan["count"]["total"]
+        percent = 100 * plan["trainable"] / plan["total"]
         head, rest = line.split("; trains ")
-        assert head.split() == [*plan["label"].split(), str(plan["sites"]), "weights"]
+        assert head.split() == [*found["label"].split(), str(plan["sites"]), "weights"]
         assert re.fullmatch(
-            rf"{plan['count']['trainable']:,} parameters \({percent:.2f} %\); beside the model \S+ k?B trained, "
+            rf"{plan['trainable']:,} parameters \({percent:.2f} %\); beside the model \S+ k?B trained, "
             r"\S+ k?B optimizer, \S+ [kM]B activations", rest
         )  # fmt: skip
 
 
-LEARNS = ("gpt2_medium_e2e_lora", "llama2_7b_gsm8k_lora", "vit_base_lora", "stories_shakespeare")
+LEARNS = ("gpt2_medium_e2e_lora", "stories_shakespeare")
+
+
+@pytest.mark.once
+def test_a_seed_gives_other_numbers(finished):
+    one, other = numbers(finished("minilm_trec")[0])["lora_qv"]["results"]
+    losses = lambda result: [point["scores"]["loss"] for point in result["points"]]
+    assert losses(one)[0] != losses(other)[0] and losses(one)[-1] != losses(other)[-1]
 
 
 @pytest.mark.once
@@ -175,7 +203,7 @@ def test_samples_are_shown_before_and_after(ended):
         assert not (folder / "samples.txt").exists()
         return
     text = (folder / "samples.txt").read_text()
-    labels = ["before", *(found["plan"]["label"] for found in numbers(folder).values())]
+    labels = ["before", *(found["label"] for found in numbers(folder).values())]
     assert re.findall(r"^(\S.*):$", text, re.MULTILINE) == [*labels] and text.count(" -> ") == 3 * len(labels)
     assert text in out
 
@@ -187,7 +215,7 @@ def test_an_interrupted_run_resumed_gives_the_same_numbers(finished, tmp_path, m
 
     A damaged state that is newer than the one that was left is passed over.
     """
-    whole, folder, calls, save = finished("minilm_trec")[0], tmp_path / "run", [], loop.Checkpoints.save
+    whole, folder, calls, save = finished("minilm_trec")[0], tmp_path / "run", [], trainer.Checkpoints.save
 
     def interrupted(self, *arguments):
         calls.append(arguments)
@@ -195,7 +223,7 @@ def test_an_interrupted_run_resumed_gives_the_same_numbers(finished, tmp_path, m
             raise KeyboardInterrupt
         save(self, *arguments)
 
-    monkeypatch.setattr(loop.Checkpoints, "save", interrupted)
+    monkeypatch.setattr(trainer.Checkpoints, "save", interrupted)
     status, _, err = called("minilm_trec", "--folder", folder)
     assert (status, err) == (130, "interrupted; the same command with --resume continues\n")
     (left,) = folder.glob("*/seed_*/training")
@@ -209,19 +237,9 @@ def test_an_interrupted_run_resumed_gives_the_same_numbers(finished, tmp_path, m
     assert numbers(folder) == numbers(whole)
 
 
-@pytest.mark.once
-@pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
-def test_a_seed_gives_the_same_numbers_and_another_one_others(finished, tmp_path):
-    for seed in (0, 1):
-        assert called("vit_base_lora", f"seeds={seed}", "--folder", tmp_path / f"{seed}" / "run")[0] == 0
-    folders = finished("vit_base_lora")[0], tmp_path / "0" / "run", tmp_path / "1" / "run"
-    one, again, other = (numbers(folder)["lora"]["results"][0]["points"] for folder in folders)
-    assert one == again and [point["scores"]["loss"] for point in one] != [point["scores"]["loss"] for point in other]
-
-
 def test_xla_is_told_to_hurry_in_small_forms_alone(optimized, monkeypatch):
     seen, read = [], lambda: jax.config.read("jax_disable_most_optimizations")
-    monkeypatch.setattr("experiments.finetune.run", lambda *_, **__: seen.append(read()))
+    monkeypatch.setattr("experiments.train.run", lambda *_, **__: seen.append(read()))
     for small in (True, False):
         called("vit_base_lora", small=small)
     assert seen == [True, False] and not read()
@@ -252,7 +270,7 @@ COUNTS = {
 
 
 def loaded(name, **options):
-    return configs.load_as(Finetune, CONFIGS / f"{name}.py", **options)
+    return configfile.load(Experiment, CONFIGS / f"{name}.py", **options)
 
 
 @pytest.mark.loose_promotion  # Flax's norms promote DeBERTa's bfloat16
@@ -295,7 +313,7 @@ SAID = {
 @pytest.mark.parametrize("name", SAID)
 def test_a_docstring_holds_the_command_and_what_was_published(name):
     doc = " ".join((CONFIGS / f"{name}.py").read_text().split('"""')[1].split())
-    for words in (f"Command: python -m experiments.finetune configs/{name}.py", "Data:", "Model:", *SAID[name]):
+    for words in (f"Command: python -m experiments.train configs/{name}.py", "Data:", "Model:", *SAID[name]):
         assert words in doc, words
     if name in COUNTS:
         assert "Hardware: not run: needs a GPU" in doc and "Target:" in doc
@@ -316,7 +334,7 @@ def test_e2e_is_trained_and_decoded_as_in_the_paper():
     experiment = loaded("gpt2_medium_e2e_lora")
     run, train, decoding = experiment.runs[0], experiment.train, experiment.task.decoding
     assert repr(run.method) == "lora(rank=4, alpha=32, init='kaiming_uniform', dropout=0.1)"
-    assert (run.learning_rate, train.length, train.batch, train.warmup) == (2e-4, "5 epochs", 8, 500)
+    assert (run.learning_rate, train.steps, train.batch, train.warmup) == (2e-4, "5 epochs", 8, 500)
     assert (train.weight_decay, train.label_smoothing, train.clip, train.decay) == (0.01, 0.1, None, "linear")
     assert decoding == Decoding(64, beams=10, length_penalty=0.8, no_repeat_ngram=4, of_prompt=False)
     assert experiment.task.length == 512 and "dropout" not in experiment.options
@@ -336,7 +354,7 @@ def test_glue_has_a_recipe_for_each_task(name, task, expected):
     with environment(JLORA_GLUE_TASK=task):
         experiment = loaded(name)
     run, train = experiment.runs[0], experiment.train
-    found = (run.learning_rate, train.batch, train.length, experiment.task.length, train.warmup, train.weight_decay)
+    found = (run.learning_rate, train.batch, train.steps, experiment.task.length, train.warmup, train.weight_decay)
     assert found == expected and train.clip == 1.0 and experiment.name == f"{name}_{task or 'mnli'}"
     assert experiment.options["dropout"] == 0.1 and len(experiment.seeds) == 5
     if name.startswith("deberta"):
@@ -395,8 +413,8 @@ def test_gsm8k_is_asked_after_the_rows_of_metamath_that_come_from_it(tmp_path):
 def test_a_row_of_e2e_is_the_prompt_an_end_the_text_and_an_end(tmp_path):
     experiment = loaded("gpt2_medium_e2e_lora", small=True)
     folder = tiny.gpt2(tmp_path)
-    work = experiment.task.open(folder, experiment.train, 8, **experiment.options)
-    batch = work.batches(32, 0)(0)
+    work = experiment.task.open(Files(folder, experiment.options), experiment.train, 8)
+    batch = work.new.batches(32, 0)(0)
     tokenizer = models.Tokenizer.load(folder)
     rows = {
         tokenizer.decode(row[mask], skip_special=False)
@@ -450,9 +468,9 @@ def test_bits_per_byte_are_the_loss_per_token_times_tokens_per_byte(tmp_path):
     texts = Splits("The film is good. " * 20, "The year is dull. " * 12, "A place that is new. " * 12)
     task = Texts("", lambda: texts, ("The",), Decoding(new_tokens=2), length=16)
     train = loaded("stories_shakespeare").train
-    work = task.open(folder, train, 4)
+    work = task.open(Files(folder, {}), train, 4)
     params = work.params(0)
-    scores = work.evaluator(work.model.apply)(params, "test")
+    scores = work.evaluator(work.model.apply)(params, "test", "new")
     tokens = models.Tokenizer.load(folder).encode(texts.test, special=False)
     kept = tokens[: (len(tokens) - 1) // 15 * 15 + 1]
     total, forward = 0.0, jax.jit(work.model.apply)
@@ -482,7 +500,7 @@ def checkpoints(tmp_path_factory):
         ("minilm_trec", "train.batches=4", "there is no field 'train.batches'; the nearest is 'train.batch'"),
         ("minilm_trec", "train.batch=many", "train.batch is of type int, got 'many'"),
         ("minilm_trec", "train.batch=25", "24 rows do not fill a batch of 25: take a smaller batch, or last='pad'"),
-        ("minilm_trec", "train.length=2 weeks", "a duration is a positive number of steps, '2 epochs' or '5000 examples'; got '2 weeks'"),
+        ("minilm_trec", "train.steps=2 weeks", "a duration is a positive number of steps, '2 epochs' or '5000 examples'; got '2 weeks'"),
         ("minilm_trec", "task.length=65", "task.length=65 is more than the model's context, 64"),
         ("minilm_trec", "task.classes=5", "example 5 has the label 5, expected 0 to 4 (5 classes)"),
         ("minilm_trec", "seeds=0,0", "seeds: at least one, and no seed twice; got (0, 0)"),
@@ -543,7 +561,7 @@ def test_data_that_is_not_there_is_named(name, checkpoint, message, checkpoints,
 
     monkeypatch.setattr(hub, "from_hub", unreachable)
     lengths = {} if name.startswith("vit") else {"task.length": 48}
-    overrides = [f"{field}={value}" for field, value in {"checkpoint": checkpoints[checkpoint], **lengths}.items()]
+    overrides = [f"{field}={value}" for field, value in {"base": checkpoints[checkpoint], **lengths}.items()]
     with environment(JLORA_DATA=tmp_path, JLORA_GLUE_TASK=None):
         status, _, err = called(name, *overrides, "--folder", tmp_path / "run", small=False)
     assert (status, err) == (2, f"error: {message.format(tmp_path)}\n")
@@ -555,7 +573,7 @@ def test_a_label_outside_the_range_is_named_with_its_line(checkpoints, tmp_path)
     file.write_text(file.read_text() + "6 What is it ?\n")
     with environment(JLORA_DATA=tmp_path):
         status, _, err = called(
-            "minilm_trec", f"checkpoint={checkpoints['bert']}", "--folder", tmp_path / "run", small=False
+            "minilm_trec", f"base={checkpoints['bert']}", "--folder", tmp_path / "run", small=False
         )
     message = f"{file}, line 13: label 6, expected a number from 0 to 5 (6 classes)"
     assert (status, err) == (2, f"error: {message}\n")
@@ -576,7 +594,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(tmp_path, monkeypatch):
     def mistaken(*_):
         raise ValueError("shapes (2,) and (3,)")
 
-    monkeypatch.setattr("experiments.finetune.train", mistaken)
+    monkeypatch.setattr("experiments.trial.train", mistaken)
     with pytest.raises(ValueError, match="shapes"):
         called("vit_base_lora", "--folder", tmp_path / "run")
 
@@ -586,7 +604,7 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path):
         (tmp_path, f"'{tmp_path}' is no checkpoint: there is no config.json in it"),
         (tmp_path / "b", f"'{tmp_path / 'b'}' is no checkpoint: there is no such folder"),
     ):
-        status, _, err = called("vit_base_lora", f"checkpoint={folder}", "--folder", tmp_path / "run", small=False)
+        status, _, err = called("vit_base_lora", f"base={folder}", "--folder", tmp_path / "run", small=False)
         assert (status, err) == (2, f"error: {message}\n")
 
 
@@ -595,7 +613,7 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(checkpoints, tm
     big = json.loads((checkpoints["llama"] / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(big))
     (folder / "tokenizer_config.json").write_text((checkpoints["llama"] / "tokenizer_config.json").read_text())
-    status, _, err = called("gpt2_medium_e2e_lora", f"checkpoint={folder}", "--folder", tmp_path / "run")
+    status, _, err = called("gpt2_medium_e2e_lora", f"base={folder}", "--folder", tmp_path / "run")
     assert status == 2 and "vocabulary" in err
 
 
@@ -641,7 +659,7 @@ def test_scores_that_need_java_say_so(monkeypatch):
 def test_an_empty_text_is_refused(checkpoints):
     task = Texts("", lambda: Splits("some words " * 20, "  \n", "more words"), ("a",), Decoding(2), length=8)
     with pytest.raises(DataError, match=r"^the validation text is empty$"):
-        task.open(checkpoints["llama"], loaded("stories_shakespeare").train, 4)
+        task.open(Files(checkpoints["llama"], {}), loaded("stories_shakespeare").train, 4)
 
 
 def test_images_of_other_classes_are_refused(checkpoints):
@@ -649,7 +667,7 @@ def test_images_of_other_classes_are_refused(checkpoints):
     task = Images("", lambda size: ImageSplits(of("cat", "dog"), of("dog"), of("cat", "dog")))
     message = "the validation images are of the classes dog, those to train on of cat, dog"
     with pytest.raises(ConfigError, match=f"^{message}$"):
-        task.open(checkpoints["vit"], loaded("vit_base_lora").train, 4)
+        task.open(Files(checkpoints["vit"], {}), loaded("vit_base_lora").train, 4)
 
 
 @pytest.mark.once
@@ -658,26 +676,26 @@ def test_a_run_that_diverges_does_not_take_the_report_along(tmp_path):
     overrides = ("runs.full.learning_rate=1e38", "train.evaluate_every=3")
     status, out, err = called("minilm_sst2", *overrides, "--folder", tmp_path / "run")
     assert (status, err) == (0, "") and "full (1 of 1 diverged)" in out
-    runs = json.loads((tmp_path / "run" / "results.json").read_text())["runs"]
-    assert runs["full"]["results"][0]["diverged"] and runs["full"]["cost"] is None
-    assert runs["lora_qv"]["results"][0]["diverged"] is None and runs["lora_qv"]["cost"]["relative_time"] == 1
-    steps = [point["step"] for point in runs["lora_qv"]["results"][0]["points"]]
+    full, lora = json.loads((tmp_path / "run" / "results.json").read_text())["outcomes"]
+    assert full["results"][0]["diverged"] and full["price"] is None
+    assert lora["results"][0]["diverged"] is None and lora["price"]["relative_time"] == {"lora_qv": 1}
+    steps = [point["step"] for point in lora["results"][0]["points"]]
     assert steps == [0, 4]  # none at 3, a step before the last
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    monkeypatch.setattr("experiments.finetuning.loop.train_step", lambda *_, **__: pytest.fail("it began to train"))
+    monkeypatch.setattr("experiments.trainer.train_step", lambda *_, **__: pytest.fail("it began to train"))
     status, _, err = called("vit_base_lora", "--resume", "--folder", folder)
     assert (status, err) == (2, f"error: --resume: there is no run in '{folder}'; start it without --resume\n")
     folder.mkdir()
     (folder / "experiment.json").write_text(json.dumps({
-        "config": configs.describe(loaded("vit_base_lora", overrides=["train.length=6"], small=True)), "data": "x"
+        "config": configfile.describe(loaded("vit_base_lora", overrides=["train.steps=6"], small=True)), "data": "x"
     }))  # fmt: skip
     status, _, err = called("vit_base_lora", "--folder", folder)
     assert (
         status == 2
-        and f"'{folder}' belongs to another config: config.train.length is 6 there and 4 here; data is 'x' there" in err
+        and f"'{folder}' belongs to another config: config.train.steps is 6 there and 4 here; data is 'x' there" in err
     )
 
 

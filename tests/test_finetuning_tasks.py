@@ -1,14 +1,16 @@
-"""What the tasks of `experiments.finetuning` compute and refuse; the whole of an experiment is in test_finetune.py."""
+"""What the tasks of `experiments.tasks` compute; the whole of an experiment is in test_finetune.py."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.data.batches import Batches
-from experiments.finetuning.completion import per_token, shared
-from experiments.finetuning.loop import Result
-from experiments.finetuning.report import _diverged
-from experiments.finetuning.work import Metric, smoothed
+from experiments.price import Plan
+from experiments.report.results import Outcome, Results, Start
+from experiments.report.tables import tables
+from experiments.tasks.completion import per_token, shared
+from experiments.tasks.task import Metric, smoothed
+from experiments.trainer import Point, Result
 
 pytestmark = pytest.mark.once
 
@@ -53,6 +55,15 @@ def test_which_evaluation_decides():
 
 
 def test_runs_that_diverged_are_marked():
-    runs = [Result(seed, (), 0, {}, 1.0, 1.0, diverged=words) for seed, words in enumerate((None, "loss is nan", None))]
-    assert _diverged(runs) == " (1 of 3 diverged)"
-    assert _diverged(runs[:1]) == ""
+    points, accuracy = (Point(0, None, {"accuracy": 50.0}),), Metric("accuracy", "higher")
+    runs = [
+        Result(seed, 1e-3, points, 0, 1.0, 1.0, {"accuracy": 50.0}, diverged=words)
+        for seed, words in enumerate((None, "loss is nan", None))
+    ]
+    plan = Plan(1, 1, 2, 4, 8, 8, 1.0)
+    outcomes = tuple(
+        Outcome("a", "A", "", "full()", plan, None, (), tuple(found)) for found in (runs, runs[:1])
+    )
+    scores, _ = tables(Results("", "", accuracy, accuracy, "new", None, Start(2, 8), outcomes))
+    assert [row[0] for row in scores] == ["test split", "A (1 of 3 diverged)", "A"]
+    assert [row[1] for row in scores] == ["accuracy", "50.00 ± 0.00", "50.00"]

@@ -142,7 +142,7 @@ def test_a_prompt_and_its_completion_by_hand():
 def test_the_completion_begins_with_a_blank():
     items = tokenise_prompted([Prompted("a", "b")], lambda text: list(text.encode()), length=8)
     assert bytes(items[0].tokens.tolist()) == b"a b"
-    items = tokenise_prompted([Prompted("a", "b")], lambda text: list(text.encode()), length=8, glue="\n")
+    items = tokenise_prompted([Prompted("a", "b")], lambda text: list(text.encode()), length=8, joiner="\n")
     assert bytes(items[0].tokens.tolist()) == b"a\nb"
 
 

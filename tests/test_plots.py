@@ -22,17 +22,19 @@ from matplotlib.path import Path as MatplotlibPath
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from experiments import plots, redraw, report
-from experiments.comparison import plots as comparison_plots
-from experiments.comparison import report as comparison_report
-from experiments.labels import Box, label_points
-from experiments.plots import looks, short, ticks_within
+from experiments import redraw
+from experiments.config import all_of
+from experiments.report import families, plots, style
+from experiments.report.labels import Box, label_points
+from experiments.report.results import Results, as_json, from_json
+from experiments.report.style import looks, short, ticks_within
+from experiments.report.tables import markdown_table, tables
 
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-FOLDERS = sorted(path.parent for path in RESULTS.glob("*/results.json"))
+FOLDERS = sorted(path.parent for path in RESULTS.rglob("results.json"))
 
 Point = tuple[float, float]
 
@@ -241,7 +243,7 @@ def test_ticks_lie_within_the_data(logarithmic):
 
 
 def test_a_label_looks_alike_whatever_else_is_shown():
-    labels = [label for names in plots._KNOWN for label in [names]]
+    labels = [label for names in style._KNOWN for label in [names]]
     mine = [f"mine, {i}" for i in range(6)]
     whole = looks([*labels, "LoRA r=3", *mine])
     for label in labels:
@@ -256,14 +258,11 @@ CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_small_and_full_runs_have_the_same_colours(path):
     module = runpy.run_path(str(path))
-    labels = []
-    for form in ("config", "small"):
-        experiment = module[form]()
-        runs = getattr(experiment, "runs", None) or experiment.contenders
-        labels.append(dict.fromkeys(getattr(run, "family", run.label) for run in runs))
-    whole, few = (looks(found) for found in labels)
-    assert set(few) <= set(whole) and len(set(whole.values())) == len(whole)
-    assert few == {label: whole[label] for label in few}
+    forms = (all_of(module[form]()).values() for form in ("config", "small"))
+    for pair in zip(*forms, strict=True):
+        whole, few = (looks(run.family or run.label for run in experiment.runs) for experiment in pair)
+        assert set(few) <= set(whole) and len(set(whole.values())) == len(whole)
+        assert few == {label: whole[label] for label in few}
 
 
 # -- the plots of the committed results --------------------------------------------------------------------------------
@@ -292,12 +291,16 @@ def kept() -> Iterator[list[Figure]]:
     """The figures that are drawn meanwhile."""
     figures: list[Figure] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots.plt, "close", figures.append)
+        patch.setattr(style.plt, "close", figures.append)
         yield figures
 
 
 def read(name: str) -> dict:
     return json.loads((RESULTS / name / "results.json").read_text())
+
+
+def results(name: str) -> Results:
+    return from_json(read(name))
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -326,11 +329,11 @@ def test_the_plots_of_the_committed_results(folder, drawn):
 
 def test_what_the_quickstart_learned_and_forgot_is_one_story(drawn):
     """The points of the plot are the table's numbers, and both say that they are of the test split."""
-    found, (head, *rows) = read("quickstart"), report.cells(redraw.results(read("quickstart")))
+    found, ((head, *rows),) = read("quickstart"), tables(results("quickstart"))
     figure = drawn(RESULTS / "quickstart")["learned_forgotten.png"]
     (ax,) = figure.axes
     points = [tuple(map(float, line.get_xydata()[0])) for line in ax.get_lines()]
-    assert points == [(0.0, 0.0), *((run["learned"], run["forgotten"]) for run in found["runs"])]
+    assert points == [(0.0, 0.0), *((*run["learned"], *run["forgotten"]) for run in found["outcomes"])]
     learned, forgotten = (
         next(row[2:] for row in rows if row[0].strip().startswith(word)) for word in ("learned", "forgotten")
     )
@@ -341,7 +344,7 @@ def test_what_the_quickstart_learned_and_forgot_is_one_story(drawn):
     assert head[0] == "test split" and "test split" in figure.get_suptitle()
     assert ax.get_xlabel().count("(test)") == ax.get_ylabel().count("(test)") == 1
     lines = (RESULTS / "quickstart" / "results.md").read_text().splitlines()
-    assert lines[2:5] == [*report.markdown_table([head, *rows])][:3]
+    assert lines[2:5] == [*markdown_table([head, *rows])][:3]
     assert [line for line in lines if line.startswith("| forgotten")] == [f"| forgotten (old: run - base) |  | {' | '.join(forgotten)} |"]  # fmt: skip
 
 
@@ -353,27 +356,20 @@ def test_learning_curves_say_that_they_are_of_the_validation_split(drawn):
     assert legend_of(figure) == ["full fine-tuning", "LoRA r=4", "LoRA r=16", "base"]
 
 
-def test_what_is_read_back_is_what_was_written():
-    found = read("quickstart")
-    again = report.as_json(redraw.results(found))
-    assert json.loads(json.dumps(again)) == {name: found[name] for name in again}
-    found = read("compare_methods")
-    again = comparison_report.as_json(redraw.compared(found))
-    for name, task in json.loads(json.dumps(again))["tasks"].items():
-        before = found["tasks"][name]
-        assert task["base"] == before["base"] and task["metric"] == before["metric"]
-        for one, other in zip(task["contenders"], before["contenders"], strict=True):
-            assert one == other
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_what_is_read_back_is_what_was_written(folder):
+    found = json.loads((folder / "results.json").read_text())
+    again = json.loads(json.dumps(as_json(from_json(found))))
+    assert again == {name: found[name] for name in again} and len(again) == 9
 
 
-def test_few_contenders_are_drawn_as_all_of_them_are(drawn, tmp_path):
+def test_few_runs_are_drawn_as_all_of_them_are(drawn, tmp_path):
     """And many in one spot get a second panel."""
-    whole = drawn(RESULTS / "compare_methods")["text_quality.png"]
-    task = next(task for task in redraw.compared(read("compare_methods")) if task.name == "text")
+    whole, task = drawn(RESULTS / "compare_methods/text")["quality.png"], results("compare_methods/text")
     names = ("lora", "adalora", "prompt")
-    shown = tuple(entrant for entrant in task.entrants if entrant.contender.name in names)
+    shown = tuple(outcome for outcome in task.outcomes if outcome.name in names)
     with kept() as few:
-        comparison_plots.quality_against_parameters(tmp_path / "few.png", dataclasses.replace(task, entrants=shown))
+        families.quality_against_parameters(tmp_path / "few.png", dataclasses.replace(task, outcomes=shown))
     colours = [
         {line.get_xydata()[0].tobytes(): line.get_color() for line in ax.get_lines() if line.get_marker() == "o"}
         for ax in (whole.axes[0], few[0].axes[0])
@@ -382,26 +378,25 @@ def test_few_contenders_are_drawn_as_all_of_them_are(drawn, tmp_path):
     assert [len(figure.axes) for figure in (whole, *few)] == [2, 1]
     apart, enlarged = ({text.get_text() for text in ax.texts} for ax in whole.axes)
     assert len(enlarged) >= 15 and not apart & enlarged
-    assert apart | enlarged == {entrant.contender.label for entrant in task.entrants}
+    assert apart | enlarged == {outcome.label for outcome in task.outcomes}
 
 
-def test_contenders_without_a_finite_score_are_named_and_the_others_drawn(tmp_path):
-    task = next(task for task in redraw.compared(read("compare_methods")) if task.name == "digits")
+def test_runs_without_a_finite_score_are_named_and_the_others_drawn(tmp_path):
+    task = results("compare_methods/digits")
     full, lora, bitfit = (
-        next(entrant for entrant in task.entrants if entrant.contender.name == name)
-        for name in ("full", "lora", "bitfit")
+        next(outcome for outcome in task.outcomes if outcome.name == name) for name in ("full", "lora", "bitfit")
     )
-    diverged = lambda entrant: dataclasses.replace(
-        entrant, trials=dataclasses.replace(entrant.trials, best=None, finals=())
-    )
-    cases = ((diverged(full), lora, bitfit), ["full"]), ((diverged(full), diverged(lora)), ["full", "LoRA r=4"])
-    for entrants, lost in cases:
+    diverged = lambda outcome: dataclasses.replace(outcome, results=())
+    cases = ((diverged(full), lora, bitfit), ["full"], 4), ((diverged(full), diverged(lora)), ["full", "LoRA r=4"], 1)
+    for outcomes, lost, drawn in cases:
         with kept() as figures:
-            comparison_plots.draw(tmp_path, dataclasses.replace(task, entrants=entrants))
-        assert sum(f"no finite score: {', '.join(lost)}" in legend_of(figure) for figure in figures) == 2
-        assert [faults(figure) for figure in figures] == [[]] * 4
+            plots.draw(tmp_path, dataclasses.replace(task, outcomes=outcomes))
+        assert len(figures) == drawn and [faults(figure) for figure in figures] == [[]] * drawn
+        if drawn == 4:
+            assert sum(f"no finite score: {', '.join(lost)}" in legend_of(figure) for figure in figures) == 2
     found = read("minilm_trec")
-    for result in found["runs"]["lora"]["results"]:
+    (lora,) = (outcome for outcome in found["outcomes"] if outcome["name"] == "lora")
+    for result in lora["results"]:
         result["test"]["accuracy"] = math.nan
     (tmp_path / "results.json").write_text(json.dumps(found))
     with kept() as figures:

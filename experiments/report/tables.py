@@ -19,6 +19,21 @@ Cells = list[list[str]]
 Quantity = tuple[str, str, Callable[[Outcome], str]]
 """A name, the value of the base, and that of a run."""
 _FEW = 3  # runs that stand side by side, a quantity a line
+_SHORT = {  # over columns
+    "trainable parameters": "trained",
+    "percent of all": "%",
+    "optimizer state": "optimizer",
+    "peak temporary memory, step": "temporaries",
+    "FLOPs, step": "FLOPs",
+    "time, step": "step",
+    "files (base: full checkpoint)": "file",
+    "to the full checkpoint": "to base",
+    "max |lifted - merged| logit": "lifted - merged",
+    "learned (new: base - run)": "learned",
+    "learned (new: run - base)": "learned",
+    "forgotten (old: run - base)": "forgotten",
+    "forgotten (old: base - run)": "forgotten",
+}
 
 
 def opening(experiment: Experiment, opened: Opened, steps: int) -> list[str]:
@@ -72,7 +87,7 @@ def _side_by_side(results: Results, quantities: Sequence[Quantity]) -> Cells:
 
 
 def _below_each_other(results: Results, quantities: Sequence[Quantity]) -> Cells:
-    header = ["test split", *(name.strip() for name, *_ in quantities)]
+    header = ["test split", *(_SHORT.get(name.strip(), name.strip()) for name, *_ in quantities)]
     base = [["base", *(of_base for _, of_base, _ in quantities)]] if any(value for _, value, _ in quantities) else []
     rows = [[_marked(outcome), *(of_run(outcome) for *_, of_run in quantities)] for outcome in results.outcomes]
     return [header, *base, *rows]
