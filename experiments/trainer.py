@@ -177,12 +177,12 @@ class Trainer:
         run, opened = self.run, self.opened
         extras = "|".join(f"(?:{pattern})" for pattern in (opened.head, run.extras) if pattern)
         options: dict[str, Any] = {"sites": self.shared.sites} | ({"extras": extras} if extras else {})
-        if run.method.acts.statistic:
-            batches = self.batches(seed)
-            options |= {
-                "fn": lambda params, batch: opened.loss(params, batch, jax.random.key(seed)),
-                "batches": [batches(i) for i in range(self.shared.statistics)],
-            }
+        statistic = run.method.acts.statistic
+        if statistic:
+            batches, sites = self.batches(seed), self.shared.sites
+            loss = lambda params, batch: opened.loss(params, batch, jax.random.key(seed))
+            some = [batches(i) for i in range(self.shared.statistics)]
+            options["statistics"] = jlora.measure(loss, params, some, sites, statistic, targets=run.targets)
         return jlora.apply(params, method=run.method, targets=run.targets, key=seed, **options)
 
     def start(self, seed: int, params: Params, learning_rate: float | None = None) -> TrainState:

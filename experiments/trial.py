@@ -1,6 +1,6 @@
 """All trainings of a run: a sweep's learning rates with the first seed, then the best rate with the other seeds."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experiments.config import Run
@@ -66,7 +66,7 @@ class Trial:
         if not sweeping:
             self.best, self.results = self.rates[0], found
             return
-        self.sweep = tuple(found)
+        self.sweep = tuple(replace(result, test=None, old=None) for result in found)  # an earlier start has scored one
         self.best = best_rate(found, self.trainer.opened.selection_metric)
         for result in found:
             if result.learning_rate == self.best:

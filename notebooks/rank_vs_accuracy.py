@@ -25,10 +25,11 @@
 # The last cells answer in a few sentences.
 #
 # Everything is small, a Vision Transformer of 150,000 parameters on images of 8 x 8 pixels, so that two CPU cores are
-# enough. Change `spec` to ask the same of another model. What was trained is kept in `runs/`: a second execution only
-# draws.
+# enough. Change `experiment` to ask the same of another model. What was trained is kept in `runs/`: a second execution
+# only draws.
 
 # %%
+import dataclasses
 import json
 import os
 import tempfile
@@ -42,13 +43,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from matplotlib import ticker
+from rich.console import Console
 
 import experiments
 import jlora
-from experiments import config
-from experiments.config import Pretrain, Train
+from experiments import bases
+from experiments.config import Experiment, Pretrain, Run, Schedule
+from experiments.configfile import key
 from experiments.data import turned_digits, upright_digits
-from experiments.tasks import ImageTask, Scorer, at_rate, pretrained
+from experiments.progress import Progress
+from experiments.tasks.digits import Digits
+from experiments.trainer import Shared, optimizer
 from jlora.models.vit import ViTConfig
 from jlora.state import TrainState
 from jlora.train import train_step
@@ -95,40 +100,55 @@ plt.rcParams.update(
 # All of it is known to the base but the direction.
 
 # %%
-spec = ImageTask(
-    "rank_vs_accuracy",
-    "digits, then turned digits",
-    ViTConfig(image_size=8, patch_size=2, channels=1, width=LARGEST, layers=1 if SMALL else 3, heads=4, labels=10),
-    old=upright_digits,
-    new=turned_digits,
-    pretrain=Pretrain(steps=5 if SMALL else 600, batch=32, evaluate_every=100, weight_decay=0.1, learning_rate=2e-3),
-    train=Train(steps=3 if SMALL else 150, batch=32, evaluate_every=100),
+train_schedule = Schedule(
+    3 if SMALL else 150, batch=32, evaluate_every=100, warmup=1 if SMALL else 0.05, decay="cosine", b2=0.98, clip=1.0,
+    keep="last",
+)  # fmt: skip
+experiment = Experiment(
+    name="rank_vs_accuracy",
+    base=Pretrain(
+        ViTConfig(image_size=8, patch_size=2, channels=1, width=LARGEST, layers=1 if SMALL else 3, heads=4, labels=10),
+        dataclasses.replace(train_schedule, steps=5 if SMALL else 600, weight_decay=0.1),
+        learning_rate=2e-3,
+    ),
+    task=Digits("digits, then turned digits", upright_digits, turned_digits),
+    runs=(Run("full", "full", jlora.full(), 1e-3),),
+    train=train_schedule,
 )
 scratch = tempfile.TemporaryDirectory()
 RUNS = Path(scratch.name) if SMALL else Path(experiments.__file__).parents[1] / "runs"
 
-task = spec.open()
-base, _, _ = pretrained(task, spec.pretrain, RUNS / "bases")
-scorer = Scorer(task)
-at_start = scorer(base, "test")
+task = experiment.task.open(experiment.base.model, experiment.train, experiment.evaluate_batch)
+shared = Shared.of(experiment, task, task.params(0))
+pretraining = bases.trainer_of(experiment, shared)
+with Progress(Console(quiet=True), {bases.LABEL: pretraining.steps}) as progress:
+    base = bases.pretrained(pretraining, RUNS / "bases", 0, progress.phase(bases.LABEL)).params(0)
+
+
+def scores(params, split: str) -> dict[str, dict[str, float]]:
+    """Accuracy in percent and loss in nats of plain parameters, on the new domain and the old one."""
+    return {side: shared.plain(params, split, side) for side in ("new", "old")}
+
+
+at_start, domains = scores(base, "test"), {"old": upright_digits(), "new": turned_digits()}
 
 # %%
 figure, axes = plt.subplots(2, 10, figsize=(9, 2.2), gridspec_kw={"hspace": 0.15, "wspace": 0.2})
-labels = task.held_out("old", "validation").labels
+labels = domains["old"].validation.labels
 for row, domain in zip(axes, ("old", "new"), strict=True):
-    images = task.held_out(domain, "validation").images
+    images = domains[domain].validation.images
     for digit, ax in enumerate(row):
         ax.imshow(images[np.flatnonzero(labels == digit)[0], ..., 0], cmap="gray_r")
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    row[0].set_ylabel({"old": task.old, "new": task.new}[domain], rotation=0, ha="right", va="center")
+    row[0].set_ylabel(domains[domain].label, rotation=0, ha="right", va="center")
 plt.show()
 
 Markdown(
-    f"""| test split, {len(task.held_out("new", "test").labels)} images | accuracy | loss (nats) |
+    f"""| test split, {len(domains["new"].test.labels)} images | accuracy | loss (nats) |
 | --- | ---: | ---: |
-| base, {task.old} (old) | {task.metric.text(at_start.old.value)} | {at_start.old.loss:.2f} |
-| base, {task.new} (new) | {task.metric.text(at_start.new.value)} | {at_start.new.loss:.2f} |"""
+| base, {task.old.label} (old) | {at_start["old"]["accuracy"]:.1f} % | {at_start["old"]["loss"]:.2f} |
+| base, {task.new.label} (new) | {at_start["new"]["accuracy"]:.1f} % | {at_start["new"]["loss"]:.2f} |"""
 )
 
 # %% [markdown]
@@ -140,11 +160,11 @@ Markdown(
 # adapted kernels: its Frobenius norm beside that of $W_0$ and, at full rank, its singular values.
 
 # %%
-STEPS = spec.train.steps
+STEPS = experiment.train.steps
 LINEAR = "attn|mlp"  # all linear layers of the blocks; the patches' embedding and the head stay as they are
-step = train_step(
-    task.loss, at_rate(spec.train, 1e-3, STEPS)
-)  # compiled once for each method, rank and choice of targets
+step = train_step(  # compiled once for each method, rank and choice of targets
+    task.loss, optimizer(experiment.train, 1e-3, STEPS), pass_key=True
+)
 merge = jax.jit(jlora.merge)
 
 
@@ -178,8 +198,8 @@ def kernels(params) -> dict[str, np.ndarray]:
 def train(method: jlora.Method, targets: str | None, rate: float, seed: int):
     """Trains once: the adapted model, and the norm of the gradient at each step."""
     adapted = jlora.apply(base, method=method, targets=targets, key=seed)
-    state = TrainState.create(adapted, at_rate(spec.train, rate, STEPS), key=seed)
-    batches, norms = task.batches("new", spec.train.batch, seed), []
+    state = TrainState.create(adapted, optimizer(experiment.train, rate, STEPS), key=seed)
+    batches, norms = task.new.batches(experiment.train.batch, seed), []
     for i in range(STEPS):
         state, metrics = step(state, batches(i))
         norms.append(metrics["grad_norm"])
@@ -190,16 +210,16 @@ def train(method: jlora.Method, targets: str | None, rate: float, seed: int):
 def measure(adapted, norms: Sequence[float], spectra: bool, seconds: float) -> Record:
     """Scores and spectra of a trained model."""
     merged = merge(adapted)
-    validation, test = scorer(merged, "validation"), scorer(merged, "test")
+    validation, test = scores(merged, "validation"), scores(merged, "test")
     before, after = kernels(base), kernels(merged)
     updates = {path: after[path] - w for path, w in before.items() if np.any(after[path] != w)}
     norm = lambda arrays: float(np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in arrays)))
     return Record(
-        validation=validation.new.value,
-        validation_loss=validation.new.loss,
-        accuracy=test.new.value,
-        loss=test.new.loss,
-        old=test.old.value,
+        validation=validation["new"]["accuracy"],
+        validation_loss=validation["new"]["loss"],
+        accuracy=test["new"]["accuracy"],
+        loss=test["new"]["loss"],
+        old=test["old"]["accuracy"],
         parameters=jlora.count(adapted).trainable,
         update=norm(updates.values()) / norm(before[path] for path in updates),
         gradients=list(norms),
@@ -210,7 +230,7 @@ def measure(adapted, norms: Sequence[float], spectra: bool, seconds: float) -> R
 
 def kept(name: tuple, make) -> list:
     """What `make` returns, from a file if it was made before."""
-    path = RUNS / spec.name / f"{config.key(spec, task.digest, *name)}.json"
+    path = RUNS / experiment.name / f"{key(experiment.base, experiment.train, task.digest, *name)}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(make()))
@@ -223,7 +243,7 @@ def fit(method: jlora.Method, targets: str | None, rate: float, seed: int) -> Re
     def make():
         start = time.perf_counter()
         adapted, norms = train(method, targets, rate, seed)
-        whole_rank = method.rank in (0, LARGEST)  # 0: full fine-tuning
+        whole_rank = method.rank in (None, LARGEST)  # None: full fine-tuning
         return [measure(adapted, norms, whole_rank, time.perf_counter() - start)]
 
     return Record(*kept((repr(method), targets, rate, seed), make)[0])
@@ -575,7 +595,7 @@ def cut_to_ranks(method: jlora.Method, targets: str | None, rate: float, seed: i
 
     def make():
         merged = merge(train(method, targets, rate, seed)[0])
-        return [scorer(cut(merged, k), "test").new.value for k in RANKS]
+        return [shared.plain(cut(merged, k), "test", "new")["accuracy"] for k in RANKS]
 
     return kept(("cut", repr(method), targets, rate, seed, RANKS), make)
 
@@ -646,8 +666,8 @@ linear, qv, attention, mlp = (by_targets[f"LoRA, {name}"] for name in ("all line
 (stop, best), (stop_loss, best_loss) = (enough(linear, field) for field in ("accuracy", "loss"))
 reached = [f"{mean(linear[r], 'accuracy'):.1f} % at r = {r}" for r in (SMALLEST, LOW, MIDDLE, LARGEST)]
 Markdown(f"""
-**Rank.** On turned digits the base is right on {at_start.new.value:.1f} %, full fine-tuning on {ceiling:.1f} %, LoRA
-on all linear layers on {", ".join(reached)}. Within one standard error more rank stops helping at r = {stop} by
+**Rank.** On turned digits the base is right on {at_start["new"]["accuracy"]:.1f} %, full fine-tuning on
+{ceiling:.1f} %, LoRA on all linear layers on {", ".join(reached)}. Within one standard error more rank stops helping at r = {stop} by
 accuracy (best: r = {best}) and at r = {stop_loss} by loss (best: r = {best_loss}).
 """)
 
@@ -774,8 +794,8 @@ after training, full fine-tuning falls from {cut_full[-1]:.1f} to {cut_full[plac
 {cut_lora[-1]:.1f} to {cut_lora[place]:.1f} %; LoRA that is *trained* at r = {LOW} has
 {mean(linear[LOW], "accuracy"):.1f} %.
 
-**Forgotten.** On upright digits, {at_start.old.value:.1f} % before, are left {mean(full, "old"):.1f} % after full
-fine-tuning and, after LoRA,
+**Forgotten.** On upright digits, {at_start["old"]["accuracy"]:.1f} % before, are left {mean(full, "old"):.1f} % after
+full fine-tuning and, after LoRA,
 {", ".join(f"{mean(linear[r], 'old'):.1f} % at r = {r}" for r in (SMALLEST, MIDDLE, LARGEST))}.
 """)
 
@@ -784,4 +804,4 @@ fine-tuning and, after LoRA,
 # test images. An accuracy of 90 % on these has a standard error of 1.2 points, which all runs share, since they see
 # the same images. The learning rates are of a grid by factors of three. A quarter turn moves every patch, which may
 # be why the attention counts for so much. A rank that is enough here says nothing of yours: put your model into
-# `spec` and run it.
+# `experiment` and run it.

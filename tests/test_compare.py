@@ -42,7 +42,9 @@ def start(*arguments: str) -> str:
     command = [sys.executable, "-u", "-m", "experiments.compare", str(CONFIG), "--small", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr.startswith("experiments.compare is deprecated and goes with the next release: use experiments.train")
+    assert done.stderr.startswith(
+        "experiments.compare is deprecated and goes with the next release: use experiments.train"
+    )
     return done.stdout
 
 
@@ -89,9 +91,9 @@ def test_the_tables_hold_what_was_measured(whole):
         assert of["lora"]["price"]["relative_time"]["lora"] == of["full"]["price"]["relative_time"]["full"] == 1
         assert of["lora"]["plan"]["flops"] < of["full"]["plan"]["flops"]
         written = (folder / name / "results.md").read_text()
-        for text in ("LoRA r=4", "forgotten", "merged, to base", "(edge of the grid: widen it)"):
+        for text in ("LoRA r=4", "forgotten", "(edge of the grid: widen it)"):
             assert text in out and text in written
-        assert "standard deviation" in written
+        assert "standard deviation" in written and "merged, to base" in written
         for kind in ("quality", "time", "forgetting", "latency"):
             image = plt.imread(folder / name / f"{kind}.png")
             assert min(image.shape[:2]) > 350 and f"({kind}.png)" in written
@@ -300,9 +302,9 @@ def test_all_rates_diverged(tmp_path):
 
 @pytest.mark.loose_promotion  # Optax's bias correction
 def test_the_best_point_is_kept_or_the_last(tmp_path):
-    """At a rate of 3 the weight jumps over its aim and never comes back."""
+    """At a rate of 30 the weight jumps over its aim and does not come back."""
     for keep, kept in (("best", 0), ("last", 4)):
-        found, params = trial((3.0,), tmp_path / keep, keep=keep, evaluate_every=2)
+        found, params = trial((30.0,), tmp_path / keep, keep=keep, evaluate_every=2)
         first = found.results[0]
         assert [point.step for point in first.points] == [0, 2, 4] and first.best == kept
         assert first.kept.scores["error"] == first.test["error"]
@@ -326,7 +328,15 @@ def test_forgetting_is_followed_where_there_is_an_old_domain(tmp_path):
 
 def test_the_best_rate_by_the_metric_and_then_by_the_loss():
     def result(rate, value, loss, diverged=None):
-        return Result(0, rate, (Point(4, None, {"accuracy": value, "error": value, "loss": loss}),), 4, 1.0, 1.0, diverged=diverged)
+        return Result(
+            0,
+            rate,
+            (Point(4, None, {"accuracy": value, "error": value, "loss": loss}),),
+            4,
+            1.0,
+            1.0,
+            diverged=diverged,
+        )
 
     sweep = [result(1e-3, 80.0, 0.7), result(1e-2, 90.0, 0.9), result(3e-2, 90.0, 0.8), result(1e-1, 99.0, 0.1, "nan")]
     assert best_rate(sweep, Metric("accuracy", "higher")) == 3e-2
@@ -358,4 +368,6 @@ def test_digits_are_scored_as_a_whole_whatever_the_batch():
     for batch in (7, 300):
         opened = digits.task.open(digits.base.model, digits.train, batch)
         found.append(opened.evaluator(opened.model.apply)(opened.params(0), "validation", "new"))
-    assert found[0]["accuracy"] == found[1]["accuracy"] and found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
+    assert found[0]["accuracy"] == found[1]["accuracy"] and found[0]["loss"] == pytest.approx(
+        found[1]["loss"], rel=1e-6
+    )

@@ -100,9 +100,18 @@ def test_an_override_sets_one_field(item, path, value):
         ("runs.full.method=lora(rank=0)", "runs.full.method: lora: rank must be at least 1, not 0"),
         ("runs.full.method=dora(lara(8))", "runs.full.method: there is no method 'lara'; the nearest is 'lora'"),
         ("runs.full.method=lora(x)", "runs.full.method: 'x' is no number, text or method: an argument is written out"),
-        ("runs.full.method=lora(8).name", "runs.full.method is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got 'lora(8).name'"),
-        ("runs.full.method=__import__('os').remove('x')", "runs.full.method is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got \"__import__('os').remove('x')\""),
-        ("runs.full.method=lora(", "runs.full.method is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got 'lora('"),
+        (
+            "runs.full.method=lora(8).name",
+            "runs.full.method is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got 'lora(8).name'",
+        ),
+        (
+            "runs.full.method=__import__('os').remove('x')",
+            "runs.full.method is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got \"__import__('os').remove('x')\"",
+        ),
+        (
+            "runs.full.method=lora(",
+            "runs.full.method is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got 'lora('",
+        ),
     ],
 )
 def test_a_wrong_override_is_explained(item, message):
@@ -256,7 +265,10 @@ def test_a_folder_is_a_local_one(tmp_path, capsys):
 def test_a_run_that_cannot_be_is_found_before_the_base_is_pretrained(tmp_path, capsys):
     for override, message in (
         ("train.warmup=8", "runs.full: train.warmup=8 is 8 of the run's 8 steps: none is left after it"),
-        ("runs.lora_r4.method=adalora(4, 2, total_steps=9, warmup=1, final=1)", "runs.lora_r4: adalora is made for total_steps=9, and the run has 8 steps"),
+        (
+            "runs.lora_r4.method=adalora(4, 2, total_steps=9, warmup=1, final=1)",
+            "runs.lora_r4: adalora is made for total_steps=9, and the run has 8 steps",
+        ),
         ("runs.lora_r4.targets=nothing", "runs.lora_r4: targets='nothing' matches none of the"),
     ):
         assert main(["configs/quickstart.py", "--small", "--folder", str(tmp_path / "run"), override]) == 2

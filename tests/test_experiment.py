@@ -121,7 +121,9 @@ def test_a_folder_of_another_config_is_refused(whole):
 
 def test_the_sweep_names_the_best_learning_rate(whole):
     folder = whole[0].parent / "sweep"
-    out = finish(start("--folder", str(folder), "train.steps=4", "train.evaluate_every=4", config="quickstart_sweep.py"))
+    out = finish(
+        start("--folder", str(folder), "train.steps=4", "train.evaluate_every=4", config="quickstart_sweep.py")
+    )
     for run in results(folder).values():
         ends = {end["learning_rate"]: end["points"][-1]["scores"]["bits per byte"] for end in run["sweep"]}
         ((best, test),) = ((result["learning_rate"], result["test"]) for result in run["results"])

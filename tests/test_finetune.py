@@ -572,9 +572,7 @@ def test_a_label_outside_the_range_is_named_with_its_line(checkpoints, tmp_path)
     file = tmp_path / "trec" / "TREC.test.all"
     file.write_text(file.read_text() + "6 What is it ?\n")
     with environment(JLORA_DATA=tmp_path):
-        status, _, err = called(
-            "minilm_trec", f"base={checkpoints['bert']}", "--folder", tmp_path / "run", small=False
-        )
+        status, _, err = called("minilm_trec", f"base={checkpoints['bert']}", "--folder", tmp_path / "run", small=False)
     message = f"{file}, line 13: label 6, expected a number from 0 to 5 (6 classes)"
     assert (status, err) == (2, f"error: {message}\n")
 

@@ -61,9 +61,7 @@ def test_runs_that_diverged_are_marked():
         for seed, words in enumerate((None, "loss is nan", None))
     ]
     plan = Plan(1, 1, 2, 4, 8, 8, 1.0)
-    outcomes = tuple(
-        Outcome("a", "A", "", "full()", plan, None, (), tuple(found)) for found in (runs, runs[:1])
-    )
+    outcomes = tuple(Outcome("a", "A", "", "full()", plan, None, (), tuple(found)) for found in (runs, runs[:1]))
     scores, _ = tables(Results("", "", accuracy, accuracy, "new", None, Start(2, 8), outcomes))
     assert [row[0] for row in scores] == ["test split", "A (1 of 3 diverged)", "A"]
     assert [row[1] for row in scores] == ["accuracy", "50.00 ± 0.00", "50.00"]
