@@ -667,8 +667,8 @@ linear, qv, attention, mlp = (by_targets[f"LoRA, {name}"] for name in ("all line
 reached = [f"{mean(linear[r], 'accuracy'):.1f} % at r = {r}" for r in (SMALLEST, LOW, MIDDLE, LARGEST)]
 Markdown(f"""
 **Rank.** On turned digits the base is right on {at_start["new"]["accuracy"]:.1f} %, full fine-tuning on
-{ceiling:.1f} %, LoRA on all linear layers on {", ".join(reached)}. Within one standard error more rank stops helping at r = {stop} by
-accuracy (best: r = {best}) and at r = {stop_loss} by loss (best: r = {best_loss}).
+{ceiling:.1f} %, LoRA on all linear layers on {", ".join(reached)}. Within one standard error more rank
+stops helping at r = {stop} by accuracy (best: r = {best}) and at r = {stop_loss} by loss (best: r = {best_loss}).
 """)
 
 
