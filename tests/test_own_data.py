@@ -17,7 +17,7 @@ from experiments.data.held_out import held_out
 from experiments.data.own import Labelled, read_own
 from experiments.data.pipeline import packed_rows, prompted_rows
 from experiments.data.table import read_table
-from experiments.finetuning import tiny
+from experiments.recipes import tiny
 from jlora.models import Tokenizer
 
 
