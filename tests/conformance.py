@@ -1,4 +1,7 @@
-"""The one check behind every `test_lift_*`: a lifted function against weights merged by hand, and nothing silent."""
+"""The checks behind every `test_lift_*`: a lifted function against weights merged by hand, and nothing silent.
+
+`check` is the whole of it, in six programs; `check_values` compiles one, for rows of which the default run has no more.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -115,11 +118,42 @@ def check(case: Case) -> None:
     check_uses(case, adapted)
 
 
-def check_uses(case: Case, adapted: jlora.Adapted) -> None:
-    """`explain` names every adapted weight; what is dense is what the case says, and `strict` refuses exactly that."""
+def check_values(case: Case) -> None:
+    """The values of the base while B is zero, then those of the merged weights; every weight factored that can be."""
+    adapted = randomised(adapt(case._replace(params=jax.eval_shape(lambda: case.params)))).replace(base=case.params)
+    first = {"embedding": "A"}  # the factor that is zero at the start, as `jlora.lora` has it
+    start = {site.path: {**adapted.factors[site.path]} for site in adapted.sites}
+    for site in adapted.sites:
+        start[site.path][first.get(site.kind, "B")] *= 0
+
+    @jax.jit
+    def both(factors: Any, params: Any, args: tuple[Any, ...]) -> Any:
+        trained, merged = adapted.replace(base=params, factors=factors), merged_by_hand(params, factors)
+        return (jlora.lift(case.fn)(trained, *args), jlora.merge(trained)), (case.fn(merged, *args), merged)
+
+    lifted, base = both(start, case.params, case.args)
+    close(lifted, base)
+    chex.assert_trees_all_equal(base[1], case.params)
+    lifted, merged = both(adapted.factors, case.params, case.args)
+    close(lifted, merged)
+    changed = [
+        np.any(np.asarray(x) != np.asarray(y)) for x, y in zip(*map(jax.tree.leaves, (merged, base)), strict=True)
+    ]
+    assert any(changed[: len(jax.tree.leaves(merged[0]))]), "the results do not depend on the factors"
+    check_explained(case, adapted)
+
+
+def check_explained(case: Case, adapted: jlora.Adapted) -> jlora.Explanation:
+    """`explain` names every adapted weight, and as dense what the case says."""
     explanation = jlora.explain(case.fn, adapted, *case.args)
     assert {row.path for row in explanation.rows} == set(adapted.factors)
     assert {row.path for row in explanation.materialised} == set(case.dense), str(explanation)
+    return explanation
+
+
+def check_uses(case: Case, adapted: jlora.Adapted) -> None:
+    """`explain` names every adapted weight; what is dense is what the case says, and `strict` refuses exactly that."""
+    explanation = check_explained(case, adapted)
     strict = jlora.lift(case.fn, strict=True)
     if not case.dense:
         jax.eval_shape(lambda adapted: strict(adapted, *case.args), adapted)

@@ -1,4 +1,9 @@
-"""Every test runs on eight fake CPU devices, under strict promotion, in programs that are compiled in haste."""
+"""Every test runs on eight fake CPU devices, under strict promotion, with most XLA optimisations off, in one of two tiers.
+
+The default run has every row of every table with a numeric test that costs little. `-m thorough` has what proves more about the same
+rows: its mark names the test of the default run that stands for it, and tests/test_tiers.py looks whether it does. A
+part of the thorough tier, chosen by the commit, rides along in the default run: `--share` and the header say which.
+"""
 
 import os
 
@@ -15,7 +20,18 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from tests import memory, tiers
+
 pytest.register_assert_rewrite("tests.conformance")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share",
+        default=os.environ.get("JLORA_SHARE"),
+        help="which part of the thorough tier rides along in the default run: '7/20' is the eighth twentieth, 'none' is "
+        "none; the commit chooses a twentieth unless this, or JLORA_SHARE, says otherwise",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,17 +41,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "once: says nothing about the version of JAX, or takes long; .ci/run runs it on the newest alone"
     )
-    config.addinivalue_line("markers", "thorough: runs for half an hour, and only where -m names it")
+    config.addinivalue_line(
+        "markers",
+        "thorough(stand_in): too dear for the default run, where the test of that name stands for the same rows",
+    )
+    config.addinivalue_line("markers", "endless: runs for half an hour, and only where -m names it")
+    config.stash[tiers.SHARE] = tiers.Share.parse(config.getoption("--share"))
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"thorough tier: {config.stash[tiers.SHARE]} rides along (--share)"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Not by `-m` in addopts, which another -m on the command line replaces."""
-    if "thorough" in config.option.markexpr:
-        return
-    long = [item for item in items if item.get_closest_marker("thorough")]
-    if long:
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
+    config.stash[tiers.COLLECTED] = list(items)
+    left_out = [item for item in items if not tiers.is_run(item, config)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if tiers.is_run(item, config)]
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +71,15 @@ def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No file's tests take a worker above `memory.LIMIT`: each starts from a worker that has dropped what others left."""
+    memory.drop()
+    memory.forget_peak()
+    yield
+    memory.check(request.node.nodeid)
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from jax import lax
 
 import jlora
 from jlora import tree
-from tests.conformance import Case, adapt, check, check_uses, close, merged_by_hand, normal, randomised
+from tests.conformance import Case, adapt, check, check_uses, check_values, close, merged_by_hand, normal, randomised
+from tests.tiers import others, thorough
 
 Row = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # kind, in_axes, out_axes, stack_axes
 OTHER: Row = ("other", (), (), ())
@@ -1115,7 +1116,22 @@ def test_sites_are_those_of_the_program(name):
     assert [site.path for site in sites] == list(tree.leaves(LAYOUTS[name].case.params)[0])
 
 
-@pytest.mark.parametrize("name", AGREEING)
+# Rules that tests/test_lift_functions.py has no row for.
+CLASSES = (
+    "conv 2-D, depthwise",
+    "conv, transposed, (out, in)",
+    "conv, a kernel per place",
+    "experts, ragged",
+    "ALBERT by a scan",
+)
+
+
+@pytest.mark.parametrize("name", others(AGREEING, CLASSES))
+def test_values_are_those_of_the_merged_weights(name):
+    check_values(AGREEING[name].case)
+
+
+@pytest.mark.parametrize("name", thorough(AGREEING, "test_values_are_those_of_the_merged_weights", CLASSES))
 def test_agrees_with_the_merged_weights(name):
     check(AGREEING[name].case)
 

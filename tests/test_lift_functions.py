@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.conformance import Case, check, normal
+from tests.conformance import Case, check, check_values, normal
+from tests.tiers import others, thorough
 
 MESH = Mesh(np.array(jax.devices()[:8]), ("model",))
 POLICIES = jax.checkpoint_policies
@@ -419,7 +420,22 @@ DENSE = {
 CASES = {**PRODUCTS, **SHAPED, **CONTROL, **INSIDE, **DENSE}
 
 
-@pytest.mark.parametrize("name", CASES)
+# One row per class of rules, by primitive and by the role of the axis that it moves.
+CLASSES = (
+    "x @ w", "w.T @ x", "einsum heads to out, out first", "einsum bilinear form", "grouped linear", "index rows",
+    "tied embedding", "flattened heads", "reshaped and indexed qkv", "dynamic_slice of rows", "both scales", "used twice, once transposed",
+    "with_sharding_constraint", "checkpoint, dots_saveable", "cond", "fori_loop over w[i]", "scan in reverse, unrolled",
+    "scan with the weight in its carry", "scan over axis 1", "hessian of the input", "vmap over the last axis", "shard_map over a scan",
+    "expert of each token", "ragged_dot", "custom_vjp", "cond that picks a weight",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", others(CASES, CLASSES))
+def test_values_are_those_of_the_merged_weights(name):
+    check_values(CASES[name])
+
+
+@pytest.mark.parametrize("name", thorough(CASES, "test_values_are_those_of_the_merged_weights", CLASSES))
 def test_agrees_with_the_merged_weights(name):
     check(CASES[name])
 

@@ -13,7 +13,7 @@ from jax import lax
 
 import jlora
 from jlora import tree
-from tests.conformance import Case, adapt, check, close, merged_by_hand, normal, randomised
+from tests.conformance import Case, adapt, check, check_values, close, merged_by_hand, normal, randomised
 
 I, O, B, T, H, L, E, V = 16, 24, 8, 6, 4, 3, 4, 11  # noqa: E741 - in, out, batch, time, heads, layers, ensemble, vocabulary
 KEY = jax.random.key(0)
@@ -258,6 +258,14 @@ HAIKU = {
 
 
 @pytest.mark.parametrize("name", EQUINOX)
+def test_equinox_has_the_values_of_the_merged_weights(name):
+    case = EQUINOX[name]()
+    check_values(case)
+    assert set(adapt(case).factors) == kernels(case.params, "weight", "weight_ih", "weight_hh") | set(case.dense)
+
+
+@pytest.mark.thorough("test_equinox_has_the_values_of_the_merged_weights")
+@pytest.mark.parametrize("name", EQUINOX)
 def test_equinox_agrees_with_the_merged_weights(name):
     case = EQUINOX[name]()
     check(case)
@@ -267,9 +275,20 @@ def test_equinox_agrees_with_the_merged_weights(name):
 LOOSE = ("dropout",)  # hk.dropout multiplies by a boolean
 
 
-@pytest.mark.parametrize(
+every_haiku = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.loose_promotion) if n in LOOSE else n for n in HAIKU]
 )
+
+
+@every_haiku
+def test_haiku_has_the_values_of_the_merged_weights(name):
+    case = HAIKU[name]()
+    check_values(case)
+    assert set(adapt(case).factors) == kernels(case.params, "w", "embeddings", "w_i", "w_h")
+
+
+@pytest.mark.thorough("test_haiku_has_the_values_of_the_merged_weights")
+@every_haiku
 def test_haiku_agrees_with_the_merged_weights(name):
     case = HAIKU[name]()
     check(case)

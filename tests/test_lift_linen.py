@@ -15,7 +15,19 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora import tree
 from jlora.models.gpt2 import GPT2, GPT2Config
-from tests.conformance import SCALE, Case, adapt, check, check_uses, close, merged_by_hand, normal, randomised
+from tests.conformance import (
+    SCALE,
+    Case,
+    adapt,
+    check,
+    check_uses,
+    check_values,
+    close,
+    merged_by_hand,
+    normal,
+    randomised,
+)
+from tests.tiers import others, thorough
 
 I, O, B, T, H, L, E, V = 16, 24, 8, 6, 4, 3, 4, 11  # noqa: E741 - in, out, batch, time, heads, layers, ensemble, vocabulary
 Row = Callable[[], Case]
@@ -388,7 +400,17 @@ GPT2S = {
 CASES = {**LAYERS, **CONVS, **RECURRENT, **TRANSFORMS, **BOXES, **GPT2S}
 
 
-@pytest.mark.parametrize("name", CASES)
+CLASSES = ("Bidirectional", "scan, stacked on axis 1", "GPT-2, remat")  # whose gradients the default run compares too
+
+
+@pytest.mark.parametrize("name", others(CASES, CLASSES))
+def test_values_are_those_of_the_merged_weights(name):
+    case = CASES[name]()
+    check_values(case)
+    assert set(adapt(case).factors) == kernels(case.params)
+
+
+@pytest.mark.parametrize("name", thorough(CASES, "test_values_are_those_of_the_merged_weights", CLASSES))
 def test_agrees_with_the_merged_weights(name):
     case = CASES[name]()
     check(case)

@@ -12,7 +12,8 @@ from flax import nnx
 
 import jlora
 from jlora import tree
-from tests.conformance import Case, adapt, check, close, normal, randomised
+from tests.conformance import Case, adapt, check, check_values, close, normal, randomised
+from tests.tiers import others, thorough
 
 I, O, B, T, H, L, E, V = 16, 24, 8, 6, 4, 3, 4, 11  # noqa: E741 - in, out, batch, time, heads, layers, ensemble, vocabulary
 Row = Callable[[], Case]
@@ -282,7 +283,17 @@ MODELS = {
 CASES = {**LAYERS, **MODELS}
 
 
-@pytest.mark.parametrize("name", CASES)
+CLASSES = ("scan of remat", "vmap, each its own input")  # whose gradients the default run compares too
+
+
+@pytest.mark.parametrize("name", others(CASES, CLASSES))
+def test_values_are_those_of_the_merged_weights(name):
+    case = CASES[name]()
+    check_values(case)
+    assert set(adapt(case).factors) == kernels(case.params)
+
+
+@pytest.mark.parametrize("name", thorough(CASES, "test_values_are_those_of_the_merged_weights", CLASSES))
 def test_agrees_with_the_merged_weights(name):
     case = CASES[name]()
     check(case)

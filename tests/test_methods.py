@@ -21,6 +21,7 @@ from jlora.methods import from_json, to_json
 from jlora.methods.lora import low_rank_init
 from jlora.models.attention import DotProductAttention
 from tests.conformance import close, measured, normal, optimized, randomised
+from tests.tiers import thorough
 
 LINEAR, WINDOWED, EVERY = ("linear",), ("linear", "conv"), ("linear", "conv", "embedding")
 
@@ -184,18 +185,57 @@ def name(request):
 # -- laws --------------------------------------------------------------------------------------------------------------
 
 
+ON_WEIGHTS = [name for name, row in METHODS.items() if not row.linen]
+ON_ACTIVATIONS = [name for name, row in METHODS.items() if row.linen]
+UNSCALED = [name for name in METHODS if name in ON_ACTIVATIONS or name.split(",")[0].split(" ")[0] in ("dora", "oft")]
+PLAIN = [name for name, row in METHODS.items() if row.is_lora]
+ONE = "test_start_merged_weights_and_gradients_in_one_program"
+
+
+def test_start_merged_weights_and_gradients_in_one_program(name):
+    """The law of laws, in one compilation: the laws of the thorough tier say each part of it more exactly."""
+    start, trained, row, (fn, base) = adapted(name), randomised(adapted(name), 0.2), METHODS[name], model(name)
+    loss_fn, (factors, frozen) = loss_of(name), jlora.partition(trained)
+    lifted_loss = lambda factors: jlora.lift(loss_fn)(jlora.combine(factors, frozen), IDS)
+    merged_loss = lambda factors: loss_fn(jlora.merge(jlora.combine(factors, frozen)), IDS)
+
+    @jax.jit
+    def program(initial, factors):
+        found = {
+            "start": jlora.lift(fn)(initial, IDS),
+            "base": fn(base, IDS),
+            "lifted": jax.value_and_grad(lifted_loss)(factors),
+        }
+        return found if row.linen else found | {"merged": jax.value_and_grad(merged_loss)(factors)}
+
+    found = program(start, factors)
+    if row.exact is not None:
+        close(found["start"], found["base"], 2e-6)
+    gradients = found["lifted"][1]
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradients, factors)
+    assert [part for part in jax.tree.leaves(gradients) if not jnp.any(part != 0)] == []
+    if not row.linen:  # tests/test_activations.py has those of functions written out by hand
+        close(found["lifted"], found["merged"], 2e-5)
+
+
+@pytest.mark.parametrize(
+    "name", thorough([name for name in METHODS if name not in UNSCALED], ONE, ("lora", "pissa", "ia3"))
+)
 def test_a_scaled_update_is_that_of_the_merged_weights(name):
-    row, trained = METHODS[name], randomised(adapted(name))
-    if row.linen or trained.method.name in ("dora", "oft"):
-        with pytest.raises(ValueError, match="^scale: "):
-            jlora.scale(trained, 0.5)
-        return
+    trained = randomised(adapted(name))
     merged = jlora.merge(trained)
     for s in (0.5, 0):
         scaled = jlora.merge(jlora.scale(trained, s))
         close(scaled, jax.tree.map(lambda w0, w: w0 + s * (w - w0), trained.base, merged), 2e-5)
 
 
+@pytest.mark.parametrize("name", UNSCALED)
+def test_an_update_that_has_no_scale_is_refused(name):
+    with pytest.raises(ValueError, match="^scale: "):
+        jlora.scale(adapted(name), 0.5)
+
+
+@pytest.mark.thorough(ONE)
 def test_the_start_is_the_base_bit_for_bit(name):
     start, row, (fn, base) = adapted(name), METHODS[name], model(name)
     if row.kinds and name != "eva":  # which gives all ranks of a weight away if others explain more
@@ -210,24 +250,32 @@ def test_the_start_is_the_base_bit_for_bit(name):
         assert lifted.shape == plain.shape and not (lifted == plain).all()
 
 
+@pytest.mark.parametrize("name", thorough(ON_WEIGHTS, ONE, ("lora", "dora")))
 def test_merged_equals_lifted(name):
     trained, (fn, _) = randomised(adapted(name), 0.2), model(name)
-    assert jlora.explain(fn, trained, IDS).materialised == ()
-    if METHODS[name].linen:
-        for refused in (jlora.merge, jlora.merge_error, lambda a: jlora.unmerge(a.base, a)):
-            with pytest.raises(ValueError, match=f"^merge: {names(trained)} acts on activations, and no weights of"):
-                refused(trained)
-        return
     close(jlora.lift(fn)(trained, IDS), fn(jlora.merge(trained), IDS))
 
 
+def test_nothing_is_materialised(name):
+    fn, _ = model(name)
+    assert jlora.explain(fn, adapted(name), IDS).materialised == ()
+
+
+@pytest.mark.parametrize("name", ON_ACTIVATIONS)
+def test_what_acts_on_activations_is_not_merged(name):
+    trained = adapted(name)
+    for refused in (jlora.merge, jlora.merge_error, lambda a: jlora.unmerge(a.base, a)):
+        with pytest.raises(ValueError, match=f"^merge: {names(trained)} acts on activations, and no weights of"):
+            refused(trained)
+
+
+@pytest.mark.parametrize("name", ON_WEIGHTS)
 def test_unmerge_restores_the_base(name):
-    if METHODS[name].linen:
-        return  # refused, as the law above says
     trained = randomised(adapted(name), 0.2)
     chex.assert_trees_all_equal(jlora.unmerge(jlora.merge(trained), trained), trained)
 
 
+@pytest.mark.thorough(ONE)
 def test_gradients_are_those_of_the_merged_weights_and_of_the_factors_alone(name):
     trained, loss_fn = randomised(adapted(name), 0.2), loss_of(name)
     factors, frozen = jlora.partition(trained)
@@ -274,6 +322,7 @@ def test_the_methods_differ():
     assert {row.make().name for row in METHODS.values()} == set(jlora.methods.METHODS)
 
 
+@pytest.mark.parametrize("name", thorough(METHODS, ONE, ("lora", "houlsby")))
 def test_the_same_numbers_under_remat_vmap_and_jit(name):
     trained, (fn, _) = randomised(adapted(name), 0.2), model(name)
     lifted = jlora.lift(fn)
@@ -292,6 +341,7 @@ def test_saved_and_loaded(name, tmp_path):
     assert back.method == trained.method and back.sites == trained.sites
 
 
+@pytest.mark.parametrize("name", thorough(METHODS, ONE, ("lora", "adalora", "full")))
 def test_trains_what_is_trained_and_compiles_once(name, caplog):
     """Optimizer state and updates for the factors alone; the base and what is frozen are the same objects after."""
     start = adapted(name)
@@ -314,23 +364,11 @@ def test_trains_what_is_trained_and_compiles_once(name, caplog):
             assert name == "adalora" or bool((value != start.factors[path][part]).any()), (path, part)
 
 
+SHARDED = ("lora", "dora", "adalora", "pissa", "vera", "lokr", "ia3", "oft", "full", "houlsby", "prefix_tuning, hidden")
+
+
+@pytest.mark.parametrize("name", thorough(SHARDED, ONE, ("lora",)))
 @pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lora",
-        "dora",
-        "adalora",
-        "pissa",
-        "vera",
-        "lokr",
-        "ia3",
-        "oft",
-        "full",
-        "houlsby",
-        "prefix_tuning, hidden",
-    ],
-)
 def test_the_same_numbers_on_several_devices(name, devices):
     # Explicit axes are in tests/test_explicit.py: this model looks its table up by plain indexing, which JAX refuses there.
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
@@ -343,16 +381,20 @@ def test_the_same_numbers_on_several_devices(name, devices):
     assert float(their_metrics["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", PLAIN)
 def test_as_plain_lora(name):
     trained = randomised(adapted(name), 0.2)
-    if not METHODS[name].is_lora:
-        why = "acts on activations and is no" if METHODS[name].linen else "is not W plus a low-rank product at '"
-        with pytest.raises(ValueError, match=f"^to_lora: {names(trained)} {why}"):
-            jlora.to_lora(trained)
-        return
     plain = jlora.to_lora(trained)
     assert plain.method.name == "lora" and not plain.buffers
-    close(jlora.lift(predict)(plain, IDS), jlora.lift(predict)(trained, IDS))
+    close(jlora.merge(plain), jlora.merge(trained))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in PLAIN])
+def test_what_is_no_plain_lora_is_refused(name):
+    why = "acts on activations and is no" if METHODS[name].linen else "is not W plus a low-rank product at '"
+    trained = randomised(adapted(name), 0.2)
+    with pytest.raises(ValueError, match=f"^to_lora: {names(trained)} {why}"):
+        jlora.to_lora(trained)
 
 
 def test_abstract_parameters(name):
@@ -369,6 +411,7 @@ def _kinds(name: str):
     return (lambda site: site.kind in METHODS[name].kinds) if METHODS[name].kinds else None
 
 
+@pytest.mark.parametrize("name", thorough(METHODS, ONE, ("dora", "vera")))
 def test_a_bf16_base_keeps_float32_factors(name):
     trained = randomised(adapted(name, jnp.bfloat16), 0.2)
     assert {x.dtype for x in jax.tree.leaves(trained.factors)} == {jnp.dtype("float32")}

@@ -1,7 +1,7 @@
 """Random programs: a weight of any shape and dtype, a chain of operations, a product; against the merged weight.
 
 A program is drawn from its seed. One that fails is made smaller, step by step, as long as it fails; the message has the
-seed and what is left. `pytest -m thorough` runs a thousand.
+seed and what is left. `pytest -m endless` runs a thousand.
 """
 
 import functools
@@ -310,7 +310,7 @@ def test_random_programs(ten):
         check(seed)
 
 
-@pytest.mark.thorough
+@pytest.mark.endless
 @pytest.mark.parametrize("ten", range(10, 100))
 def test_more_random_programs(ten):
     for seed in range(10 * ten, 10 * ten + 10):

@@ -1,0 +1,50 @@
+"""What a worker's memory may be, and how it is kept there: programs and arrays of earlier files are dropped."""
+
+import ctypes
+import functools
+import gc
+import sys
+from pathlib import Path
+
+import jax
+
+LIMIT = 1500  # MB that a worker may take at any time: two of them and the run's own process fit in 4 GB
+ENOUGH = 700  # MB above which a file starts anew; below, what is compiled already is worth more than the room
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def megabytes(field: str) -> float:
+    """`VmRSS`, what the process takes now, or `VmHWM`, the most since `forget_peak`; 0 where there is no /proc."""
+    if not STATUS.exists():
+        return 0.0
+    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Sets `VmHWM` to what is taken now. Where it is not allowed, a later file answers for an earlier one."""
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        return
+
+
+def drop(above: float = ENOUGH) -> None:
+    """Drops compiled programs, the caches of jlora and the tests', and what they held, if more than `above` MB are taken."""
+    if megabytes("VmRSS") <= above:
+        return
+    jax.clear_caches()
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("jlora", "experiments", "tests"):
+            for value in list(vars(module).values()):
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # free pages go back: glibc keeps them else
+
+
+def check(name: str, limit: float = LIMIT) -> None:
+    """Raises AssertionError with the file's `name` where the peak since `forget_peak` was above `limit` MB."""
+    peak = megabytes("VmHWM")
+    assert peak <= limit, f"{name} took its worker to {peak:.0f} MB; at most {limit:.0f} are allowed (tests/memory.py)"

@@ -1,0 +1,98 @@
+"""The tiers themselves: whatever is left to the thorough one has a numeric test of the same row in the default run."""
+
+import collections
+from pathlib import Path
+
+import pytest
+
+from tests import memory, tiers
+
+
+def function(item: pytest.Item) -> tuple[str, str]:
+    return item.nodeid.partition("::")[0], getattr(item, "originalname", item.name)
+
+
+def row(item: pytest.Item) -> frozenset[str]:
+    """The strings of an item's parameters: keys of tables."""
+    callspec = getattr(item, "callspec", None)
+    return frozenset(str(value) for value in callspec.params.values()) if callspec else frozenset()
+
+
+def without_stand_in(items: list[pytest.Item]) -> list[str]:
+    """The tests of the thorough tier that no test of the default run stands for."""
+    default = collections.defaultdict(list)
+    for item in items:
+        if tiers.is_default(item):
+            default[function(item)].append(row(item))
+    missing = []
+    for item in items:
+        for mark in item.iter_markers("thorough"):
+            file, _ = function(item)
+            rows = default.get((file, *mark.args), []) if len(mark.args) == 1 else []
+            if not any(row(item) <= other or other <= row(item) for other in rows):
+                missing.append(f"{item.nodeid}: {mark.args}")
+    return missing
+
+
+def test_what_is_thorough_has_a_stand_in(request: pytest.FixtureRequest):
+    """Of the tests that this run collected: all of them, where it was given no files."""
+    items = request.config.stash[tiers.COLLECTED]
+    assert without_stand_in(items) == []
+    if {Path(argument).name for argument in request.config.args} >= {"tests"}:
+        assert len([item for item in items if not tiers.is_default(item)]) > 500
+
+
+class Item:
+    """What is asked of a collected test."""
+
+    def __init__(self, nodeid: str, *marks: pytest.Mark, **params: str) -> None:
+        self.nodeid, self.name, self.marks = nodeid, nodeid.partition("::")[2], marks
+        self.originalname = self.name.partition("[")[0]
+        self.callspec = type("Spec", (), {"params": params})()
+
+    def iter_markers(self, name=None):
+        return [mark for mark in self.marks if name in (None, mark.name)]
+
+    def get_closest_marker(self, name):
+        return next(iter(self.iter_markers(name)), None)
+
+
+def long(stand_in: str) -> pytest.Mark:
+    return pytest.mark.thorough(stand_in).mark
+
+
+@pytest.mark.parametrize(
+    ("items", "missing"),
+    [
+        ([Item("f.py::a[x]", row="x"), Item("f.py::b[x]", long("a"), row="x")], []),
+        ([Item("f.py::a[x]", row="x"), Item("f.py::b[x-1]", long("a"), row="x", device="1")], []),
+        ([Item("f.py::a[x]", row="x"), Item("f.py::b[y]", long("a"), row="y")], ["f.py::b[y]"]),
+        ([Item("g.py::a[x]", row="x"), Item("f.py::b[x]", long("a"), row="x")], ["f.py::b[x]"]),
+        (
+            [Item("f.py::a[x]", long("c"), row="x"), Item("f.py::b[x]", long("a"), row="x")],
+            ["f.py::a[x]", "f.py::b[x]"],
+        ),
+    ],
+)
+def test_a_row_without_a_stand_in_is_seen(items, missing):
+    assert [
+        text.partition(":")[0] + "::" + text.split("::")[1].split(":")[0] for text in without_stand_in(items)
+    ] == missing
+
+
+def test_shares_part_the_thorough_tier():
+    ids = [f"tests/test_x.py::test[{i}]" for i in range(200)]
+    parts = [[i for i in ids if tiers.Share(part, 20).has(i)] for part in range(20)]
+    assert sorted(name for part in parts for name in part) == sorted(ids) and all(parts)
+    assert tiers.Share.parse("7/20") == (7, 20) and not any(map(tiers.Share.parse("none").has, ids))
+    assert tiers.Share.parse(None).of == 20
+    with pytest.raises(pytest.UsageError, match="--share must be 'none' or a part"):
+        tiers.Share.parse("20/20")
+
+
+def test_a_file_that_takes_too_much_memory_is_named():
+    memory.forget_peak()
+    memory.check("tests/test_x.py")
+    if memory.megabytes("VmHWM"):
+        with pytest.raises(AssertionError, match=r"^tests/test_x.py took its worker to \d+ MB; at most 1 are allowed"):
+            memory.check("tests/test_x.py", 1)
