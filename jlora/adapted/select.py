@@ -26,11 +26,11 @@ class Extra:
     rows: tuple[int, ...] | None = None
 
 
-def known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site] | None) -> tuple[Site, ...]:
-    """What `sites=` says, checked against the tree; else Flax's conventions."""
+def known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site | Target] | None) -> tuple[Site, ...]:
+    """What `sites=` says, checked against the tree; else Flax's conventions. Targets are the sites that they chose."""
     if sites is None:
         return conventional(params)
-    known = tuple(sites)
+    known = tuple(site.site if isinstance(site, Target) else site for site in sites)
     check_axes(known, "sites=")
     for site in known:
         shape = tuple(getattr(named.get(site.path), "shape", ()))  # a leaf may be a function, which has none
