@@ -484,6 +484,20 @@ def test_bits_per_byte_are_the_loss_per_token_times_tokens_per_byte(tmp_path):
     assert scores["bits per byte"] == pytest.approx(mean * len(tokens) / len(texts.test) / math.log(2), rel=1e-5)
 
 
+def test_an_old_domain_is_scored_as_the_new_one_is(checkpoints):
+    """What a checkpoint knew before is followed for every kind of task: here it is the same data."""
+    for name, folder in (("minilm_trec", "bert"), ("stories_shakespeare", "llama"), ("vit_base_lora", "vit")):
+        experiment = loaded(name, small=True)
+        source, task = Files(checkpoints[folder], {}), experiment.task
+        alone = task.open(source, experiment.train, 8)
+        both = dataclasses.replace(task, old=task.data).open(source, experiment.train, 8)
+        evaluate = both.evaluator(both.model.apply)
+        new, old = (evaluate(both.params(0), "validation", side) for side in ("new", "old"))
+        assert new == old and set(new) == {both.headline_metric.name, "loss"}
+        assert alone.old is None and both.old.examples == both.new.examples and alone.digest != both.digest
+        assert both.new.label.startswith("the new ") and both.old.label.startswith("the old ")
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
