@@ -53,6 +53,8 @@ def source(experiment: Experiment, folder: Path) -> Any:
         return Files(base(folder.parent / "checkpoints" / experiment.name), experiment.options)
     from jlora.models.files import folder_of
 
+    if not base:
+        raise ConfigError("base=... names no checkpoint: a folder, or a repository such as openai-community/gpt2")
     return Files(folder_of(base, experiment.revision), experiment.options)
 
 

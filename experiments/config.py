@@ -187,6 +187,18 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Save:
+    """What is written at the end, beside the run's folder.
+
+    Attributes:
+      merged: a folder for the merged checkpoint of the run with its first seed; with several runs a folder in it for
+        each. A local one, or its `file://` URL.
+    """
+
+    merged: str | None = None
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A base that is adapted to a task in several ways, side by side.
 
@@ -203,6 +215,7 @@ class Experiment:
       evaluate_batch: examples at a time in an evaluation.
       statistics: training batches that data-driven methods start from.
       measure: what else is measured.
+      save: what is written beside the run's folder.
     """
 
     name: str
@@ -217,6 +230,7 @@ class Experiment:
     evaluate_batch: int = 64
     statistics: int = 4
     measure: Measure = Measure()
+    save: Save = Save()
 
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]

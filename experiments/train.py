@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from experiments import bases, configfile, report
+from experiments import bases, configfile, merged, report
 from experiments.bases import Base
 from experiments.config import Experiment, Pretrain, Study, all_of
 from experiments.configfile import ConfigError
@@ -65,12 +65,13 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
     if jax.process_count() > 1:
         raise ConfigError("experiments.train runs in one process: data and parameters are not sharded by process yet")
     with _as_config_errors():
-        opened = experiment.task.open(bases.source(experiment, folder), experiment.train, experiment.evaluate_batch)
+        source = bases.source(experiment, folder)
+        opened = experiment.task.open(source, experiment.train, experiment.evaluate_batch)
     work = _prepared(experiment, opened, folder)
     description = {"config": configfile.describe(experiment), "data": opened.digest}
     with open_run_folder(folder, description, resume=resume):
         for line in report.opening(experiment, opened, work.trials[0].trainer.steps):
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         with Progress(console, work.phases()) as progress:
             base = _base(work, progress, resume=resume)
             plans = _plans(work, base.params(experiment.seed))
@@ -79,6 +80,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
             _trained(work, base, progress)
             results = _measured(work, base, plans, progress)
         report.write(experiment, results, opened, folder, time.monotonic() - started, console)
+        for line in merged.write(experiment, work.trials, base.params(experiment.seed), source):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 # -- the parts of the story --------------------------------------------------------------------------------------------
@@ -123,6 +126,7 @@ def _prepared(experiment: Experiment, opened: Opened, folder: Path) -> Work:
         trainer = Trainer(each, shared, experiment.train, rates[0])
         trainer.check(shapes)
         trials.append(Trial(trainer, rates, experiment.seeds, folder / each.name, experiment.measure.test))
+    merged.check(experiment, trials)
     return Work(experiment, opened, folder, shared, trials, base)
 
 

@@ -96,7 +96,7 @@ def plain(tokenizer: Tokenizer) -> Template:
         raise DataError(f"the tokenizer of '{tokenizer.source}' has no end token: an answer would have no end")
 
     def render(chat: Chat) -> Rendered:
-        text, counted = "" if begin == end else begin, []
+        text, counted = begin, []
         for role, content in chat.messages:
             text += f"{role.capitalize()}:"
             said = f" {content.strip()}"
@@ -229,35 +229,24 @@ class Placed:
     chat: Chat
 
 
-def tokenise_chats(chats: Sequence[Placed], template: Template, tokenizer: Tokenizer, *, length: int) -> Tokenised:
-    """Tokens of conversations; those of the assistant count, and its end tokens with them.
+def tokenise_chats(chats: Sequence[Placed], template: Template, tokenizer: Tokenizer) -> Tokenised:
+    """Tokens of conversations, whole; those of the assistant count, and its end tokens with them.
 
     Args:
       chats: with their places.
       template: writes a conversation.
       tokenizer: of the model; special tokens stand in the template's text.
-      length: the context, in tokens: the end of what is longer is cut.
 
     Raises:
-      DataError: if the template refuses a conversation, or its first answer lies behind the context.
+      DataError: if the template refuses a conversation, or leaves the answers out.
     """
-    longest, cut = 0, 0
 
     def items() -> Iterator[Item]:
-        nonlocal longest, cut
         for place, chat in ((item.place, item.chat) for item in chats):
             tokens, counted = encoded(place, chat, template, tokenizer)
-            longest, cut = max(longest, len(tokens)), cut + (len(tokens) > length)
-            mark = int(np.argmax(counted))
-            if mark >= length:
-                raise DataError(
-                    f"{place}: its first answer begins after {mark} tokens, and a row has {length}: remove it, or "
-                    "write a larger task.length"
-                )
-            yield Item(tokens[:length], mark, None, counted[:length])
+            yield Item(tokens, int(np.argmax(counted)), None, counted)
 
-    found = gather(items(), labels=None, cut=0, longest=0)
-    return Tokenised(found.flat, found.ends, found.marks, None, cut, longest, found.counted)
+    return gather(items(), labels=None, cut=0, longest=0)
 
 
 def encoded(place: str, chat: Chat, template: Template, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

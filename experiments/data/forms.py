@@ -70,7 +70,7 @@ def form_of(name: str, found: Sequence[str], kind: Kind | None = None, columns: 
     if kind is not None and kind not in KINDS:
         raise DataError(f"task.kind={kind!r}: expected one of {', '.join(KINDS)}")
     if {"tokens", "tags"} <= set(found) and kind is None and not columns:
-        raise DataError(f"{_said(name, found)}: a tag for each word is read by configs/token_classification.py")
+        raise DataError(f"{_said(name, found)}: a tag for each word is read by configs/bert_base_conll2003_lora.py")
     if columns:
         return _named(name, found, kind, tuple(columns))
     fitting = [form for form in FORMS if set(form.columns) <= set(found) and _makes(form.kind, kind)]

@@ -49,5 +49,5 @@ def held_out(
         )
     names: dict[str, Split] = {}
     for i, (_, _, key) in enumerate(sorted(placed)[:taken]):
-        names[key] = "test" if test and i % 2 else "validation"
+        names[key] = "validation" if i < each else "test"
     return [names.get(key, "train") for key in keys]

@@ -1,10 +1,12 @@
 """Examples as tokens, one after the other in one array."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
+from experiments.data.files import DataError
 
 
 class Item(NamedTuple):
@@ -92,4 +94,35 @@ def gather(items: Iterable[Item], *, labels: type | None, cut: int, longest: int
         cut=cut,
         longest=longest,
         counted=np.concatenate(counted) if counted else None,
+    )
+
+
+def cut_to(items: Tokenised, length: int, places: Sequence[str]) -> Tokenised:
+    """The first tokens of each item.
+
+    Args:
+      items: whole.
+      length: tokens that stay, at most.
+      places: where each stands, for errors.
+
+    Raises:
+      DataError: for items of which nothing that counts would stay: how many, and the first.
+    """
+    lost = np.flatnonzero(items.marks >= length)
+    if len(lost):
+        more = f"; so it is with {len(lost):,} examples of {len(items):,}" if len(lost) > 1 else ""
+        raise DataError(
+            f"{places[lost[0]]}: what is to be learned begins after {items.marks[lost[0]]} tokens, and a row has "
+            f"{length}{more}. Remove them, or write a larger task.length"
+        )
+    lengths = items.lengths
+    stays = np.arange(len(items.flat)) - np.repeat(items.ends - lengths, lengths) < length
+    return Tokenised(
+        flat=items.flat[stays],
+        ends=np.cumsum(np.minimum(lengths, length)),
+        marks=items.marks,
+        labels=items.labels,
+        cut=int((lengths > length).sum()),
+        longest=int(lengths.max(initial=0)),
+        counted=None if items.counted is None else items.counted[stays],
     )

@@ -4,6 +4,7 @@ from experiments.metrics.answers import exact_match as exact_match
 from experiments.metrics.classification import accuracy as accuracy
 from experiments.metrics.classification import f1 as f1
 from experiments.metrics.classification import glue as glue
+from experiments.metrics.classification import macro_f1 as macro_f1
 from experiments.metrics.classification import matthews as matthews
 from experiments.metrics.classification import pearson as pearson
 from experiments.metrics.classification import spearman as spearman

@@ -25,6 +25,11 @@ def f1(predictions: Values, labels: Values) -> float:
     return 100 * float(metrics.f1_score(*_pair(predictions, labels), zero_division=0.0))
 
 
+def macro_f1(predictions: Values, labels: Values) -> float:
+    """The mean of the F1 of all classes, in percent; that of a class which is neither predicted nor true is 0."""
+    return 100 * float(metrics.f1_score(*_pair(predictions, labels), average="macro", zero_division=0.0))
+
+
 def matthews(predictions: Values, labels: Values) -> float:
     """Matthews' correlation coefficient times 100; 0 where all predictions are of one class."""
     return 100 * float(metrics.matthews_corrcoef(*_pair(predictions, labels)))

@@ -43,7 +43,7 @@ def opening(experiment: Experiment, opened: Opened, steps: int) -> list[str]:
     seeds = len(experiment.seeds)
     return [
         f"{experiment.name}: {experiment.task.label}",
-        f"data      {opened.new.examples:,} training rows; {opened.held_out}",
+        *(opened.understood or [f"data      {opened.new.examples:,} training rows; {opened.held_out}"]),
         f"schedule  {steps:,} steps of {train.batch} rows"
         + (f" ({train.steps})" if isinstance(train.steps, str) else "")
         + f", {seeds} seed{'s' if seeds > 1 else ''} a run, dropout {dropout:g} in the model",
@@ -64,6 +64,9 @@ def planned(opened: Opened, params: Params, trials: Sequence[Trial], plans: Mapp
             f"({plan.percent:.2f} %); beside the model {in_bytes(plan.factor_bytes)} trained, "
             f"{in_bytes(plan.optimizer_bytes)} optimizer, {in_bytes(plan.temporary_bytes)} activations"
         )
+        if opened.understood:  # a user's own data: the method may come from the command line
+            where = "" if trial.run.targets is None else f" on {trial.run.targets}"
+            lines.append(f"method    {trial.run.label}: {trial.run.method!r}{where}")
     return lines
 
 

@@ -108,6 +108,8 @@ class Opened:
       digest: a hash of all data.
       head: a pattern of a new head's parameters, "" for none: they are trained beside the factors.
       samples: (apply, params) -> lines to look at; None for no such thing.
+      understood: what the data were taken for, in lines that a run begins with; none where the task is told all of it.
+      classes: the names of a classification's, for the config.json of a merged checkpoint; none for the checkpoint's.
     """
 
     model: Any
@@ -124,6 +126,8 @@ class Opened:
     digest: str
     head: str = ""
     samples: Callable[[Apply, Params], Sequence[str]] | None = None
+    understood: Sequence[str] = ()
+    classes: Sequence[str] = ()
 
     def domain(self, side: Side) -> Domain:
         """The new domain or the old one."""
