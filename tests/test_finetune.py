@@ -32,11 +32,11 @@ from experiments.tasks.texts import Splits, Texts
 from experiments.train import main
 from experiments.trainer import Shared, Trainer
 from jlora import models
-from jlora.models import deberta, gpt2, llama, roberta, vit
+from jlora.models import bert, deberta, gpt2, llama, roberta, vit
 from jlora.models.llama import llama2c
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-OTHER = ("compare_methods", "quickstart", "quickstart_sweep")
+OTHER = ("compare_methods", "own_data", "quickstart", "quickstart_sweep")
 TIMES = ("tokens_per_second", "seconds")
 GSM8K = [f"llama2_7b_gsm8k_{name}" for name in ("lora", "rslora", "dora", "pissa", "loraplus")]
 # Config -> the task that JLORA_GLUE_TASK names (another each time), and of each run the adapted weights (both layers of
@@ -52,6 +52,7 @@ ROWS = {
     "minilm_sst2": (None, {"full": (0, 24_834), "lora_qv": (2, 3_170)}),
     "minilm_trec": (None, {"lora_qv": (2, 3_302)}),
     "stories_shakespeare": (None, {"lora_r4": (7, 2_048)}),
+    "bert_base_conll2003_lora": (None, {"lora": (2, 2_213)}),
 }  # fmt: skip
 
 
@@ -255,6 +256,7 @@ MODELS = {
     "roberta_base_glue_lora": (roberta.Roberta, roberta.PRESETS["roberta-base"], CLASSES),
     "roberta_large_glue_lora": (roberta.Roberta, roberta.PRESETS["roberta-large"], CLASSES),
     "deberta_xxl_glue_lora": (deberta.Deberta, deberta.PRESETS["deberta-v2-xxlarge"], CLASSES),
+    "bert_base_conll2003_lora": (bert.Bert, bert.PRESETS["bert-base"], {"head": "token_classification", "labels": 9}),
     "vit_base_lora": (vit.ViT, vit.PRESETS["vit-base"], {"labels": 100}),
     **{name: (llama.Llama, llama.PRESETS["llama-2-7b"], {}) for name in GSM8K},
 }
@@ -266,6 +268,7 @@ COUNTS = {
     "roberta_large_glue_lora": (786_432, 1_839_107),
     "deberta_xxl_glue_lora": (4_718_592, 7_084_035),
     "vit_base_lora": (294_912, 294_912 + 76_900),
+    "bert_base_conll2003_lora": (294_912, 301_833),
     **{name: (21_348_352 if name.endswith("dora") else 19_988_480,) * 2 for name in GSM8K},
 }
 
@@ -308,6 +311,7 @@ SAID = {
     "minilm_sst2": ("80.5 %",),
     "minilm_trec": ("90.0 %",),
     "stories_shakespeare": ("karpathy/tinyllamas",),
+    "bert_base_conll2003_lora": ("1810.04805", "base, fine-tuned | 96.4 | 92.4", "conll2003/"),
 }  # fmt: skip
 
 
