@@ -106,7 +106,7 @@ def test_conversations_are_understood(planned, bases, tmp_path):
         "lengths   median 26, 95 % up to 26, longest 26 tokens; rows of 25: 37 of 40 (92.5 %) are cut",
         "template  plain, as the checkpoint has no chat template: System: ...\\nUser: ...\\nAssistant: ...<end>\\n",
         "example   <s>User: 10?\\nAssistant:» Yes.</s>«\\n",
-        "schedule  12 steps of 8 rows (3 epochs), 1 seed a run, dropout 0 in the model",
+        "schedule  14 steps of 8 rows (3 epochs), 1 seed a run, dropout 0 in the model",
     ]
 
 
