@@ -101,7 +101,7 @@ def test_leaves_are_trained_beside_it():
         (lambda: together(jlora.lora(2), (jlora.ia3(), "mlp")).replace(method=jlora.together(jlora.lora(3), jlora.ia3())), "replace(method=): rank is 2 in lora("),
         (lambda: together(jlora.lora(2), (jlora.ia3(), "mlp")).replace(method=jlora.lora(2)), "replace(method=): together("),
         (lambda: from_json({"name": "together", "*methods": [{"name": "lora"}, 8]}), "method 'together': method 'lora': lora() missing 1 required positional argument: 'rank'"),
-        (lambda: from_json({"name": "together", "*methods": [[8]]}), "method 'together': a method is its name and options, not 8"),
+        (lambda: from_json({"name": "together", "*methods": [[8]]}), "method 'together': together: number 1 must be a method, or (method, targets), not (8,)"),
         (lambda: from_json({"name": "together", "*methods": 8}), "method 'together': 'int' object is not iterable"),
     ],
 )  # fmt: skip

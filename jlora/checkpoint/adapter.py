@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +29,7 @@ from jlora.checkpoint.tensors import (
     read_tensors,
     some,
 )
-from jlora.methods import to_json
+from jlora.methods import Constructor, constructors, named_constructors, to_json
 from jlora.transform.sites import Target
 
 _ATTEMPTS = 100  # to read an adapter that is replaced again and again
@@ -72,7 +72,7 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
     content = serialise(tensors)
     digest = hashlib.sha256(content).hexdigest()
     record = describe(adapted)
-    _check_loadable(file, record, named)
+    _check_loadable(file, record, named, constructors(adapted.method))
 
     def text(tensors: str) -> bytes:
         return (json.dumps(record | {"tensors": {"file": tensors, "sha256": digest}}, indent=1) + "\n").encode()
@@ -85,7 +85,9 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
         ) from error
 
 
-def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False) -> Adapted:
+def load(
+    folder: str | os.PathLike[str], params: Any, *, any_base: bool = False, methods: Iterable[Constructor] = ()
+) -> Adapted:
     """Reads an adapter onto the parameters that it was trained on. All is checked before anything is built.
 
     What is read need not be trusted: only regular files in the folder are opened (the links of a hub's snapshot to its
@@ -98,12 +100,16 @@ def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False)
       params: the base.
       any_base: also accept a base of another fingerprint, such as a cast or a further trained copy. Shapes must agree,
         and rows that were trained be there.
+      methods: constructors of methods of your own, which a file names by their `__name__`. Nothing is imported because
+        a file names it.
 
     Raises:
       FileNotFoundError: if there is no adapter in the folder.
       ValueError: for a file that is no adapter, of another version or damaged; an unknown method; another base;
-        missing, unexpected or misshaped tensors; values that are not finite. It names the file, and each tensor.
+        missing, unexpected or misshaped tensors; values that are not finite. It names the file, and each tensor. For
+        `methods` that are no constructors, or of which one has the name of a method of jlora.
     """
+    methods = tuple(named_constructors(methods).values())
     folder = folder_of(folder)
     file = folder / NAME
     if not os.path.exists(file):  # Path.exists raises for a name that is too long
@@ -113,7 +119,7 @@ def load(folder: str | os.PathLike[str], params: Any, *, any_base: bool = False)
     record, opened = _pair(folder)
     with opened:
         with naming(file):
-            method, sites, extras = decode(record)
+            method, sites, extras = decode(record, methods)
         params = tree.canonical(params)
         named, _ = tree.leaves(params)
         _check_base(file, named, sites, extras, any_base)
@@ -215,13 +221,15 @@ def _close(held: Mapping[str, BinaryIO]) -> None:
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def _check_loadable(file: Path, record: Mapping[str, Any], named: Mapping[str, Any]) -> None:
+def _check_loadable(
+    file: Path, record: Mapping[str, Any], named: Mapping[str, Any], methods: Iterable[Constructor]
+) -> None:
     """Raises ValueError for an adapter that `load` would refuse."""
     content = json.dumps(record, indent=1).encode()
     if len(content) > LARGEST // 2:
         raise ValueError(f"'{file}' would have {len(content)} bytes, and at most {LARGEST // 2} are written")
     with naming(file):
-        _, sites, extras = decode(parse(content, file))
+        _, sites, extras = decode(parse(content, file), methods)
     _check_base(file, named, sites, extras, any_base=False)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jlora.adapted.select import Extra, check_adaptable, check_axes, check_scale
 from jlora.checkpoint.folder import NAME, TENSORS, open_file, read
-from jlora.methods import Method, from_json
+from jlora.methods import Constructor, Method, from_json
 from jlora.transform.sites import ADAPTABLE, Site, Target
 
 FORMAT, VERSION = "jlora adapter", 1
@@ -60,13 +60,13 @@ def parse(content: bytes, file: Path) -> Any:
         raise ValueError(f"'{file}' is no JSON: {error!s:.300}") from error
 
 
-def decode(record: Mapping[str, Any]) -> Parts:
+def decode(record: Mapping[str, Any], methods: Iterable[Constructor] = ()) -> Parts:
     """The method, the sites and the extras that a JSON describes, checked like those that `apply` is given.
 
     Raises:
       ValueError: naming the field.
     """
-    method = from_json(_object_of_any(record["method"], "method"))
+    method = from_json(_object_of_any(record["method"], "method"), methods)
     sites = tuple(_site(value, f"sites[{i}]") for i, value in enumerate(_list(record["sites"], "sites")))
     extras = tuple(_extra(value, f"extras[{i}]") for i, value in enumerate(_list(record["extras"], "extras")))
     check_axes([target.site for target in sites], "sites")

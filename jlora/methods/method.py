@@ -36,8 +36,9 @@ class Method(NamedTuple):
     recompile a program.
 
     Attributes:
-      config: hashable pairs from which the method can be built again, the first of them ("name", ...). A name that
-        begins with a star holds arguments by position.
+      config: hashable pairs from which the method can be built again: ("name", its name), and each argument of its
+        constructor. A method of your own has the constructor itself there, ("name", mine), by which it is pickled and
+        loaded. An argument whose name begins with a star holds those by position.
       rank: r where `apply(ranks=)` says nothing else; None for a method that has none.
       alpha: the numerator of the scale; the target's rank when None.
       acts: where it acts, and how: `OnWeights`, `OnActivations` or `OnLeaves`.
@@ -52,8 +53,9 @@ class Method(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The method's name, as in `config`."""
-        return dict(self.config)["name"]
+        """The method's name: that of its constructor."""
+        name = dict(self.config)["name"]
+        return name if isinstance(name, str) else str(name.__name__)
 
     @property
     def has_rank(self) -> bool:
@@ -96,9 +98,9 @@ class Method(NamedTuple):
         return hash(self.config)
 
     def __repr__(self) -> str:
-        name, *options = self.config
+        options = self.config[1:]
         shown = (", ".join(map(repr, value)) if key.startswith("*") else f"{key}={value!r}" for key, value in options)
-        return f"{name[1]}({', '.join(shown)})"
+        return f"{self.name}({', '.join(shown)})"
 
 
 @functools.lru_cache(maxsize=4096)
