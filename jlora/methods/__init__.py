@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
+from jlora.methods.acts import Data, OnActivations, OnLeaves, OnWeights
 from jlora.methods.adalora import adalora
 from jlora.methods.corda import corda
 from jlora.methods.dora import dora
@@ -15,12 +16,12 @@ from jlora.methods.houlsby import houlsby
 from jlora.methods.ia3 import ia3
 from jlora.methods.loha import loha
 from jlora.methods.lokr import lokr
-from jlora.methods.lora import lora
+from jlora.methods.lora import lora, low_rank
 from jlora.methods.lora_fa import lora_fa
 from jlora.methods.lora_ga import lora_ga
 from jlora.methods.lora_xs import lora_xs
 from jlora.methods.loraplus import loraplus
-from jlora.methods.method import Config, Method
+from jlora.methods.method import Config, Method, Training
 from jlora.methods.oft import oft
 from jlora.methods.olora import olora
 from jlora.methods.p_tuning import p_tuning
@@ -46,7 +47,12 @@ METHODS = {
 __all__ = [
     "METHODS",
     "Constructor",
+    "Data",
     "Method",
+    "OnActivations",
+    "OnLeaves",
+    "OnWeights",
+    "Training",
     "adalora",
     "bitfit",
     "constructors",
@@ -65,6 +71,7 @@ __all__ = [
     "lora_ga",
     "lora_xs",
     "loraplus",
+    "low_rank",
     "named_constructors",
     "nearest",
     "norms",
