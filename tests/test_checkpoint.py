@@ -236,7 +236,7 @@ def refusals():
         ),
         "unknown method": (
             record_with(method={"name": "lara", "rank": 2}), same,
-            r"adapter.json': unknown method 'lara'; the nearest is 'lora' of adalora, bitfit, .*, vera$",
+            r"adapter.json': unknown method 'lara'; the nearest is 'lora' of adalora, bitfit, .*, vera. A method of y",
         ),
         "unknown option": (
             record_with(method={"name": "lora", "rank": 2, "gamma": 1}), same, r"adapter.json': method 'lora': .*'gamma'$"

@@ -613,7 +613,9 @@ def test_a_column_of_zeros_stays_finite():
         ),
         (
             lambda: from_json({"name": "lorra"}),
-            "unknown method 'lorra'; the nearest is 'lora' of " + ", ".join(sorted(jlora.methods.METHODS)),
+            "unknown method 'lorra'; the nearest is 'lora' of "
+            + ", ".join(sorted(jlora.methods.METHODS))
+            + ". A method of your own has its constructor in its config, and is loaded with methods=(constructor,)",
         ),
         (
             lambda: from_json({"name": "lora", "rank": 2, "beta": 1}),
