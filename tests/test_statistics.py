@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import jlora
+from jlora import tree
 from jlora.adapted.apply import choose, start
 from jlora.methods.eva import redistributed
 from jlora.methods.matrix import a_form, a_matrix, b_form, b_matrix, matrices, restore
@@ -377,3 +378,13 @@ def test_the_steps_of_apply_are_apply():
         "bias": ["value"],
     }
     jax.tree.map(np.testing.assert_array_equal, arrays, whole.factors)
+
+
+def test_each_target_starts_from_a_key_of_its_own():
+    params, method = {"wide": normal(D, D), "narrow": normal(D, F)}, jlora.lora(2)
+    sites = jlora.sites(lambda p, x: (x @ p["wide"], x @ p["narrow"]), params, BATCHES[0])
+    adapted = jlora.apply(params, method=method, sites=sites, key=3)
+    for target in adapted.sites:
+        key = tree.fold_path(jax.random.key(3), target.path)
+        expected = method.acts.init(key, params[target.path], target)
+        jax.tree.map(np.testing.assert_array_equal, adapted.factors[target.path], expected)
