@@ -202,6 +202,15 @@ def test_conversations_in_both_ways_of_writing(tmp_path):
     assert read_chat("f", json.dumps(one["messages"])) == expected  # a cell of CSV
 
 
+def test_a_question_with_two_answers_is_in_one_split(tmp_path):
+    said = lambda i, answer: [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": answer}]
+    rows = [{"messages": said(i, answer)} for answer in ("yes", "no") for i in range(20)]
+    own = read_own(str(jsonl(tmp_path, "a.jsonl", rows)))
+    asked = {name: {row.value.messages[0].content for row in part} for name, part in own.splits.items()}
+    assert [len(own.splits[name]) for name in asked] == [36, 2, 2]
+    assert len(set().union(*asked.values())) == sum(map(len, asked.values())) == 20
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [

@@ -28,7 +28,7 @@ def held_out(
       DataError: if the fraction is not between 0 and 0.5, or there are too few different keys.
 
     >>> held_out(["a", "b", "a", "c", "d"], 0.4)
-    ['train', 'validation', 'train', 'train', 'test']
+    ['train', 'train', 'train', 'test', 'validation']
     """
     if not 0 < fraction <= 0.5:
         raise DataError(f"held_out={fraction:g} of the examples: expected more than 0 and at most 0.5")
