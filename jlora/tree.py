@@ -4,7 +4,7 @@ import collections
 import numbers
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,43 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, t
 _BOXES = ("value", "raw_value", "get_value()")
 
 
+class Stored(Protocol):
+    """A leaf that stands for an array and is none: codes with their scales, as of a quantised base.
+
+    It is a registered pytree of arrays, each of which has the leading axes that the whole has as a stack (scanned
+    layers, experts): a slice of all of them along these is the slice of the leaf, whose shape follows. It is frozen and
+    dequantised where it is used: a product keeps its arrays for the backward pass, not the one that they stand for.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
+    def dequantise(self) -> jax.Array:
+        """The array of this shape and dtype."""
+        ...
+
+
+def is_stored(x: Any) -> bool:
+    """Whether something is `Stored`."""
+    return hasattr(type(x), "dequantise")
+
+
+def dense(x: Any) -> Any:
+    """The array that a stored leaf stands for, a shape if its own arrays are shapes; anything else as it is."""
+    if not is_stored(x):
+        return x
+    return jax.eval_shape(lambda x: x.dequantise(), x) if is_abstract(x) else x.dequantise()
+
+
 def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
-    """The leaves by path, "h_0/attn/query/kernel", in tree order, and the tree's structure.
+    """The leaves by path, "h_0/attn/query/kernel", in tree order, and the tree's structure. A stored leaf is one.
 
     Raises:
       ValueError: if two leaves have the same path, as keys that contain "/" may bring about.
     """
-    flat, structure = tree_flatten_with_path(tree, is_leaf)
+    stops = is_stored if is_leaf is None else lambda x: is_stored(x) or is_leaf(x)
+    flat, structure = tree_flatten_with_path(tree, stops)
     children = collections.Counter(keys[:-1] for keys, _ in flat)
     named: dict[str, Any] = {}
     for keys, leaf in flat:

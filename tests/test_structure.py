@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from the rows below its own (and, being in a folder that has one row, from its own folder); never from
 # its own row. The rows of `transform` and `adapted` are ordered within.
 TRANSFORM = (
-    ("axes", "explicit"),
+    ("axes", "explicit", "view"),
     ("product",),
     ("weight", "jaxprs"),
     ("trace",),

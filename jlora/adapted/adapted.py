@@ -313,7 +313,7 @@ def _with_extra(leaf: Any, extra: Extra, factors: Arrays) -> jax.Array:
     if extra.rows is None:
         return factors["value"].astype(leaf.dtype)
     put = lambda leaf, rows: leaf.at[jnp.asarray(extra.rows)].set(rows.astype(leaf.dtype))
-    leaf = jnp.asarray(leaf)
+    leaf = jnp.asarray(tree.dense(leaf))
     return on_auto_axes(put, leaf, factors["rows"], place=lambda _: spec_of(leaf))
 
 
@@ -324,4 +324,6 @@ def _site_key(key: Any, site: Target) -> jax.Array:
 
 def size_of(arrays: Any) -> int:
     """The number of elements of a tree of arrays."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(arrays) if hasattr(leaf, "shape"))
+    return sum(
+        int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(arrays, is_leaf=tree.is_stored) if hasattr(leaf, "shape")
+    )

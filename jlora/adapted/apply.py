@@ -266,7 +266,7 @@ def _measured(
 def _initial_extra(leaf: Any, extra: Extra) -> Arrays:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda leaf: _initial_extra(leaf, extra), leaf)
-    value = jnp.asarray(leaf).astype(jnp.float32)
+    value = jnp.asarray(tree.dense(leaf)).astype(jnp.float32)
     if extra.rows is not None:
         return {"rows": on_auto_axes(lambda value: value[jnp.asarray(extra.rows)], value)}
     # A copy, even of a float32 leaf: the factors are donated to the train step, the base never is.

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted, count, size_of
@@ -124,7 +123,7 @@ def summary(adapted: Adapted) -> str:
         for inputs, outputs in [(fan_in(site.shape, site.in_axes), fan_in(site.shape, site.out_axes))]
         if not adapted.method.of(site).acts.unmergeable and site.rank > min(inputs, outputs)
     ]
-    left = [path for path, leaf in named.items() if path not in trained and np.ndim(leaf) > 1]
+    left = [path for path, leaf in named.items() if path not in trained and len(getattr(leaf, "shape", ())) > 1]
     left.sort(key=lambda path: path.rpartition("/")[2] != "kernel")
     if left:
         lines.append(f"frozen, of two axes or more: {', '.join(f'{p!r} {named[p].shape}' for p in left)}")

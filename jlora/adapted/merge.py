@@ -36,7 +36,7 @@ def merge(adapted: Adapted) -> Any:
     return jax.tree.map(
         _plain,
         adapted.replace(key=None).as_weights(),
-        is_leaf=lambda leaf: isinstance(leaf, Weight | Trained),
+        is_leaf=lambda leaf: isinstance(leaf, Weight | Trained) or tree.is_stored(leaf),
     )
 
 
@@ -57,7 +57,7 @@ def merge_error(adapted: Adapted) -> dict[str, float]:
     named, _ = tree.leaves(adapted.base)
     lost = {}
     for path in (site.path for site in adapted.sites):
-        base = jnp.asarray(named[path], jnp.float32)
+        base = jnp.asarray(tree.dense(named[path]), jnp.float32)
         exact = weights[path].astype(jnp.float32).dense()
         update = jnp.linalg.norm(exact - base)
         error = jnp.linalg.norm(weights[path].dense().astype(jnp.float32) - exact)
@@ -88,7 +88,7 @@ def unmerge(params: Any, adapted: Adapted) -> Adapted:
 
 
 def _plain(leaf: Any) -> Any:
-    return leaf.dense() if isinstance(leaf, Weight) else leaf.value if isinstance(leaf, Trained) else leaf
+    return leaf.dense() if isinstance(leaf, Weight) else leaf.value if isinstance(leaf, Trained) else tree.dense(leaf)
 
 
 def _check_mergeable(method: Method) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jlora import tree
@@ -36,7 +35,7 @@ def fingerprint(params: Any, without: Collection[str] = ()) -> str:
     """
     named, _ = tree.leaves(tree.canonical(params))
     weights = {path: leaf for path, leaf in named.items() if _is_weight(leaf) and path not in without}
-    sums = jax.device_get({path: _checksum(jnp.asarray(leaf)) for path, leaf in weights.items()})
+    sums = jax.device_get({path: _checksum(jnp.asarray(tree.dense(leaf))) for path, leaf in weights.items()})
     digest = hashlib.sha256()
     for path, leaf in weights.items():
         digest.update(f"{path}\0{tuple(leaf.shape)}\0{leaf.dtype}\0".encode() + sums[path].astype("<u4").tobytes())
@@ -46,7 +45,7 @@ def fingerprint(params: Any, without: Collection[str] = ()) -> str:
 def _is_weight(leaf: Any) -> bool:
     if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return False
-    return bool(np.ndim(leaf)) or jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return bool(leaf.shape) or jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 @jax.jit

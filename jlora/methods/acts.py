@@ -192,7 +192,9 @@ class OnWeights(Acts):
             chosen, arrays = fit(key, named, targets, statistics)
             return arrays
 
-        arrays = on_auto_axes(fitted, key, {target.path: named[target.path] for target in targets}, statistics)
+        arrays = on_auto_axes(
+            fitted, key, {target.path: tree.dense(named[target.path]) for target in targets}, statistics
+        )
         return chosen, arrays
 
     def computed(self, named: Mapping[str, Any], targets: Sequence[Target]) -> Factors:
@@ -200,7 +202,7 @@ class OnWeights(Acts):
             make = lambda w: on_auto_axes(lambda w: self.buffers(w, target), w)
             return jax.eval_shape(make, w) if isinstance(w, jax.ShapeDtypeStruct) else make(w)
 
-        return {target.path: one(named[target.path], target) for target in targets}
+        return {target.path: one(tree.dense(named[target.path]), target) for target in targets}
 
     def weights(
         self, named: Mapping[str, Any], targets: Sequence[Target], factors: Factors, buffers: Factors
@@ -326,7 +328,7 @@ def _initial(init: Any, key: jax.Array, named: Mapping[str, Any], targets: Seque
         mine = tree.fold_path(key, target.path)
         return jax.eval_shape(make, mine, w) if isinstance(w, jax.ShapeDtypeStruct) else make(mine, w)
 
-    return {target.path: one(named[target.path], target) for target in targets}
+    return {target.path: one(tree.dense(named[target.path]), target) for target in targets}
 
 
 def _shapes(init: Any, target: Target) -> Arrays:

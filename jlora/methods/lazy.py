@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from jlora import tree
 from jlora.transform.explicit import on_auto_axes, spec_of
 from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
@@ -21,6 +22,10 @@ def lazy_weight(
     On a mesh of explicit axes a changed `w` lies as `w` does. The other parts lie along a stack axis as `w` does, since
     a product asks for that of what it is batched over, and along the other axes as the factors that span these.
     """
+    if tree.is_stored(w):
+        array = tree.dense(w)
+        weight = lazy_weight(of, array, target, factors, buffers)
+        return weight.replace(w=w) if weight.w is array else weight
 
     def make(w: jax.Array, factors: Arrays, buffers: Arrays) -> Weight:
         weight = of(w, target, factors, buffers)

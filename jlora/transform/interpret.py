@@ -12,20 +12,21 @@ from jax import lax
 from jax.extend import core as jex
 from jax.sharding import PartitionSpec
 
+from jlora import tree
 from jlora.transform import rules
 from jlora.transform.jaxprs import bind, constant, last_uses, open_jaxpr, opened_end, run_segment, scan_counts, scope
 from jlora.transform.marks import applications
 from jlora.transform.mean import count_of_mean
 from jlora.transform.product import ADAPTED, PLAIN
 from jlora.transform.trace import UNTOUCHED, Trace
-from jlora.transform.weight import NotSeparable, Trained, Weight
+from jlora.transform.weight import NOBODYS, NotSeparable, Place, Trained, Weight
 
 
-def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight | Trained], trace: Trace) -> Any:
+def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight | Trained | tree.Stored], trace: Trace) -> Any:
     """`fn(*weights)` for a function of plain arrays, evaluated on lazy weights.
 
-    What is trained as it is is an array from here on. `fn` is traced once with `jax.make_jaxpr` on the weights' shapes;
-    everything else that it reads is closed over.
+    A stored leaf is a weight without factors, and what is trained as it is is an array from here on. `fn` is traced
+    once with `jax.make_jaxpr` on the weights' shapes; everything else that it reads is closed over.
     """
     out_tree: Any = None
     leaves: list[Any] = []
@@ -36,7 +37,7 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight | Trained], t
         return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
     arguments = [_argument(weight, trace) for weight in weights]
-    closed = jax.make_jaxpr(flat)(*[x.w if isinstance(x, Weight) else x for x in arguments])
+    closed = jax.make_jaxpr(flat)(*map(_array, arguments))
     jaxpr, consts = open_jaxpr(closed)
     trained = [(x, variable) for x, variable in zip(weights, jaxpr.invars, strict=True) if isinstance(x, Trained)]
     adapters = {(x.tree, x.path) for x, _ in trained if not x.optional}
@@ -59,9 +60,17 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight | Trained], t
     return jax.tree.unflatten(out_tree, full)
 
 
-def _argument(weight: Weight | Trained, trace: Trace) -> Any:
+def _array(argument: Any) -> Any:
+    """What the function is traced on: a stored weight is an array to it."""
+    w = argument.w if isinstance(argument, Weight) else argument
+    return jax.ShapeDtypeStruct(w.shape, w.dtype) if tree.is_stored(w) else w
+
+
+def _argument(weight: Any, trace: Trace) -> Any:
     if isinstance(weight, Trained):
         return weight.value
+    if tree.is_stored(weight):
+        weight = Weight(weight, place=Place("", tuple((i,) for i in range(len(weight.shape))), tree=NOBODYS))
     return weight.replace(multiply=PLAIN) if trace.forward_mode and weight.multiply is ADAPTED else weight
 
 
@@ -127,6 +136,9 @@ def _apply(eqn: Any, values: list[Any], trace: Trace, make_dense: Callable[..., 
                 make_dense(v, reason="product of two adapted weights") if isinstance(v, Weight) and i != kept_at else v
                 for i, v in enumerate(values)
             ]
+            if name != "dot_general" and tree.is_stored(matrix.w):
+                matrix, dense = matrix.opened(), matrix
+                values = [matrix if v is dense else v for v in values]
             product = rules.PRODUCTS[name](matrix, values, eqn.params)
             if not isinstance(product.value, Weight):
                 trace.note(matrix, name, product)
@@ -285,7 +297,8 @@ def _cond(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[An
 def _shard_map(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[Any]:
     params = eqn.params
     jaxpr, consts = open_jaxpr(params["jaxpr"])
-    leaves, tree = jax.tree.flatten(list(values))
+    values = [v.opened() if isinstance(v, Weight) else v for v in values]
+    leaves, structure = jax.tree.flatten(list(values))
     specs = jax.tree.leaves(
         [
             _part_specs(v, spec) if isinstance(v, Weight) else spec
@@ -295,7 +308,7 @@ def _shard_map(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> li
     )  # fmt: skip
 
     def body(*args: Any) -> tuple[Any, ...]:
-        results = evaluate(jaxpr, consts, jax.tree.unflatten(tree, args), trace)
+        results = evaluate(jaxpr, consts, jax.tree.unflatten(structure, args), trace)
         return tuple(_plain(r, eqn, trace) for r in results)
 
     name = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"  # JAX 0.10.0

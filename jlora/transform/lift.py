@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from flax.errors import TraceContextError
 
+from jlora import tree
 from jlora.transform.interpret import trace_weights
 from jlora.transform.reach import reached
 from jlora.transform.trace import UNTOUCHED, Trace
@@ -85,8 +86,8 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
     numbers = {id(x): number for number, x in enumerate(lazy)}
     open_tree = lambda x: x.as_weights(numbers[id(x)]) if isinstance(x, Lazy) else x
     opened = jax.tree.map(open_tree, (args, kwargs), is_leaf=is_lazy)
-    leaves, tree = jax.tree.flatten(opened, is_leaf=lambda x: isinstance(x, Weight | Trained))
-    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Weight | Trained)]
+    leaves, structure = jax.tree.flatten(opened, is_leaf=_is_lazy_leaf)
+    at = [i for i, leaf in enumerate(leaves) if _is_lazy_leaf(leaf)]
     if not at:
         args, kwargs = opened
         return fn(*args, **kwargs)
@@ -95,7 +96,7 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
         full = list(leaves)
         for i, array in zip(at, arrays, strict=True):
             full[i] = array
-        args, kwargs = jax.tree.unflatten(tree, full)
+        args, kwargs = jax.tree.unflatten(structure, full)
         with contextlib.ExitStack() as stack:
             for x in lazy:
                 stack.enter_context(x.around())
@@ -109,8 +110,14 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
             f"{str(error).split(' (http')[0]}; merge the model with copy=True inside the function: "
             "nnx.merge(graph, params, rest, copy=True)"
         ) from error
-    _check_read(fn, weights, trace, " and ".join(filter(None, (x.needs for x in lazy))))
+    _check_read(
+        fn, [x for x in weights if not tree.is_stored(x)], trace, " and ".join(filter(None, (x.needs for x in lazy)))
+    )
     return result
+
+
+def _is_lazy_leaf(x: Any) -> bool:
+    return isinstance(x, Weight | Trained) or tree.is_stored(x)
 
 
 def _check_read(fn: Callable[..., Any], weights: Sequence[Weight | Trained], trace: Trace, needs: str) -> None:
@@ -144,7 +151,8 @@ def check_reached(fn: Callable[..., Any], trace: Trace) -> None:
         return
     jaxpr, weights = trace.program
     loss, *_ = reached(jaxpr, [frozenset((i,)) for i in range(len(weights))])
-    found = {(weights[i].tree, weights[i].path) for i in loss}
+    reach = [weights[i] for i in loss]
+    found = {(x.tree, x.path) for x in reach if isinstance(x, Weight | Trained)}
     every = [(0, path) for path in dict.fromkeys(use.path for use in trace.uses if use.tree == 0)]
     cut = [of for of in every if of not in found]
     if cut:

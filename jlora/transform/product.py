@@ -11,6 +11,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jlora import tree
 from jlora.transform.axes import Labels, contract, expand
 from jlora.transform.explicit import on_auto_axes, spec_of
 
@@ -116,10 +117,12 @@ class Multiply(NamedTuple):
     Attributes:
       product: (x, z, w, a, b, spec) -> y; the factors in broadcast form, that which meets the input first; z is None
         where it is x.
+      base: (x, w, spec) -> y, for a weight without factors.
       adds: whether a and b are part of the weight, `w + a b`; those of an observer are not.
     """
 
     product: Callable[..., jax.Array]
+    base: Callable[..., jax.Array]
     adds: bool = True
 
 
@@ -135,7 +138,7 @@ def is_placed(x: jax.Array) -> bool:
 
 def plain_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
     """`x W + (z u) v`, differentiable in both modes by autodiff."""
-    return add(base_product(x, w, spec), low_rank_product(z, u, v, spec))
+    return add(base_product(x, tree.dense(w), spec), low_rank_product(z, u, v, spec))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -149,7 +152,7 @@ def adapted_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: j
     Autodiff of `plain_product` gives the same values. It keeps `z u` and, on the CPU, transposes the activations
     where transposing a factor would do (measured in experiments/bench/step.py). There is no forward mode.
 
-    The gradient of W is formed where W itself is differentiated, and only there.
+    The gradient of W is formed where W itself is differentiated, and only there. A stored W is frozen.
     """
     return plain_product(x, z, w, u, v, spec)
 
@@ -165,9 +168,9 @@ class _Known:
 
 def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
     *operands, spec = arguments
-    x, z, w, u, v = (operand.value for operand in operands)
-    w_moves, u_moves = operands[2].perturbed, operands[3].perturbed
-    base = base_product(x, w, spec)
+    x, z, w, u, v = jax.tree.map(lambda operand: operand.value, tuple(operands))
+    w_moves, u_moves = not tree.is_stored(w) and operands[2].perturbed, operands[3].perturbed
+    base = base_product(x, *_opened(w, x)[:1], spec)
     inner = _inner_product(z, u, spec)
     delta = _outer_product(inner, v, spec)
     if v.size and jnp.finfo(base.dtype).bits > 8:
@@ -191,6 +194,16 @@ def _kept(x: jax.Array, needed: bool) -> jax.Array:
     return x[None] if needed else jnp.zeros((0,), jnp.bool_)
 
 
+def _opened(w: Any, beside: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The array of W, and what it meets. A stored one is dequantised no sooner than that is there: XLA would find the
+    same in the forward and in the backward pass, and keep it from the one to the other.
+    """
+    if not tree.is_stored(w):
+        return w, beside
+    w, beside = lax.optimization_barrier((w, beside))
+    return w.dequantise(), beside
+
+
 def _found(kept: jax.Array) -> jax.Array | None:
     return None if kept.shape == (0,) else lax.squeeze(kept, (0,))
 
@@ -212,20 +225,20 @@ def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...
     x, z, inner = map(_found, kept)
     if isinstance(g, SymbolicZero):
         return None, None, None, None, None
-    g = g.astype(known.z.dtype)
+    array, g = _opened(w, g.astype(known.z.dtype))
     if z is not None:
         inner = contract(z, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
     assert inner is not None  # one of the two is kept
     into = functools.partial(_contract_into, precision=spec.precision)
     inner_g = into(inner, spec.inner, g, spec.y, v, spec.v)
     # An integer input has no gradient.
-    dx = into(known.x, spec.x, g, spec.y, w, spec.w) if jnp.issubdtype(known.x.dtype, jnp.inexact) else None
+    dx = into(known.x, spec.x, g, spec.y, array, spec.w) if jnp.issubdtype(known.x.dtype, jnp.inexact) else None
     dz = into(known.z, spec.x, inner_g, spec.inner, u, spec.u)
     # The thin operand comes first: the CPU backend transposes its left operand to contract a leading axis, and a
     # transposed activation costs more than a transposed factor (0.89 against 0.76 of full fine-tuning's time).
     du = into(u, spec.u, inner_g, spec.inner, z, spec.x) if z is not None else None
     dv = into(v, spec.v, inner, spec.inner, g, spec.y)
-    dw = into(w, spec.w, x, spec.x, g, spec.y) if x is not None else None
+    dw = into(array, spec.w, x, spec.x, g, spec.y) if x is not None else None
     return dx, dz, dw, du, dv
 
 
@@ -334,18 +347,49 @@ def _by_hand(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: j
 
 
 def _adapted(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
-    placed = spec.sharding is not None or any(map(is_placed, (x, w, a, b)))
+    placed = spec.sharding is not None or any(map(is_placed, jax.tree.leaves((x, w, a, b))))
     return (_plain if placed else _by_hand)(x, z, w, a, b, spec)
+
+
+def _plain_base(x: jax.Array, w: jax.Array, spec: Spec) -> jax.Array:
+    return base_product(x, tree.dense(w), spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def frozen_product(x: jax.Array, w: Any, spec: Spec) -> jax.Array:
+    """`x W` for a stored W, which the backward pass dequantises anew: `dx = g W^T`."""
+    return base_product(x, w.dequantise(), spec)
+
+
+def _frozen_forward(x: jax.Array, w: Any, spec: Spec) -> tuple[jax.Array, Any]:
+    array, x = _opened(w, x)
+    return base_product(x, array, spec), (w, _Known(_like(x), _like(x)))
+
+
+def _frozen_backward(spec: Spec, residuals: Any, g: jax.Array) -> tuple[jax.Array | None, None]:
+    w, known = residuals
+    if not jnp.issubdtype(known.x.dtype, jnp.inexact):
+        return None, None
+    array, g = _opened(w, g.astype(compute_dtype(known.x, w)))
+    return _contract_into(known.x, spec.x, g, spec.y, array, spec.w, spec.precision), None
+
+
+frozen_product.defvjp(_frozen_forward, _frozen_backward)
+
+
+def _base(x: jax.Array, w: Any, spec: Spec) -> jax.Array:
+    by_autodiff = spec.sharding is not None or not tree.is_stored(w) or any(map(is_placed, jax.tree.leaves((x, w))))
+    return _plain_base(x, w, spec) if by_autodiff else frozen_product(x, w, spec)
 
 
 def _observed(every_row: bool) -> Multiply:
     def product(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
         total, one = _spanned(a, spec.w, spec.u), _spanned(b, spec.w, spec.v)
-        return observed_product(x, w, total, one, spec, every_row)
+        return observed_product(x, tree.dense(w), total, one, spec, every_row)
 
-    return Multiply(product, adds=False)
+    return Multiply(product, _plain_base, adds=False)
 
 
-ADAPTED = Multiply(_adapted)
-PLAIN = Multiply(_plain)
+ADAPTED = Multiply(_adapted, _base)
+PLAIN = Multiply(_plain, _plain_base)
 OBSERVED = {every_row: _observed(every_row) for every_row in (False, True)}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora import tree
 from jlora.transform.convolution import conv_general_dilated
 from jlora.transform.jaxprs import varying_axes
 from jlora.transform.product import add, compute_dtype, is_linear, keeps
@@ -77,7 +78,7 @@ def _squeeze(weight: Weight, params: dict[str, Any]) -> Weight:
 
 def _constrain(weight: Weight, params: dict[str, Any]) -> Weight:
     # The factors are small: where the compiler puts them is left to it.
-    return weight.replace(w=lax.with_sharding_constraint(weight.w, params["sharding"]))
+    return weight.replace(w=lax.with_sharding_constraint(tree.dense(weight.w), params["sharding"]))
 
 
 UNARY: dict[str, Callable[[Weight, dict[str, Any]], Weight | list[Weight]]] = {

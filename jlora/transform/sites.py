@@ -166,7 +166,9 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
 
         uses.extend(follow(of_weights, weights))
 
-    tree.on_shapes(run, tree.shapes_of({path: named[path] for path in followed}), *args, **kwargs)
+    tree.on_shapes(
+        run, {path: jax.ShapeDtypeStruct(named[path].shape, named[path].dtype) for path in followed}, *args, **kwargs
+    )
     return tuple(_site(path, leaf, [use for use in uses if use.path == path]) for path, leaf in named.items())
 
 

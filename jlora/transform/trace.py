@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jlora.transform.jaxprs import line_of
-from jlora.transform.weight import Trained, Weight
+from jlora.transform.weight import NOBODYS, Trained, Weight
+from jlora.tree import Stored
 
 UNTOUCHED = "returned as it is by the function"  # why a weight is materialised that nothing has read
 
@@ -77,7 +79,7 @@ class Trace:
     repeat: int = 1
     around: list[Any] = dataclasses.field(default_factory=list)
     extras: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
-    program: tuple[Any, Sequence[Weight | Trained]] | None = None
+    program: tuple[Any, Sequence[Weight | Trained | Stored]] | None = None
     counted: bool = False
     count: tuple[Any, bool] | None = None
 
@@ -88,6 +90,8 @@ class Trace:
 
     def note(self, weight: Weight, op: str, product: Product) -> None:
         """A factored use."""
+        if weight.tree == NOBODYS:
+            return
         stack = tuple(sorted(set(product.stack_axes)))
         self.uses.append(
             Use(weight.path, op, product.in_axes, product.out_axes, stack, True, weight.rank,
@@ -96,6 +100,8 @@ class Trace:
 
     def note_dense(self, weight: Weight, op: str, reason: str) -> None:
         """A use that materialises the weight."""
+        if weight.tree == NOBODYS:
+            return
         line = self.line
         if weight.key is not None:
             raise ValueError(
@@ -109,7 +115,7 @@ class Trace:
                 f"{' (' + reason + ')' if reason else ''}; leave it out with targets=, or lift without strict=True"
             )
         axes = tuple(sorted({i for origin in weight.origin for i in origin}))
-        flops = 2 * weight.rank * weight.w.size * self.repeat
+        flops = 2 * weight.rank * math.prod(weight.shape) * self.repeat
         self.uses.append(
             Use(weight.path, op, (), axes, weight.stack, False, weight.rank, flops, line,
                 reason or f"`{op}` has no factored form", weight.tree)

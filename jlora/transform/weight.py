@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora import tree
 from jlora.transform import axes as ax
+from jlora.transform import view
 from jlora.transform.explicit import on_auto_axes, spec_of
 from jlora.transform.product import (
     ADAPTED,
@@ -27,6 +29,7 @@ from jlora.transform.product import (
     keeps,
 )
 
+NOBODYS = -1  # the number of the tree that a stored leaf is in which no method adapts: no use of it is told of
 RANK = "rank"  # the label of the last axis of a and b
 
 
@@ -79,7 +82,7 @@ class Weight:
     """A lazy weight of shape `w.shape`.
 
     Attributes:
-      w: the base weight, any number of axes.
+      w: the base weight, any number of axes: an array, or a `tree.Stored` that products dequantise.
       a, b: the low-rank factors in broadcast form, the scale folded into `a`; None for a weight that is only followed.
         Of an observed weight `a` is the sum of x x^T over the inputs x that is asked for, as its cotangent, and `b` the
         identity.
@@ -125,7 +128,7 @@ class Weight:
 
     @property
     def ndim(self) -> int:
-        return self.w.ndim
+        return len(self.shape)
 
     @property
     def rank(self) -> int:
@@ -151,26 +154,45 @@ class Weight:
         """The axes of W along which a part is not constant: what keeps it on its side of a product."""
         return frozenset(i for i in range(self.ndim) if part.shape[i] != 1)
 
-    def map(self, parts: Callable[[jax.Array, int], jax.Array], **changes: Any) -> "Weight":
-        """Applies `parts(array, number of trailing axes that are not W's)` to w, a, b, gain and key."""
+    def map(
+        self,
+        parts: Callable[[jax.Array, int], jax.Array],
+        stored: Callable[[Any], Any] | None = None,
+        **changes: Any,
+    ) -> "Weight":
+        """Applies `parts(array, number of trailing axes that are not W's)` to w, a, b, gain and key.
+
+        A stored w is dequantised for it, unless `stored(w)` says how to do the same and leave it stored.
+        """
+        keeps = stored is not None and tree.is_stored(self.w)
         rest = {
             name: None if part is None else parts(part, trailing)
             for name, part, trailing in (
-                ("w", self.w, 0), ("a", self.a, 1), ("b", self.b, 1), ("gain", self.gain, 0), ("key", self.key, 0)
+                ("w", None if keeps else tree.dense(self.w), 0),
+                ("a", self.a, 1), ("b", self.b, 1), ("gain", self.gain, 0), ("key", self.key, 0)
             )
         }  # fmt: skip
+        if keeps and stored is not None:
+            rest["w"] = stored(self.w)
         return self.replace(**rest, **changes)
+
+    def opened(self) -> "Weight":
+        """The same with an array for w."""
+        return self.replace(w=tree.dense(self.w)) if tree.is_stored(self.w) else self
 
     # -- operations that stay in the form -----------------------------------------------------------------------------
 
     def astype(self, dtype: Any) -> "Weight":
         """Casts the base; the factors keep their own precision until they meet an input."""
+        if tree.is_stored(self.w):
+            return self.replace(w=view.then(self.w, lax.convert_element_type, jnp.dtype(dtype)))
         return self.replace(w=self.w.astype(dtype))
 
     def transpose(self, permutation: Sequence[int]) -> "Weight":
         p = tuple(permutation)
         return self.map(
             lambda x, extra: lax.transpose(x, p + tuple(range(len(p), len(p) + extra))),
+            lambda w: view.then(w, lax.transpose, p),
             origin=tuple(self.origin[i] for i in p),
         )
 
@@ -198,7 +220,8 @@ class Weight:
             full = tuple(sizes) + x.shape[x.ndim - extra :]
             return lax.reshape(x, full, out_sharding=restricted(sharding, full, tuple(shape)))
 
-        return self.map(part, origin=tuple(origin))
+        whole = tuple(int(n) for n in shape)
+        return self.map(part, lambda w: view.then(w, lax.reshape, whole), origin=tuple(origin))
 
     def broadcast_in_dim(
         self, shape: Sequence[int], dimensions: Sequence[int], sharding: NamedSharding | None = None
@@ -217,16 +240,21 @@ class Weight:
         widened = self.map(part, origin=tuple(origin))
         return widened.replace(w=jnp.broadcast_to(widened.w, tuple(shape), out_sharding=sharding))
 
-    def along(self, act: Callable[[jax.Array, tuple[int, ...], int], jax.Array], axes: Sequence[int]) -> "Weight":
+    def along(
+        self,
+        act: Callable[[jax.Array, tuple[int, ...], int], jax.Array],
+        axes: Sequence[int],
+        stored: Callable[[Any], Any] | None = None,
+    ) -> "Weight":
         """Applies `act(part, the axes among `axes` that the part spans, trailing)`: for operations that act on some
-        axes and leave a part that has size 1 there as it is.
+        axes and leave a part that has size 1 there as it is. `stored` is as in `map`.
         """
 
         def part(x: jax.Array, extra: int) -> jax.Array:
             spanned = tuple(i for i in axes if i in self.spans(x))
             return act(x, spanned, extra) if spanned else x
 
-        return self.map(part)
+        return self.map(part, stored if axes else lambda w: w)
 
     def slice(self, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> "Weight":
         """A static slice. One row of a longer axis is a stacked weight: its axis joins `stack`."""
@@ -237,7 +265,8 @@ class Weight:
             return lax.slice(x, *zip(*bounds, strict=True))
 
         axes = [i for i in range(self.ndim) if (start[i], limit[i], steps[i]) != (0, self.shape[i], 1)]
-        cut = self.along(act, axes)
+        rows = lambda x: lax.slice_in_dim(x, start[0], limit[0], steps[0])
+        cut = self.along(act, axes, (lambda w: view.leading(w, rows)) if axes == [0] else None)
         return cut._popped([i for i in axes if cut.shape[i] == 1])
 
     def dynamic_slice(self, start: Sequence[Any], sizes: Sequence[int]) -> "Weight":
@@ -251,7 +280,9 @@ class Weight:
             )  # fmt: skip
 
         axes = [i for i in range(self.ndim) if sizes[i] != self.shape[i]]
-        return self.along(act, axes)._popped([i for i in axes if sizes[i] == 1])
+        rows = lambda x: lax.dynamic_slice_in_dim(x, start[0], sizes[0])
+        stored = (lambda w: view.leading(w, rows)) if axes == [0] else None
+        return self.along(act, axes, stored)._popped([i for i in axes if sizes[i] == 1])
 
     def rev(self, dimensions: Sequence[int]) -> "Weight":
         return self.along(lambda x, spanned, extra: lax.rev(x, spanned), dimensions)
@@ -275,7 +306,7 @@ class Weight:
             mine = [c if i in spanned else (0, 0, 0) for i, c in enumerate(config)] + [(0, 0, 0)] * extra
             return lax.pad(x, filling.get(name, jnp.zeros((), x.dtype)).astype(x.dtype), mine)
 
-        parts = {"w": (self.w, 0), "a": (self.a, 1), "b": (self.b, 1), "gain": (self.gain, 0)}
+        parts = {"w": (tree.dense(self.w), 0), "a": (self.a, 1), "b": (self.b, 1), "gain": (self.gain, 0)}
         return self.replace(**{n: None if x is None else part(x, n, extra) for n, (x, extra) in parts.items()})
 
     def scale(self, factor: jax.Array, divide: bool = False) -> "Weight":
@@ -287,7 +318,7 @@ class Weight:
         apply = jnp.divide if divide else jnp.multiply
         factor = jnp.asarray(factor)
         needed = {i for i, n in enumerate(factor.shape) if n != 1}
-        scaled = self.replace(w=apply(self.w, factor.astype(self.w.dtype)))
+        scaled = self.replace(w=apply(tree.dense(self.w), factor.astype(self.w.dtype)))
         if not self.multiply.adds:
             return scaled
         for name in ("a", "b") if self.rank else ():
@@ -300,7 +331,7 @@ class Weight:
         return scaled
 
     def negate(self) -> "Weight":
-        return self.replace(w=-self.w, a=self.a if self.a is None or not self.multiply.adds else -self.a)
+        return self.replace(w=-tree.dense(self.w), a=self.a if self.a is None or not self.multiply.adds else -self.a)
 
     def unstack(self) -> tuple["Weight", Callable[["Weight"], "Weight"]]:
         """Splits the leading axis off, for `lax.scan`.
@@ -308,7 +339,8 @@ class Weight:
         Returns:
           What varies along the axis (parts that do not are None), and a function that completes one slice of it.
         """
-        varies = self.map(lambda x, extra: x if 0 in self.spans(x) else None)  # type: ignore[arg-type,return-value]
+        rows = lambda x, extra: x if 0 in self.spans(x) else None
+        varies = self.map(rows, lambda w: view.leading(w, lambda x: x))  # type: ignore[arg-type]
         stack = self.stack + self.origin[0]
 
         def complete(row: "Weight") -> "Weight":
@@ -340,8 +372,9 @@ class Weight:
     def dense(self, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
         """The materialised weight: summed in float32 (or the base's own precision, if higher), cast once."""
         if not self.multiply.adds or (self.rank == 0 and self.gain is None):
-            return self.w
-        return on_auto_axes(lambda weight: weight._summed(precision), self, place=lambda _: spec_of(self.w))
+            return tree.dense(self.w)
+        of = self.opened()
+        return on_auto_axes(lambda weight: weight._summed(precision), of, place=lambda _: spec_of(of.w))
 
     def _summed(self, precision: Any) -> jax.Array:
         wide = jnp.float32 if jnp.finfo(self.w.dtype).bits < 32 else self.w.dtype
@@ -386,10 +419,10 @@ class Weight:
         if gain_in is not None:
             wide = compute_dtype(x, self.w)
             if wide != x.dtype:
-                result = jax.eval_shape(lambda x, w: base_product(x, w, spec), x, self.w).dtype
+                result = jax.eval_shape(lambda x, w: base_product(x, tree.dense(w), spec), x, self.w).dtype
                 spec = spec._replace(dtype=dtype if keeps(dtype, wide) else None)
             x = amplify(x, gain_in, wide)
-        y = self._low_rank_dot(x, spec) if self.rank else base_product(x, self.w, spec)
+        y = self._low_rank_dot(x, spec) if self.rank else self.multiply.base(x, self.w, spec)
         y = y if result is None else y.astype(result)
         return y if gain_out is None else amplify(y, gain_out, y.dtype)
 
