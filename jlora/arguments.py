@@ -86,7 +86,7 @@ def mesh_of(*trees: PyTree) -> contextlib.AbstractContextManager[Any]:
 def _split(state: State) -> tuple[Carry, Kept, Skeleton]:
     factors, frozen = partition(state.adapted)
     leaves, structure = jax.tree.flatten(frozen)
-    arrays = jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic
+    arrays = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)  # a tuple is looked through faster than a union
     kept = tuple(leaf if isinstance(leaf, arrays) else None for leaf in leaves)
     rest = tuple(leaf if array is None else None for leaf, array in zip(leaves, kept, strict=True))
     return Carry(factors, state.opt_state, state.step, state.skipped), kept, Skeleton(structure, rest)
@@ -105,9 +105,10 @@ def jit_arguments(accumulate: int, state: State, batch: PyTree) -> Arguments:
     if accumulate > 1:
         _check_batch(batch, accumulate, f"{accumulate} micro-batches (accumulate={accumulate})")
     carry, kept, skeleton = _split(state)
-    home = _home(jax.tree.leaves(kept), jax.tree.leaves((batch, carry)))
-    carry, key, loss = jax.tree.map(functools.partial(_beside, home), (carry, state.key, state.loss))
+    home = _home([x for x in kept if x is not None], jax.tree.leaves((batch, carry)))
+    key, loss = state.key, state.loss
     if home is not None:
+        carry, key, loss = jax.tree.map(functools.partial(_beside, home), (carry, key, loss))
         kept = jax.tree.map(functools.partial(_settled, home), kept)
     known = tree.abstract if tree.is_abstract(carry.step) else lambda x: x  # what is only lowered is sent nowhere
     batch = jax.tree.map(lambda x: known(x) if isinstance(x, jax.Array) else _settled(home, known(x)), batch)
@@ -119,7 +120,10 @@ def _home(kept: list[Any], others: list[Any]) -> Sharding | None:
 
     Else None, the default device, unless most of what is kept lies on another one.
     """
-    shardings = [sharding for x in (*kept, *others) if (sharding := tree.placement(x)) is not None]
+    # Of every leaf at every step: read without a call for each, and each sharding looked at once.
+    put = [x.sharding for x in (*kept, *others) if getattr(x, "committed", False)]
+    put += [x.sharding for x in (*kept, *others) if type(x) is jax.ShapeDtypeStruct and x.sharding is not None]
+    shardings = list(dict.fromkeys(put))
     for sharding in shardings:
         if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1:
             return NamedSharding(sharding.mesh, PartitionSpec())
@@ -128,7 +132,7 @@ def _home(kept: list[Any], others: list[Any]) -> Sharding | None:
             return SingleDeviceSharding(*sharding.device_set)
     arrays = [x for x in kept if isinstance(x, jax.Array)]
     default = {_default_device()}
-    if all(sharding.device_set == default for sharding in {x.sharding for x in arrays}):
+    if all(sharding.device_set == default for sharding in {id(s): s for s in (x.sharding for x in arrays)}.values()):
         return None
     held: dict[jax.Device, int] = {}
     for x in arrays:
@@ -145,11 +149,9 @@ def _default_device() -> jax.Device:
     return chosen or jax.local_devices()[0]
 
 
-def _beside(home: Sharding | None, x: jax.Array) -> jax.Array:
+def _beside(home: Sharding, x: jax.Array) -> jax.Array:
     place = tree.placement(x)
-    if home is None or (place is not None and place.device_set == home.device_set):
-        return x
-    return _put(x, home)
+    return x if place is not None and place.device_set == home.device_set else _put(x, home)
 
 
 def _settled(home: Sharding | None, x: Any) -> Any:

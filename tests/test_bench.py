@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench import generate, models, step
+from experiments.bench import generate, host, models, step
 from experiments.bench.step import Variant
 from jlora.models.gpt2 import GPT2Config
 
@@ -96,3 +96,10 @@ def test_the_comparison_wants_an_even_rank(capsys):
     assert (
         "--rank 3: PEFT's rank for GPT-2's c_attn is half as large again: give an even one" in capsys.readouterr().err
     )
+
+
+def test_what_a_call_costs_the_host(capsys: pytest.CaptureFixture[str]):
+    results = host.main(["--weights", "2", "3", "--rounds", "2"])
+    assert [r.factors for r in results] == [4, 6]
+    assert all(r.own > 0.0 and r.program > 0.0 for r in results)
+    assert capsys.readouterr().out == host.table(results) + "\n"
