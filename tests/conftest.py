@@ -23,6 +23,7 @@ import pytest
 from tests import memory, tiers
 
 pytest.register_assert_rewrite("tests.conformance")
+BOUND = memory.Bound()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,6 +81,12 @@ def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     memory.forget_peak()
     yield
     memory.check(request.node.nodeid)
+
+
+@pytest.fixture(autouse=True)
+def bounded_within_the_file() -> Iterator[None]:
+    yield
+    BOUND()
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import jax
 
 LIMIT = 1500  # MB that a worker may take at any time: two of them and the run's own process fit in 4 GB
 ENOUGH = 700  # MB above which a file starts anew; below, what is compiled already is worth more than the room
+FULL = 1000  # MB above which a test's programs are dropped before the file ends
+GROWN = 250  # MB more than the last dropping left: what cannot be dropped is not tried again and again
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -42,6 +44,18 @@ def drop(above: float = ENOUGH) -> None:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # free pages go back: glibc keeps them else
+
+
+class Bound:
+    """Drops what a file's own tests left, between two of them, where the worker is full."""
+
+    def __init__(self) -> None:
+        self.left = 0.0
+
+    def __call__(self) -> None:
+        if megabytes("VmRSS") > max(FULL, self.left + GROWN):
+            drop(0.0)
+            self.left = megabytes("VmRSS")
 
 
 def check(name: str, limit: float = LIMIT) -> None:
