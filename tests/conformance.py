@@ -85,7 +85,7 @@ def merged_by_hand(params: Any, factors: Mapping[str, Mapping[str, jax.Array]], 
 
 
 def optimized(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` as a user has it, not in haste as in conftest.py: for results that are compared bit for bit."""
+    """`jax.jit` as a user has it, not with most XLA optimisations off as in conftest.py: for results that are compared bit for bit."""
     return jax.jit(
         fn, compiler_options={"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
     )

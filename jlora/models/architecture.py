@@ -1,4 +1,4 @@
-"""What jlora has to know of a model to read and write its checkpoints."""
+"""Description of a model: all that reading and writing its checkpoints takes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -14,11 +14,11 @@ Head = Literal[
     "none", "causal_lm", "masked_lm", "sequence_classification", "token_classification", "image_classification",
     "projection",
 ]  # fmt: skip
-"""What a model makes of its last hidden states: nothing, next tokens, hidden tokens, a label, a label per token, or an
+"""Output made of a model's last hidden states: nothing, next tokens, hidden tokens, a label, a label per token, or an
 embedding."""
 Config = TypeVar("Config")
 TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-"""What a language model is initialised with."""
+"""Abstract tokens that a language model is initialised with."""
 
 
 class Architecture(NamedTuple):

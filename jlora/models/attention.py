@@ -105,7 +105,7 @@ def _attend(
 
 
 def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:
-    """What the last `length` of `keys` positions see: (1, 1, length, keys), bool. Keys before them are seen by all."""
+    """Mask of the last `length` of `keys` positions: (1, 1, length, keys), bool. Keys before them are seen by all."""
     before = keys - length
     query = before + jax.lax.broadcasted_iota(jnp.int32, (length, keys), 0)  # in the program: no constant of this size
     key = jax.lax.broadcasted_iota(jnp.int32, (length, keys), 1)

@@ -28,7 +28,7 @@ class Beams(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What a search is told; see `beam_search`."""
+    """Settings of one search; see `beam_search`."""
 
     beams: int
     returned: int
@@ -84,10 +84,10 @@ def beam_search(
         raise ValueError(f"early_stopping is True, False or 'never', got {early_stopping!r}")
     check_ngram(no_repeat_ngram)
     prompt = checked(model, tokens, mask, new_tokens)
-    told = Search(
+    options = Search(
         beams, returned, new_tokens, length_penalty, no_repeat_ngram, of_prompt, early_stopping, ends(eos), pad
     )
-    found, broken = search(Decoder(model, model.apply if apply is None else apply), told, params, prompt)
+    found, broken = search(Decoder(model, model.apply if apply is None else apply), options, params, prompt)
     check_numbers(broken, prompt, new_tokens)
     return found
 
@@ -107,39 +107,39 @@ class _State(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> tuple[Beams, jax.Array]:
+def search(decoder: Decoder, options: Search, params: Any, prompt: Prompt) -> tuple[Beams, jax.Array]:
     """The program of `beam_search`: the texts, and of each prompt the first new token whose logits are NaN."""
     rows = rows_of(prompt.tokens)
-    tokens, scores, broken = on_auto_axes(partial(_search, decoder, told), rows, rows, ())(params, prompt)
+    tokens, scores, broken = on_auto_axes(partial(_search, decoder, options), rows, rows, ())(params, prompt)
     return Beams(tokens, scores), broken
 
 
-def _search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _search(decoder: Decoder, options: Search, params: Any, prompt: Prompt) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch, length = prompt.tokens.shape
-    beams, slots = told.beams, length + told.new_tokens
+    beams, slots = options.beams, length + options.new_tokens
     stacked: bool = decoder.model.config.scan
     real = jnp.repeat(jnp.sum(prompt.mask, axis=1, dtype=jnp.int32), beams)  # (batch * beams,)
-    logits, cache = read(decoder, params, prompt, told.new_tokens)
+    logits, cache = read(decoder, params, prompt, options.new_tokens)
     cache = taken(cache, jnp.repeat(jnp.arange(batch), beams), stacked=stacked)
-    texts = jnp.pad(prompt.tokens, ((0, 0), (0, told.new_tokens)), constant_values=told.pad)
+    texts = jnp.pad(prompt.tokens, ((0, 0), (0, options.new_tokens)), constant_values=options.pad)
     texts = jnp.repeat(texts[:, None], beams, axis=1)  # (batch, beams, slots)
     nothing = jnp.full((batch, beams), NEVER)
 
     def going(state: _State) -> jax.Array:
-        full = jnp.all(state.has_ended) if told.early_stopping is True else jnp.zeros((), bool)
-        return (state.step < told.new_tokens) & jnp.any(state.improvable) & ~full & ~state.stuck
+        full = jnp.all(state.has_ended) if options.early_stopping is True else jnp.zeros((), bool)
+        return (state.step < options.new_tokens) & jnp.any(state.improvable) & ~full & ~state.stuck
 
     def advance(state: _State) -> _State:
         used = length + state.step
         nan = jnp.any(jnp.isnan(state.log_probs).reshape(batch, -1), axis=1) & state.improvable[:, 0]  # (batch,)
         flat = state.running.reshape(batch * beams, slots)
-        seen, count = (flat, used) if told.of_prompt else (flat[:, length:], state.step)
-        log_probs = without_repeats(state.log_probs, seen, count, told.no_repeat_ngram)
-        scores, parents, new = _continuations(log_probs, state.running_scores, told)
+        seen, count = (flat, used) if options.of_prompt else (flat[:, length:], state.step)
+        log_probs = without_repeats(state.log_probs, seen, count, options.no_repeat_ngram)
+        scores, parents, new = _continuations(log_probs, state.running_scores, options)
         candidates = jnp.take_along_axis(state.running, parents[:, :, None], axis=1)  # (batch, kept, slots)
         candidates = jax.lax.dynamic_update_slice_in_dim(candidates, new[:, :, None], used, axis=2)
-        end = is_end(new, told.eos) | (state.step + 1 == told.new_tokens)  # (batch, kept)
-        ended, ended_scores, has_ended = _ended(state, candidates, scores, end, told)
+        end = is_end(new, options.eos) | (state.step + 1 == options.new_tokens)  # (batch, kept)
+        ended, ended_scores, has_ended = _ended(state, candidates, scores, end, options)
         running_scores, best = jax.lax.top_k(scores + end.astype(jnp.float32) * NEVER, beams)
         running = jnp.take_along_axis(candidates, best[:, :, None], axis=1)
         rows = jnp.take_along_axis(parents, best, axis=1) + beams * jnp.arange(batch)[:, None]  # (batch, beams)
@@ -152,7 +152,7 @@ def _search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> tupl
             taken(state.cache, rows.reshape(-1), stacked=stacked),
         )
         improvable = state.improvable & ~nan[:, None]
-        improvable &= _improvable(running_scores, ended_scores, has_ended, state.step + 1, told)
+        improvable &= _improvable(running_scores, ended_scores, has_ended, state.step + 1, options)
         return _State(
             state.step + 1, running, running_scores, ended, ended_scores, has_ended, improvable, jnp.all(end),
             jnp.where(nan, state.step, state.broken), jax.nn.log_softmax(logits), cache,
@@ -168,39 +168,39 @@ def _search(decoder: Decoder, told: Search, params: Any, prompt: Prompt) -> tupl
         has_ended=jnp.zeros((batch, beams), bool),
         improvable=jnp.ones((batch, 1), bool),
         stuck=jnp.zeros((), bool),
-        broken=jnp.full((batch,), told.new_tokens, jnp.int32),
+        broken=jnp.full((batch,), options.new_tokens, jnp.int32),
         log_probs=first,
         cache=cache,
     )
     last = jax.lax.while_loop(going, advance, start)
-    broken = (last.broken < told.new_tokens)[:, None]  # (batch, 1)
+    broken = (last.broken < options.new_tokens)[:, None]  # (batch, 1)
     tokens = jnp.where(broken[:, :, None] & (jnp.arange(slots) >= length)[None, None], NO_TOKEN, last.ended)
     scores = jnp.where(broken, jnp.nan, last.ended_scores)
-    return tokens[:, : told.returned], scores[:, : told.returned], last.broken
+    return tokens[:, : options.returned], scores[:, : options.returned], last.broken
 
 
 def _continuations(
-    log_probs: jax.Array, running_scores: jax.Array, told: Search
+    log_probs: jax.Array, running_scores: jax.Array, options: Search
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The best continuations, so many that `beams` of them do not end: scores, beams and tokens, (batch, kept) each."""
     batch, vocab_size = len(running_scores), log_probs.shape[-1]
-    whole = log_probs.reshape(batch, told.beams, vocab_size) + running_scores[:, :, None]
-    kept = max(2, 1 + len(told.eos)) * told.beams
-    scores, places = jax.lax.top_k(whole.reshape(batch, -1), min(kept, told.beams * vocab_size))
+    whole = log_probs.reshape(batch, options.beams, vocab_size) + running_scores[:, :, None]
+    kept = max(2, 1 + len(options.eos)) * options.beams
+    scores, places = jax.lax.top_k(whole.reshape(batch, -1), min(kept, options.beams * vocab_size))
     return scores, places // vocab_size, (places % vocab_size).astype(jnp.int32)
 
 
 def _ended(
-    state: _State, candidates: jax.Array, scores: jax.Array, end: jax.Array, told: Search
+    state: _State, candidates: jax.Array, scores: jax.Array, end: jax.Array, options: Search
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The best texts that have ended, those of this step among them."""
-    end = end & (jnp.arange(end.shape[1]) < told.beams)[None]
-    scores = scores / (state.step + 1).astype(jnp.float32) ** told.length_penalty
+    end = end & (jnp.arange(end.shape[1]) < options.beams)[None]
+    scores = scores / (state.step + 1).astype(jnp.float32) ** options.length_penalty
     closed = ~state.improvable
-    if told.early_stopping is True:
+    if options.early_stopping is True:
         closed |= jnp.all(state.has_ended, axis=1, keepdims=True)
     scores = scores + closed.astype(jnp.float32) * NEVER + (~end).astype(jnp.float32) * NEVER
-    best_scores, best = jax.lax.top_k(jnp.concatenate([state.ended_scores, scores], axis=1), told.beams)
+    best_scores, best = jax.lax.top_k(jnp.concatenate([state.ended_scores, scores], axis=1), options.beams)
     texts = jnp.concatenate([state.ended, candidates], axis=1)
     has_ended = jnp.concatenate([state.has_ended, end], axis=1)
     return (
@@ -211,11 +211,11 @@ def _ended(
 
 
 def _improvable(
-    running_scores: jax.Array, ended_scores: jax.Array, has_ended: jax.Array, step: jax.Array, told: Search
+    running_scores: jax.Array, ended_scores: jax.Array, has_ended: jax.Array, step: jax.Array, options: Search
 ) -> jax.Array:
     """Whether the best text that goes on may still beat the worst that has ended, (batch, 1)."""
-    longest = told.early_stopping == "never" and told.length_penalty > 0
-    length = jnp.asarray(told.new_tokens if longest else step, jnp.float32)
-    best = running_scores[:, :1] / length**told.length_penalty
+    longest = options.early_stopping == "never" and options.length_penalty > 0
+    length = jnp.asarray(options.new_tokens if longest else step, jnp.float32)
+    best = running_scores[:, :1] / length**options.length_penalty
     worst = jnp.where(has_ended, jnp.min(ended_scores, axis=1, keepdims=True), NEVER)
     return jnp.any(best > worst, axis=1, keepdims=True)

@@ -18,7 +18,7 @@ class KeyValue(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What a decoder has seen. The slots of a row are its tokens in order; padding takes slots, and is not seen.
+    """Tokens that a decoder has seen. The slots of a row are its tokens in order; padding takes slots, and is not seen.
 
     Attributes:
       layers: a `KeyValue` for each layer, or one stacked on axis 0 where the layers are scanned.
@@ -41,7 +41,7 @@ class Cache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all layers are told in a call.
+    """Inputs of one call that all layers share.
 
     Attributes:
       mask: (batch, 1, 1 or length, keys), bool, True at the keys that are seen; None for all.
@@ -73,7 +73,7 @@ def empty(*, batch: int, slots: int, layers: int, heads: int, width: int, dtype:
 
 
 def opened(cache: Cache | None, mask: jax.Array | None, tokens: jax.Array) -> tuple[Context, Cache | None]:
-    """What the layers of a causal decoder are told, and the cache with the new tokens' slots taken.
+    """Inputs that the layers of a causal decoder share, and the cache with the new tokens' slots taken.
 
     Args:
       cache: None for a call without one.

@@ -434,7 +434,7 @@ def _record(architecture: Architecture, config: Any, dtype: str, origin: Path | 
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """What `new` says over what `old` does; so too in the configs within, such as those of CLIP's towers."""
+    """`old` updated by `new`, and so the configs within, such as those of CLIP's towers."""
     parts = [k for k, v in new.items() if isinstance(v, Mapping) and "model_type" in v]
     return {**old, **new, **{k: _merged(object_of(old, k), new[k]) for k in parts}}
 

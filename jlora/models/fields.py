@@ -1,4 +1,4 @@
-"""What the fields of a model's config may hold: declared by their types, checked wherever a config is made.
+"""Values that the fields of a model's config may hold: declared by their types, checked wherever a config is made.
 
 A config.json is read into the same constructors as are called by hand, so that both go through the same checks. Sizes
 are bounded, the larger the further from any published model, so that no product of them leaves 64 bits and nothing

@@ -1,4 +1,4 @@
-"""What the heads of several models share."""
+"""Parts common to the heads of several models."""
 
 import jax
 import jax.numpy as jnp

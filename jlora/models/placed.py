@@ -78,7 +78,7 @@ def added(h: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def output(h: jax.Array) -> jax.Array:
-    """What a model returns: float32, features whole, so that losses find each row's logits together."""
+    """Output of a model: float32, features whole, so that losses find each row's logits together."""
     return _placed(h, (*_spec(h)[:-1], None)).astype(jnp.float32)
 
 
@@ -196,7 +196,7 @@ def _spec(x: jax.Array) -> Spec:
 
 
 def _without(part: Any, others: Sequence[Any]) -> Any:
-    """What one axis is split over, without the mesh axes that others are."""
+    """Mesh axes that one axis is split over, without those that others are split over."""
     names = _names(part)
     kept = tuple(name for name in names if all(name not in _names(other) for other in others))
     return part if kept == names else kept or None

@@ -123,7 +123,7 @@ def _check_characters(content: Any) -> None:
 
 
 class _Refused(ValueError):
-    """What is JSON, and is not read."""
+    """JSON that is refused."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 
 class Config(Protocol):
-    """What a model's config says about its blocks."""
+    """Fields of a model's config about its blocks."""
 
     @property
     def layers(self) -> int:

@@ -58,7 +58,7 @@ Token = str | Mapping[str, Any]  # as the files have it: its text, or that as "c
 
 
 class _Files(NamedTuple):
-    """What the JSON files beside the vocabulary say; empty where there is no such file."""
+    """Contents of the JSON files beside the vocabulary; empty where there is no such file."""
 
     folder: Path
     settings: dict[str, Any]

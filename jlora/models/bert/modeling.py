@@ -133,14 +133,14 @@ class Bert(nn.Module):
 class Block(nn.Module):
     """norm(h + attention(h)), then norm(h + mlp(h))."""
 
-    answers: ClassVar[int | None] = None  # for so many tokens, the first ones; None for all
+    queries: ClassVar[int | None] = None  # number of leading tokens to compute; None for all
     config: BertConfig
     deterministic: bool
 
     @nn.compact
     def __call__(self, h: jax.Array, each: None, mask: jax.Array | None) -> tuple[jax.Array, None]:
         c = self.config
-        queries = h[:, : self.answers]
+        queries = h[:, : self.queries]
         h = norm(c, "ln_1")(placed.added(queries, Attention(c, self.deterministic, name="attn")(queries, h, mask)))
         h = norm(c, "ln_2")(placed.added(h, MLP(c, self.deterministic, name="mlp")(h)))
         return h, each
@@ -149,7 +149,7 @@ class Block(nn.Module):
 class FirstToken(Block):
     """A block whose output has the first token alone: (batch, length, width) -> (batch, 1, width)."""
 
-    answers = 1
+    queries = 1
 
 
 class Attention(nn.Module):

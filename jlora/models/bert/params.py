@@ -29,7 +29,7 @@ def read(json: Mapping[str, Any], head: Head) -> BertConfig:
 
 
 def write(c: BertConfig) -> dict[str, Any]:
-    """What `read` reads."""
+    """Keys that `read` reads."""
     return {POSITIONS: c.context} | write_encoder(c)
 
 

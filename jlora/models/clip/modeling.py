@@ -24,7 +24,7 @@ LARGEST = 2  # stands for the largest token of a text: what configs say that wer
 
 
 def _check(c: "Tower") -> None:
-    """What both towers' configs have in common."""
+    """Fields common to both towers' configs."""
     fields.check_fields(c)
     fields.check_multiple(c, "width", "heads")
     check_head(c.head, HEADS)

@@ -44,7 +44,7 @@ def read_text(json: Mapping[str, Any], head: Head) -> CLIPTextConfig:
 
 
 def write_text(c: CLIPTextConfig) -> dict[str, Any]:
-    """What `read_text` reads."""
+    """Keys that `read_text` reads."""
     return _write(c, TEXT)
 
 
@@ -54,7 +54,7 @@ def read_vision(json: Mapping[str, Any], head: Head) -> CLIPVisionConfig:
 
 
 def write_vision(c: CLIPVisionConfig) -> dict[str, Any]:
-    """What `read_vision` reads."""
+    """Keys that `read_vision` reads."""
     return _write(c, VISION)
 
 
@@ -75,7 +75,7 @@ def read(json: Mapping[str, Any], head: Head) -> CLIPConfig:
 
 
 def write(c: CLIPConfig) -> dict[str, Any]:
-    """What `read` reads."""
+    """Keys that `read` reads."""
     return _write(c, BOTH) | {
         "text_config": {"model_type": "clip_text_model"} | write_text(c.text),
         "vision_config": {"model_type": "clip_vision_model"} | write_vision(c.vision),

@@ -187,7 +187,7 @@ class Deberta(nn.Module):
 
 
 class Local(NamedTuple):
-    """What the convolution adds after the first block, and the parameters of the norm of that sum."""
+    """Output of the convolution, added after the first block, and the parameters of the norm of that sum."""
 
     out: jax.Array  # (batch, length, width)
     scale: jax.Array  # (width,)
@@ -195,7 +195,7 @@ class Local(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all layers are told.
+    """Inputs of one call that all layers share.
 
     Attributes:
       seen: (batch, 1, 1, length), bool, False at padding; None for no padding.
@@ -355,7 +355,7 @@ def _places(c: DebertaConfig, found: Rows) -> jax.Array:
 
 
 def _first(c: DebertaConfig) -> jax.Array | tuple[jax.Array | None, ...] | None:
-    """What tells the first block that it is the first, in the form that `stack` wants; None if that changes nothing."""
+    """The first block's mark, in the form that `stack` takes; None where being the first changes nothing."""
     if not c.convolution:
         return None
     return jnp.arange(c.layers) == 0 if c.scan else (jnp.ones((), bool), *(None for _ in range(c.layers - 1)))

@@ -53,7 +53,7 @@ def read(json: Mapping[str, Any], head: Head) -> DebertaConfig:
 
 
 def write(c: DebertaConfig) -> dict[str, Any]:
-    """What `read` reads."""
+    """Keys that `read` reads."""
     return {
         **{key: getattr(c, name) for name, key in KEYS.items() if name not in CONVOLUTION},
         "relative_attention": True,

@@ -30,7 +30,7 @@ def read(json: Mapping[str, Any], head: Head) -> GPT2Config:
 
 
 def write(c: GPT2Config) -> dict[str, Any]:
-    """What `read` reads."""
+    """Keys that `read` reads."""
     return {key: getattr(c, name) for name, key in KEYS.items()}
 
 

@@ -163,7 +163,7 @@ PRESETS = {
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layer:
-    """What a layer has of its own.
+    """Settings of one layer.
 
     Attributes:
       cached: its keys and values; None without a cache.
@@ -252,7 +252,7 @@ class Llama(nn.Module):
 
 
 def _layers(c: LlamaConfig, cache: Cache | None) -> Layer | tuple[Layer, ...]:
-    """What each layer has of its own, in the form that `stack` takes."""
+    """Settings of each layer, in the form that `stack` takes."""
     cached = None if cache is None else cache.layers
     if c.scan:
         return Layer(cached, None if c.sliding is None else jnp.asarray(c.sliding))
@@ -307,7 +307,7 @@ class Attention(nn.Module):
 
 
 def _seen(c: LlamaConfig, layer: Layer, context: Context, length: int) -> tuple[jax.Array | None, int | None]:
-    """What a layer's queries see: the mask, and the window where that does not say it."""
+    """Keys visible to a layer's queries: the mask, and the window where that does not say it."""
     if c.window is None or not layer.always:
         return context.mask, None
     if layer.slides is None:

@@ -67,7 +67,7 @@ def read_rope(json: Json) -> Rope:
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
-    """What `read_rope` reads, in both styles."""
+    """Keys that `read_rope` reads, in both styles."""
     name = next(name for name, kind in ROPES.items() if type(rope) is kind)
     said = {key: value for key, value in asdict(rope).items() if value is not None}
     theta = {"rope_theta": said.pop("rope_theta")}

@@ -195,7 +195,7 @@ model whose config.json says `context`."""
 
 
 def turn(rope: Rope, width: int, context: int, positions: jax.Array) -> Turn:
-    """What `turned` needs to know of positions (batch or 1, length), for heads of `width` features."""
+    """Cosines and sines that `turned` takes, of positions (batch or 1, length), for heads of `width` features."""
     frequencies, amplitude = rope.frequencies(width, context, positions)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude

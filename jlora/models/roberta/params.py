@@ -25,7 +25,7 @@ def read(json: Mapping[str, Any], head: Head) -> RobertaConfig:
 
 
 def write(c: RobertaConfig) -> dict[str, Any]:
-    """What `read` reads."""
+    """Keys that `read` reads."""
     return {POSITIONS: c.context + c.pad + 1, "pad_token_id": c.pad} | write_encoder(c)
 
 

@@ -133,7 +133,7 @@ def _embedded(c: ViTConfig, module: nn.Module, images: jax.Array) -> jax.Array:
 class Block(nn.Module):
     """h + attention(norm(h)), then h + mlp(norm(h)); with a None, as `stack` wants it."""
 
-    answers: ClassVar[int | None] = None  # for so many tokens, the first ones; None for all
+    queries: ClassVar[int | None] = None  # number of leading tokens to compute; None for all
     config: ViTConfig
     deterministic: bool
 
@@ -141,8 +141,8 @@ class Block(nn.Module):
     def __call__(self, h: jax.Array, _: None) -> tuple[jax.Array, None]:
         c = self.config
         x = _norm(c, "ln_1")(h)
-        y = Attention(c, self.deterministic, name="attn")(x[:, : self.answers], x)
-        h = placed.added(h[:, : self.answers], y)
+        y = Attention(c, self.deterministic, name="attn")(x[:, : self.queries], x)
+        h = placed.added(h[:, : self.queries], y)
         h = placed.added(h, MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h)))
         return h, None
 
@@ -150,7 +150,7 @@ class Block(nn.Module):
 class FirstToken(Block):
     """A block whose output has [CLS] alone: (batch, 1 + patches, width) -> (batch, 1, width)."""
 
-    answers = 1
+    queries = 1
 
 
 class Attention(nn.Module):

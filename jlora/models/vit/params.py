@@ -41,7 +41,7 @@ def read(json: Mapping[str, Any], head: Head) -> ViTConfig:
 
 
 def write(c: ViTConfig) -> dict[str, Any]:
-    """What `read` reads. transformers passes over `add_pooling_layer`, and makes a pooler of its own."""
+    """Keys that `read` reads. transformers passes over `add_pooling_layer`, and makes a pooler of its own."""
     said = {key: getattr(c, name) for name, key in KEYS.items()} | {KEYS["hidden"]: c.hidden or 4 * c.width}
     return said | ({"add_pooling_layer": False} if c.head == "none" and not c.pooler else {})
 
