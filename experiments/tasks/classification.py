@@ -12,6 +12,7 @@ from experiments.config import ConfigError, Schedule
 from experiments.data.batches import Batches
 from experiments.data.examples import Classified
 from experiments.data.pipeline import Rows, classified_rows, tokenise_classified
+from experiments.tasks.checkpoint import check_fits, headed
 from experiments.tasks.completion import shortened
 from experiments.tasks.task import (
     Apply,
@@ -69,14 +70,11 @@ class Classification:
 
     def open(self, source: Files, train: Schedule, evaluate_batch: int) -> Opened:
         """Reads the checkpoint and the data."""
-        told = {"head": "sequence_classification", "labels": self.classes or 1, **source.options}
         tokenizer = models.Tokenizer.load(source.folder)
-        model: Any = models.build(source.folder, **told)
-        if self.length > model.config.context:
-            raise ConfigError(f"task.length={self.length} is more than the model's context, {model.config.context}")
+        model, params = headed(source, head="sequence_classification", labels=self.classes or 1)
+        check_fits(model, tokenizer, self.length)
         if self.classes is None and train.label_smoothing:
             raise ConfigError("train.label_smoothing is of classes; this task has values (task.classes=None)")
-        tokenizer.check(model.config.vocab_size)
         typed = getattr(model.config, "types", 0) > 1
         data = sides(self.data, self.old)
         for splits in data.values():
@@ -113,7 +111,7 @@ class Classification:
         new = data["new"]
         return Opened(
             model=model,
-            params=lambda seed: models.load(source.folder, seed=seed, **told).params,
+            params=params,
             new=domain("new"),
             old=domain("old") if self.old else None,
             loss=loss,

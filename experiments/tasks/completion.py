@@ -12,6 +12,7 @@ from experiments.config import ConfigError, Decoding, Schedule
 from experiments.data.batches import Batches
 from experiments.data.examples import Prompted, References
 from experiments.data.pipeline import packed_rows, prompted_rows, tokenise_prompted
+from experiments.tasks.checkpoint import check_fits, headed
 from experiments.tasks.task import (
     Apply,
     Batch,
@@ -74,12 +75,9 @@ class Completion:
 
     def open(self, source: Files, train: Schedule, evaluate_batch: int) -> Opened:
         """Reads the checkpoint and the data."""
-        told = {"head": "causal_lm", **source.options}
         tokenizer = models.Tokenizer.load(source.folder, pad=self.pad)
-        model: Any = models.build(source.folder, **told)
-        if self.length > model.config.context:
-            raise ConfigError(f"task.length={self.length} is more than the model's context, {model.config.context}")
-        tokenizer.check(model.config.vocab_size)
+        model, params = headed(source, head="causal_lm")
+        check_fits(model, tokenizer, self.length)
         marks = self._marks(tokenizer, source)
         data = sides(self.data, self.old)
         rows, cut = self._rows(data, tokenizer, marks)
@@ -89,18 +87,13 @@ class Completion:
         }
         writers = {side: self._writer(model, tokenizer, marks, found) for side, found in prompts.items()}
 
-        def loss(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-            rest: dict[str, Any] = {"deterministic": False, "rngs": {"dropout": key}}
-            return per_token(losses(model.apply, params, batch, train.label_smoothing, **rest), batch)
-
         def evaluator(apply: Apply) -> Evaluate:
-            forward = jax.jit(lambda params, batch: losses(apply, params, batch, 0.0))
+            mean_loss = mean_token_loss(apply)
 
             def evaluate(params: Params, split: Split, side: Side) -> Scores:
                 if split == "validation":
                     held_out = Batches(rows[side, "validation"], evaluate_batch, last="pad", epochs=1)
-                    total, count = outputs_of(forward, params, held_out, ())["out"].sum(axis=0)
-                    return {"loss": float(total / count)}
+                    return {"loss": mean_loss(params, held_out)}
                 return self.measure(writers[side](apply, params, len(prompts[side])), data[side].test)
 
             return evaluate
@@ -117,10 +110,10 @@ class Completion:
         examples = len(data["new"].validation)
         return Opened(
             model=model,
-            params=lambda seed: models.load(source.folder, seed=seed, **told).params,
+            params=params,
             new=domain("new"),
             old=domain("old") if self.old else None,
-            loss=loss,
+            loss=token_loss(model, train.label_smoothing),
             outputs=logits_of,
             evaluator=evaluator,
             selection_metric=Metric("loss", "lower"),
@@ -218,6 +211,27 @@ def losses(apply: Apply, params: Params, batch: Batch, smoothing: float, **rest:
     counts = batch["loss_mask"][:, 1:].astype(jnp.float32)
     lost = smoothed(logits, batch["tokens"][:, 1:], smoothing) * counts
     return jnp.stack([lost.sum(axis=1), counts.sum(axis=1)], axis=1)
+
+
+def token_loss(model: Any, smoothing: float) -> Callable[[Params, Batch, jax.Array], jax.Array]:
+    """(params, batch, key) -> the mean loss of the tokens that count, with the model's dropout."""
+
+    def loss(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+        rest: dict[str, Any] = {"deterministic": False, "rngs": {"dropout": key}}
+        return per_token(losses(model.apply, params, batch, smoothing, **rest), batch)
+
+    return loss
+
+
+def mean_token_loss(apply: Apply) -> Callable[[Params, Batches], float]:
+    """(params, batches of all rows) -> the mean loss of the tokens that count, in nats."""
+    forward = jax.jit(lambda params, batch: losses(apply, params, batch, 0.0))
+
+    def mean(params: Params, batches: Batches) -> float:
+        total, count = outputs_of(forward, params, batches, ())["out"].sum(axis=0)
+        return float(total / count)
+
+    return mean
 
 
 def completed(

@@ -12,6 +12,7 @@ from experiments import metrics
 from experiments.config import ConfigError, Schedule
 from experiments.data.batches import Batches
 from experiments.data.images import ImageFolder
+from experiments.tasks.checkpoint import headed
 from experiments.tasks.task import (
     Apply,
     Batch,
@@ -29,7 +30,6 @@ from experiments.tasks.task import (
     sides,
     smoothed,
 )
-from jlora import models
 
 
 class Splits(NamedTuple):
@@ -58,8 +58,7 @@ class Images:
 
     def open(self, source: Files, train: Schedule, evaluate_batch: int) -> Opened:
         """Reads the checkpoint and the data."""
-        body: Any = models.build(source.folder, **{"head": "none", **source.options})
-        size, old = body.config.image_size, self.old
+        size, old = headed(source, head="none").model.config.image_size, self.old
         data = sides(lambda: self.data(size), None if old is None else lambda: old(size))
         classes = data["new"].train.classes
         for name, split in ((name, split) for splits in data.values() for name, split in splits._asdict().items()):
@@ -68,8 +67,7 @@ class Images:
                     f"the {name} images are of the classes {', '.join(split.classes)}, those to train on of "
                     f"{', '.join(classes)}"
                 )
-        told = {"head": "image_classification", "labels": len(classes), **source.options}
-        model: Any = models.build(source.folder, **told)
+        model, params = headed(source, head="image_classification", labels=len(classes))
 
         def outputs(apply: Apply, params: Params, batch: Batch, **rest: Any) -> Any:
             return apply({"params": params}, batch["images"], **rest)
@@ -98,7 +96,7 @@ class Images:
         named = [[list(zip((p.name for p in s.paths), s.labels, strict=True)) for s in one] for one in data.values()]
         return Opened(
             model=model,
-            params=lambda seed: models.load(source.folder, seed=seed, **told).params,
+            params=params,
             new=domain("new"),
             old=domain("old") if old else None,
             loss=loss,

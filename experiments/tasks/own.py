@@ -5,9 +5,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-import jax
 import numpy as np
 
 from experiments import metrics
@@ -23,10 +22,10 @@ from experiments.data.pipeline import packed_rows, prompted_rows, tokenise_promp
 from experiments.data.tokenised import Tokenised, cut_to
 from experiments.data.understood import described, example_line, length_of, lengths_line
 from experiments.tasks import classification, images, texts
-from experiments.tasks.completion import completed, logits_of, losses, per_token, shared
+from experiments.tasks.checkpoint import check_fits, headed
+from experiments.tasks.completion import completed, logits_of, mean_token_loss, shared, token_loss
 from experiments.tasks.task import (
     Apply,
-    Batch,
     Domain,
     Evaluate,
     Files,
@@ -37,7 +36,6 @@ from experiments.tasks.task import (
     Side,
     Split,
     digest_of,
-    outputs_of,
 )
 from jlora import models
 from jlora.models import reading
@@ -159,13 +157,11 @@ class OwnData:
 
     def _language(self, own: Own, source: Files, train: Schedule, evaluate_batch: int, said: list[str]) -> Opened:
         tokenizer = models.Tokenizer.load(source.folder)
-        model: Any = models.build(source.folder, head="causal_lm", **source.options)
-        tokenizer.check(model.config.vocab_size)
+        model, params = headed(source, head="causal_lm")
         written = self._chats(own, source, tokenizer) if own.kind == "chat" else self._prompts(own, tokenizer)
         lengths = np.concatenate([items.lengths for items in written.items.values()])
         length = length_of(lengths, model.config.context, self.length)
-        if length > model.config.context:
-            raise ConfigError(f"task.length={length} is more than the model's context, {model.config.context}")
+        check_fits(model, tokenizer, length)
         said += [lengths_line(lengths, length), written.how, example_line(*written.example)]
         pad = next(token for token in (tokenizer.pad, tokenizer.eos, 0) if token is not None)
         places = {name: [row.place for row in part] for name, part in own.splits.items()}
@@ -177,16 +173,11 @@ class OwnData:
             for name in kept
         }
 
-        def loss(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-            rest: dict[str, Any] = {"deterministic": False, "rngs": {"dropout": key}}
-            return per_token(losses(model.apply, params, batch, train.label_smoothing, **rest), batch)
-
         def evaluator(apply: Apply) -> Evaluate:
-            forward = jax.jit(lambda params, batch: losses(apply, params, batch, 0.0))
+            mean_loss = mean_token_loss(apply)
 
             def evaluate(params: Params, split: Split, side: Side) -> Scores:
-                total, count = outputs_of(forward, params, held_out[split], ())["out"].sum(axis=0)
-                mean = float(total / count)
+                mean = mean_loss(params, held_out[split])
                 return {LOSS.name: mean, "perplexity": float(np.exp(min(mean, 80.0)))}
 
             return evaluate
@@ -202,10 +193,10 @@ class OwnData:
 
         return Opened(
             model=model,
-            params=lambda seed: models.load(source.folder, head="causal_lm", seed=seed, **source.options).params,
+            params=params,
             new=Domain("", len(rows), lambda batch, seed: shared(Batches(rows, batch, seed))),
             old=None,
-            loss=loss,
+            loss=token_loss(model, train.label_smoothing),
             outputs=logits_of,
             evaluator=evaluator,
             selection_metric=LOSS,
@@ -316,8 +307,7 @@ def _values(predictions: np.ndarray, labels: np.ndarray) -> Scores:
 
 
 def _context(source: Files, *, head: Head) -> int:
-    model: Any = models.build(source.folder, head=head, **source.options)
-    return int(model.config.context)
+    return int(headed(source, head=head).model.config.context)
 
 
 def _colours(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

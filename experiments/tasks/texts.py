@@ -5,17 +5,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from experiments.config import ConfigError, Decoding, Schedule
 from experiments.data.batches import Batches
 from experiments.data.files import DataError
 from experiments.data.token_file import TokenWindows
-from experiments.tasks.completion import completed, logits_of, losses, per_token, shared
+from experiments.tasks.checkpoint import check_fits, headed
+from experiments.tasks.completion import completed, logits_of, mean_token_loss, shared, token_loss
 from experiments.tasks.task import (
     Apply,
-    Batch,
     Domain,
     Evaluate,
     Files,
@@ -26,7 +25,6 @@ from experiments.tasks.task import (
     Side,
     Split,
     digest_of,
-    outputs_of,
     sides,
 )
 from jlora import models
@@ -64,26 +62,18 @@ class Texts:
 
     def open(self, source: Files, train: Schedule, evaluate_batch: int) -> Opened:
         """Reads the checkpoint and the data."""
-        told = {"head": "causal_lm", **source.options}
         tokenizer = models.Tokenizer.load(source.folder)
-        model: Any = models.build(source.folder, **told)
-        if self.length > model.config.context:
-            raise ConfigError(f"task.length={self.length} is more than the model's context, {model.config.context}")
-        tokenizer.check(model.config.vocab_size)
+        model, params = headed(source, head="causal_lm")
+        check_fits(model, tokenizer, self.length)
         data = sides(self.data, self.old)
         windows, ratio = self._windows(data, tokenizer)
 
-        def loss(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-            rest: dict[str, Any] = {"deterministic": False, "rngs": {"dropout": key}}
-            return per_token(losses(model.apply, params, batch, train.label_smoothing, **rest), batch)
-
         def evaluator(apply: Apply) -> Evaluate:
-            forward = jax.jit(lambda params, batch: losses(apply, params, batch, 0.0))
+            mean_loss = mean_token_loss(apply)
 
             def evaluate(params: Params, split: Split, side: Side) -> Scores:
                 held_out = Batches(windows[side, split], evaluate_batch, last="pad", epochs=1)
-                total, count = outputs_of(forward, params, held_out, ())["out"].sum(axis=0)
-                mean = float(total / count)
+                mean = mean_loss(params, held_out)
                 return {BITS.name: mean * ratio[side, split] / math.log(2), "loss": mean}
 
             return evaluate
@@ -95,10 +85,10 @@ class Texts:
         validation, test = (len(windows["new", split]) for split in ("validation", "test"))
         return Opened(
             model=model,
-            params=lambda seed: models.load(source.folder, seed=seed, **told).params,
+            params=params,
             new=domain("new"),
             old=domain("old") if self.old else None,
-            loss=loss,
+            loss=token_loss(model, train.label_smoothing),
             outputs=logits_of,
             evaluator=evaluator,
             selection_metric=BITS,

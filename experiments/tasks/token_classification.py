@@ -14,6 +14,7 @@ from experiments.data.batches import Batches
 from experiments.data.files import DataError, existing, lines, shown
 from experiments.data.pipeline import Row, Rows
 from experiments.data.table import read_table
+from experiments.tasks.checkpoint import check_fits, headed
 from experiments.tasks.completion import per_token
 from experiments.tasks.task import (
     Apply,
@@ -89,11 +90,8 @@ class TokenClassification:
         tokenizer = models.Tokenizer.load(source.folder)
         data = sides(self.data, self.old)
         classes = tags_of(data["new"].train)
-        told: dict[str, Any] = {"head": "token_classification", "labels": len(classes), **source.options}
-        model: Any = models.build(source.folder, **told)
-        if self.length > model.config.context:
-            raise ConfigError(f"task.length={self.length} is more than the model's context, {model.config.context}")
-        tokenizer.check(model.config.vocab_size)
+        model, params = headed(source, head="token_classification", labels=len(classes))
+        check_fits(model, tokenizer, self.length)
         rows = {
             (side, split): self._rows(split, part, classes, tokenizer)
             for side, splits in data.items()
@@ -127,7 +125,7 @@ class TokenClassification:
         new = data["new"]
         return Opened(
             model=model,
-            params=lambda seed: models.load(source.folder, seed=seed, **told).params,
+            params=params,
             new=domain("new"),
             old=domain("old") if self.old else None,
             loss=loss,
