@@ -95,39 +95,21 @@ def adalora(
     eq. 3, 4, 8 to 12; QingruZhang/AdaLoRA for the budget of step t (eq. 12 is not continuous at t_i).
     """
     rank, target_rank, alpha = check_rank(rank), check_rank(target_rank, "target_rank"), check_alpha(alpha)
-    total_steps, interval = check_rank(total_steps, "total_steps"), check_rank(interval, "interval")
     if target_rank > rank:
         raise ValueError(f"target_rank must be at most the initial rank, {rank}, not {target_rank}")
-    for where, steps in (("warmup", warmup), ("final", final)):
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"{where} must be an integer of at least 0, not {steps!r}")
-    if warmup + final >= total_steps:
-        raise ValueError(
-            f"adalora: a schedule longer than the run: warmup={warmup} and final={final} leave none of "
-            f"total_steps={total_steps} for pruning"
-        )
-    if interval > total_steps - warmup - final:
-        raise ValueError(
-            f"adalora: interval={interval} is longer than the {total_steps - warmup - final} steps of pruning between "
-            f"warmup={warmup} and final={final} of total_steps={total_steps}"
-        )
-    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, of the sensitivity and of its deviation, not {betas!r}")
-    betas = (check_number(betas[0], "betas[0]"), check_number(betas[1], "betas[1]"))
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be at least 0 and below 1, not {betas!r}")
+    schedule = check_schedule(total_steps, warmup, final, interval)
+    betas = check_betas(betas)
     orthogonality = check_number(orthogonality, "orthogonality")
     if orthogonality < 0:
         raise ValueError(f"orthogonality must be at least 0, not {orthogonality!r}")
     config: Config = (
         ("name", "adalora"), ("rank", rank), ("target_rank", target_rank), ("alpha", alpha),
-        ("total_steps", total_steps), ("warmup", warmup), ("final", final), ("interval", interval),
+        ("total_steps", schedule.total), ("warmup", warmup), ("final", final), ("interval", schedule.interval),
         ("betas", betas), ("orthogonality", orthogonality),
     )  # fmt: skip
-    schedule = Schedule(total_steps, warmup, final, interval)
 
     def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
-        a_shape, b_shape = target.factor_shapes(target.rank)
+        a_shape, b_shape = target.factor_shapes()
         one, two = jax.random.split(key)
         stack = [n if i in target.stack_axes else 1 for i, n in enumerate(target.shape)]
         return {
@@ -158,6 +140,43 @@ def adalora(
     return Method(
         config, rank, alpha, OnWeights(init, weight, rescale=linear_in("E")), Training(None, regulariser, wrap)
     )
+
+
+def check_schedule(total_steps: Any, warmup: Any, final: Any, interval: Any) -> Schedule:
+    """Returns the schedule of a run.
+
+    Raises:
+      ValueError: if a number is no integer of its range, or no step is left for pruning.
+    """
+    total_steps, interval = check_rank(total_steps, "total_steps"), check_rank(interval, "interval")
+    for where, steps in (("warmup", warmup), ("final", final)):
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"{where} must be an integer of at least 0, not {steps!r}")
+    if warmup + final >= total_steps:
+        raise ValueError(
+            f"adalora: a schedule longer than the run: warmup={warmup} and final={final} leave none of "
+            f"total_steps={total_steps} for pruning"
+        )
+    if interval > total_steps - warmup - final:
+        raise ValueError(
+            f"adalora: interval={interval} is longer than the {total_steps - warmup - final} steps of pruning between "
+            f"warmup={warmup} and final={final} of total_steps={total_steps}"
+        )
+    return Schedule(total_steps, warmup, final, interval)
+
+
+def check_betas(betas: Any) -> tuple[float, float]:
+    """Returns the two smoothings.
+
+    Raises:
+      ValueError: if they are not two numbers in [0, 1).
+    """
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, of the sensitivity and of its deviation, not {betas!r}")
+    betas = (check_number(betas[0], "betas[0]"), check_number(betas[1], "betas[1]"))
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be at least 0 and below 1, not {betas!r}")
+    return betas
 
 
 def _distance(m: jax.Array) -> jax.Array:

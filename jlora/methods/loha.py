@@ -31,7 +31,7 @@ def loha(rank: int, alpha: float | None = None) -> Method:
     config: Config = (("name", "loha"), ("rank", rank), ("alpha", alpha))
 
     def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
-        a_shape, b_shape = target.factor_shapes(target.rank)
+        a_shape, b_shape = target.factor_shapes()
         one, two, three = jax.random.split(key, 3)
         return {
             "A1": jax.random.normal(one, a_shape, jnp.float32),

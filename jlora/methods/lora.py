@@ -69,7 +69,7 @@ def low_rank(w: jax.Array, target: Target, a: jax.Array | None = None, b: jax.Ar
 
 def low_rank_init(key: jax.Array, target: Target, init: str) -> Arrays:
     """A and B in broadcast form, float32: see `lora`."""
-    a_shape, b_shape = target.factor_shapes(target.rank)
+    a_shape, b_shape = target.factor_shapes()
     if target.kind == "embedding":
         return {"A": jnp.zeros(a_shape, jnp.float32), "B": jax.random.normal(key, b_shape, jnp.float32)}
     bound = 1.0 / math.sqrt(max(fan_in(target.shape, target.in_axes), 1))

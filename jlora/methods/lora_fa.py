@@ -38,7 +38,7 @@ def lora_fa(rank: int, alpha: float | None = None, *, init: str = "gaussian", dr
     def initialise(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
         if target.kind != "embedding":
             return acts.init(key, w, target)
-        a_shape, b_shape = target.factor_shapes(target.rank)
+        a_shape, b_shape = target.factor_shapes()
         return {"A": jax.random.normal(key, a_shape, jnp.float32), "B": jnp.zeros(b_shape, jnp.float32)}
 
     def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
