@@ -86,5 +86,5 @@ def few() -> Splits:
 
 
 def splits(folder: Path) -> Splits:
-    """What lies in a folder."""
+    """Content of a folder."""
     return Splits(*(read_labelled(folder / f"stsa.binary.{split}", 2) for split in ("train", "dev", "test")))

@@ -62,7 +62,7 @@ def few() -> Splits:
 
 
 def splits(folder: Path, held_out: int) -> Splits:
-    """What lies in a folder."""
+    """Content of a folder."""
     questions = read_trec(folder / "TREC.train.all")
     return Splits(questions[:-held_out], questions[-held_out:], read_trec(folder / "TREC.test.all"))
 

@@ -32,7 +32,7 @@ LINEAR = r"(^|/)h(_\d+)?/(attn|mlp)/"  # all linear layers of the blocks
 
 
 def config() -> Experiment:
-    """What the command line names, with the defaults above."""
+    """The experiment that the command line names, with the defaults above."""
     return Experiment(
         name="own_data",
         base="",

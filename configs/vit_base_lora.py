@@ -75,7 +75,7 @@ def few(size: int) -> Splits:
 
 
 def splits(folder: Path, size: int) -> Splits:
-    """What lies in a folder; the classes are those of the training split."""
+    """Content of a folder; the classes are those of the training split."""
     train = read_image_folder(folder / "train", size)
     others = (read_image_folder(folder / name, size, classes=train.classes) for name in ("validation", "test"))
     return Splits(train, *others)

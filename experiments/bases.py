@@ -28,7 +28,7 @@ LABEL = "pretraining"
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """What the runs start from.
+    """Base that the runs start from.
 
     Attributes:
       params: seed -> the parameters, a new head's values being the seed's.
@@ -42,7 +42,7 @@ class Base:
 
 
 def source(experiment: Experiment, folder: Path) -> Any:
-    """What the task opens: the checkpoint's files, or the config of the model that is pretrained.
+    """Source that the task opens: the checkpoint's files, or the config of the model that is pretrained.
 
     A checkpoint that is made lies beside the folders of the experiments.
     """

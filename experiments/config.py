@@ -1,4 +1,4 @@
-"""What an experiment is: a base, a task, the runs that adapt the one to the other, and what is measured of them."""
+"""The config of an experiment: a base, a task, the runs that adapt the one to the other, and measurements of them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -169,7 +169,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured of the runs, beside their scores.
+    """Measurements of the runs beside their scores.
 
     Attributes:
       test: whether the runs are scored on the test split; without it the end is the sweep.
@@ -188,7 +188,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Save:
-    """What is written at the end, beside the run's folder.
+    """Files that are written at the end, beside the run's folder.
 
     Attributes:
       merged: a folder for the merged checkpoint of the run with its first seed; with several runs a folder in it for

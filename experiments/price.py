@@ -1,4 +1,4 @@
-"""What runs cost beside each other: parameters, bytes, FLOPs, time of a step and of a forward pass, a file."""
+"""Prices of runs beside each other: parameters, bytes, FLOPs, time of a step and of a forward pass, a file."""
 
 import dataclasses
 import statistics
@@ -26,7 +26,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, known before its first step.
+    """Plan of a run, known before its first step.
 
     Attributes:
       sites: adapted weights.
@@ -52,7 +52,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Price:
-    """What a run costs beside the others.
+    """Price of a run beside the others.
 
     Attributes:
       adapter_bytes: all files that `jlora.save` wrote.

@@ -1,4 +1,4 @@
-"""What a person sees while an experiment runs: one live bar per phase, and a line per evaluation."""
+"""Progress of an experiment on the terminal: one live bar per phase, and a line per evaluation."""
 
 import time
 from dataclasses import dataclass

@@ -139,7 +139,7 @@ def _base(work: Work, progress: Progress, *, resume: bool) -> Base:
 
 
 def _plans(work: Work, params: Params) -> dict[str, Plan]:
-    """What each run will do."""
+    """Plan of each run."""
     plans = {}
     for trial in work.trials:
         with _as_config_errors(f"runs.{trial.run.name}: "):
@@ -185,7 +185,7 @@ def _most_optimizations_off() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_config_errors(prefix: str = "") -> Iterator[None]:
-    """What jlora says of a checkpoint or a method that does not fit is the user's to mend: no traceback is shown."""
+    """Shows jlora's errors about a checkpoint or a method that does not fit without a traceback."""
     try:
         yield
     except ConfigError:

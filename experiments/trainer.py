@@ -48,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to with a seed and a learning rate.
+    """Result of a run with a seed and a learning rate.
 
     Attributes:
       seed, learning_rate: of it.
@@ -77,7 +77,7 @@ class Result:
 
 
 class Shared:
-    """What all runs of an experiment share: the task, and one compiled evaluation of plain parameters."""
+    """Common parts of all runs of an experiment: the task, and one compiled evaluation of plain parameters."""
 
     def __init__(self, opened: Opened, sites: tuple[jlora.Site, ...], statistics: int) -> None:
         self.opened, self.sites, self.statistics = opened, sites, statistics
@@ -157,7 +157,7 @@ class Trainer:
         return not self.run.method.acts.unmergeable and self.opened.model.config.param_dtype == "float32"
 
     def merged(self, adapted: jlora.Adapted) -> Params:
-        """What `apply` takes."""
+        """Parameters as `apply` takes them."""
         return self.shared.merge(adapted) if self.merges else adapted
 
     @functools.cached_property
@@ -349,7 +349,7 @@ class _Points:
         return best
 
     def read(self, done: int) -> None:
-        """What an interrupted run left, up to the state that is gone on from."""
+        """Points that an interrupted run left, up to the state that is gone on from."""
         self.all = [point for point in read_curve(self._folder) if point.step <= done]
 
     def add(self, step: int, losses: list[jax.Array], adapted: jlora.Adapted) -> None:
@@ -362,7 +362,7 @@ class _Points:
         self._board.scalars(step, _named("validation", point.scores, point.old))
 
     def training(self, step: int, loss: float, speed: float, phase: Phase) -> None:
-        """What a step says."""
+        """Losses that a step reports."""
         self._board.scalars(step, {"train/loss": loss, "train/tokens_per_second": speed})
         phase.note(f"loss {loss:.3f}  {speed:,.0f} tokens/s")
 
@@ -379,7 +379,7 @@ def read_curve(folder: Path) -> tuple[Point, ...]:
 
 
 def read_result(folder: Path) -> Result:
-    """What `train` left in a folder."""
+    """Result that `train` left in a folder."""
     return read_json(folder / _RESULT, as_result)
 
 

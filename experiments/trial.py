@@ -35,7 +35,7 @@ class Trial:
 
     @property
     def run(self) -> Run:
-        """What is trained."""
+        """Adapter that is trained."""
         return self.trainer.run
 
     @property

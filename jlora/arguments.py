@@ -37,7 +37,7 @@ class State(Protocol):
 
 
 class Carry(NamedTuple):
-    """What a step changes; these buffers are donated."""
+    """Arrays that a step changes; these buffers are donated."""
 
     factors: PyTree
     opt_state: PyTree
@@ -155,7 +155,7 @@ def _beside(home: Sharding, x: jax.Array) -> jax.Array:
 
 
 def _settled(home: Sharding | None, x: Any) -> Any:
-    """What is kept, where it was put; what was put nowhere goes home."""
+    """Kept arrays where they were put; those that were put nowhere go home."""
     return x if tree.placement(x) is not None else _put(x, home)
 
 

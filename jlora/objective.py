@@ -17,7 +17,7 @@ Metrics = dict[str, PyTree]
 
 
 class Shape(NamedTuple):
-    """What a loss function takes and returns.
+    """Arguments and results of a loss function.
 
     Attributes:
       has_aux, pass_key, weighted: as in `train_step`.

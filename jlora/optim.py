@@ -37,7 +37,7 @@ class OptimizerState:
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
-    """What `optimizer` returns: a type of its own, so that a second wrapping is seen and left out.
+    """Result of `optimizer`: a type of its own, so that a second wrapping is seen and left out.
 
     Attributes:
       bare: the transformation that is wrapped.

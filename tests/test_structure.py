@@ -262,6 +262,19 @@ def test_modules_are_small():
     assert {name: count for name, count in lines.items() if count > LONGEST} == {}
 
 
+def test_docstrings_begin_with_what_they_name():
+    """A noun phrase or a verb, which stands without the name above it; not "What this returns"."""
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    openings = [
+        f"{name}: {text.splitlines()[0]}"
+        for name, path in WRITTEN.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, nodes) and (text := ast.get_docstring(node))
+    ]
+    assert len(openings) > 1000
+    assert [opening for opening in openings if opening.partition(": ")[2].startswith("What ")] == []
+
+
 def test_python_lies_in_its_folders():
     """No module beside the five folders. Virtual environments, and what begins with a dot, are nobody's business."""
     folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))]

@@ -1,4 +1,4 @@
-"""What a call of a compiled step costs the host: jlora's own part of `step(state, batch)`, and the call of the program.
+"""Host time of a call of a compiled step: jlora's own part of `step(state, batch)`, and the call of the program.
 
     python -m experiments.bench.host                       # 150, 600 and 2,400 factors
     python -m experiments.bench.host --weights 300         # 600

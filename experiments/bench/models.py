@@ -159,7 +159,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Result:
-    """What one side of one case costs.
+    """Costs of one side of one case.
 
     Attributes:
       model, dtype, batch, length, targets, method, rank, side: what was measured.

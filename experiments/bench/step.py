@@ -1,4 +1,4 @@
-"""What a training step costs: full fine-tuning, weights merged on the fly, the plain factored form and jlora.
+"""Costs of a training step: full fine-tuning, weights merged on the fly, the plain factored form and jlora.
 
     python -m experiments.bench.step                                   # for two CPU cores: a GPT-2 of 6 layers
     python -m experiments.bench.step --preset gpt2-medium              # for a GPU: 8,192 tokens a step in bfloat16
@@ -88,7 +88,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
-    """What one variant costs; the ratios are to full fine-tuning of the same model and dtype.
+    """Costs of one variant; the ratios are to full fine-tuning of the same model and dtype.
 
     Attributes:
       preset, dtype, form, method, rank: what was measured.
@@ -341,7 +341,7 @@ def _cells(r: Result) -> tuple[str, ...]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Machine and versions that the numbers were measured on."""
     device = jax.devices()[0]
     return {
         "device": f"{device.platform}: {device.device_kind}",

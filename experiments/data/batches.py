@@ -110,7 +110,7 @@ class Batches:
         return Stream(self, state, grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0))
 
     def identity(self) -> dict[str, Any]:
-        """What the order depends on."""
+        """Arguments that the order depends on."""
         return {"examples": self.examples, "batch": self.batch, "seed": self.seed, "last": self.last}
 
     @functools.cached_property

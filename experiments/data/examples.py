@@ -1,4 +1,4 @@
-"""What a reader makes of a file: texts to classify, prompts to complete, conversations, sources with references."""
+"""Records of files: texts to classify, prompts to complete, conversations, sources with references."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Prompted(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What one side of a conversation says; the role is "system", "user", "assistant" or "tool"."""
+    """Message of one side of a conversation; the role is "system", "user", "assistant" or "tool"."""
 
     role: str
     content: str

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 Read = TypeVar("Read")
 Malformed = Literal["raise", "skip"]
-"""What becomes of a line that is malformed: an error, or a warning that counts all of them."""
+"""Treatment of a malformed line: an error, or a warning that counts all of them."""
 
 
 class DataError(ValueError):
@@ -63,7 +63,7 @@ def read_lines(
     malformed: Malformed = "raise",
     encoding: str = "utf-8",
 ) -> list[Read]:
-    """What `read` makes of each line that is not blank.
+    """Results of `read` for each line that is not blank.
 
     Args:
       path: of the file.
@@ -88,7 +88,7 @@ def collect(
     unit: str = "line",
     malformed: Malformed = "raise",
 ) -> list["Other"]:
-    """What `read` makes of numbered items of a file, as in `read_lines`.
+    """Results of `read` for numbered items of a file, as in `read_lines`.
 
     Raises:
       DataError: with the file and the item's number; or if no item is left.

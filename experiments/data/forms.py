@@ -1,4 +1,4 @@
-"""What a table is for, by the names of its columns."""
+"""The purpose of a table, by the names of its columns."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args

@@ -11,7 +11,7 @@ from experiments.data.table import json_of, named
 
 @dataclass(frozen=True)
 class Labels:
-    """What the labels of a data set are.
+    """Labels of a data set: classes or values.
 
     Attributes:
       classes: their names in order: alphabetical, numbers by size; None for values.
@@ -27,7 +27,7 @@ class Labels:
 
 
 def labels_of(found: Mapping[str, Sequence[tuple[str, Any]]]) -> Labels:
-    """What labels are, by those of all splits: (place, label) of each example.
+    """Kind of labels, by those of all splits: (place, label) of each example.
 
     They are values, for a regression, if all are numbers and one has a fractional part; classes otherwise.
 

@@ -27,7 +27,7 @@ from experiments.data.table import Record, Table, read_table, table
 NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",),
 }  # fmt: skip
-"""What the files and folders of a split are called."""
+"""Names of the files and folders of a split."""
 METADATA = ("metadata.jsonl", "metadata.csv")
 FEW = 20  # documents: of fewer, each is cut in three
 
@@ -279,7 +279,7 @@ def _prompt(record: Record, form: Form) -> str:
 
 
 def _extra(record: Record, form: Form) -> list[str]:
-    """What an instruction is about, where that is filled."""
+    """Input of an instruction, where it is filled."""
     if not form.optional or record.cells.get(form.optional) in (None, ""):
         return []
     return [record.text(form.optional)]
@@ -341,7 +341,7 @@ def _end(text: str, near: int) -> int:
 
 
 def _shared(rows: dict[Split, list[Row]]) -> list[str]:
-    """What is said of held-out examples that are learned, too."""
+    """Note on held-out examples that are learned, too."""
     learned = {row.key for row in rows["train"]}
     notes = []
     for name, part in rows.items():

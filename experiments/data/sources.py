@@ -27,7 +27,7 @@ def folder(name: str, holds: str) -> Path:
 
 
 def folder_or_hub(name: str, local: Callable[[Path], Read], hub: Callable[[], Read]) -> Read:
-    """What is read from the folder of a data set, or from the hub where there is no such folder.
+    """Data of the folder of a data set, or from the hub where there is no such folder.
 
     Raises:
       DataError: if there is neither.

@@ -91,7 +91,7 @@ def table(name: str, records: Iterator[Record]) -> Table:
 
 
 def named(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """Type of a JSON value in words."""
     kinds = {type(None): "nothing (null)", bool: "true or false", int: "a number", float: "a number", str: "text"}
     return kinds.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
 

@@ -1,4 +1,4 @@
-"""What data were understood as, in the lines that a run begins with."""
+"""Description of the data as they were understood, in the lines that a run begins with."""
 
 from collections import Counter
 from collections.abc import Sequence

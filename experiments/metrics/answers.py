@@ -9,7 +9,7 @@ _NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+")
 
 
 def marked_answer(text: str) -> str | None:
-    r"""What follows the first `#### `, without commas; None without one.
+    r"""Text after the first `#### `, without commas; None without one.
 
     >>> marked_answer("6 * 2 = 12 eggs.\n#### 1,200"), marked_answer("It is 12.")
     ('1200', None)

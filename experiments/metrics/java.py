@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def run(jar: str, arguments: Sequence[str], text: str = "") -> str:
-    """What a program writes.
+    """Output of a program.
 
     Args:
       jar: its place in pycocoevalcap: "meteor/meteor-1.5.jar".

@@ -1,1 +1,1 @@
-"""What the configs of one paper's experiments share."""
+"""Recipes: the parts that the configs of one paper's experiments share."""

@@ -65,7 +65,7 @@ def few() -> Splits:
 
 
 def splits(folder: Path) -> Splits:
-    """What lies in a folder."""
+    """Content of a folder."""
     train, validation, test = (read_e2e(folder / f"{name}.txt") for name in ("train", "valid", "test"))
     return Splits(prompted(train), prompted(validation), test)
 

@@ -109,7 +109,7 @@ def few(task: str) -> Splits:
 
 
 def splits(task: str, folder: Path) -> Splits:
-    """What the GLUE download has in its folder of the task."""
+    """Files that the GLUE download has in its folder of the task."""
     dev = "dev_matched" if task == "mnli" else "dev"
     return _twice(glue.read_glue(task, folder, malformed=_malformed(task)), glue.read_glue(task, folder, dev))
 

@@ -1,4 +1,4 @@
-"""What an experiment says: its first lines, tables, plots and files at the end."""
+"""Report of an experiment: its first lines, tables, plots and files at the end."""
 
 from experiments.report.end import write as write
 from experiments.report.results import Results as Results

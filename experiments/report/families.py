@@ -51,7 +51,7 @@ def quality_against_parameters(path: Path, results: Results) -> None:
 
 
 def forgotten_against_learned(path: Path, results: Results) -> None:
-    """What each run lost on the old task against what it gained on the new one, on the test split."""
+    """Loss of each run on the old task against its gain on the new one, on the test split."""
     unit = results.headline_metric.name
     marks = [_mark(results, e, results.learned(e), results.forgotten(e)) for e in _finished(results)]
     _scatter(

@@ -156,7 +156,7 @@ def label_points(
 
 
 class _Room:
-    """What is taken so far, and what a name costs at each place that is left."""
+    """Places that are taken so far, and the cost of a name at each place that is left."""
 
     def __init__(self, taken: np.ndarray, points: Sequence[Cell], unit: float, walls: Sequence[Box]) -> None:
         self._taken, self._points, self._unit = taken.copy(), points, unit

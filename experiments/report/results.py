@@ -1,4 +1,4 @@
-"""What an experiment came to: everything that is reported, and its JSON form, from which plots are drawn again."""
+"""Results of an experiment: everything that is reported, and its JSON form, from which plots are drawn again."""
 
 import dataclasses
 import statistics
@@ -15,7 +15,7 @@ from experiments.trial import Trial
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """Result of a run.
 
     Attributes:
       name, label, family, method: of the run; the method as it is written.
@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Start:
-    """What the runs started from.
+    """Start of the runs.
 
     Attributes:
       parameters, bytes: of the base; bytes of its file where it was pretrained here.
@@ -69,7 +69,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Results:
-    """What an experiment came to.
+    """Results of an experiment.
 
     Attributes:
       name, label: of the experiment and of its task.
@@ -125,20 +125,20 @@ class Results:
         return [result.old[self.headline_metric.name] for result in outcome.results if result.old is not None]
 
     def learned(self, outcome: Outcome) -> list[float]:
-        """What each seed gained on the new domain."""
+        """Gain of each seed on the new domain."""
         assert self.start.test is not None
         before = self.start.test[self.headline_metric.name]
         return [self.headline_metric.gain(before, after) for after in self.scores(outcome)]
 
     def forgotten(self, outcome: Outcome) -> list[float]:
-        """What each seed lost on the old domain; below 0 if it gained."""
+        """Loss of each seed on the old domain; below 0 if it gained."""
         assert self.start.old is not None
         before = self.start.old[self.headline_metric.name]
         return [-self.headline_metric.gain(before, after) for after in self.old_scores(outcome)]
 
 
 def outcome_of(trial: Trial, plan: Plan, price: Price | None) -> Outcome:
-    """What a run came to."""
+    """Result of a run."""
     run = trial.run
     return Outcome(run.name, run.label, run.family, repr(run.method), plan, price, trial.sweep, tuple(trial.results))
 

@@ -62,7 +62,7 @@ def quality(path: Path, results: Results, title: str) -> None:
 
 
 def learned_forgotten(path: Path, results: Results) -> None:
-    """What each run learned and what it forgot: the table's numbers, on the test split."""
+    """Gains and losses of each run: the table's numbers, on the test split."""
     metric, outcomes = results.headline_metric, [outcome for outcome in results.outcomes if results.scores(outcome)]
     drawn = looks(outcome.label for outcome in outcomes)
     less, more = ("less", "more") if metric.better == "lower" else ("more", "less")

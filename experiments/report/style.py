@@ -1,4 +1,4 @@
-"""What all plots share: colours, ticks, legends.
+"""The style of all plots: colours, ticks, legends.
 
 Colours are those of Okabe and Ito, told apart by people of any colour vision. A label has the same one in every plot.
 """
@@ -130,7 +130,7 @@ def figure_of(
 
 
 def heading(figure: Figure, text: str) -> None:
-    """What a whole figure shows."""
+    """Content of a whole figure."""
     figure.suptitle(text, x=0.012, ha="left", fontsize=11.5, fontweight="bold")
 
 

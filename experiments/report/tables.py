@@ -102,7 +102,7 @@ def _marked(outcome: Outcome) -> str:
 
 
 def _scores(results: Results) -> list[Quantity]:
-    """What each run reached on the test split, mean ± sample deviation over the seeds."""
+    """Scores of each run on the test split, mean ± sample deviation over the seeds."""
     metric, start = results.headline_metric, results.start
     rates: list[Quantity] = [("learning rate", "", _rate)]
     if results.old is None or start.test is None or start.old is None:
@@ -135,7 +135,7 @@ def _rate(outcome: Outcome) -> str:
 
 
 def _costs(results: Results) -> list[Quantity]:
-    """What each run cost."""
+    """Costs of each run."""
     two = results.old is not None
     found: list[Quantity] = [("trainable parameters" if two else "trained", "", lambda o: f"{o.plan.trainable:,}")]
     if two:

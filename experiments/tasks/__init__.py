@@ -1,1 +1,1 @@
-"""What is learned: one file per kind of task; see `experiments.tasks.task`."""
+"""Tasks: one file per kind; see `experiments.tasks.task`."""

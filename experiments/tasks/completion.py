@@ -36,7 +36,7 @@ Measure = Callable[[Sequence[str], Sequence[References]], Scores]
 
 
 class Splits(NamedTuple):
-    """What is learned, what decides by its loss, and prompts with all that may follow them."""
+    """Examples to learn, examples that decide by their loss, and prompts with all that may follow them."""
 
     train: Sequence[Prompted]
     validation: Sequence[Prompted]
@@ -196,12 +196,12 @@ def per_token(sums: jax.Array, batch: Batch) -> jax.Array:
 
 
 def shortened(cut: Sequence[int]) -> str:
-    """What is said of examples that were cut."""
+    """Note on examples that were cut."""
     return f"; {sum(cut):,} examples were cut to the rows' length" if any(cut) else ""
 
 
 def logits_of(apply: Apply, params: Params, batch: Batch, **rest: Any) -> Any:
-    """What a causal language model says of each next token: (batch, length, vocabulary)."""
+    """Logits of each next token by a causal language model: (batch, length, vocabulary)."""
     return apply({"params": params}, batch["tokens"], **_inputs(batch), **rest)
 
 

@@ -1,4 +1,4 @@
-"""What a task is. A new one is a file here, with a frozen dataclass that has `label` and `open`, and a config.
+"""The protocol of a task. A new one is a file here, with a frozen dataclass that has `label` and `open`, and a config.
 
 `task.open(source, train, evaluate_batch)` reads the data and returns an `Opened`: the model, its parameters, the loss,
 training batches and evaluations. `source` is what the experiment's base offers: the `Files` of a checkpoint, or the

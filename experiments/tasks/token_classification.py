@@ -226,7 +226,7 @@ def _tag(place: str, tag: str) -> str:
 
 
 def entities(tags: Sequence[str], *, strict: bool = False) -> list[Entity]:
-    """What tags name, as conlleval and seqeval count it: I- after O or after another type begins an entity.
+    """Entities that tags name, as conlleval and seqeval count it: I- after O or after another type begins an entity.
 
     With `strict`, as in seqeval's mode of that name for IOB2, it begins none.
 

@@ -112,12 +112,12 @@ class Adapted:
         return insert(jax.tree.unflatten(structure, filled.values()), adapters)
 
     def around(self) -> contextlib.AbstractContextManager[Any]:
-        """What is entered while a lifted function is traced: the interceptor of a method on activations."""
+        """Context that is entered while a lifted function is traced: the interceptor of a method on activations."""
         return self.method.acts.entered(self.method)
 
     @property
     def needs(self) -> str:
-        """What a method on activations acts on, for errors; "" for one on weights."""
+        """Modules that a method on activations acts on, for errors; "" for one on weights."""
         return self.method.acts.needs
 
     def _check(self, named: Mapping[str, Any]) -> None:
@@ -238,7 +238,7 @@ def _canonical(arrays: Arrays) -> Arrays:
 
 
 def to_arrays(adapted: Adapted) -> Factors:
-    """What an adapter's file holds: the factors, and the initial arrays that the method keeps frozen."""
+    """Arrays of an adapter's file: the factors, and the initial arrays that the method keeps frozen."""
     frozen = {
         s.path: {
             n: adapted.buffers[s.path][n] for n in adapted.method.of(s).acts.frozen if n in adapted.buffers[s.path]

@@ -94,7 +94,7 @@ def apply(
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What `apply` is to adapt and to train.
+    """Everything that `apply` is to adapt and to train.
 
     Attributes:
       params: the tree, in the dtypes that JAX computes in.
@@ -239,7 +239,7 @@ def _measured(
     mask: Mask | None,
     statistics: Mapping[str, jax.Array] | None,
 ) -> dict[str, jax.Array]:
-    """What `measure` gives for the targets, where `apply` is given a function and batches."""
+    """Statistics of the targets by `measure`, where `apply` is given a function and batches."""
     warnings.warn(
         "apply(fn=, batches=, mask=) goes in jlora 0.2: statistics = jlora.measure(fn, params, batches, sites, "
         "method.acts.statistic), and apply(statistics=statistics)",

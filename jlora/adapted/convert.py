@@ -101,7 +101,7 @@ def scale(adapted: Adapted, s: float | jax.Array) -> Adapted:
 
 
 def _as_trained(leaf: Any, rows: tuple[int, ...] | None) -> jax.Array:
-    """What an extra starts from."""
+    """Initial value of an extra."""
     value = jnp.asarray(leaf).astype(jnp.float32)
     return value if rows is None else value[jnp.asarray(rows)]
 

@@ -41,7 +41,7 @@ def merge(adapted: Adapted) -> Any:
 
 
 def merge_error(adapted: Adapted) -> dict[str, float]:
-    """What `merge` loses to the base's dtype: of each weight's update, the share that the cast rounds away.
+    """Share of each weight's update that `merge` rounds away in the base's dtype.
 
     `|merged - exact| / |exact - W0|` in the Frobenius norm, exact being the sum in float32; 0 where nothing is updated.
     Around 1, most of what was learned is gone: serve the factors apart, or merge into a float32 copy of the base.

@@ -27,7 +27,7 @@ class Extra:
 
 
 def known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site | Target] | None) -> tuple[Site, ...]:
-    """What `sites=` says, checked against the tree; else Flax's conventions. Targets are the sites that they chose."""
+    """Sites of `sites=`, checked against the tree; else by Flax's conventions. Targets are their sites."""
     if sites is None:
         return conventional(params)
     known = tuple(site.site if isinstance(site, Target) else site for site in sites)
@@ -160,7 +160,7 @@ def _is_left_out(site: Site, trained: Collection[str]) -> bool:
 
 
 def rules_of(method: Method, targets: Pattern | None, known: Sequence[Site]) -> list[Pattern | None]:
-    """What each part of the method is to adapt; None for all linear layers and convolutions.
+    """Rules of each part of the method for its targets; None for all linear layers and convolutions.
 
     Raises:
       ValueError: for targets where there can be none, or names that no weight has.

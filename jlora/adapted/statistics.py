@@ -1,4 +1,4 @@
-"""What the data-driven methods start from: sums over batches of a weight's inputs, or of the loss's gradient."""
+"""Statistics for the data-driven methods: sums over batches of a weight's inputs, or of the loss's gradient."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""What goes to disk: adapters (`save`, `load`) and the state of a training run (`Checkpoints`)."""
+"""Files on disk: adapters (`save`, `load`) and the state of a training run (`Checkpoints`)."""
 
 from jlora.checkpoint import export as export
 from jlora.checkpoint.adapter import load as load

@@ -145,7 +145,7 @@ def load(
 
 
 def describe(adapted: Adapted, base: str | None = None) -> dict[str, Any]:
-    """What an adapter is, as JSON: all but its tensors. `base` is the base's fingerprint, where it is known."""
+    """Description of an adapter as JSON: all but its tensors. `base` is the base's fingerprint, where it is known."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -271,7 +271,7 @@ def _host(factors: Mapping[str, Mapping[str, jax.Array]]) -> Tensors:
 
 
 def _kept(file: Path, digest: str) -> str:
-    """What a folder holds after a `save` that failed."""
+    """Content of a folder after a `save` that failed."""
     if not os.path.isfile(file):
         return "no adapter was written"
     try:

@@ -1,4 +1,4 @@
-"""What of one optimizer's state is also in that of another: its nodes are compared, in order, not its tree as a whole.
+"""Common parts of two optimizers' states: their nodes are compared, in order, not its tree as a whole.
 
 A node is a state of one transformation (`ScaleByAdamState`, any named tuple or dataclass) with the leaves that are its
 own. Moments lie one level deeper when a clipping is put before them; the nodes that hold something are still the same,
@@ -44,7 +44,7 @@ class Node:
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """What two nodes have in common that can take each other's place."""
+        """Common part of two nodes that can take each other's place."""
         return (self.type, *(leaf[1:4] for leaf in self.leaves))
 
     @property

@@ -47,7 +47,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def parse(content: bytes, file: Path) -> Any:
-    """What a JSON says. Numbers of more than 20 digits are no numbers.
+    """Content of a JSON text. Numbers of more than 20 digits are no numbers.
 
     Raises:
       ValueError: for other encodings than UTF-8, a key that is there twice in one object, or what is no JSON.

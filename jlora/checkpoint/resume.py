@@ -31,7 +31,7 @@ class DamagedCheckpoint(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is taken of a checkpoint's optimizer state.
+    """Parts that are taken of a checkpoint's optimizer state.
 
     Attributes:
       what: names the checkpoint.
@@ -134,7 +134,7 @@ class Plan:
         ]
 
     def _constants(self, before: list[Any], leaves: list[Any]) -> None:
-        """What `optax.inject_hyperparams` was given for this run, in place of what it was given for the last one."""
+        """Hyperparameters that `optax.inject_hyperparams` has in this run, in place of the last one's."""
         different = []
         for _, node in self.agreed.pairs:
             for leaf in node.leaves:

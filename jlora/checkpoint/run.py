@@ -274,7 +274,7 @@ def _without_log(folder: str) -> Iterator[None]:
 
 
 def _arrays(state: Any) -> dict[str, Any]:
-    """What is written: all but the base and the method's buffers. A key as its data."""
+    """State as it is written: all but the base and the method's buffers. A key as its data."""
     own = {
         "factors": to_arrays(state.adapted),
         "opt_state": jax.tree.leaves(state.opt_state),

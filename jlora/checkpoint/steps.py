@@ -71,7 +71,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in one line; None if nothing is.
+    """Fault of a checkpoint's files, in one line; None if there is none.
 
     Earlier versions of jlora wrote no seal. Of those the record is checked, and of the state that it is there.
     """

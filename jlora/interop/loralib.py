@@ -67,7 +67,7 @@ def placed(tensors: Mapping[str, np.ndarray], model: nn.Module, adapted: Adapted
 
 
 class Slot(NamedTuple):
-    """What is trained of a leaf, and the tensors that it comes from.
+    """Trained part of a leaf, and the tensors that it comes from.
 
     Attributes:
       path, name: of the factor.

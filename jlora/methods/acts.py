@@ -100,7 +100,7 @@ class Acts:
         return {}
 
     def entered(self, owner: Any) -> contextlib.AbstractContextManager[Any]:
-        """What is entered while a lifted function is traced."""
+        """Context that is entered while a lifted function is traced."""
         return contextlib.nullcontext()
 
     def check(self, owner: Any, base: Any, targets: Sequence[Target], factors: Factors) -> None:

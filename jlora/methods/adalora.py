@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
 
 
 class BudgetState(NamedTuple):
-    """What the budget needs from step to step.
+    """State of the budget from step to step.
 
     Attributes:
       step: the number of steps taken, int32, ().

@@ -1,4 +1,4 @@
-"""What the arguments of methods have to be: each check returns the value, as Python has it, or says what is wrong."""
+"""Checks of methods' arguments: each returns the value, as Python has it, or says what is wrong."""
 
 import math
 import numbers

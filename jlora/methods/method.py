@@ -16,7 +16,7 @@ Transformation: TypeAlias = optax.GradientTransformation
 
 
 class Training(NamedTuple):
-    """What a method does in training beside its factors' gradient.
+    """Behaviour of a method in training beside its factors' gradient.
 
     Attributes:
       sample: (key, factors, targets) -> the factors of one training step, for a method that draws at random.
@@ -76,7 +76,7 @@ class Method(NamedTuple):
         return factors if self.training.sample is None else self.training.sample(key, factors, targets)
 
     def regularisers(self, factors: Factors, targets: Sequence[Target]) -> dict[str, jax.Array]:
-        """What is added to the loss, by name: nothing for most methods."""
+        """Terms that are added to the loss, by name: none for most methods."""
         of_factors = self.training.regulariser
         if of_factors is None:
             return {}

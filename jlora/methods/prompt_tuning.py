@@ -210,7 +210,7 @@ def _continued(adapter: Adapter, bound: Any, cache: Any, length: int, proceed: C
 
 
 def _plain_shapes(context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the model returns without a prompt, its arrays as shapes."""
+    """Results of the model without a prompt, arrays as shapes."""
     module, variables = context.module, context.module.variables
     rngs = {stream: jax.random.key(0) for stream in module.scope.rngs}
     others: list[Any] = []

@@ -1,4 +1,4 @@
-"""What trains leaves as they are: full fine-tuning, BitFit, norm tuning, the top layers."""
+"""Methods that train leaves as they are: full fine-tuning, BitFit, norm tuning, the top layers."""
 
 import re
 from collections.abc import Mapping, Sequence

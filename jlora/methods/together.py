@@ -215,7 +215,7 @@ def _union(dicts: Any) -> dict[str, Any]:
 
 
 def _training(parts: Sequence[Part]) -> Training:
-    """What each of the methods does in training, for its own targets; None where none of them does it."""
+    """Behaviour of each method in training, for its own targets; None where none has any."""
 
     def each(name: str) -> list[tuple[int, Callable[..., Any]]]:
         found = ((i, getattr(method.training, name)) for i, (method, _) in enumerate(parts))

@@ -23,7 +23,7 @@ Origin = frozenset[int]
 
 @dataclasses.dataclass(frozen=True)
 class Trail:
-    """What a value has of one parameter.
+    """Part of one parameter that a value holds.
 
     Attributes:
       axes: for each axis of the value, the axes of the stored parameter that it comes from.
@@ -211,7 +211,7 @@ class _Walk:
         return [Flow({p: smeared(t, shape) for p, t in trails.items()}, mixed) for shape in after]
 
     def fixed_point(self, start: list[Flow], body: Callable[[list[Flow]], list[Flow]]) -> list[Flow]:
-        """What a loop carries: joined with what its body makes of it until nothing is new."""
+        """Values that a loop carries: joined with what its body makes of it until nothing is new."""
         silent, self.silent = self.silent, True
         carry = start
         while (after := [_join(old, new) for old, new in zip(carry, body(carry), strict=True)]) != carry:

@@ -30,7 +30,7 @@ _ACTIVE: ContextVar[frozenset[Any]] = ContextVar("active", default=frozenset()) 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adapter:
-    """What one site adds to the calls of a module.
+    """Arrays that one target adds to the calls of a module.
 
     Attributes:
       arrays: by name; under a scan those of one layer.

@@ -61,7 +61,7 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight | Trained | t
 
 
 def _array(argument: Any) -> Any:
-    """What the function is traced on: a stored weight is an array to it."""
+    """Array or shape that the function is traced on: a stored weight is an array to it."""
     w = argument.w if isinstance(argument, Weight) else argument
     return jax.ShapeDtypeStruct(w.shape, w.dtype) if tree.is_stored(w) else w
 

@@ -26,12 +26,12 @@ class Lazy(Protocol):
         ...
 
     def around(self) -> contextlib.AbstractContextManager[Any]:
-        """What is entered while the function is traced."""
+        """Context that is entered while the function is traced."""
         ...
 
     @property
     def needs(self) -> str:
-        """What a function has to have for the weights to be read, where that is more than the weights."""
+        """Parts that a function has to have for the weights to be read, beyond the weights."""
         ...
 
 

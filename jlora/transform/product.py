@@ -186,7 +186,7 @@ def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
 
 
 def _kept(x: jax.Array, needed: bool) -> jax.Array:
-    """What may be needed, behind a new axis, or an empty array.
+    """An operand that may be needed, behind a new axis, or an empty array.
 
     JAX remembers one structure of residuals, and which of them are operands, for all derivatives of a traced product,
     whatever is differentiated in each: these are the same for all.
@@ -325,7 +325,7 @@ adapted_product.defvjp(_forward, _backward, symbolic_zeros=True)
 def _operands(
     x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """What the products take: z is x if nothing was dropped, and all that is of low rank is in one dtype."""
+    """Operands of the products: z is x if nothing was dropped, and all that is of low rank is in one dtype."""
     dtype = compute_dtype(x, w)
     u, v = _spanned(a, spec.w, spec.u), _spanned(b, spec.w, spec.v)
     return x, (x if z is None else z).astype(dtype), w, u.astype(dtype), v.astype(dtype)

@@ -1,4 +1,4 @@
-"""What each primitive does to a lazy weight: stay in the form, be multiplied, or (everything else) materialise.
+"""Rules of the primitives for a lazy weight: stay in the form, be multiplied, or (everything else) materialise.
 
 A primitive that is not listed here, or a case that the form cannot express, materialises the weight before the
 operation: slower, never wrong.

@@ -1,4 +1,4 @@
-"""What one evaluation of a lifted function notes down: the uses of every weight."""
+"""Notes of one evaluation of a lifted function: the uses of every weight."""
 
 import contextlib
 import dataclasses
@@ -59,7 +59,7 @@ class Product:
 
 @dataclasses.dataclass
 class Trace:
-    """What one evaluation of a lifted function needs to know, and what it notes down.
+    """Settings and notes of one evaluation of a lifted function.
 
     Attributes:
       strict: raise where a weight would be materialised.

@@ -31,7 +31,7 @@ FOODS = ("Italian", "French", "Indian", "Chinese")
 
 
 def temporary(make: Callable[[Path], Path]) -> Path:
-    """What one of these functions makes, in a folder that is removed when the program ends."""
+    """Files that one of these functions makes, in a folder that is removed when the program ends."""
     folder = Path(tempfile.mkdtemp(prefix="jlora-tiny-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return make(folder)
