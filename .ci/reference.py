@@ -11,8 +11,6 @@ import types
 import warnings
 from pathlib import Path
 
-import pdoc
-
 import jlora
 import jlora.interop.loralib
 
@@ -30,18 +28,40 @@ def _is_own(value: object) -> bool:
     return getattr(value, "__module__", "jlora").partition(".")[0] == "jlora"
 
 
+def members(value: object) -> dict[str, object]:
+    """The public methods and properties that a class of jlora defines, by name."""
+    if not isinstance(value, type):
+        return {}
+    fields = {*getattr(value, "__dataclass_fields__", ()), *getattr(value, "_fields", ())}
+    kinds = (types.FunctionType, property, classmethod, staticmethod)
+    own = {name: getattr(value, name) for name, member in vars(value).items() if isinstance(member, kinds)}
+    return {name: member for name, member in own.items() if not name.startswith("_") and name not in fields}
+
+
 def faults(package: types.ModuleType) -> list[str]:
-    """What is wrong with the docstrings of a package's names."""
+    """Missing docstrings of a package's names and of their members, and names in them that do not exist."""
     found = []
     for name in public(package):
         value = getattr(package, name)
-        text = inspect.getdoc(value) or ""
-        if callable(value) and not text:
-            found.append(f"{package.__name__}.{name} has no docstring")
-        for cited in re.findall(r"\bjlora\.([a-zA-Z_]+)\b", text):
-            if not hasattr(jlora, cited):
-                found.append(f"{package.__name__}.{name}: its docstring has jlora.{cited}, which does not exist")
+        said = {name: value, **{f"{name}.{member}": of for member, of in members(value).items()}}
+        for path, described in said.items():
+            text = inspect.getdoc(described) or ""
+            if (callable(described) or isinstance(described, property)) and not text:
+                found.append(f"{package.__name__}.{path} has no docstring")
+            for cited in re.findall(r"\bjlora((?:\.[a-zA-Z_]\w*)+)", text):
+                if not _exists(cited[1:].split(".")):
+                    found.append(f"{package.__name__}.{path}: its docstring has jlora{cited}, which does not exist")
     return found
+
+
+def _exists(parts: list[str]) -> bool:
+    value: object = jlora
+    for i, part in enumerate(parts):
+        if not hasattr(value, part):
+            # A field of a dataclass, or of a NamedTuple, without a default.
+            return i > 0 and part in getattr(value, "__annotations__", {})
+        value = getattr(value, part)
+    return True
 
 
 def main(folder: Path) -> int:
@@ -50,6 +70,8 @@ def main(folder: Path) -> int:
     print("\n".join(wrong), file=sys.stderr)
     if wrong:
         return 1
+    import pdoc  # of the extra `docs`
+
     for package in PACKAGES:
         package.__all__ = public(package)
     warnings.simplefilter("error")

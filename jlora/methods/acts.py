@@ -50,6 +50,7 @@ class Acts:
 
     @property
     def statistic(self) -> str:
+        """Statistic of each weight that it starts from; "" where it starts without data."""
         return ""
 
     def replace(self, **changes: Any) -> Any:

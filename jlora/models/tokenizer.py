@@ -235,30 +235,37 @@ class Tokenizer:
 
     @property
     def bos(self) -> int | None:
+        """Number of the token of the beginning; None where there is none."""
         return self._id("bos")
 
     @property
     def eos(self) -> int | None:
+        """Number of the token of the end; None where there is none."""
         return self._id("eos")
 
     @property
     def pad(self) -> int | None:
+        """Number of the token of padding; None where there is none."""
         return self._id("pad")
 
     @property
     def unk(self) -> int | None:
+        """Number of the token for what is unknown; None where there is none."""
         return self._id("unk")
 
     @property
     def cls(self) -> int | None:
+        """Number of the token before a text; None where there is none."""
         return self._id("cls")
 
     @property
     def sep(self) -> int | None:
+        """Number of the token behind a text, and between two; None where there is none."""
         return self._id("sep")
 
     @property
     def mask(self) -> int | None:
+        """Number of the token for what is masked; None where there is none."""
         return self._id("mask")
 
 
