@@ -14,6 +14,7 @@ from flax import linen as nn
 from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
+from jlora.models.layers import dense, embed, norm
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
@@ -229,20 +230,3 @@ def encoded(config: BertConfig, h: jax.Array, mask: jax.Array | None, determinis
 def pooled(config: BertConfig, h: jax.Array) -> jax.Array:
     """A linear layer of the first token: (batch, length, width) -> (batch, width)."""
     return jnp.tanh(dense(config, config.width, "pooler")(h[:, 0]))
-
-
-def embed(config: BertConfig, rows: int, name: str) -> placed.Embed:
-    """A table of vectors."""
-    init = nn.initializers.normal(0.02)
-    return placed.Embed(rows, config.width, config.dtype, config.param_dtype, embedding_init=init, name=name)
-
-
-def norm(config: BertConfig, name: str) -> placed.LayerNorm:
-    """Over the features."""
-    return placed.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
-
-
-def dense(config: BertConfig, features: int, name: str) -> placed.Dense:
-    """A linear layer with a bias."""
-    init = nn.initializers.normal(0.02)
-    return placed.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
+from jlora.models.layers import dense, embed, norm
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
@@ -246,11 +247,11 @@ class CLIPText(nn.Module):
         length = tokens.shape[1]
         if length > c.context:
             raise ValueError(f"the sequence has {length} tokens, the model's context is {c.context}")
-        wte, wpe = _embed(c, c.vocab_size, 0.02, "wte"), _embed(c, c.context, 0.01, "wpe")
+        wte, wpe = embed(c, c.vocab_size, "wte"), embed(c, c.context, "wpe", std=0.01)
         h = wte(tokens) + wpe(jnp.arange(length)[None] if positions is None else positions)  # (batch, length, width)
         seen = None if mask is None else mask[:, None, None, :].astype(bool)
         h, _ = stack(Block, c, h, None, seen, deterministic=deterministic)
-        h = _norm(c, "ln_f")(h)
+        h = norm(c, "ln_f")(h)
         ends = tokens if c.end == LARGEST else (tokens == c.end).astype(jnp.int32)
         pooled = placed.taken(h, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]  # (batch, width)
         return _outputs(c, h, pooled)
@@ -279,9 +280,9 @@ class CLIPVision(nn.Module):
         x = patch(images).reshape(len(images), -1, c.width)  # (batch, patches, width)
         cls = placed.whole(self.param("cls", init, (c.width,), c.param_dtype)).astype(x.dtype)
         x = placed.joined([jnp.broadcast_to(cls, (len(images), 1, c.width)), x], axis=1)  # (batch, 1 + patches, width)
-        h = x + _embed(c, 1 + c.patches, c.width**-0.5, "wpe")(jnp.arange(1 + c.patches))[None]
-        h, _ = stack(Block, c, _norm(c, "ln_e")(h), None, None, deterministic=deterministic)
-        return _outputs(c, h, _norm(c, "ln_f")(h[:, 0]))
+        h = x + embed(c, 1 + c.patches, "wpe", std=c.width**-0.5)(jnp.arange(1 + c.patches))[None]
+        h, _ = stack(Block, c, norm(c, "ln_e")(h), None, None, deterministic=deterministic)
+        return _outputs(c, h, norm(c, "ln_f")(h[:, 0]))
 
 
 class Block(nn.Module):
@@ -293,8 +294,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, each: None, seen: jax.Array | None) -> tuple[jax.Array, None]:
         c = self.config
-        h = placed.added(h, Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h), seen))
-        h = placed.added(h, MLP(c, name="mlp")(_norm(c, "ln_2")(h)))
+        h = placed.added(h, Attention(c, self.deterministic, name="attn")(norm(c, "ln_1")(h), seen))
+        h = placed.added(h, MLP(c, name="mlp")(norm(c, "ln_2")(h)))
         return h, each
 
 
@@ -308,10 +309,11 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, seen: jax.Array | None) -> jax.Array:
         c = self.config
         q, k, v = (
-            placed.in_heads(_dense(c, c.width, c.width**-0.5, name)(x), c.heads) for name in ("query", "key", "value")
+            placed.in_heads(dense(c, c.width, name, std=c.width**-0.5)(x), c.heads)
+            for name in ("query", "key", "value")
         )  # (batch, length, heads, width / heads)
         attend = DotProductAttention(causal=c.causal, dropout=c.dropout, deterministic=self.deterministic, name="core")
-        return _dense(c, c.width, _residual(c), "out")(attend(q, k, v, seen).reshape(x.shape))
+        return dense(c, c.width, "out", std=_residual(c))(attend(q, k, v, seen).reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -322,8 +324,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = NONLINEARITIES[c.nonlinearity](_dense(c, c.hidden, (2 * c.width) ** -0.5, "fc")(x))  # (..., hidden)
-        return _dense(c, c.width, _residual(c), "proj")(x)  # (batch, length, width)
+        x = NONLINEARITIES[c.nonlinearity](dense(c, c.hidden, "fc", std=(2 * c.width) ** -0.5)(x))  # (..., hidden)
+        return dense(c, c.width, "proj", std=_residual(c))(x)  # (batch, length, width)
 
 
 def _outputs(c: Tower, h: jax.Array, pooled: jax.Array) -> dict[str, jax.Array]:
@@ -331,24 +333,10 @@ def _outputs(c: Tower, h: jax.Array, pooled: jax.Array) -> dict[str, jax.Array]:
     h = h.astype(jnp.float32)
     if c.head == "none":
         return {"out": h, "pooled": pooled.astype(jnp.float32)}
-    embeds = _dense(c, c.projection, c.width**-0.5, "projection", bias=False)(pooled)  # (batch, projection)
+    embeds = dense(c, c.projection, "projection", std=c.width**-0.5, bias=False)(pooled)  # (batch, projection)
     return {"out": placed.output(embeds), "hidden": h}
 
 
 def _residual(c: Tower) -> float:
-    """The deviation of what writes to the residual stream: smaller, since 2 * layers of them add up there."""
+    """Deviation of layers that write to the residual stream: smaller, since 2 * layers of them add up there."""
     return 1 / math.sqrt(2 * c.layers * c.width)
-
-
-def _embed(c: Tower, rows: int, std: float, name: str) -> placed.Embed:
-    init = nn.initializers.normal(std)
-    return placed.Embed(rows, c.width, c.dtype, c.param_dtype, embedding_init=init, name=name)
-
-
-def _norm(c: Tower, name: str) -> placed.LayerNorm:
-    return placed.LayerNorm(c.epsilon, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
-
-
-def _dense(c: Tower, features: int, std: float, name: str, *, bias: bool = True) -> placed.Dense:
-    init = nn.initializers.normal(std)
-    return placed.Dense(features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name=name)

@@ -17,6 +17,7 @@ from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
 from jlora.models.deberta.relative import Rows, rows
+from jlora.models.layers import dense, embed, norm
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
@@ -164,7 +165,7 @@ class Deberta(nn.Module):
           ValueError: for sequences longer than the context, and for positions that the model does not have.
         """
         c = self.config
-        wte = _embed(c, c.vocab_size, "wte")
+        wte = embed(c, c.vocab_size, "wte")
         h = _embedded(c, wte, tokens, types, positions)  # (batch, length, width)
         h = h if mask is None else h * mask[:, :, None].astype(h.dtype)  # the convolution sees padding
         h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
@@ -176,13 +177,13 @@ class Deberta(nn.Module):
         if c.head == "masked_lm":
             h = MaskedLM(c, name="lm_head")(h, wte)  # (batch, length, vocab_size)
         elif c.head == "sequence_classification":
-            h = NONLINEARITIES[c.pooler_nonlinearity](_dense(c, c.width, "pooler")(h[:, 0]))  # (batch, width)
+            h = NONLINEARITIES[c.pooler_nonlinearity](dense(c, c.width, "pooler")(h[:, 0]))  # (batch, width)
             rate = c.dropout if c.head_dropout is None else c.head_dropout
             h = nn.Dropout(rate, deterministic=deterministic)(h)
-            h = _dense(c, c.labels, "classifier")(h)  # (batch, labels)
+            h = dense(c, c.labels, "classifier")(h)  # (batch, labels)
         elif c.head == "token_classification":
             h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
-            h = _dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
+            h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         return placed.output(h)
 
 
@@ -219,8 +220,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, first: jax.Array | None, shared: Shared) -> tuple[jax.Array, jax.Array | None]:
         c = self.config
-        h = _norm(c, "ln_1")(placed.added(h, Attention(c, self.deterministic, name="attn")(h, shared)))
-        h = _norm(c, "ln_2")(placed.added(h, MLP(c, self.deterministic, name="mlp")(h)))
+        h = norm(c, "ln_1")(placed.added(h, Attention(c, self.deterministic, name="attn")(h, shared)))
+        h = norm(c, "ln_2")(placed.added(h, MLP(c, self.deterministic, name="mlp")(h)))
         if first is not None and shared.local is not None:
             out, scale, bias = shared.local
             y = placed.LayerNorm(c.epsilon, dtype=c.dtype, use_scale=False, use_bias=False)(h + out)
@@ -245,7 +246,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, shared: Shared) -> jax.Array:
         c = self.config
-        layers = {name: _dense(c, c.width, name) for name in ("query", "key", "value")}
+        layers = {name: dense(c, c.width, name) for name in ("query", "key", "value")}
         q, k, v = (
             placed.in_heads(layer(x), c.heads) for layer in layers.values()
         )  # (batch, length, heads, width / heads)
@@ -253,19 +254,19 @@ class Attention(nn.Module):
         scale = 1 / math.sqrt(c.width // c.heads * (1 + len(c.terms)))
         bias = jnp.zeros((), jnp.float32)
         if "c2p" in c.terms:
-            layer = layers["key"] if c.shared else _dense(c, c.width, "pos_key")
+            layer = layers["key"] if c.shared else dense(c, c.width, "pos_key")
             products = _products(
                 "bihd,rhd->bhir", q, placed.in_heads(placed.clear(layer(places), x), c.heads)
             )  # (batch, heads, length, rows)
             bias = bias + _taken(products, shared.pairs, 3)  # (batch, heads, length, length)
         if "p2c" in c.terms:
-            layer = layers["query"] if c.shared else _dense(c, c.width, "pos_query")
+            layer = layers["query"] if c.shared else dense(c, c.width, "pos_query")
             products = _products(
                 "bjhd,rhd->bhrj", k, placed.in_heads(placed.clear(layer(places), x), c.heads)
             )  # (batch, heads, rows, length)
             bias = bias + _taken(products, shared.pairs, 2)  # (batch, heads, length, length)
         attend = DotProductAttention(scale=scale, dropout=c.dropout, deterministic=self.deterministic, name="core")
-        y = _dense(c, c.width, "out")(attend(q, k, v, shared.seen, scale * bias).reshape(x.shape))
+        y = dense(c, c.width, "out")(attend(q, k, v, shared.seen, scale * bias).reshape(x.shape))
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
 
 
@@ -278,8 +279,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = NONLINEARITIES[c.nonlinearity](_dense(c, c.hidden, "fc")(x))  # (batch, length, hidden)
-        x = _dense(c, c.width, "proj")(x)  # (batch, length, width)
+        x = NONLINEARITIES[c.nonlinearity](dense(c, c.hidden, "fc")(x))  # (batch, length, hidden)
+        x = dense(c, c.width, "proj")(x)  # (batch, length, width)
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
 
@@ -322,8 +323,8 @@ class MaskedLM(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, wte: placed.Embed) -> jax.Array:
         c = self.config
-        h = NONLINEARITIES[c.nonlinearity](_dense(c, c.width, "dense")(h))
-        h = wte.attend(_norm(c, "ln")(h))  # (batch, length, vocab_size)
+        h = NONLINEARITIES[c.nonlinearity](dense(c, c.width, "dense")(h))
+        h = wte.attend(norm(c, "ln")(h))  # (batch, length, vocab_size)
         bias = placed.whole(self.param("bias", nn.initializers.zeros, (c.vocab_size,), c.param_dtype))
         return h + bias.astype(h.dtype)[None, None]
 
@@ -342,16 +343,16 @@ def _embedded(
         raise ValueError("the model has no absolute positions: call it without positions=")
     h = wte(tokens)
     if c.absolute:
-        h = h + _embed(c, c.context, "wpe")(jnp.arange(length)[None] if positions is None else positions)
+        h = h + embed(c, c.context, "wpe")(jnp.arange(length)[None] if positions is None else positions)
     if c.types:
-        h = h + _embed(c, c.types, "wtt")(jnp.zeros_like(tokens) if types is None else types)
-    return _norm(c, "ln_e")(h)
+        h = h + embed(c, c.types, "wtt")(jnp.zeros_like(tokens) if types is None else types)
+    return norm(c, "ln_e")(h)
 
 
 def _places(c: DebertaConfig, found: Rows) -> jax.Array:
     """The relative positions that occur, as vectors: (rows, width)."""
-    places = _embed(c, 2 * c.span, "wre")(jnp.arange(found.start, found.stop))
-    return _norm(c, "ln_r")(places) if c.norm_positions else places
+    places = embed(c, 2 * c.span, "wre")(jnp.arange(found.start, found.stop))
+    return norm(c, "ln_r")(places) if c.norm_positions else places
 
 
 def _first(c: DebertaConfig) -> jax.Array | tuple[jax.Array | None, ...] | None:
@@ -367,17 +368,3 @@ def _products(spec: str, x: jax.Array, places: jax.Array) -> jax.Array:
 
 def _taken(products: jax.Array, pairs: jax.Array, axis: int) -> jax.Array:
     return placed.taken(products, pairs[None, None], axis, mode="promise_in_bounds")
-
-
-def _embed(config: DebertaConfig, rows: int, name: str) -> placed.Embed:
-    init = nn.initializers.normal(0.02)
-    return placed.Embed(rows, config.width, config.dtype, config.param_dtype, embedding_init=init, name=name)
-
-
-def _norm(config: DebertaConfig, name: str) -> placed.LayerNorm:
-    return placed.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
-
-
-def _dense(config: DebertaConfig, features: int, name: str) -> placed.Dense:
-    init = nn.initializers.normal(0.02)
-    return placed.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)

@@ -5,7 +5,6 @@ values as in the released code, https://github.com/openai/gpt-2. GPT-3's shape: 
 2.1; its locally banded sparse layers are dense here.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +17,7 @@ from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
 from jlora.models.cache import Cache, Context, KeyValue
 from jlora.models.heads import last_token
+from jlora.models.layers import dense, embed, norm, residual_std
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
@@ -123,8 +123,8 @@ class GPT2(nn.Module):
             raise ValueError(f"the sequence has {length} tokens, the model's context is {c.context}")
         if cache is not None and positions is None:
             raise ValueError("a call with a cache needs positions=: those of its tokens, (batch, length)")
-        wte = _embed(c, c.vocab_size, 0.02, "wte")
-        wpe = _embed(c, c.context, 0.01, "wpe")
+        wte = embed(c, c.vocab_size, "wte")
+        wpe = embed(c, c.context, "wpe", std=0.01)
         places = wpe(jnp.arange(length))[None] if positions is None else wpe(positions)
         h = wte(tokens) + places  # (batch, length, width)
         h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
@@ -132,14 +132,14 @@ class GPT2(nn.Module):
         h, layers = stack(Block, c, h, cache and cache.layers, context, deterministic=deterministic)
         if last:
             h = h[:, -1:]
-        h = _norm(c, "ln_f")(h)  # (batch, length, width)
+        h = norm(c, "ln_f")(h)  # (batch, length, width)
         if c.head == "causal_lm":
             h = wte.attend(h)  # (batch, length, vocab_size)
         elif c.head == "sequence_classification":
-            h = _dense(c, c.labels, "score", bias=False)(last_token(h, None if last else mask))  # (batch, labels)
+            h = dense(c, c.labels, "score", bias=False)(last_token(h, None if last else mask))  # (batch, labels)
         elif c.head == "token_classification":
             h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
-            h = _dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
+            h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         h = placed.output(h)
         return h if cache is None else (kv.within(cache, h), cache._replace(layers=layers))
 
@@ -161,9 +161,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, cached: KeyValue | None, context: Context) -> tuple[jax.Array, KeyValue | None]:
         c = self.config
-        y, cached = Attention(c, self.deterministic, name="attn")(_norm(c, "ln_1")(h), cached, context)
+        y, cached = Attention(c, self.deterministic, name="attn")(norm(c, "ln_1")(h), cached, context)
         h = placed.added(h, y)
-        h = placed.added(h, MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h)))
+        h = placed.added(h, MLP(c, self.deterministic, name="mlp")(norm(c, "ln_2")(h)))
         return h, cached
 
 
@@ -178,14 +178,16 @@ class Attention(nn.Module):
         c = self.config
         batch, length, width = x.shape
         q, k, v = (
-            placed.in_heads(_dense(c, width, name)(x), c.heads)  # (batch, length, heads, width / heads)
+            placed.in_heads(dense(c, width, name)(x), c.heads)  # (batch, length, heads, width / heads)
             for name in ("query", "key", "value")
         )
         new = kv.write(cached, context.start, k, v)
         causal = cached is None  # otherwise the mask says it
         attend = DotProductAttention(causal=causal, dropout=c.dropout, deterministic=self.deterministic, name="core")
         y = attend(q, new.key, new.value, context.mask).reshape(batch, length, width)
-        y = nn.Dropout(c.dropout, deterministic=self.deterministic)(_dense(c, width, "out", residual=True)(y))
+        y = nn.Dropout(c.dropout, deterministic=self.deterministic)(
+            dense(c, width, "out", std=residual_std(c.layers))(y)
+        )
         return y, None if cached is None else new
 
 
@@ -198,24 +200,6 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = NONLINEARITIES[c.nonlinearity](_dense(c, c.hidden or 4 * c.width, "fc")(x))  # (batch, length, hidden)
-        x = _dense(c, c.width, "proj", residual=True)(x)  # (batch, length, width)
+        x = NONLINEARITIES[c.nonlinearity](dense(c, c.hidden or 4 * c.width, "fc")(x))  # (batch, length, hidden)
+        x = dense(c, c.width, "proj", std=residual_std(c.layers))(x)  # (batch, length, width)
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
-
-
-def _embed(config: GPT2Config, rows: int, std: float, name: str) -> placed.Embed:
-    init = nn.initializers.normal(std)
-    return placed.Embed(rows, config.width, config.dtype, config.param_dtype, embedding_init=init, name=name)
-
-
-def _norm(config: GPT2Config, name: str) -> placed.LayerNorm:
-    return placed.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
-
-
-def _dense(config: GPT2Config, features: int, name: str, *, bias: bool = True, residual: bool = False) -> placed.Dense:
-    """A linear layer; one that writes to the residual stream starts smaller, since 2 * layers of them add up there."""
-    std = 0.02 / math.sqrt(2 * config.layers) if residual else 0.02
-    init = nn.initializers.normal(std)
-    return placed.Dense(
-        features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name
-    )

@@ -7,7 +7,6 @@ Sources: Touvron et al., "LLaMA", arXiv 2302.13971, and "Llama 2", 2307.09288; L
 they leave something open, transformers 5.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -21,6 +20,7 @@ from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention, causal_mask
 from jlora.models.cache import Cache, Context, KeyValue
 from jlora.models.heads import last_token
+from jlora.models.layers import dense, residual_std
 from jlora.models.llama.rope import Default, Dynamic, Llama3, Rope, Turn, turn, turned
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
@@ -233,12 +233,14 @@ class Llama(nn.Module):
             h = h[:, -1:]
         h = _norm(c, "ln_f")(h)  # (batch, length, width)
         if c.head == "causal_lm":
-            h = wte.attend(h) if c.tied else _dense(c, c.vocab_size, "head")(h)  # (batch, length, vocab_size)
+            h = (
+                wte.attend(h) if c.tied else dense(c, c.vocab_size, "head", bias=False)(h)
+            )  # (batch, length, vocab_size)
         elif c.head == "sequence_classification":
-            h = _dense(c, c.labels, "score")(last_token(h, None if last else mask))  # (batch, labels)
+            h = dense(c, c.labels, "score", bias=False)(last_token(h, None if last else mask))  # (batch, labels)
         elif c.head == "token_classification":
             h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
-            h = _dense(c, c.labels, "classifier", bias=True)(h)  # (batch, length, labels)
+            h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         h = placed.output(h)
         return h if cache is None else (kv.within(cache, h), cache._replace(layers=layers))
 
@@ -288,7 +290,7 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         width = c.head_width or c.width // c.heads
         q, k, v = (
-            placed.in_heads(_dense(c, heads * width, name, bias=c.qkv_bias)(x), heads, c.key_heads)
+            placed.in_heads(dense(c, heads * width, name, bias=c.qkv_bias)(x), heads, c.key_heads)
             for name, heads in (("query", c.heads), ("key", c.key_heads or c.heads), ("value", c.key_heads or c.heads))
         )  # (batch, length, heads, head_width), fewer heads of keys and values
         if c.qk_norm:
@@ -301,7 +303,7 @@ class Attention(nn.Module):
             window=window, dropout=c.dropout, deterministic=self.deterministic, name="core",
         )  # fmt: skip
         y = attend(q, new.key, new.value, mask).reshape(batch, length, c.heads * width)
-        y = _dense(c, c.width, "out", bias=c.out_bias, residual=True)(y)
+        y = dense(c, c.width, "out", bias=c.out_bias, std=residual_std(c.layers))(y)
         y = nn.Dropout(c.dropout, deterministic=self.deterministic)(y)  # (batch, length, width)
         return y, None if layer.cached is None else new
 
@@ -327,9 +329,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        gate, up = (_dense(c, c.hidden, name, bias=c.mlp_bias)(x) for name in ("gate", "up"))
+        gate, up = (dense(c, c.hidden, name, bias=c.mlp_bias)(x) for name in ("gate", "up"))
         x = NONLINEARITIES[c.nonlinearity](gate) * up  # (batch, length, hidden)
-        x = _dense(c, c.width, "down", bias=c.mlp_bias, residual=True)(x)  # (batch, length, width)
+        x = dense(c, c.width, "down", bias=c.mlp_bias, std=residual_std(c.layers))(x)  # (batch, length, width)
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
 
@@ -354,11 +356,3 @@ class RMSNorm(nn.Module):
 
 def _norm(c: LlamaConfig, name: str) -> RMSNorm:
     return RMSNorm(c.epsilon, c.dtype, c.param_dtype, name=name)
-
-
-def _dense(c: LlamaConfig, features: int, name: str, *, bias: bool = False, residual: bool = False) -> placed.Dense:
-    """A linear layer; one that writes to the residual stream starts smaller, since 2 * layers of them add up there."""
-    init = nn.initializers.normal(0.02 / math.sqrt(2 * c.layers) if residual else 0.02)
-    return placed.Dense(
-        features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name=name
-    )  # fmt: skip

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jlora.models import fields, placed
-from jlora.models.bert.modeling import BertConfig, MaskedLM, dense, embed, embedded, encoded, pooled
+from jlora.models.bert.modeling import BertConfig, MaskedLM, embedded, encoded, pooled
+from jlora.models.layers import dense, embed
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929; p
 as in Hugging Face's `ViTForImageClassification`, the pooler as in its `ViTModel`.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from flax import linen as nn
 from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention
+from jlora.models.layers import dense, norm
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
 
@@ -106,7 +108,7 @@ class ViT(nn.Module):
         h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
         last = FirstToken if c.head == "image_classification" else None  # which reads no other
         h, _ = stack(Block, c, h, None, deterministic=deterministic, last=last)
-        h = _norm(c, "ln_f")(h)  # (batch, 1 + patches, width)
+        h = norm(c, "ln_f")(h)  # (batch, 1 + patches, width)
         if c.head == "image_classification":
             return placed.output(_dense(c, c.labels, "head")(h[:, 0]))  # (batch, labels)
         out = h.astype(jnp.float32)
@@ -140,10 +142,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, _: None) -> tuple[jax.Array, None]:
         c = self.config
-        x = _norm(c, "ln_1")(h)
+        x = norm(c, "ln_1")(h)
         y = Attention(c, self.deterministic, name="attn")(x[:, : self.queries], x)
         h = placed.added(h[:, : self.queries], y)
-        h = placed.added(h, MLP(c, self.deterministic, name="mlp")(_norm(c, "ln_2")(h)))
+        h = placed.added(h, MLP(c, self.deterministic, name="mlp")(norm(c, "ln_2")(h)))
         return h, None
 
 
@@ -185,10 +187,4 @@ class MLP(nn.Module):
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
 
-def _norm(config: ViTConfig, name: str) -> placed.LayerNorm:
-    return placed.LayerNorm(config.epsilon, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
-
-
-def _dense(config: ViTConfig, features: int, name: str) -> placed.Dense:
-    init = nn.initializers.truncated_normal(0.02)
-    return placed.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
+_dense = functools.partial(dense, init=nn.initializers.truncated_normal(0.02))
