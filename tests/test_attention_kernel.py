@@ -1,5 +1,6 @@
 """Attention's kernel is that of the devices which a program is compiled for, or the one that was asked for."""
 
+import dataclasses
 import functools
 import re
 
@@ -11,7 +12,13 @@ import pytest
 import jlora
 from jlora.models import attention
 from jlora.models.attention import DotProductAttention
+from jlora.models.bert import Bert, BertConfig
+from jlora.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from jlora.models.deberta import Deberta, DebertaConfig
 from jlora.models.gpt2 import GPT2, GPT2Config
+from jlora.models.llama import Llama, LlamaConfig
+from jlora.models.roberta import Roberta, RobertaConfig
+from jlora.models.vit import ViT, ViTConfig
 from tests.conformance import close
 
 PLAIN, HAS_FLASH = jax.nn.dot_product_attention, attention._has_flash
@@ -74,7 +81,9 @@ def test_without_cudnn_the_plain_form_is_compiled_and_asking_for_the_other_is_an
     fn, args = attend()
     assert "case" not in program(fn, *args, platform="cuda")
     fn, args = attend(implementation="cudnn")
-    with pytest.raises(RuntimeError, match="cuDNN"):
+    with pytest.raises(
+        RuntimeError, match=r"^attention='cudnn' needs cuDNN's library where the program is made.* detect"
+    ):
         fn(*args)
 
 
@@ -103,3 +112,52 @@ def test_a_lifted_training_step_has_the_kernel_of_its_target(scan, monkeypatch):
     monkeypatch.setattr(attention, "_has_flash", lambda: False)
     close(jax.jit(lambda *a: loss(*a))(factors, frozen), value)
     assert any(jnp.any(g != 0) for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert", "roberta", "deberta", "vit", "clip"])
+@pytest.mark.loose_promotion
+def test_every_config_can_say_which(architecture):
+    """On shapes, for CUDA: the config's word is what is compiled."""
+    kinds = {field.name: field for field in dataclasses.fields(CONFIGS[architecture][1])}
+    assert kinds["attention"].default == "auto"
+    found = {}
+    for word in ("auto", "xla", "cudnn"):
+        model, args = made(architecture, word)
+        params = jax.eval_shape(model.init, jax.random.key(0), *args)
+        found[word] = has_flash(program(model.apply, params, *args, platform="cuda"))
+    assert found == {"auto": True, "xla": False, "cudnn": True}
+    with pytest.raises(ValueError, match="attention='flash' is not one of 'auto', 'xla', 'cudnn'"):
+        made(architecture, "flash")
+
+
+TINY = {
+    "vocab_size": 16,
+    "context": 16,
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "hidden": 16,
+    "image_size": 8,
+    "patch_size": 4,
+}
+CONFIGS = {
+    "gpt2": (GPT2, GPT2Config), "llama": (Llama, LlamaConfig), "bert": (Bert, BertConfig), "roberta": (Roberta, RobertaConfig),
+    "deberta": (Deberta, DebertaConfig), "vit": (ViT, ViTConfig), "clip": (CLIP, CLIPConfig),
+}  # fmt: skip
+
+
+def made(architecture: str, attention: str):
+    """A tiny model in bfloat16, and what it is called with; lengths are even, as cuDNN wants them with a mask."""
+    model, config = CONFIGS[architecture]
+    names = {field.name for field in dataclasses.fields(config)}
+    options = {name: value for name, value in TINY.items() if name in names} | {
+        "dtype": "bfloat16",
+        "attention": attention,
+    }
+    ids, image = jnp.ones((1, 8), int), jnp.ones((1, 8, 8, 3))
+    if architecture == "clip":
+        text = CLIPTextConfig(vocab_size=16, context=16, width=16, layers=1, heads=2, hidden=16, end=15)
+        vision = CLIPVisionConfig(image_size=8, patch_size=4, width=16, layers=1, heads=2, hidden=16)
+        return model(config(text, vision, projection=8, dtype="bfloat16", attention=attention)), (ids, image)
+    return model(config(**options)), (image,) if architecture == "vit" else (ids,)

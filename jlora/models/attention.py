@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-Implementation = Literal["xla", "cudnn"]
+Implementation = Literal["auto", "xla", "cudnn"]
 
 
 class DotProductAttention(nn.Module):
@@ -21,7 +21,7 @@ class DotProductAttention(nn.Module):
       scale: 1 / sqrt(width) when None.
       dropout: of the attention weights, in [0, 1). In training it needs the plain form: no flash attention has it.
       deterministic: no dropout.
-      implementation: "cudnn" is flash attention, "xla" the plain form. None: flash attention in a program that is
+      implementation: "cudnn" is flash attention, "xla" the plain form. "auto": flash attention in a program that is
         compiled for CUDA, whatever devices there are here, if the operands allow it and cuDNN is installed where it is
         compiled (JAX's CUDA wheels bring it); every other platform's program has the plain form alone. Where the GPUs
         at hand are older than Ampere, the plain form, too.
@@ -33,7 +33,7 @@ class DotProductAttention(nn.Module):
     scale: float | None = None
     dropout: float = 0.0
     deterministic: bool = True
-    implementation: Implementation | None = None
+    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(
@@ -70,7 +70,7 @@ class DotProductAttention(nn.Module):
             _attend, scale=self.scale, causal=causal, window=window, masked=mask is not None, biased=bias is not None
         )
         more = [x for x in (mask, bias) if x is not None]
-        if self.implementation is not None:
+        if self.implementation != "auto":
             return attend(query, key, value, *more, implementation=self.implementation)
         plain = functools.partial(attend, implementation="xla")
         if not (_fits_flash(query, keys, masked=bool(more)) and _has_flash()):
@@ -89,7 +89,7 @@ def _attend(
     window: int | None,
     masked: bool,
     biased: bool,
-    implementation: Implementation,
+    implementation: Literal["xla", "cudnn"],
 ) -> jax.Array:
     """`jax.nn.dot_product_attention`; `more` are the mask and the bias, those of them that there are."""
     mask, bias = more[0] if masked else None, more[-1] if biased else None
@@ -97,11 +97,19 @@ def _attend(
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
     if implementation == "cudnn" and bias is not None:  # and a bias of the operands' dtype
         bias = bias.astype(query.dtype)
-    with jax.numpy_dtype_promotion("standard"):  # inside, it promotes half operands to float32 by itself
-        return jax.nn.dot_product_attention(
-            query, key, value, bias, mask, scale=scale, is_causal=causal,
-            local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
-        )  # fmt: skip
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # inside, it promotes half operands to float32 by itself
+            return jax.nn.dot_product_attention(
+                query, key, value, bias, mask, scale=scale, is_causal=causal,
+                local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
+            )  # fmt: skip
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise RuntimeError(
+            f"attention='cudnn' needs cuDNN's library where the program is made, which JAX's CUDA wheels bring "
+            f"({error}); 'xla' is the plain form, 'auto' takes cuDNN's where it can"
+        ) from error
 
 
 def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
-from jlora.models.attention import DotProductAttention
+from jlora.models.attention import DotProductAttention, Implementation
 from jlora.models.layers import dense, embed, norm
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
@@ -52,6 +52,7 @@ class CLIPTextConfig:
       scan: one block scanned over parameters stacked on axis 0, in place of `layers` blocks: compiles faster.
       remat: compute each block's activations again in the backward pass; True, or the name of a policy in
         `jax.checkpoint_policies`.
+      attention: the kernel, "auto", "xla" or "cudnn"; see `jlora.models.attention.DotProductAttention`.
     """
 
     causal: ClassVar[bool] = True
@@ -71,6 +72,7 @@ class CLIPTextConfig:
     param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
+    attention: Implementation = "auto"
 
     def __post_init__(self) -> None:
         _check(self)
@@ -87,7 +89,7 @@ class CLIPVisionConfig:
       channels: of the image.
       width, layers, heads, hidden, nonlinearity, epsilon: as in `CLIPTextConfig`.
       head, projection: as in `CLIPTextConfig`.
-      dropout, dtype, param_dtype, scan, remat: as in `CLIPTextConfig`.
+      dropout, dtype, param_dtype, scan, remat, attention: as in `CLIPTextConfig`.
     """
 
     causal: ClassVar[bool] = False
@@ -107,6 +109,7 @@ class CLIPVisionConfig:
     param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
+    attention: Implementation = "auto"
 
     def __post_init__(self) -> None:
         _check(self)
@@ -130,7 +133,7 @@ class CLIPConfig:
       projection: features of the space of texts and images.
       temperature: the logarithm of the factor of the cosines, when training begins.
       head: "none": there is no other.
-      dropout, dtype, param_dtype, scan, remat: of both towers, as in `CLIPTextConfig`.
+      dropout, dtype, param_dtype, scan, remat, attention: of both towers, as in `CLIPTextConfig`.
     """
 
     text: CLIPTextConfig = CLIPTextConfig()
@@ -143,6 +146,7 @@ class CLIPConfig:
     param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
+    attention: Implementation = "auto"
 
     def __post_init__(self) -> None:
         fields.check_fields(self)
@@ -160,7 +164,7 @@ class CLIPConfig:
         return dataclasses.replace(self.vision, **self._shared())
 
     def _shared(self) -> dict[str, Any]:
-        names = ("projection", "dropout", "dtype", "param_dtype", "scan", "remat")
+        names = ("projection", "dropout", "dtype", "param_dtype", "scan", "remat", "attention")
         return {"head": "projection"} | {name: getattr(self, name) for name in names}
 
 
@@ -312,7 +316,13 @@ class Attention(nn.Module):
             placed.in_heads(dense(c, c.width, name, std=c.width**-0.5)(x), c.heads)
             for name in ("query", "key", "value")
         )  # (batch, length, heads, width / heads)
-        attend = DotProductAttention(causal=c.causal, dropout=c.dropout, deterministic=self.deterministic, name="core")
+        attend = DotProductAttention(
+            causal=c.causal,
+            dropout=c.dropout,
+            deterministic=self.deterministic,
+            implementation=c.attention,
+            name="core",
+        )
         return dense(c, c.width, "out", std=_residual(c))(attend(q, k, v, seen).reshape(x.shape))
 
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
-from jlora.models.attention import DotProductAttention
+from jlora.models.attention import DotProductAttention, Implementation
 from jlora.models.deberta.relative import Rows, rows
 from jlora.models.layers import dense, embed, norm
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
@@ -58,6 +58,7 @@ class DebertaConfig:
       scan: one block scanned over parameters stacked on axis 0, in place of `layers` blocks: compiles faster.
       remat: compute each block's activations again in the backward pass; True, or the name of a policy in
         `jax.checkpoint_policies`.
+      attention: the kernel, "auto", "xla" or "cudnn"; see `jlora.models.attention.DotProductAttention`.
     """
 
     vocab_size: fields.Rows = 128100
@@ -87,6 +88,7 @@ class DebertaConfig:
     param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
+    attention: Implementation = "auto"
 
     def __post_init__(self) -> None:
         fields.check_fields(self)
@@ -265,7 +267,9 @@ class Attention(nn.Module):
                 "bjhd,rhd->bhrj", k, placed.in_heads(placed.clear(layer(places), x), c.heads)
             )  # (batch, heads, rows, length)
             bias = bias + _taken(products, shared.pairs, 2)  # (batch, heads, length, length)
-        attend = DotProductAttention(scale=scale, dropout=c.dropout, deterministic=self.deterministic, name="core")
+        attend = DotProductAttention(
+            scale=scale, dropout=c.dropout, deterministic=self.deterministic, implementation=c.attention, name="core"
+        )
         y = dense(c, c.width, "out")(attend(q, k, v, shared.seen, scale * bias).reshape(x.shape))
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jlora.models import cache as kv
 from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
-from jlora.models.attention import DotProductAttention
+from jlora.models.attention import DotProductAttention, Implementation
 from jlora.models.cache import Cache, Context, KeyValue
 from jlora.models.heads import last_token
 from jlora.models.layers import dense, embed, norm, residual_std
@@ -43,6 +43,7 @@ class GPT2Config:
       scan: one block scanned over parameters stacked on axis 0, in place of `layers` blocks: compiles faster.
       remat: compute each block's activations again in the backward pass; True, or the name of a policy in
         `jax.checkpoint_policies`.
+      attention: the kernel, "auto", "xla" or "cudnn"; see `jlora.models.attention.DotProductAttention`.
     """
 
     vocab_size: fields.Rows = 50257
@@ -60,6 +61,7 @@ class GPT2Config:
     param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
+    attention: Implementation = "auto"
 
     def __post_init__(self) -> None:
         fields.check_fields(self)
@@ -183,7 +185,9 @@ class Attention(nn.Module):
         )
         new = kv.write(cached, context.start, k, v)
         causal = cached is None  # otherwise the mask says it
-        attend = DotProductAttention(causal=causal, dropout=c.dropout, deterministic=self.deterministic, name="core")
+        attend = DotProductAttention(
+            causal=causal, dropout=c.dropout, deterministic=self.deterministic, implementation=c.attention, name="core"
+        )
         y = attend(q, new.key, new.value, context.mask).reshape(batch, length, width)
         y = nn.Dropout(c.dropout, deterministic=self.deterministic)(
             dense(c, width, "out", std=residual_std(c.layers))(y)

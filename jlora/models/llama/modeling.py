@@ -17,7 +17,7 @@ from flax import linen as nn
 from jlora.models import cache as kv
 from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
-from jlora.models.attention import DotProductAttention, causal_mask
+from jlora.models.attention import DotProductAttention, Implementation, causal_mask
 from jlora.models.cache import Cache, Context, KeyValue
 from jlora.models.heads import last_token
 from jlora.models.layers import dense, residual_std
@@ -59,6 +59,7 @@ class LlamaConfig:
       scan: one block scanned over parameters stacked on axis 0, in place of `layers` blocks: compiles faster.
       remat: compute each block's activations again in the backward pass; True, or the name of a policy in
         `jax.checkpoint_policies`.
+      attention: the kernel, "auto", "xla" or "cudnn"; see `jlora.models.attention.DotProductAttention`.
     """
 
     family: Family = "llama"
@@ -87,6 +88,7 @@ class LlamaConfig:
     param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
+    attention: Implementation = "auto"
 
     def __post_init__(self) -> None:
         fields.check_fields(self)
@@ -300,7 +302,7 @@ class Attention(nn.Module):
         mask, window = _seen(c, layer, context, length)
         attend = DotProductAttention(
             causal=layer.cached is None,  # otherwise the mask says it
-            window=window, dropout=c.dropout, deterministic=self.deterministic, name="core",
+            window=window, dropout=c.dropout, deterministic=self.deterministic, implementation=c.attention, name="core",
         )  # fmt: skip
         y = attend(q, new.key, new.value, mask).reshape(batch, length, c.heads * width)
         y = dense(c, c.width, "out", bias=c.out_bias, std=residual_std(c.layers))(y)

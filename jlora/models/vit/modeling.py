@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
-from jlora.models.attention import DotProductAttention
+from jlora.models.attention import DotProductAttention, Implementation
 from jlora.models.layers import dense, norm
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
@@ -42,6 +42,7 @@ class ViTConfig:
       scan: one block scanned over parameters stacked on axis 0, in place of `layers` blocks: compiles faster.
       remat: compute each block's activations again in the backward pass; True, or the name of a policy in
         `jax.checkpoint_policies`.
+      attention: the kernel, "auto", "xla" or "cudnn"; see `jlora.models.attention.DotProductAttention`.
     """
 
     image_size: fields.Pixels = 224
@@ -61,6 +62,7 @@ class ViTConfig:
     param_dtype: fields.Dtype = "float32"
     scan: bool = False
     remat: bool | str = False
+    attention: Implementation = "auto"
 
     def __post_init__(self) -> None:
         fields.check_fields(self)
@@ -168,7 +170,9 @@ class Attention(nn.Module):
             placed.in_heads(_dense(c, c.width, name)(of), c.heads)  # (batch, length, heads, width / heads)
             for name, of in (("query", queries), ("key", x), ("value", x))
         )
-        attend = DotProductAttention(dropout=c.dropout, deterministic=self.deterministic, name="core")
+        attend = DotProductAttention(
+            dropout=c.dropout, deterministic=self.deterministic, implementation=c.attention, name="core"
+        )
         y = _dense(c, c.width, "out")(attend(q, k, v).reshape(queries.shape))
         return nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
 
