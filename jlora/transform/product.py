@@ -27,8 +27,17 @@ class Spec(NamedTuple):
     dimension_numbers: Any  # of the model's own `dot_general`
     weight_first: bool  # whether the weight is its left operand
     precision: Any
-    dtype: Any  # its preferred_element_type
+    result: str | None  # its preferred_element_type by name: NumPy 2.0 takes `np.dtype("float64") == None` for true
     sharding: NamedSharding | None = None  # where the model says that the product lies, on an explicit mesh
+
+    @property
+    def dtype(self) -> jnp.dtype | None:
+        """The product's preferred_element_type."""
+        return None if self.result is None else jnp.dtype(self.result)
+
+    def of_dtype(self, dtype: Any) -> "Spec":
+        """The same product with another preferred_element_type."""
+        return self._replace(result=None if dtype is None else jnp.dtype(dtype).name)
 
     @property
     def inner(self) -> Labels:

@@ -420,7 +420,7 @@ class Weight:
             wide = compute_dtype(x, self.w)
             if wide != x.dtype:
                 result = jax.eval_shape(lambda x, w: base_product(x, tree.dense(w), spec), x, self.w).dtype
-                spec = spec._replace(dtype=dtype if keeps(dtype, wide) else None)
+                spec = spec.of_dtype(dtype if keeps(dtype, wide) else None)
             x = amplify(x, gain_in, wide)
         y = self._low_rank_dot(x, spec) if self.rank else self.multiply.base(x, self.w, spec)
         y = y if result is None else y.astype(result)
@@ -450,9 +450,8 @@ class Weight:
         x_free = tuple(x_labels[i] for i in range(x_ndim) if i not in left and i not in left_batch)
         w_free = tuple(w_labels[j] for j in range(self.ndim) if j not in right and j not in right_batch)
         y_labels = batch + (w_free + x_free if weight_first else x_free + w_free)
-        return Spec(
-            tuple(x_labels), w_labels, y_labels, (), (), dimension_numbers, weight_first, precision, dtype
-        )  # fmt: skip
+        spec = Spec(tuple(x_labels), w_labels, y_labels, (), (), dimension_numbers, weight_first, precision, None)
+        return spec.of_dtype(dtype)
 
     def _gains(self, spec: Spec) -> tuple[jax.Array | None, jax.Array | None]:
         """The gain as a factor of x or of y, whichever has all the axes that it spans."""
