@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -309,6 +310,20 @@ def test_what_does_not_fit_is_said(wrong, message):
 
 
 SITES = jlora.sites(lambda p, x: x @ p["w"], {"w": normal(D, F)}, BATCHES[0])
+
+
+@pytest.mark.parametrize("statistic", ["covariance", "gradient"])
+def test_leaves_that_are_no_arrays_are_static(statistic):
+    """Those of an Equinox module are functions, sizes and names."""
+    model = eqx.nn.MLP(D, "scalar", F, 1, activation=jnp.tanh, key=jax.random.key(0))
+    fn = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
+    sites = jlora.sites(fn, model, BATCHES[0])
+    arrays, static = eqx.partition(model, eqx.is_array)
+    of_arrays = lambda arrays, x: fn(eqx.combine(arrays, static), x)
+    expected = jlora.measure(of_arrays, arrays, BATCHES, jlora.sites(of_arrays, arrays, BATCHES[0]), statistic)
+    found = jlora.measure(fn, model, BATCHES, sites, statistic)
+    assert list(found) == ["layers/0/weight", "layers/1/weight"]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def one_with(method, batches, fn=lambda p, x: x @ p["w"], kind="linear", **options) -> jlora.Adapted:

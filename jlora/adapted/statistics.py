@@ -1,5 +1,6 @@
 """Statistics for the data-driven methods: sums over batches of a weight's inputs, or of the loss's gradient."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
@@ -108,16 +109,16 @@ def _check_linear(sites: Sequence[Site]) -> None:
 def _means(
     kind: str, fn: Callable[..., Any], params: Any, batches: Iterable[Any], sites: Sequence[Site], mask: Mask | None
 ) -> dict[str, jax.Array]:
-    of_rows = lambda hidden: jax.jit(_covariances(fn, sites, mask, hidden))
-    of_batch = of_rows(frozenset()) if kind == "covariance" else jax.jit(_gradients(fn, sites))
+    of_rows = lambda hidden: _compiled(_covariances(fn, sites, mask, hidden), params)
+    of_batch = of_rows(frozenset()) if kind == "covariance" else _compiled(_gradients(fn, sites), params)
     total: dict[str, jax.Array] | None = None
     count = 0
     for batch in _shown(batches):
         try:
-            part = of_batch(params, batch)
+            part = of_batch(batch)
             if count == 0 and kind == "covariance" and mask is None and (hidden := _zero(part)):
                 of_batch = of_rows(hidden)
-                part = of_batch(params, batch)
+                part = of_batch(batch)
         except (TypeError, ValueError, IndexError, KeyError) as error:
             raise ValueError(f"measure: fn(params, batch) fails on batch {count}: {error}") from error
         total = part if total is None else jax.tree.map(jnp.add, total, part)
@@ -136,6 +137,20 @@ def _means(
             )
         raise ValueError(f"measure: no {kind} reaches {path!r}: fn's result does not depend on it")
     return {path: value / count for path, value in total.items()}
+
+
+def _compiled(fn: Callable[[Any, Any], Any], params: Any) -> Callable[[Any], Any]:
+    """`fn(params, batch)` as a compiled function of the batch. Leaves that are no arrays (a module's function) are static."""
+    leaves, structure = jax.tree.flatten(params)
+    at = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+
+    def of_arrays(arrays: list[Any], batch: Any) -> Any:
+        full = list(leaves)
+        for i, array in zip(at, arrays, strict=True):
+            full[i] = array
+        return fn(jax.tree.unflatten(structure, full), batch)
+
+    return functools.partial(jax.jit(of_arrays), [leaves[i] for i in at])
 
 
 def _zero(sums: dict[str, jax.Array]) -> frozenset[str]:
@@ -188,9 +203,9 @@ def _probed(x: jax.Array, kept: jax.Array | None) -> jax.Array:
     return jnp.sum(jnp.where(kept.astype(bool).reshape(kept.shape + (1,) * (x.ndim - kept.ndim)), x, 0))
 
 
-def _observed(w: jax.Array, site: Site, total: jax.Array, every_row: bool) -> Weight:
+def _observed(w: Any, site: Site, total: jax.Array, every_row: bool) -> Weight:
     one = a_form(jnp.eye(sizes(site)[1], dtype=jnp.float32)[None], without_stack(site))
-    place = Place(site.path, tuple((i,) for i in range(w.ndim)))
+    place = Place(site.path, tuple((i,) for i in range(len(site.shape))))
     return Weight(w, total, one, place=place, multiply=OBSERVED[every_row])
 
 
@@ -199,12 +214,13 @@ def _gradients(fn: Callable[..., Any], sites: Sequence[Site]) -> Callable[[Any, 
         named, structure = tree.leaves(params)
 
         def loss(weights: dict[str, jax.Array]) -> jax.Array:
-            value = jnp.asarray(fn(jax.tree.unflatten(structure, (named | weights).values()), batch))
+            filled = jax.tree.unflatten(structure, (named | weights).values())
+            value = jnp.asarray(run(fn, (filled, batch), {}, Trace()))  # stored leaves that are no targets stay stored
             if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
                 raise ValueError(f"fn is a loss and returns a real scalar, got {value.dtype} of shape {value.shape}")
             return value
 
-        found = jax.grad(loss)({site.path: named[site.path] for site in sites})
+        found = jax.grad(loss)({site.path: tree.dense(named[site.path]) for site in sites})
         as_matrices = lambda g, site: on_auto_axes(lambda g: matrices(g.astype(jnp.float32), site), g)
         return {site.path: as_matrices(found[site.path], site) for site in sites}
 
