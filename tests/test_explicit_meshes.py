@@ -163,6 +163,14 @@ def test_fsdp_by_reshard_is_factored_found_and_dropped_out():
     assert plain != dropped
 
 
+def test_trained_rows_of_a_table_that_is_split_by_rows_are_scaled():
+    params = {"table": put(normal(8, 6), "model"), "w": put(normal(8, 6), "data")}
+    sites = (jlora.Site("w", (8, 6), "float32", (0,), (1,), (), "linear"),)
+    adapted = jlora.apply(params, rank=2, sites=sites, targets="w", extras={"table": [1, 6]})
+    moved = adapted.replace(factors=jax.tree.map(lambda x: x + 1.0, adapted.factors))
+    close(jlora.scale(moved, 0.25).factors["table"]["rows"], normal(8, 6)[jnp.asarray([1, 6])] + 0.25)
+
+
 AUTO = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto), devices=jax.devices()[:4])
 
 

@@ -187,3 +187,23 @@ def test_a_step_trains_the_factors_and_keeps_the_codes(tmp_path: Any) -> None:
     assert state.adapted.base["first"]["kernel"].codes is STORED["first"]["kernel"].codes
     jlora.save(tmp_path / "adapter", state.adapted)
     close(jlora.load(tmp_path / "adapter", STORED).factors, state.adapted.factors)
+
+
+@pytest.mark.parametrize("statistic", ["covariance", "gradient"])
+def test_statistics_are_those_of_the_dequantised_base(statistic: str) -> None:
+    fn = predict if statistic == "covariance" else loss
+    targets = [f"^{path}$" for path in ADAPTED_PATHS]
+    of_stored, of_plain = (jlora.measure(fn, p, [X], SITES, statistic, targets=targets) for p in (STORED, PLAIN))
+    close(of_stored, of_plain)
+
+
+def test_conversions_are_those_of_the_dequantised_base() -> None:
+    def adapted(params: Any) -> jlora.Adapted:
+        return jlora.apply(params, method=jlora.pissa(2), sites=SITES, targets="first", extras={"still": [0, 3]})
+
+    of_stored, of_plain = adapted(STORED), adapted(PLAIN)
+    close(jlora.to_lora(of_stored).factors, jlora.to_lora(of_plain).factors)
+    doubled = [x.replace(factors=jax.tree.map(lambda x: 2 * x, x.factors)) for x in (of_stored, of_plain)]
+    close(*(jlora.scale(x, 0.5).factors for x in doubled))
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), of_plain.factors)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), adapted(jax.eval_shape(lambda: STORED)).factors) == shapes

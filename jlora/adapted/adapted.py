@@ -174,6 +174,17 @@ def extra_shapes(extra: Extra, leaf: Any) -> dict[str, tuple[int, ...]]:
     return {"value": shape} if extra.rows is None else {"rows": (len(extra.rows), *shape[1:])}
 
 
+def initial_extra(leaf: Any, extra: Extra) -> Arrays:
+    """What is trained of a leaf that is trained as it is, as it starts: float32, shapes of shapes."""
+    if tree.is_abstract(leaf):
+        return jax.eval_shape(lambda leaf: initial_extra(leaf, extra), leaf)
+    value = jnp.asarray(tree.dense(leaf)).astype(jnp.float32)
+    if extra.rows is not None:
+        return {"rows": on_auto_axes(lambda value: value[jnp.asarray(extra.rows)], value)}
+    # A copy, even of a float32 leaf: the factors are donated to the train step, the base never is.
+    return {"value": jnp.array(value, copy=True)}
+
+
 def _check_shapes(path: str, arrays: Arrays, expected: Mapping[str, tuple[int, ...]]) -> None:
     got = {name: tuple(array.shape) for name, array in arrays.items()}
     if got != expected:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jlora import tree
-from jlora.adapted.adapted import Adapted, check_activations, from_arrays
+from jlora.adapted.adapted import Adapted, check_activations, from_arrays, initial_extra
 from jlora.adapted.select import (
     Extra,
     Pattern,
@@ -23,8 +23,7 @@ from jlora.adapted.select import (
 )
 from jlora.adapted.statistics import Mask, measure, shape_of
 from jlora.methods import Method, lora, nearest
-from jlora.methods.acts import Arrays, Factors
-from jlora.transform.explicit import on_auto_axes
+from jlora.methods.acts import Factors
 from jlora.transform.sites import Site, Target
 
 
@@ -162,7 +161,7 @@ def start(
     named, _ = tree.leaves(choice.params)
     _check_statistics(choice, statistics)
     chosen, arrays = choice.method.acts.start(key, named, choice.targets, statistics or {})
-    return chosen, arrays | {extra.path: _initial_extra(named[extra.path], extra) for extra in choice.extras}
+    return chosen, arrays | {extra.path: initial_extra(named[extra.path], extra) for extra in choice.extras}
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -261,13 +260,3 @@ def _measured(
         sites = [target.site for target in targets]
         found |= measure(fn, choice.params, several, sites, kind, mask=mask)
     return found
-
-
-def _initial_extra(leaf: Any, extra: Extra) -> Arrays:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda leaf: _initial_extra(leaf, extra), leaf)
-    value = jnp.asarray(tree.dense(leaf)).astype(jnp.float32)
-    if extra.rows is not None:
-        return {"rows": on_auto_axes(lambda value: value[jnp.asarray(extra.rows)], value)}
-    # A copy, even of a float32 leaf: the factors are donated to the train step, the base never is.
-    return {"value": jnp.array(value, copy=True)}

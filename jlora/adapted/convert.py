@@ -1,14 +1,13 @@
 """One adapter as another: scaled, as plain LoRA, with fewer ranks, without the network that made a prefix."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
-from jlora.adapted.adapted import Adapted, from_arrays
+from jlora.adapted.adapted import Adapted, from_arrays, initial_extra
 from jlora.methods import lora
 from jlora.methods.acts import Arrays, Factors
 from jlora.methods.checks import check_number, check_rank
@@ -48,7 +47,7 @@ def to_lora(adapted: Adapted) -> Adapted:
                 f"to_lora: {adapted.method.of(site).name} is not W plus a low-rank product at {site.path!r}"
             )
         assert weight.a is not None and weight.b is not None
-        axes = tuple(range(w.ndim))
+        axes = tuple(range(len(site.shape)))
         alive = np.asarray(jnp.any(weight.a != 0, axis=axes) & jnp.any(weight.b != 0, axis=axes))
         if not alive.any():
             continue
@@ -95,15 +94,9 @@ def scale(adapted: Adapted, s: float | jax.Array) -> Adapted:
         sites.append(changed)
         factors[site.path] = arrays
     for extra in adapted.extras:
-        start = _as_trained(named[extra.path], extra.rows)
-        factors[extra.path] = {name: value * s + start * (1 - s) for name, value in factors[extra.path].items()}
+        start = initial_extra(named[extra.path], extra)
+        factors[extra.path] = {name: x * s + start[name] * (1 - s) for name, x in factors[extra.path].items()}
     return adapted.replace(factors=factors, sites=tuple(sites))
-
-
-def _as_trained(leaf: Any, rows: tuple[int, ...] | None) -> jax.Array:
-    """Initial value of an extra."""
-    value = jnp.asarray(leaf).astype(jnp.float32)
-    return value if rows is None else value[jnp.asarray(rows)]
 
 
 def bake_prompt(adapted: Adapted) -> Adapted:
