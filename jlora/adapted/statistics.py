@@ -140,7 +140,7 @@ def _means(
 
 
 def _compiled(fn: Callable[[Any, Any], Any], params: Any) -> Callable[[Any], Any]:
-    """`fn(params, batch)` as a compiled function of the batch. Leaves that are no arrays (a module's function) are static."""
+    """`fn(params, batch)`, compiled, as a function of the batch. Leaves that are no arrays (functions) are static."""
     leaves, structure = jax.tree.flatten(params)
     at = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
 
