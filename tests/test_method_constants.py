@@ -14,6 +14,7 @@ from jlora.methods.adalora import Schedule, budget, lowest
 from jlora.methods.lokr import small_side
 from jlora.methods.oft import cayley, rotation
 from jlora.methods.selective import BIAS, LAYER, NORM
+from jlora.transform.jaxprs import bodies
 from tests.conformance import close, measured, normal, randomised
 
 D, F, L = 16, 24, 3
@@ -291,6 +292,20 @@ def test_dora_goes_around_whatever_is_added_to_the_base(inner):
     v = np.asarray(inner.acts.weight(trained.base["w"], target, trained.factors["w"], buffers).dense(), np.float64)
     gain = factor(trained, "magnitude") / np.linalg.norm(v, axis=0, keepdims=True)
     np.testing.assert_allclose(jlora.merge(trained)["w"], gain * v, rtol=1e-3, atol=1e-4)
+
+
+def test_oft_turns_the_weight_in_float32_on_any_device():
+    """By default GPUs and TPUs round what they multiply to 10 or 7 bits: with a rotation of I, too, the base."""
+
+    def precisions(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                yield eqn.params["precision"]
+            for body in bodies(eqn):
+                yield from precisions(body)
+
+    found = list(precisions(jax.make_jaxpr(jlora.merge)(one(jlora.oft(8))).jaxpr))
+    assert found == [(jax.lax.Precision.HIGHEST,) * 2]
 
 
 def test_oft_keeps_the_angles_between_outputs():

@@ -42,7 +42,7 @@ def oft(block_size: int) -> Method:
         rotation = cayley(factors["Q"], block_size)  # (stack, blocks, block, block)
         stack, inputs, outputs = sizes(target)
         blocks = matrices(w, target).astype(jnp.float32).reshape(stack, inputs // block_size, block_size, outputs)
-        turned = jnp.einsum("nbij,nbjo->nbio", rotation, blocks).reshape(stack, inputs, outputs)
+        turned = jnp.einsum("nbij,nbjo->nbio", rotation, blocks, precision="highest").reshape(stack, inputs, outputs)
         return low_rank(restore(turned, target).astype(w.dtype), target)
 
     return Method(config, None, None, OnWeights(init, weight))
