@@ -194,3 +194,20 @@ def test_nan_is_no_token_of_a_beam_either(broken):
     found = jax.jit(lambda p: models.beam_search(model, p, TOKENS, **plan))(params)
     assert jnp.isnan(found.scores[0]).all() and (found.tokens[0, :, LENGTH:] == -1).all()
     assert jnp.isfinite(found.scores[1]).all() and (found.tokens[1] >= 0).all()
+
+
+def test_two_prompts_go_on_with_a_cache_each():
+    """Two adapted trees in one function, as a text and its contrast: each use is told of the tree that it is in."""
+    model, one, _ = adapt("gpt2", "prompt_tuning")
+    two = one.replace(factors=jax.tree.map(jnp.negative, one.factors))
+
+    def call(params, cache, start, stop):
+        positions = jnp.arange(start, stop)[None]
+        return model.apply({"params": params}, TOKENS[:1, start:stop], positions=positions, cache=cache)
+
+    first = jax.jit(jlora.lift(lambda p: call(p, model.empty_cache(1, 4), 0, 2)[1]))
+    last = lambda p, q, caches: call(p, caches[0], 2, 4)[0] - call(q, caches[1], 2, 4)[0]
+    caches = (first(one), first(two))
+    apart = jlora.lift(lambda p, cache: call(p, cache, 2, 4)[0])
+    expected = apart(one, caches[0]) - apart(two, caches[1])
+    np.testing.assert_allclose(jlora.lift(last)(one, two, caches), expected, rtol=1e-4, atol=1e-5)

@@ -57,7 +57,7 @@ def prompt_tuning(length: int, *, tokens: Sequence[int] | None = None) -> Method
       >>> jlora.prompt_tuning(20)
       prompt_tuning(length=20, tokens=None)
     """
-    check_rank(length, "length")
+    length = check_rank(length, "length")
     start = None if tokens is None else check_integers(tokens, "tokens")
     if start is not None and len(start) != length:
         raise ValueError(f"tokens must be as many as length={length}, not {len(start)}")
@@ -200,7 +200,7 @@ def _continued(adapter: Adapter, bound: Any, cache: Any, length: int, proceed: C
     positions = [n for n, x in _flat(bound).items() if n in POSITIONS and hasattr(x, "dtype")]
     if not positions:
         raise ValueError(f"{name}: a call with a cache needs the positions of its tokens: {' or '.join(POSITIONS)}")
-    with mark(adapter.site.path, name, length, 0, "Embed"):
+    with mark(adapter.site.path, name, length, 0, "Embed", adapter.tree):
         _replace(bound, {n: _flat(bound)[n] + jnp.asarray(length, _flat(bound)[n].dtype) for n in positions})
     has_prompt = lambda x: jnp.where(cache.virtual == length, x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.inexact) else x
     out = proceed(*bound.args, **bound.kwargs)

@@ -110,9 +110,8 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, trace: Trace) -> Any:
             f"{str(error).split(' (http')[0]}; merge the model with copy=True inside the function: "
             "nnx.merge(graph, params, rest, copy=True)"
         ) from error
-    _check_read(
-        fn, [x for x in weights if not tree.is_stored(x)], trace, " and ".join(filter(None, (x.needs for x in lazy)))
-    )
+    needs = " and ".join(dict.fromkeys(x.needs for x in lazy if x.needs))
+    _check_read(fn, [x for x in weights if not tree.is_stored(x)], trace, needs)
     return result
 
 
