@@ -1,5 +1,6 @@
 """`apply` and what one does with its result; and every error of it, by its text."""
 
+import json
 import pickle
 import re
 
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 import jlora
+from jlora import methods
 from tests.conformance import close, normal, randomised
 
 
@@ -447,6 +449,30 @@ WRONG_TYPES = {
     "extras by a function": (
         lambda p: jlora.apply(p, rank=2, extras=lambda path: True), "extras= takes patterns, or {pattern: row numbers}, not a f"
     ),
+    "extras of None": (lambda p: jlora.apply(p, 2, extras=None), "extras= takes patterns, or {pattern: row numbers}, not None"),
+    "a target that is a site": (
+        lambda p: jlora.apply(p, 2, targets=jlora.sites(predict, p, X)[0]), "targets= is a pattern, a list of them or a predicate on Site, not Site("
+    ),
+    "sites that are a function": (
+        lambda p: jlora.apply(p, 2, sites=predict), "sites= is what jlora.sites(fn, params, *args) gives, a sequence of Site, not <function"
+    ),
+    "sites that are a path": (
+        lambda p: jlora.apply(p, 2, sites="up"), "sites= is what jlora.sites(fn, params, *args) gives, a sequence of Site, not 'up'"
+    ),
+    "ranks in a list": (lambda p: jlora.apply(p, 2, ranks=[4]), "ranks= is {pattern: value}, not [4]"),
+    "merge of shapes": (
+        lambda p: jlora.merge(jlora.apply(jax.eval_shape(lambda: p), 2)), "merge: this adapter holds shapes (jax.ShapeDtypeStruct) and no "
+    ),
+    "a combination the wrong way round": (
+        lambda p: jlora.combine(*jlora.partition(jlora.apply(p, 2))[::-1]), "combine, after the factors, takes an Adapted (from jlora.apply "
+    ),
+    **{
+        f"{fn.__name__} of plain parameters": (fn, f"{fn.__name__} takes an Adapted (from jlora.apply or jlora.load), got dict")
+        for fn in (jlora.merge_error, jlora.to_lora, jlora.bake_prompt, jlora.partition, jlora.count, jlora.summary)
+    },
+    "unmerge of plain parameters": (lambda p: jlora.unmerge(p, p), "unmerge takes an Adapted (from jlora.apply or jlora.load), got d"),
+    "with_dropout of plain parameters": (lambda p: jlora.with_dropout(p, 0), "with_dropout takes an Adapted (from jlora.apply or j"),
+    "truncate of plain parameters": (lambda p: jlora.truncate(p, 1), "truncate takes an Adapted (from jlora.apply or jlora.load), got d"),
     "a key that is none": (lambda p: jlora.apply(p, rank=2, key="0"), "key is a seed or a key (jax.random.key, "),
     "an NNX module with other state": (
         lambda p: jlora.apply(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), rank=2),
@@ -495,6 +521,34 @@ def test_numbers_of_numpy_and_jax_are_taken():
     adapted = jlora.apply(params(), np.int64(2), alpha=np.float32(3.0))
     assert adapted.sites[0].rank == 2 and adapted.method == jlora.lora(2, alpha=3.0)
     assert jlora.lora(2, alpha=jnp.float32(4), dropout=np.float32(0.5)) == jlora.lora(2, alpha=4.0, dropout=0.5)
+
+
+WHOLE_NUMBERS = {
+    "prefix_tuning": (lambda n: jlora.prefix_tuning(n, hidden=n), jlora.prefix_tuning(4, hidden=4)),
+    "p_tuning": (lambda n: jlora.p_tuning(n, hidden=n), jlora.p_tuning(4, hidden=4)),
+    "dylora": (lambda n: jlora.dylora(n, np.float32(n), minimum=n), jlora.dylora(4, 4.0, minimum=4)),
+    **{m.__name__: (m, m(4)) for m in (jlora.parallel_adapter, jlora.prompt_tuning, jlora.top_layers, jlora.houlsby)},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_NUMBERS)
+def test_a_method_of_numpys_numbers_can_be_written(name):
+    """They come from a sweep over an array; found when the adapter is saved, training is over."""
+    made, expected = WHOLE_NUMBERS[name]
+    assert json.dumps(methods.to_json(made(np.int64(4)))) == json.dumps(methods.to_json(expected))
+
+
+def test_ranks_of_numpy_can_be_written(tmp_path):
+    adapted = jlora.apply(params(), 4, ranks={"up": np.int64(2)}, alphas={"up": jnp.float32(3.0)})
+    jlora.save(tmp_path, adapted)
+    assert jlora.load(tmp_path, params()).sites == adapted.sites
+    short = jlora.truncate(jlora.apply(params(), method=jlora.dylora(4)), np.int64(2))
+    assert json.dumps([site.to_json() for site in short.sites]) and repr(short.sites[0].rank) == "2"
+
+
+def test_sites_of_numpys_float64_are_read_without_a_warning():
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params())
+    assert [s.kind for s in jlora.sites(predict, wide, X)] == [s.kind for s in jlora.sites(predict, params(), X)]
 
 
 def test_patterns_may_be_compiled():

@@ -94,7 +94,7 @@ def test_flax_train_state_of_an_adapted_says_what_to_do():
     message = (
         "an Adapted is no dict of parameters. jlora.TrainState and jlora.train_step train it; a loop of your own or "
         "flax.training's TrainState holds what is trained alone: `factors, frozen = jlora.partition(adapted)`, "
-        "TrainState.create(apply_fn=..., params=factors, tx=jlora.optimizer(tx)), and a loss of "
+        "TrainState.create(apply_fn=..., params=factors, tx=jlora.optimizer(tx, adapted)), and a loss of "
         "`jlora.combine(factors, frozen)`"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):

@@ -326,6 +326,19 @@ def test_leaves_that_are_no_arrays_are_static(statistic):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def test_ranks_that_depend_on_unknown_numbers_are_refused():
+    statistics = jlora.measure(lambda p, x: x @ p["w"], {"w": normal(D, F)}, BATCHES, SITES, "covariance")
+    apply = lambda p, s: jlora.apply(p, method=jlora.eva(2), sites=SITES, statistics=s)
+    with pytest.raises(
+        ValueError, match="^eva: how the ranks are given depends on the numbers in statistics=, which no t"
+    ):
+        jax.eval_shape(apply, {"w": normal(D, F)}, statistics)
+    with pytest.raises(TypeError, match="^measure: the parameters hold shapes"):
+        jlora.measure(
+            lambda p, x: x @ p["w"], jax.eval_shape(lambda: {"w": normal(D, F)}), BATCHES, SITES, "covariance"
+        )
+
+
 def one_with(method, batches, fn=lambda p, x: x @ p["w"], kind="linear", **options) -> jlora.Adapted:
     sites = [dataclasses.replace(site, kind=kind) for site in SITES]
     params = {"w": normal(D, F)}

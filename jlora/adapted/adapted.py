@@ -63,7 +63,7 @@ class Adapted:
         raise TypeError(
             "an Adapted is no dict of parameters. jlora.TrainState and jlora.train_step train it; a loop of your own "
             "or flax.training's TrainState holds what is trained alone: `factors, frozen = jlora.partition(adapted)`, "
-            "TrainState.create(apply_fn=..., params=factors, tx=jlora.optimizer(tx)), and a loss of "
+            "TrainState.create(apply_fn=..., params=factors, tx=jlora.optimizer(tx, adapted)), and a loss of "
             "`jlora.combine(factors, frozen)`"
         )
 
@@ -209,6 +209,12 @@ class Count(NamedTuple):
         return 100.0 * self.trainable / max(self.total, 1)
 
 
+def check_adapted(x: Any, caller: str) -> None:
+    """Raises TypeError for what is no `Adapted`, such as plain parameters or a `TrainState`."""
+    if not isinstance(x, Adapted):
+        raise TypeError(f"{caller} takes an Adapted (from jlora.apply or jlora.load), got {type(x).__name__}")
+
+
 def check_activations(adapted: Adapted) -> None:
     """Raises an error where a method on activations finds no linen parameters, or sites that contradict each other."""
     adapted.method.acts.check(adapted.method, adapted.base, adapted.sites, adapted.factors)
@@ -272,11 +278,13 @@ def with_arrays(adapted: Adapted, arrays: Factors) -> Adapted:
 
 def partition(adapted: Adapted) -> tuple[Factors, Adapted]:
     """Splits into what is trained and what is frozen (an `Adapted` without factors); `combine` is the inverse."""
+    check_adapted(adapted, "partition")
     return adapted.factors, adapted.replace(factors={})
 
 
 def combine(factors: Factors, frozen: Adapted) -> Adapted:
     """Puts factors, or updated ones, back: `combine(*partition(adapted))` is `adapted` again."""
+    check_adapted(frozen, "combine, after the factors,")
     return frozen.replace(factors=factors)
 
 
@@ -294,6 +302,7 @@ def with_dropout(adapted: Adapted, key: int | jax.Array) -> Adapted:
 
     A weight that the function uses several times has one mask for inputs of one shape. A materialised weight has none.
     """
+    check_adapted(adapted, "with_dropout")
     return adapted.replace(key=tree.as_key(key))
 
 
@@ -302,6 +311,7 @@ def count(adapted: Adapted) -> Count:
 
     Works on abstract trees (`jax.eval_shape`), so that nothing need be allocated.
     """
+    check_adapted(adapted, "count")
     trainable = size_of(adapted.factors)
     extra = sum(size_of(adapted.factors[e.path]) for e in adapted.extras if e.path in adapted.factors)
     return Count(trainable, size_of(adapted.base) + trainable - extra)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
-from jlora.adapted.adapted import Adapted, from_arrays, initial_extra
+from jlora.adapted.adapted import Adapted, check_adapted, from_arrays, initial_extra
 from jlora.methods import lora
 from jlora.methods.acts import Arrays, Factors
 from jlora.methods.checks import check_number, check_rank
@@ -33,6 +33,7 @@ def to_lora(adapted: Adapted) -> Adapted:
       >>> jlora.to_lora(adapted).sites[0].rank
       4
     """
+    check_adapted(adapted, "to_lora")
     for method, _ in adapted.method.parts:
         if method.acts.unmergeable:
             raise ValueError(f"to_lora: {method.name} acts on activations and is no product that is added to a weight")
@@ -80,8 +81,7 @@ def scale(adapted: Adapted, s: float | jax.Array) -> Adapted:
       >>> [float(jlora.merge(jlora.scale(trained, s))["kernel"][0, 0]) for s in (0, 0.5, 1)]
       [1.0, 1.5, 2.0]
     """
-    if not isinstance(adapted, Adapted):
-        raise TypeError(f"scale takes an Adapted (from jlora.apply or jlora.load), got {type(adapted).__name__}")
+    check_adapted(adapted, "scale")
     method = adapted.method
     s = check_number(s, "scale: s") if not isinstance(s, jax.Array) else s.astype(jnp.float32)
     if jnp.ndim(s) != 0:
@@ -114,6 +114,7 @@ def bake_prompt(adapted: Adapted) -> Adapted:
       >>> plain.method.name, plain.factors["wte/embedding"]["prompt"].shape
       ('prompt_tuning', (3, 4))
     """
+    check_adapted(adapted, "bake_prompt")
     method, factors = adapted.method.acts.baked(adapted.method, adapted.sites, adapted.factors)
     if method == adapted.method:
         raise ValueError(f"bake_prompt: {method!r} has no network that makes its factors")
@@ -131,7 +132,8 @@ def truncate(adapted: Adapted, rank: int) -> Adapted:
     Raises:
       ValueError: if the method is another (the columns of a plain LoRA are in no order), or for a rank below 1.
     """
-    check_rank(rank)
+    check_adapted(adapted, "truncate")
+    rank = check_rank(rank)
     if adapted.method.name != "dylora":
         raise ValueError(f"truncate: the first ranks are worth most with dylora alone, not with {adapted.method.name}")
     sites = tuple(dataclasses.replace(site, rank=min(rank, site.rank)) for site in adapted.sites)

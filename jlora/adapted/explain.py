@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jlora import tree
-from jlora.adapted.adapted import Adapted, count, size_of
+from jlora.adapted.adapted import Adapted, check_adapted, count, size_of
 from jlora.methods.acts import SHARED
 from jlora.transform.axes import fan_in
 from jlora.transform.lift import run
@@ -98,6 +98,7 @@ def _cells(row: Explained, several: bool) -> tuple[str, ...]:
 
 def summary(adapted: Adapted) -> str:
     """A table of what is trained: path, shape, axes, rank, parameters; and all of two axes or more that is not."""
+    check_adapted(adapted, "summary")
     named, _ = tree.leaves(adapted.base)
     rows = [("weight", "shape", "in -> out (stack)", "rank", "parameters")]
     for site in adapted.sites:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
-from jlora.adapted.adapted import Adapted
+from jlora.adapted.adapted import Adapted, check_adapted
 from jlora.methods import Method
 from jlora.methods.acts import Factors
 from jlora.transform.weight import Trained, Weight
@@ -29,9 +29,13 @@ def merge(adapted: Adapted) -> Any:
       >>> bool((merged["kernel"] == params["kernel"]).all())
       True
     """
-    if not isinstance(adapted, Adapted):
-        raise TypeError(f"merge takes an Adapted (from jlora.apply or jlora.load), got {type(adapted).__name__}")
+    check_adapted(adapted, "merge")
     _check_mergeable(adapted.method)
+    if tree.is_abstract(adapted):
+        raise TypeError(
+            "merge: this adapter holds shapes (jax.ShapeDtypeStruct) and no arrays; the shapes of the merged tree are "
+            "those of jax.eval_shape(jlora.merge, adapted)"
+        )
     _check_finite(adapted.factors)
     return jax.tree.map(
         _plain,
@@ -52,6 +56,7 @@ def merge_error(adapted: Adapted) -> dict[str, float]:
       >>> jlora.merge_error(adapted)
       {'kernel': 0.0}
     """
+    check_adapted(adapted, "merge_error")
     _check_mergeable(adapted.method)
     weights, _ = tree.leaves(adapted.replace(key=None).as_weights(), lambda leaf: isinstance(leaf, Weight | Trained))
     named, _ = tree.leaves(adapted.base)
@@ -75,6 +80,7 @@ def unmerge(params: Any, adapted: Adapted) -> Adapted:
     Raises:
       ValueError: if an adapted weight of `params` is not the merged one.
     """
+    check_adapted(adapted, "unmerge")
     merged, structure = tree.leaves(merge(adapted))
     given, given_structure = tree.leaves(params)
     if structure != given_structure:

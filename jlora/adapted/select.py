@@ -30,7 +30,10 @@ def known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site | Ta
     """Sites of `sites=`, checked against the tree; else by Flax's conventions. Targets are their sites."""
     if sites is None:
         return conventional(params)
-    known = tuple(site.site if isinstance(site, Target) else site for site in sites)
+    given = tuple(sites) if isinstance(sites, Iterable) else None
+    if given is None or not all(isinstance(site, Site | Target) for site in given):
+        raise TypeError(f"sites= is what jlora.sites(fn, params, *args) gives, a sequence of Site, not {sites!r:.200}")
+    known = tuple(site.site if isinstance(site, Target) else site for site in given)
     check_axes(known, "sites=")
     for site in known:
         shape = tuple(getattr(named.get(site.path), "shape", ()))  # a leaf may be a function, which has none
@@ -80,6 +83,8 @@ def select(
         chosen = [site for site in matched if site.kind in (*ADAPTABLE, "unknown")] or matched
         if not chosen:
             raise ValueError(f"targets= (a predicate) matches none of the {len(known)} weights: {listing(known)}")
+    elif not isinstance(targets, re.Pattern | Iterable):
+        raise TypeError(f"targets= is a pattern, a list of them or a predicate on Site, not {targets!r:.200}")
     else:
         patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
         hits = {pattern: _matches(pattern, known, "targets") for pattern in patterns}
@@ -227,6 +232,9 @@ def resolve(
     selected: Sequence[tuple[Site, int]], method: Method, ranks: Mapping[str, int], alphas: Mapping[str, float]
 ) -> tuple[Target, ...]:
     """The targets with their rank and alpha; the first pattern that matches wins."""
+    for argument, given in (("ranks", ranks), ("alphas", alphas)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{argument}= is {{pattern: value}}, not {given!r:.200}")
     parts = [part for part, _ in method.parts]
     ranked = {i for i, part in enumerate(parts) if part.has_rank}
     scaled = {i for i in ranked if parts[i].acts.has_alpha}
@@ -234,13 +242,11 @@ def resolve(
         raise ValueError(f"apply: {method.name} has no rank: leave ranks= and alphas= out")
     if not scaled and alphas:
         raise ValueError(f"apply: {method.name} has no alpha: leave alphas= out")
-    for argument, rules, able in (("ranks", ranks, ranked), ("alphas", alphas, scaled)):
+    ranks = {pattern: check_rank(value, f"ranks[{pattern!r}]") for pattern, value in ranks.items()}
+    scales = {pattern: check_alpha(value, f"alphas[{pattern!r}]") for pattern, value in alphas.items()}
+    for argument, patterns, able in (("ranks", list(ranks), ranked), ("alphas", list(scales), scaled)):
         paths = [site.path for site, i in selected if i in able]
-        for pattern, value in rules.items():
-            if argument == "ranks":
-                check_rank(value, f"ranks[{pattern!r}]")
-            else:
-                check_alpha(value, f"alphas[{pattern!r}]")
+        for pattern in patterns:
             if not any(_search(pattern, path, argument) for path in paths):
                 raise ValueError(_no_match(pattern, paths, argument))
 
@@ -251,7 +257,7 @@ def resolve(
     for site, i in selected:
         part = parts[i]
         rank = first(ranks, site.path, part.rank) if i in ranked else 0
-        alpha = first(alphas, site.path, part.alpha) if i in scaled else part.alpha
+        alpha = first(scales, site.path, part.alpha) if i in scaled else part.alpha
         resolved.append(Target(site, rank, float(rank if alpha is None else alpha), i))
     return tuple(resolved)
 
@@ -273,8 +279,9 @@ def check_scale(site: Target, method: Method, where: str) -> None:
 def select_extras(named: Mapping[str, Any], extras: Any) -> tuple[Extra, ...]:
     """The leaves that `extras=` names, in tree order."""
     rules = {extras: None} if isinstance(extras, str | re.Pattern) else extras
-    if callable(rules):
-        raise TypeError("extras= takes patterns, or {pattern: row numbers}, not a function")
+    if not isinstance(rules, Iterable):
+        what = "a function" if callable(rules) else f"{rules!r:.200}"
+        raise TypeError(f"extras= takes patterns, or {{pattern: row numbers}}, not {what}")
     rules = rules if isinstance(rules, Mapping) else dict.fromkeys(rules)
     chosen: dict[str, Extra] = {}
     for pattern, rows in rules.items():

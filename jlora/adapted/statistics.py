@@ -78,6 +78,8 @@ def measure(
     if hasattr(batches, "shape") or not isinstance(batches, Iterable):
         kind_of = "an array" if hasattr(batches, "shape") else repr(batches)
         raise ValueError(f"measure: batches= is a sequence of batches, not {kind_of}: [batch] for one")
+    if tree.is_abstract(params):
+        raise TypeError("measure: the parameters hold shapes (jax.ShapeDtypeStruct), of which nothing can be computed")
     params = tree.canonical(params)
     known = known_sites(params, tree.leaves(params)[0], sites)
     chosen = select(known, targets, read_from_program=sites is not None, caller="measure")

@@ -62,6 +62,8 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
     """
     if not isinstance(adapted, Adapted):
         raise TypeError(f"save takes a folder and an Adapted (state.adapted of a state), got {type(adapted).__name__}")
+    if tree.is_abstract(adapted):
+        raise TypeError("save: this adapter holds shapes (jax.ShapeDtypeStruct) and no arrays")
     folder = folder_of(folder)
     file = folder / NAME
     named, _ = tree.leaves(adapted.base)

@@ -35,6 +35,8 @@ def fingerprint(params: Any, without: Collection[str] = ()) -> str:
     """
     named, _ = tree.leaves(tree.canonical(params))
     weights = {path: leaf for path, leaf in named.items() if _is_weight(leaf) and path not in without}
+    if tree.is_abstract(weights):
+        raise TypeError("fingerprint: the parameters hold shapes (jax.ShapeDtypeStruct) and no arrays to tell them by")
     sums = jax.device_get({path: _checksum(jnp.asarray(tree.dense(leaf))) for path, leaf in weights.items()})
     digest = hashlib.sha256()
     for path, leaf in weights.items():

@@ -30,10 +30,11 @@ def dylora(rank: int, alpha: float | None = None, *, minimum: int = 1, init: str
     Source: Valipour et al., "DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low Rank
     Adaptation", arXiv 2210.07558, algorithm 1, without its "frozen" variant.
     """
+    rank, minimum = check_rank(rank), check_rank(minimum, "minimum")
     plain = lora(rank, alpha, init=init)
-    if check_rank(minimum, "minimum") > rank:
+    if minimum > rank:
         raise ValueError(f"minimum must be at most the rank, {rank}, not {minimum}")
-    config: Config = (("name", "dylora"), ("rank", rank), ("alpha", alpha), ("minimum", minimum), ("init", init))
+    config: Config = (("name", "dylora"), ("rank", rank), ("alpha", plain.alpha), ("minimum", minimum), ("init", init))
 
     def sample(key: jax.Array, factors: Factors, targets: Sequence[Target]) -> Factors:
         drawn = jax.random.randint(key, (), minimum, rank + 1)

@@ -31,7 +31,7 @@ def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: flo
       dropout: of the low-rank branch's input, as in `lora`.
 
     Raises:
-      ValueError: if `rho` < 1, and as in `lora`; in `apply` without `statistics=`.
+      ValueError: if `rho` < 1, and as in `lora`; in `apply` without `statistics=`, or under a transformation.
 
     Source: Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv
     2410.07170, section 3.
@@ -59,7 +59,7 @@ def eva(rank: int, alpha: float | None = None, *, rho: float = 2.0, dropout: flo
             components[target.path] = vectors[:, :, ::-1][:, :, :most]
             whole = jnp.sum(values, axis=1, keepdims=True)
             ratio = values[:, ::-1] / jnp.where(whole > 0, whole, 1.0)  # 0 of an expert that no row was sent to
-            shares[target.path] = np.asarray(jnp.mean(ratio[:, :most], axis=0))
+            shares[target.path] = _known(jnp.mean(ratio[:, :most], axis=0))
         given = redistributed(targets, shares)
         chosen = tuple(target for target in given if target.rank)
         return chosen, {
@@ -86,6 +86,16 @@ def redistributed(targets: Sequence[Target], shares: Mapping[str, np.ndarray]) -
         dataclasses.replace(target, rank=ranks[target.path], alpha=_alpha(target, ranks[target.path]))
         for target in targets
     ]
+
+
+def _known(share: jax.Array) -> np.ndarray:
+    try:
+        return np.asarray(share)
+    except jax.errors.TracerArrayConversionError as error:
+        raise ValueError(
+            "eva: how the ranks are given depends on the numbers in statistics=, which no transformation knows: call "
+            "apply outside of jit, vmap and eval_shape"
+        ) from error
 
 
 def _alpha(target: Target, rank: int) -> float:

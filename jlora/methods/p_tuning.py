@@ -37,8 +37,7 @@ def p_tuning(length: int, *, hidden: int = 128, encoder: str = "mlp") -> Method:
       >>> jlora.p_tuning(20, hidden=64)
       p_tuning(length=20, hidden=64, encoder='mlp')
     """
-    check_rank(length, "length")
-    check_rank(hidden, "hidden")
+    length, hidden = check_rank(length, "length"), check_rank(hidden, "hidden")
     if encoder not in ENCODERS:
         raise ValueError(f"encoder must be one of {', '.join(map(repr, ENCODERS))}, not {encoder!r}")
     config: Config = (("name", "p_tuning"), ("length", length), ("hidden", hidden), ("encoder", encoder))

@@ -42,7 +42,7 @@ def parallel_adapter(rank: int, *, scale: float = 1.0, nonlinearity: str = "relu
       >>> jlora.parallel_adapter(8, scale=4.0).name
       'parallel_adapter'
     """
-    check_rank(rank)
+    rank = check_rank(rank)
     factor = check_alpha(scale, "scale")
     if factor is None:
         raise ValueError("scale must be a finite number, not None")

@@ -59,9 +59,8 @@ def prefix_tuning(length: int, *, hidden: int | None = None, std: float = 0.02) 
       >>> jlora.prefix_tuning(8)
       prefix_tuning(length=8, hidden=None, std=0.02)
     """
-    check_rank(length, "length")
-    if hidden is not None:
-        check_rank(hidden, "hidden")
+    length = check_rank(length, "length")
+    hidden = None if hidden is None else check_rank(hidden, "hidden")
     std = check_number(std, "std")
     if std < 0:
         raise ValueError(f"std must be at least 0, not {std!r}")

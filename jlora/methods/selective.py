@@ -65,7 +65,7 @@ def top_layers(count: int, pattern: str = LAYER) -> Method:
 
     Source: the "FT-Top2" baseline of Hu et al., arXiv 2106.09685, table 3.
     """
-    check_rank(count, "count")
+    count = check_rank(count, "count")
     pattern = check_pattern(pattern)
     if re.compile(pattern).groups < 1:
         raise ValueError(f"pattern={pattern!r} has no group for the layer's number")

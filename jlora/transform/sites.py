@@ -166,9 +166,9 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
 
         uses.extend(follow(of_weights, weights))
 
-    tree.on_shapes(
-        run, {path: jax.ShapeDtypeStruct(named[path].shape, named[path].dtype) for path in followed}, *args, **kwargs
-    )
+    dtype_of = lambda path: jax.dtypes.canonicalize_dtype(named[path].dtype)  # NumPy's float64 is computed in float32
+    shapes = {path: jax.ShapeDtypeStruct(named[path].shape, dtype_of(path)) for path in followed}
+    tree.on_shapes(run, shapes, *args, **kwargs)
     return tuple(_site(path, leaf, [use for use in uses if use.path == path]) for path, leaf in named.items())
 
 
