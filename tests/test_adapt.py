@@ -1,5 +1,6 @@
 """`apply` and what one does with its result; and every error of it, by its text."""
 
+import dataclasses
 import json
 import pickle
 import re
@@ -544,6 +545,30 @@ def test_ranks_of_numpy_can_be_written(tmp_path):
     assert jlora.load(tmp_path, params()).sites == adapted.sites
     short = jlora.truncate(jlora.apply(params(), method=jlora.dylora(4)), np.int64(2))
     assert json.dumps([site.to_json() for site in short.sites]) and repr(short.sites[0].rank) == "2"
+
+
+@pytest.mark.parametrize("dtype", ["float32", jnp.float32, jnp.dtype("float32"), "bfloat16"], ids=repr)
+def test_a_site_by_hand_is_as_one_that_was_found(dtype, tmp_path):
+    by_hand = jlora.Site("up/kernel", np.shape(params()["up"]["kernel"]), dtype, [np.int64(0)], [1], [], "linear")
+    adapted = jlora.apply(params(), 2, sites=[by_hand], targets="up")
+    found = next(s for s in jlora.sites(predict, params(), X) if s.path == "up/kernel")
+    assert adapted.sites[0].site == dataclasses.replace(found, uses=())
+    jlora.save(tmp_path, adapted)
+    assert jlora.load(tmp_path, params()).sites == adapted.sites
+    assert jax.jit(jlora.lift(predict))(adapted, X).shape == (5, 6)
+
+
+def test_sites_are_of_the_dtype_of_the_tree():
+    """Else the factors of an integer weight, whose sites were read from a float32 copy, would be rounded away."""
+    whole = jax.tree.map(lambda x: x.astype(jnp.int8), params())
+    message = "'up/kernel' has dtype int8: only floating-point weights can be adapted"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        jlora.apply(whole, 2, sites=jlora.sites(predict, params(), X), targets=lambda site: site.path == "up/kernel")
+    known = jlora.apply(whole | {"up": params()["up"]}, 2, sites=jlora.sites(predict, params(), X), targets="up")
+    with pytest.raises(
+        ValueError, match="^sites=: the kind of 'up/kernel' is one of linear, conv, embedding, unknown, other"
+    ):
+        jlora.apply(params(), 2, sites=[dataclasses.replace(known.sites[0].site, kind="Linear")])
 
 
 def test_sites_of_numpys_float64_are_read_without_a_warning():

@@ -266,6 +266,7 @@ def test_lora_ga_starts_along_the_gradient():
         (lambda: one_with(jlora.eva(2), [BATCHES[0] * 0]), "measure: no covariance reaches 'w': fn's result does not depend on it"),
         (lambda: one_with(jlora.lora_ga(2), BATCHES), r"measure: fn\(params, batch\) fails on batch 0: fn is a loss and returns a"),
         (lambda: one_with(jlora.eva(2), 5), r"measure: batches= is a sequence of batches, not 5: \[batch\] for one"),
+        (lambda: one_with(jlora.eva(2), {"x": BATCHES[0]}), r"measure: batches= is a sequence of batches, not a dict: \[batch\] for one"),
         (
             lambda: one_with(jlora.eva(2), BATCHES, lambda p, x: jnp.argmax(x @ p["w"])),
             r"measure: fn\(params, batch\) fails on batch 0: fn returns int32, no floating-point array that depends on the",
@@ -392,7 +393,7 @@ def test_the_steps_of_apply_are_apply():
     params = {"wide": normal(D, D), "narrow": normal(D, F), "bias": normal(F)}
     sites = jlora.sites(lambda p, x: (x @ p["wide"], x @ p["narrow"] + p["bias"][None]), params, BATCHES[0])
     shapes = jax.eval_shape(lambda: params)
-    choice = choose(shapes, None, jlora.eva(2), None, None, sites, {"wide": 3}, {}, "bias")
+    choice = choose(shapes, jlora.eva(2), sites=sites, ranks={"wide": 3}, extras="bias")
     assert [(t.path, t.rank, t.alpha) for t in choice.targets] == [("narrow", 2, 2.0), ("wide", 3, 3.0)]
     assert [extra.path for extra in choice.extras] == ["bias"]
     assert jax.tree.leaves(choice.params) == jax.tree.leaves(shapes)

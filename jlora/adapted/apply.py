@@ -82,7 +82,9 @@ def apply(
       >>> {name: factor.shape for name, factor in adapted.factors["kernel"].items()}
       {'A': (6, 1, 2), 'B': (1, 4, 2)}
     """
-    choice = choose(params, rank, method, alpha, targets, sites, ranks or {}, alphas or {}, extras)
+    _check_params(params)
+    method = _method_of(rank, method, alpha, targets)
+    choice = choose(params, method, targets=targets, sites=sites, ranks=ranks, alphas=alphas, extras=extras)
     if not (fn is None and batches is None and mask is None):
         statistics = _measured(choice, fn, batches, mask, statistics)
     chosen, arrays = start(choice, tree.as_key(key), statistics)
@@ -110,18 +112,15 @@ class Choice:
 
 def choose(
     params: Any,
-    rank: int | None,
-    method: Method | None,
-    alpha: float | None,
-    targets: Pattern | None,
-    sites: Iterable[Site | Target] | None,
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, float],
-    extras: Any,
+    method: Method,
+    *,
+    targets: Pattern | None = None,
+    sites: Iterable[Site | Target] | None = None,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+    extras: Any = (),
 ) -> Choice:
     """Reads the rules of `apply`, whose arguments these are; raises and warns what it says. No array is made."""
-    _check_params(params)
-    method = _method_of(rank, method, alpha, targets)
     params = tree.canonical(params)
     named, _ = tree.leaves(params)
     if not any(hasattr(leaf, "dtype") for leaf in named.values()):
@@ -132,7 +131,7 @@ def choose(
     own = {path: Extra(path, rows) for path, rows in method.acts.trained(named, known).items()}
     own |= {extra.path: extra for extra in given}
     selected = select_parts(known, method, rules, set(own), read_from_program=from_program)
-    chosen = resolve(selected, method, ranks, alphas)
+    chosen = resolve(selected, method, ranks or {}, alphas or {})
     adapted = {target.path for target in chosen}
     if None in rules:
         warn_of_left_out(known, adapted | set(own), read_from_program=from_program)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jlora.methods import Method
 from jlora.methods.checks import check_alpha, check_integers, check_rank
-from jlora.transform.sites import ADAPTABLE, Site, Target, conventional
+from jlora.transform.sites import ADAPTABLE, KINDS, Site, Target, conventional
 
 Pattern = str | Sequence[str] | Callable[[Site], bool]
 
@@ -40,7 +40,8 @@ def known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site | Ta
         if site.path not in named or shape != site.shape:
             found = f"shape {shape}" if site.path in named else "no such leaf"
             raise ValueError(f"sites= are those of another tree: {site.path!r} has shape {site.shape}, params: {found}")
-    return known
+    # The tree may be a copy in another dtype, in which a weight cannot be adapted any more.
+    return tuple(dataclasses.replace(s, dtype=str(getattr(named[s.path], "dtype", s.dtype))) for s in known)
 
 
 def check_axes(sites: Sequence[Site], where: str) -> None:
@@ -49,6 +50,8 @@ def check_axes(sites: Sequence[Site], where: str) -> None:
     if twice:
         raise ValueError(f"{where}: {twice[0]!r} is there twice, with axes of its own each; keep one of them")
     for site in sites:
+        if site.kind not in KINDS:
+            raise ValueError(f"{where}: the kind of {site.path!r} is one of {', '.join(KINDS)}, not {site.kind!r}")
         axes = sorted((*site.in_axes, *site.out_axes, *site.stack_axes))
         if site.kind in ADAPTABLE and axes != list(range(len(site.shape))):
             raise ValueError(

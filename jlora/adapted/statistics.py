@@ -3,7 +3,7 @@
 import functools
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
@@ -75,9 +75,11 @@ def measure(
     """
     if statistic not in STATISTICS:
         raise ValueError(f"measure: statistic is one of {', '.join(map(repr, STATISTICS))}, not {statistic!r}")
-    if hasattr(batches, "shape") or not isinstance(batches, Iterable):
-        kind_of = "an array" if hasattr(batches, "shape") else repr(batches)
-        raise ValueError(f"measure: batches= is a sequence of batches, not {kind_of}: [batch] for one")
+    if hasattr(batches, "shape") or isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        one_of = (
+            "an array" if hasattr(batches, "shape") else "a dict" if isinstance(batches, Mapping) else repr(batches)
+        )
+        raise ValueError(f"measure: batches= is a sequence of batches, not {one_of}: [batch] for one")
     if tree.is_abstract(params):
         raise TypeError("measure: the parameters hold shapes (jax.ShapeDtypeStruct), of which nothing can be computed")
     params = tree.canonical(params)

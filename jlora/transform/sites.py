@@ -1,6 +1,7 @@
 """Which weights a function multiplies by, and along which of their axes: read from the program, not from names."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from jlora.transform.follow import follow
 from jlora.transform.trace import Use
 
 ADAPTABLE = ("linear", "conv", "embedding")
+KINDS = (*ADAPTABLE, "unknown", "other")
 _ATTENTION = ("query", "key", "value", "out")
 
 
@@ -40,6 +42,13 @@ class Site:
     kind: str
     uses: tuple[str, ...] = ()
     materialised: str = ""
+
+    def __post_init__(self) -> None:
+        """One that is written by hand is as one that was found: hashable, and its own JSON."""
+        for name in ("shape", "in_axes", "out_axes", "stack_axes"):
+            object.__setattr__(self, name, tuple(map(operator.index, getattr(self, name))))
+        if not isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", str(jnp.dtype(self.dtype)))
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B in broadcast form: W's axes, size 1 where not spanned, and the rank."""
