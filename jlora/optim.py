@@ -103,7 +103,8 @@ def optimizer(
       TypeError: if `tx` is no transformation.
 
     Raises (in `init` and `update`):
-      ValueError: if there is nothing to train, if `tx` treats matrices in a way of its own and no `adapted` is given to
+      ValueError: if there is nothing to train, if the method of an `Adapted` adds to the optimizer and no `adapted` is
+        given, if `tx` treats matrices in a way of its own and no `adapted` is given to
         make them, if the gradients (or the params) contain the base or are any tree other
         than that of the factors of `init`, or if a gradient's shape is not its factor's.
 
@@ -130,6 +131,8 @@ def _checked(tx: optax.GradientTransformation, matrices: bool | None, *, of_meth
         factors = _factors(params)
         if not jax.tree.leaves(factors):
             raise ValueError("there is nothing to train: no factors and no extras (see `targets=` of jlora.apply)")
+        if isinstance(params, Adapted) and not of_method and params.method.has_optimizer:
+            raise ValueError(f"{params.method.name} trains with an optimizer of its own: jlora.optimizer(tx, adapted)")
         if matrices is None and not of_method and is_state_different(inner, factors, _without_ones(factors)):
             raise ValueError(
                 "this optimizer treats matrices in a way of its own (Muon gives all else to Adam), and factors have an "

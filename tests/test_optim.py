@@ -180,3 +180,12 @@ def test_the_base_is_never_changed(adapted):
     new = jlora.combine(optax.apply_updates(factors, updates), frozen)
     chex.assert_trees_all_equal(new.base, before)
     assert float(jnp.abs(new.factors["up/kernel"]["B"]).max()) > 0
+
+
+@pytest.mark.parametrize("method", [jlora.loraplus(2), jlora.adalora(2, 1, total_steps=9)], ids=lambda m: m.name)
+def test_what_a_method_adds_is_not_left_out_in_silence(method):
+    adapted = jlora.apply(PARAMS, method=method)
+    message = f"{method.name} trains with an optimizer of its own: jlora.optimizer(tx, adapted)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        optimizer(optax.adam(1e-3)).init(adapted)
+    assert optimizer(optax.adam(1e-3), adapted).init(adapted)

@@ -63,6 +63,11 @@ class Method(NamedTuple):
         return self.rank is not None
 
     @property
+    def has_optimizer(self) -> bool:
+        """Whether it trains with more than the optimizer that it is given: LoRA+'s rates, AdaLoRA's budget."""
+        return self.training.wrap is not None
+
+    @property
     def parts(self) -> tuple[tuple["Method", Any], ...]:
         """The methods that it consists of, each with its patterns or None: `together` of several, else itself."""
         return self.acts.parts(self)
