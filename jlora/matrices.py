@@ -15,6 +15,7 @@ import optax
 from jlora.adapted.adapted import Adapted
 from jlora.methods.acts import Factors
 from jlora.methods.method import Transformation
+from jlora.transform.axes import inverse
 from jlora.transform.sites import Target
 
 PyTree = Any
@@ -55,7 +56,7 @@ class Form(NamedTuple):
     def join(self, matrices: Any) -> jax.Array:
         """The inverse of `split`."""
         parts = jnp.stack(matrices) if self.stacked else matrices
-        return jnp.transpose(parts.reshape([self.shape[i] for i in self.order]), _inverse(self.order))
+        return jnp.transpose(parts.reshape([self.shape[i] for i in self.order]), inverse(self.order))
 
 
 def form_of(shape: tuple[int, ...], site: Target) -> Form:
@@ -172,7 +173,3 @@ def _with_read(turn: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
         return type(node)(**{field: turn(x) if field == name else _with_read(turn, x) for field, x in fields})
 
     return jax.tree.map(of, state, is_leaf=lambda node: type(node) in READ)
-
-
-def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
-    return tuple(permutation.index(i) for i in range(len(permutation)))

@@ -175,11 +175,6 @@ def _dtype(leaf: Any) -> str:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _record(file: Path) -> dict[str, Any]:
-    """The JSON of an adapter."""
-    return read_record(file)
-
-
 def _named(file: Path) -> str | None:
     """The file of tensors that the JSON names that is there now."""
     try:
@@ -199,7 +194,7 @@ def _pair(folder: Path) -> tuple[dict[str, Any], BinaryIO]:
     missing = None
     try:
         for _ in range(_ATTEMPTS):
-            record = _record(folder / NAME)
+            record = read_record(folder / NAME)
             name = record["tensors"]["file"]
             opened = held.pop(name, None)
             with contextlib.suppress(FileNotFoundError):

@@ -77,7 +77,7 @@ def read(opened: BinaryIO, file: Path, limit: int, of: str) -> bytes:
 def open_tensors(folder: Path) -> dict[str, BinaryIO]:
     """The files of tensors in a folder, by name, open: as long as they are, they can be read, deleted or not."""
     held = {}
-    for name in sorted(_listed(folder))[:256]:
+    for name in sorted(os.listdir(folder))[:256]:
         if TENSORS.fullmatch(name):
             with contextlib.suppress(OSError, ValueError):
                 held[name] = open_file(folder / name)
@@ -128,7 +128,7 @@ def replace(folder: Path, digest: str, content: bytes, text: Callable[[str], byt
 def sweep(folder: Path, named: Callable[[], Any]) -> None:
     """Deletes what replaced adapters and killed writers left: no file that the JSON names or a writer is at work on."""
     with contextlib.suppress(OSError, ValueError):
-        names, current = _listed(folder), named()
+        names, current = os.listdir(folder), named()
         for name in names:
             file = folder / name
             if TENSORS.fullmatch(name) and name != current:
@@ -229,10 +229,6 @@ def _temporary(file: Path) -> Path:
 def _delete(file: Path) -> None:
     with contextlib.suppress(OSError):
         file.unlink(missing_ok=True)
-
-
-def _listed(folder: Path) -> list[str]:
-    return os.listdir(folder)
 
 
 def _flag(name: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jlora.transform.axes import inverse
 from jlora.transform.sites import Site, Target
 
 
@@ -44,7 +45,7 @@ def sizes(site: HasAxes) -> tuple[int, int, int]:
 def restore(stacked: jax.Array, site: HasAxes) -> jax.Array:
     """The inverse of `matrices`."""
     order = (*site.stack_axes, *site.in_axes, *site.out_axes)
-    return jnp.transpose(stacked.reshape([site.shape[i] for i in order]), _inverse(order))
+    return jnp.transpose(stacked.reshape([site.shape[i] for i in order]), inverse(order))
 
 
 def a_form(a: jax.Array, site: HasAxes) -> jax.Array:
@@ -137,7 +138,7 @@ def _known(condition: jax.Array) -> bool | None:
 def _form(part: jax.Array, site: HasAxes, kept: Sequence[int]) -> jax.Array:
     rank = part.shape[-1]
     spread = part.reshape([*(site.shape[i] for i in kept), rank])
-    ordered = jnp.transpose(spread, (*_inverse(tuple(_ranks(kept))), len(kept)))
+    ordered = jnp.transpose(spread, (*inverse(tuple(_ranks(kept))), len(kept)))
     return ordered.reshape([n if i in kept else 1 for i, n in enumerate(site.shape)] + [rank])
 
 
@@ -152,7 +153,3 @@ def _ranks(values: Sequence[int]) -> list[int]:
     """For each value, its position in ascending order."""
     ascending = sorted(values)
     return [ascending.index(value) for value in values]
-
-
-def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
-    return tuple(permutation.index(i) for i in range(len(permutation)))

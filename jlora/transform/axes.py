@@ -138,6 +138,16 @@ def fan_in(shape: Sequence[int], in_axes: Sequence[int]) -> int:
     return math.prod(shape[axis] for axis in in_axes)
 
 
+def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes another one.
+
+    Example:
+      >>> inverse((2, 0, 1))
+      (1, 2, 0)
+    """
+    return tuple(permutation.index(i) for i in range(len(permutation)))
+
+
 def _positions(labels: Labels, wanted: Labels) -> tuple[int, ...]:
     return tuple(labels.index(label) for label in wanted)
 
