@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 
 from jlora import tree
 from jlora.arguments import AXIS, Arguments, Carry, Skeleton, jit_arguments, mesh_of, pmap_arguments
+from jlora.methods.checks import whole
 from jlora.objective import Loss, Metrics, Parts, Shape, objective, value, value_and_gradient
 from jlora.optim import Optimizer, of_method, optimizer
 from jlora.state import TrainState
@@ -131,11 +132,12 @@ def train_step(
         raise ValueError(f"parallel={parallel!r} is unknown: choose 'jit' or 'pmap'")
     if nonfinite not in (None, "raise", "skip", "optimizer"):
         raise ValueError(f"nonfinite={nonfinite!r} is unknown: choose 'raise', 'skip' or 'optimizer'")
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+    micro_batches = whole(accumulate)
+    if micro_batches is None or micro_batches < 1:
         raise ValueError(f"accumulate is the number of micro-batches, an integer of at least 1, got {accumulate!r}")
     tx = optimizer(tx)
-    parts = Parts(accumulate, AXIS if parallel == "pmap" else None)
-    shape = Shape(has_aux, pass_key, weighted, averaged=accumulate > 1 or parallel == "pmap")
+    parts = Parts(micro_batches, AXIS if parallel == "pmap" else None)
+    shape = Shape(has_aux, pass_key, weighted, averaged=micro_batches > 1 or parallel == "pmap")
     # Sophia differentiates the loss forward over backward; the other callers of value_fn want its value or gradient.
     losses = objective(loss_fn, shape), objective(loss_fn, shape, forward_mode=True)
 
@@ -144,8 +146,8 @@ def train_step(
             return _program(losses, tx, parts, nonfinite, Arguments(carry, kept, key, batch, skeleton, loss))
 
     if parallel == "jit":
-        return Step(tx, functools.partial(jit_arguments, accumulate), program, _jit(program, donate))
-    return Step(tx, functools.partial(pmap_arguments, accumulate), program, _pmap(program, donate))
+        return Step(tx, functools.partial(jit_arguments, micro_batches), program, _jit(program, donate))
+    return Step(tx, functools.partial(pmap_arguments, micro_batches), program, _pmap(program, donate))
 
 
 def _check_usable(state: TrainState, batch: PyTree) -> None:

@@ -527,6 +527,14 @@ def test_numbers_of_numpy_and_jax_are_taken():
 WHOLE_NUMBERS = {
     "prefix_tuning": (lambda n: jlora.prefix_tuning(n, hidden=n), jlora.prefix_tuning(4, hidden=4)),
     "p_tuning": (lambda n: jlora.p_tuning(n, hidden=n), jlora.p_tuning(4, hidden=4)),
+    "vera": (lambda n: jlora.vera(n, seed=n), jlora.vera(4, seed=4)),
+    "lokr": (lambda n: jlora.lokr(n, factor=n), jlora.lokr(4, factor=4)),
+    "pissa": (lambda n: jlora.pissa(n, iterations=n), jlora.pissa(4, iterations=4)),
+    "lora_xs": (lambda n: jlora.lora_xs(n, iterations=n), jlora.lora_xs(4, iterations=4)),
+    "adalora": (
+        lambda n: jlora.adalora(n, n, total_steps=4 * n, warmup=n, final=n, interval=n),
+        jlora.adalora(4, 4, total_steps=16, warmup=4, final=4, interval=4),
+    ),
     "dylora": (lambda n: jlora.dylora(n, np.float32(n), minimum=n), jlora.dylora(4, 4.0, minimum=4)),
     **{m.__name__: (m, m(4)) for m in (jlora.parallel_adapter, jlora.prompt_tuning, jlora.top_layers, jlora.houlsby)},
 }

@@ -175,7 +175,7 @@ def extra_shapes(extra: Extra, leaf: Any) -> dict[str, tuple[int, ...]]:
 
 
 def initial_extra(leaf: Any, extra: Extra) -> Arrays:
-    """What is trained of a leaf that is trained as it is, as it starts: float32, shapes of shapes."""
+    """Initial values of an extra: float32, and shapes of a leaf of shapes."""
     if tree.is_abstract(leaf):
         return jax.eval_shape(lambda leaf: initial_extra(leaf, extra), leaf)
     value = jnp.asarray(tree.dense(leaf)).astype(jnp.float32)

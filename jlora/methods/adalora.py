@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jlora.methods.acts import Arrays, Factors, OnWeights, linear_in
-from jlora.methods.checks import check_alpha, check_number, check_rank
+from jlora.methods.checks import check_alpha, check_number, check_rank, whole
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_matrix, b_matrix, sizes
 from jlora.methods.method import Config, Method, Training, Transformation
@@ -104,8 +104,8 @@ def adalora(
         raise ValueError(f"orthogonality must be at least 0, not {orthogonality!r}")
     config: Config = (
         ("name", "adalora"), ("rank", rank), ("target_rank", target_rank), ("alpha", alpha),
-        ("total_steps", schedule.total), ("warmup", warmup), ("final", final), ("interval", schedule.interval),
-        ("betas", betas), ("orthogonality", orthogonality),
+        ("total_steps", schedule.total), ("warmup", schedule.warmup), ("final", schedule.final),
+        ("interval", schedule.interval), ("betas", betas), ("orthogonality", orthogonality),
     )  # fmt: skip
 
     def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
@@ -149,9 +149,7 @@ def check_schedule(total_steps: Any, warmup: Any, final: Any, interval: Any) -> 
       ValueError: if a number is no integer of its range, or no step is left for pruning.
     """
     total_steps, interval = check_rank(total_steps, "total_steps"), check_rank(interval, "interval")
-    for where, steps in (("warmup", warmup), ("final", final)):
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"{where} must be an integer of at least 0, not {steps!r}")
+    warmup, final = _steps(warmup, "warmup"), _steps(final, "final")
     if warmup + final >= total_steps:
         raise ValueError(
             f"adalora: a schedule longer than the run: warmup={warmup} and final={final} leave none of "
@@ -163,6 +161,13 @@ def check_schedule(total_steps: Any, warmup: Any, final: Any, interval: Any) -> 
             f"warmup={warmup} and final={final} of total_steps={total_steps}"
         )
     return Schedule(total_steps, warmup, final, interval)
+
+
+def _steps(steps: Any, where: str) -> int:
+    number = whole(steps)
+    if number is None or number < 0:
+        raise ValueError(f"{where} must be an integer of at least 0, not {steps!r}")
+    return number
 
 
 def check_betas(betas: Any) -> tuple[float, float]:

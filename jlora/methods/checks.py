@@ -18,13 +18,21 @@ def check_rank(rank: Any, where: str = "rank") -> int:
     Raises:
       ValueError: if it is not an integer of at least 1 (and below 2**31, which no axis or number of steps reaches).
     """
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
+    number = whole(rank)
+    if number is None:
         raise ValueError(f"{where} must be an integer of at least 1, not {rank!r}")
-    if rank < 1:
-        raise ValueError(f"{where} must be at least 1, not {rank}")
-    if int(rank) >= 2**31:
-        raise ValueError(f"{where} must be below 2**31, not {rank!r:.40}")
-    return int(rank)
+    if number < 1:
+        raise ValueError(f"{where} must be at least 1, not {number}")
+    if number >= 2**31:
+        raise ValueError(f"{where} must be below 2**31, not {number!r:.40}")
+    return number
+
+
+def whole(value: Any) -> int | None:
+    """An integer as Python has it; None of anything else, a Boolean included."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return None
+    return int(value)
 
 
 def check_number(value: Any, where: str) -> float:

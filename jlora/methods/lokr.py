@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods.acts import Arrays, OnWeights, linear_in
-from jlora.methods.checks import check_alpha, check_rank
+from jlora.methods.checks import check_alpha, check_rank, whole
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form, sizes
 from jlora.methods.method import Config, Method
@@ -45,9 +45,10 @@ def lokr(rank: int, alpha: float | None = None, *, factor: int = -1) -> Method:
     Source: Yeh et al. (LyCORIS), arXiv 2309.14859, section 3.2; Edalati et al. (KronA), arXiv 2212.10650.
     """
     rank, alpha = check_rank(rank), check_alpha(alpha)
-    if isinstance(factor, bool) or not isinstance(factor, int) or not (factor == -1 or factor >= 1):
+    largest = whole(factor)
+    if largest is None or not (largest == -1 or largest >= 1):
         raise ValueError(f"factor must be -1 or an integer of at least 1, not {factor!r}")
-    config: Config = (("name", "lokr"), ("rank", rank), ("alpha", alpha), ("factor", factor))
+    config: Config = (("name", "lokr"), ("rank", rank), ("alpha", alpha), ("factor", largest))
 
     def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
         stack = sizes(target)[0]

@@ -43,7 +43,7 @@ def lora_xs(rank: int, alpha: float | None = None, *, std: float = 0.0, iteratio
     rank, alpha, std = check_rank(rank), check_alpha(alpha), check_number(std, "std")
     if std < 0:
         raise ValueError(f"std must be at least 0, not {std!r}")
-    check_iterations(iterations)
+    iterations = check_iterations(iterations)
     config: Config = (("name", "lora_xs"), ("rank", rank), ("alpha", alpha), ("std", std), ("iterations", iterations))
 
     def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods.acts import Arrays, OnWeights
-from jlora.methods.checks import check_rank
+from jlora.methods.checks import check_rank, whole
 from jlora.methods.matrix import check_finite, check_fits, check_not_zero, matrices, thin_svd
 from jlora.methods.method import Config, Method
 from jlora.methods.residual import START, check_positive, from_initial, minus_initial, rescaled
@@ -37,7 +37,7 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
     arXiv 2404.02948, eq. 2 to 4; Halko et al., arXiv 0909.4061, algorithm 4.4.
     """
     rank, alpha = check_rank(rank), check_positive(alpha)
-    check_iterations(iterations)
+    iterations = check_iterations(iterations)
     config: Config = (("name", "pissa"), ("rank", rank), ("alpha", alpha), ("iterations", iterations))
 
     def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
@@ -54,12 +54,20 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
     return Method(config, rank, alpha, OnWeights(init, minus_initial, frozen=START, rescale=rescaled))
 
 
-def check_iterations(iterations: Any) -> None:
-    """Raises ValueError unless it is a number of power iterations, or None for the exact SVD."""
-    if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0):
+def check_iterations(iterations: Any) -> int | None:
+    """Returns a number of power iterations, or None for the exact SVD.
+
+    Raises:
+      ValueError: if it is neither None nor an integer from 0 to 100.
+    """
+    if iterations is None:
+        return None
+    number = whole(iterations)
+    if number is None or number < 0:
         raise ValueError(f"iterations must be None or an integer of at least 0, not {iterations!r:.200}")
-    if iterations is not None and iterations > _MOST:
-        raise ValueError(f"iterations must be at most {_MOST}, not {iterations}; None for the exact SVD")
+    if number > _MOST:
+        raise ValueError(f"iterations must be at most {_MOST}, not {number}; None for the exact SVD")
+    return number
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

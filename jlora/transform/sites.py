@@ -47,8 +47,9 @@ class Site:
         """One that is written by hand is as one that was found: hashable, and its own JSON."""
         for name in ("shape", "in_axes", "out_axes", "stack_axes"):
             object.__setattr__(self, name, tuple(map(operator.index, getattr(self, name))))
-        if not isinstance(self.dtype, str):
-            object.__setattr__(self, "dtype", str(jnp.dtype(self.dtype)))
+        dtype: Any = self.dtype
+        if not isinstance(dtype, str):
+            object.__setattr__(self, "dtype", str(jnp.dtype(dtype)))
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B in broadcast form: W's axes, size 1 where not spanned, and the rank."""
