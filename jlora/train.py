@@ -150,7 +150,12 @@ def train_step(
     return Step(tx, functools.partial(pmap_arguments, micro_batches), program, _pmap(program, donate))
 
 
-def _check_usable(state: TrainState, batch: PyTree) -> None:
+def _check_usable(state: Any, batch: PyTree) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"a step takes a TrainState and a batch, got {type(state).__name__}: TrainState.create(adapted, step.tx) "
+            "makes the first one"
+        )
     for name, of in (("state", state.step), ("batch", batch)):
         if tree.is_abstract(of):
             raise TypeError(

@@ -424,6 +424,23 @@ def test_the_newest_are_kept(tmp_path):
             checkpoints.save(some)
 
 
+@pytest.mark.parametrize("keep", [0, -1, True, "2", 1.5], ids=repr)
+def test_at_least_one_checkpoint_is_kept(keep, tmp_path):
+    """Orbax takes 0, and deletes what it has just written."""
+    with pytest.raises(ValueError, match="^keep must be "):
+        Checkpoints(tmp_path, keep=keep)
+    Checkpoints(tmp_path, keep=None).close()  # nor was the folder taken
+
+
+def test_closed_checkpoints_do_not_lose_what_they_are_given(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.close()
+    message = f"^these Checkpoints of '{tmp_path}' are closed: make others for the folder$"
+    for use in (checkpoints.save, checkpoints.restore):
+        with pytest.raises(ValueError, match=message):
+            use(state())
+
+
 def test_a_state_is_refused_where_it_does_not_belong(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(FileNotFoundError, match="no checkpoint in"):

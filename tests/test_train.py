@@ -884,6 +884,13 @@ def test_a_state_of_another_optimizer_is_refused():
         step(TrainState(other.adapted, state.opt_state, state.step, state.key, state.loss), DATA)
 
 
+def test_a_step_takes_a_state():
+    with pytest.raises(
+        TypeError, match=r"^a step takes a TrainState and a batch, got Adapted: TrainState.create\(adapted, s"
+    ):
+        jlora.train_step(loss_fn, TX)(adapt(), DATA)
+
+
 def test_create_is_checked():
     with pytest.raises(TypeError, match=r"^TrainState.create takes an Adapted \(from jlora.apply\), got dict$"):
         TrainState.create(PARAMS, TX)  # ty: ignore

@@ -20,6 +20,7 @@ from jlora.checkpoint.lock import Lock
 from jlora.checkpoint.place import folder_of
 from jlora.checkpoint.resume import DamagedCheckpoint, Plan, key_like, key_of, kind_of
 from jlora.checkpoint.seal import SealedPath
+from jlora.methods.checks import check_rank
 
 Position = Any
 
@@ -35,10 +36,11 @@ class Checkpoints:
 
     Args:
       folder: a local one, or its `file://` URL; made if absent; nothing else may lie in it.
-      keep: how many of the newest are kept. With one, there is none before it to go back to when it is damaged.
+      keep: how many of the newest are kept, at least 1; None for all. With one, there is none before it to go back to
+        when it is damaged.
 
     Raises:
-      ValueError: if the folder is in use by another `Checkpoints`, of this process or another one.
+      ValueError: for another `keep`; if the folder is in use by another `Checkpoints`, of this process or another one.
 
     Example:
       >>> import jax.numpy as jnp, jlora, optax, tempfile
@@ -51,12 +53,13 @@ class Checkpoints:
       {'row': 7}
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 2) -> None:
+        kept = None if keep is None else check_rank(keep, "keep")
         self._folder = folder_of(folder).absolute()
         # Of several processes that train together, the first one writes: the folder is theirs when it is its.
         self._lock = Lock(self._folder) if jax.process_index() == 0 else None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=kept,
             cleanup_tmp_directories=True,
             temporary_path_class=SealedPath,
             step_name_format=steps.Steps(),
@@ -69,6 +72,7 @@ class Checkpoints:
             raise
         self._fingerprint: tuple[list[Any], str] | None = None
         self._damaged: set[int] = set()
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -94,8 +98,10 @@ class Checkpoints:
         Raises:
           FloatingPointError: if the state's last loss was not finite: it would never train again.
           ValueError: if there is a checkpoint of this step or a later one already, or `position` is no JSON;
-            if something that is no checkpoint of jlora stands in its place, or would be taken for a later one.
+            if something that is no checkpoint of jlora stands in its place, or would be taken for a later one; after
+            `close`.
         """
+        self._check_open()
         state.check()
         step = int(state.step)
         try:
@@ -148,6 +154,7 @@ class Checkpoints:
           ValueError: if it belongs to another base, another adapter or another optimizer; it names the first
             difference.
         """
+        self._check_open()
         _check_choice("optimizer", optimizer, ("all", "matching", "none"))
         _check_choice("hyperparams", hyperparams, ("state", "checkpoint"))
         self.wait()
@@ -174,12 +181,18 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the folder."""
+        """Waits, and lets go of the folder: nothing is saved or restored any more."""
+        self._closed = True
         try:
             self._manager.wait_until_finished()
             self._manager.close()
         finally:
             self._unlock()
+
+    def _check_open(self) -> None:
+        """Orbax takes what comes after `close`, and writes nothing of it."""
+        if self._closed:
+            raise ValueError(f"these Checkpoints of '{self._folder}' are closed: make others for the folder")
 
     def _unlock(self) -> None:
         if self._lock is not None:
