@@ -327,6 +327,22 @@ def test_leaves_that_are_no_arrays_are_static(statistic):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def test_statistics_that_are_none_are_refused():
+    """Of one's own making, or a square weight's gradient: its eigenvalues would be those of half of it."""
+    params, fn = {"w": normal(D, D)}, lambda p, x: jnp.mean((x @ p["w"]) ** 2)
+    sites = jlora.sites(fn, params, BATCHES[0])
+    gradient = jlora.measure(fn, params, BATCHES, sites, "gradient")
+    apply = lambda s: jlora.apply(params, method=jlora.eva(2), sites=sites, statistics=s)
+    with pytest.raises(ValueError, match="^apply: statistics= have no covariance of 'w': it is not symmetric$"):
+        apply(gradient)
+    with pytest.raises(ValueError, match="^apply: statistics= have a covariance of 'w' that is not finite$"):
+        apply({"w": gradient["w"] * jnp.nan})
+    with pytest.raises(
+        TypeError, match="^apply: statistics= hold a shape .jax.ShapeDtypeStruct. and no numbers of 'w'$"
+    ):
+        apply(jax.eval_shape(lambda: gradient))
+
+
 def test_ranks_that_depend_on_unknown_numbers_are_refused():
     statistics = jlora.measure(lambda p, x: x @ p["w"], {"w": normal(D, F)}, BATCHES, SITES, "covariance")
     apply = lambda p, s: jlora.apply(p, method=jlora.eva(2), sites=SITES, statistics=s)

@@ -24,6 +24,8 @@ from jlora.adapted.select import (
 from jlora.adapted.statistics import Mask, measure, shape_of
 from jlora.methods import Method, lora, nearest
 from jlora.methods.acts import Factors
+from jlora.methods.matrix import known
+from jlora.transform.explicit import on_auto_axes
 from jlora.transform.sites import Site, Target
 
 
@@ -228,6 +230,19 @@ def _check_statistics(choice: Choice, statistics: Mapping[str, jax.Array] | None
                     f"apply: statistics= are those of other weights, or of another kind: {target.path!r} has shape "
                     f"{shape}, and its {kind} {expected}"
                 )
+            _check_values(target.path, kind, statistics[target.path])
+
+
+def _check_values(path: str, kind: str, value: jax.Array) -> None:
+    """A square weight's gradient has the shape of its covariance; eigenvalues would be read off half of it."""
+    if tree.is_abstract(value):
+        raise TypeError(f"apply: statistics= hold a shape (jax.ShapeDtypeStruct) and no numbers of {path!r}")
+    if known(jnp.isfinite(value).all()) is False:
+        raise ValueError(f"apply: statistics= have a {kind} of {path!r} that is not finite")
+    largest = lambda x: jnp.max(jnp.abs(x), initial=0)
+    is_symmetric = lambda c: largest(c - jnp.swapaxes(c, 1, 2)) <= 1e-3 * largest(c)
+    if kind == "covariance" and known(on_auto_axes(is_symmetric, value)) is False:
+        raise ValueError(f"apply: statistics= have no covariance of {path!r}: it is not symmetric")
 
 
 def _measured(

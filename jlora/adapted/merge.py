@@ -10,6 +10,7 @@ from jlora import tree
 from jlora.adapted.adapted import Adapted, check_adapted
 from jlora.methods import Method
 from jlora.methods.acts import Factors
+from jlora.methods.matrix import known
 from jlora.transform.weight import Trained, Weight
 
 
@@ -106,17 +107,8 @@ def _check_mergeable(method: Method) -> None:
 def _check_finite(factors: Factors) -> None:
     for path, arrays in factors.items():
         for name, value in arrays.items():
-            if not _is_known_finite(value):
+            if known(jnp.isfinite(value).all()) is False:
                 raise ValueError(f"merge: factor {name!r} of {path!r} is not finite; the base is left as it is")
-
-
-def _is_known_finite(value: jax.Array) -> bool:
-    """True also under a transformation, where the value is not known."""
-    finite = jnp.isfinite(value).all()
-    try:
-        return bool(finite)
-    except jax.errors.ConcretizationTypeError:
-        return True
 
 
 def _same(x: Any, y: Any) -> bool:

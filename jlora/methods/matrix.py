@@ -110,7 +110,7 @@ def check_finite(w: jax.Array, site: HasAxes, method: str) -> None:
     Raises:
       ValueError: if a value is not finite.
     """
-    if _known(jnp.isfinite(w).all()) is False:
+    if known(jnp.isfinite(w).all()) is False:
         raise ValueError(f"{method}: {site.path!r} has values that are not finite, so that its SVD does not exist")
 
 
@@ -120,14 +120,14 @@ def check_not_zero(stacked: jax.Array, site: HasAxes, method: str) -> None:
     Raises:
       ValueError: if one of them is zero.
     """
-    if _known(jnp.any(stacked != 0, axis=(1, 2)).all()) is False:
+    if known(jnp.any(stacked != 0, axis=(1, 2)).all()) is False:
         raise ValueError(
             f"{method}: {site.path!r}, or one of its stacked weights, is zero: what its SVD gives is zero, too, where "
             "factors have no gradient; leave it out with targets="
         )
 
 
-def _known(condition: jax.Array) -> bool | None:
+def known(condition: jax.Array) -> bool | None:
     """Its value; None under a transformation, where values are not known."""
     try:
         return bool(condition)
