@@ -566,6 +566,12 @@ def test_a_site_by_hand_is_as_one_that_was_found(dtype, tmp_path):
     assert jax.jit(jlora.lift(predict))(adapted, X).shape == (5, 6)
 
 
+def test_sites_of_an_adapted_are_known():
+    adapted = jlora.apply({"kernel": jnp.ones((3, 2))}, 1)
+    with pytest.raises(TypeError, match="^sites: the parameters are adapted already: `adapted.sites` are theirs"):
+        jlora.sites(lambda p, x: x @ p["kernel"], adapted, jnp.ones((1, 3)))
+
+
 def test_sites_are_of_the_dtype_of_the_tree():
     """Else the factors of an integer weight, whose sites were read from a float32 copy, would be rounded away."""
     whole = jax.tree.map(lambda x: x.astype(jnp.int8), params())

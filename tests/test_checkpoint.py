@@ -432,6 +432,15 @@ def test_at_least_one_checkpoint_is_kept(keep, tmp_path):
     Checkpoints(tmp_path, keep=None).close()  # nor was the folder taken
 
 
+def test_a_checkpoint_is_of_a_state(tmp_path):
+    adapted = jlora.apply({"kernel": jnp.ones((3, 2))}, 1)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(TypeError, match=r"; jlora\.save writes an Adapted alone$"),
+    ):
+        checkpoints.save(adapted)
+
+
 def test_closed_checkpoints_do_not_lose_what_they_are_given(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.close()
@@ -520,6 +529,7 @@ np.savez(out, **{f"{p}/{n}": x for p, f in state.adapted.factors.items() for n, 
 """
 
 
+@pytest.mark.thorough("test_what_is_loaded_is_what_was_saved")  # tests/test_experiment.py kills a run by default
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     """kill -9 at random moments, mostly while a checkpoint is being written, until the run has ended."""
     script = tmp_path / "run.py"

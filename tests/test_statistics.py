@@ -401,6 +401,13 @@ def test_what_apply_cannot_measure(method, given, message):
         jlora.apply({"w": normal(D, F)}, method=method, sites=SITES, **given)
 
 
+def test_a_method_that_starts_from_data_wants_arrays():
+    shapes = {"w": jax.ShapeDtypeStruct((D, F), "float32")}
+    for method in (jlora.eva(2), jlora.corda(2)):
+        with pytest.raises(TypeError, match=f"^apply: {method.name} starts from data, and 'w' is a shape"):
+            jlora.apply(shapes, method=method, sites=SITES, statistics={"w": jnp.eye(D)[None]})
+
+
 # -- the steps of apply, alone -----------------------------------------------------------------------------------------
 
 

@@ -160,7 +160,7 @@ def start(
       ValueError: for statistics that are missing or are not those of the targets, or that no method reads.
     """
     named, _ = tree.leaves(choice.params)
-    _check_statistics(choice, statistics)
+    _check_statistics(choice, named, statistics)
     chosen, arrays = choice.method.acts.start(key, named, choice.targets, statistics or {})
     return chosen, arrays | {extra.path: initial_extra(named[extra.path], extra) for extra in choice.extras}
 
@@ -210,7 +210,7 @@ def _from_data(choice: Choice) -> dict[str, tuple[Method, list[Target]]]:
     return found
 
 
-def _check_statistics(choice: Choice, statistics: Mapping[str, jax.Array] | None) -> None:
+def _check_statistics(choice: Choice, named: Mapping[str, Any], statistics: Mapping[str, jax.Array] | None) -> None:
     needed = _from_data(choice)
     if statistics is not None and not needed:
         raise ValueError(f"apply: {choice.method.name} does not start from data: leave statistics= out")
@@ -229,6 +229,11 @@ def _check_statistics(choice: Choice, statistics: Mapping[str, jax.Array] | None
                 raise ValueError(
                     f"apply: statistics= are those of other weights, or of another kind: {target.path!r} has shape "
                     f"{shape}, and its {kind} {expected}"
+                )
+            if tree.is_abstract(named[target.path]):
+                raise TypeError(
+                    f"apply: {method.name} starts from data, and {target.path!r} is a shape (jax.ShapeDtypeStruct), "
+                    "no array"
                 )
             _check_values(target.path, kind, statistics[target.path])
 

@@ -102,6 +102,8 @@ class Checkpoints:
             `close`.
         """
         self._check_open()
+        if isinstance(state, Adapted):
+            raise TypeError("a checkpoint holds a TrainState, got an Adapted; jlora.save writes an Adapted alone")
         state.check()
         step = int(state.step)
         try:

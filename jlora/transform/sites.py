@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jlora import tree
 from jlora.transform.follow import follow
+from jlora.transform.lift import Lazy
 from jlora.transform.trace import Use
 
 ADAPTABLE = ("linear", "conv", "embedding")
@@ -163,6 +164,8 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
       >>> [(site.path, site.kind, site.in_axes, site.out_axes) for site in found]
       [('bias', 'other', (), ()), ('w', 'linear', (1,), (0,))]
     """
+    if isinstance(params, Lazy):
+        raise TypeError("sites: the parameters are adapted already: `adapted.sites` are theirs; or give `adapted.base`")
     named, structure = tree.leaves(params)
     followed = [path for path, leaf in named.items() if _is_float(leaf)]
     if not followed:
