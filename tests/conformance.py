@@ -47,6 +47,12 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape) * 0.4, jnp.float32)
 
 
+def filled(shapes: Any, size: float = 0.5) -> Any:
+    """Normal numbers for a tree of shapes: a model's own `init` compiles a generator for every parameter."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, size, leaf.shape), leaf.dtype), shapes)
+
+
 def adapt(case: Case) -> jlora.Adapted:
     """The case's parameters with every weight adapted that can be, its factors not zero but small."""
     sites = case.sites

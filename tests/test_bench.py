@@ -14,6 +14,7 @@ from jlora.models.gpt2 import GPT2Config
 pytestmark = [pytest.mark.once, pytest.mark.loose_promotion]
 
 
+@pytest.mark.thorough("test_all_forms_are_steps_of_one_function")
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--preset", "smoke", "--rank", "2", "--method", "lora", "dora", "--rounds", "2", "--layers", "1"]
     results = step.main([*options, "--form", "jlora", "--out", str(tmp_path)])
@@ -70,6 +71,7 @@ def test_options_replace_the_presets_shape():
     assert step.SIZES["gpt2-medium"].model.vocab_size == 50257
 
 
+@pytest.mark.thorough("test_all_forms_are_steps_of_one_function")
 def test_tokens_per_second_are_reported_for_each_form(capsys):
     options = {"layers": 1, "batch": 1, "prompt": 2, "new-tokens": 2, "rounds": 1, "rank": 1}
     told = [text for name, value in options.items() for text in (f"--{name}", str(value))] + ["--beams", "1", "2"]

@@ -11,6 +11,7 @@ import pytest
 from jlora.models import cache as kv
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
+from tests.conformance import filled
 
 pytestmark = pytest.mark.once
 
@@ -27,10 +28,8 @@ MASK = jnp.ones((3, LENGTH), bool).at[1, :4].set(False).at[2, 4:6].set(False)  #
 
 @functools.cache
 def parameters(model):
-    """Drawn without compiling anything; large enough for the attention to differ from place to place."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), shapes)
+    """Large enough for the attention to differ from place to place."""
+    return filled(jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"])
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["", "scanned"])

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "compare_methods.py"
-RUNS = {"text": ["full", "lora", "adalora", "prompt"], "digits": ["full", "lora", "eva", "ia3", "houlsby"]}
+RUNS = {"text": ["full", "lora", "prompt"], "digits": ["full", "lora", "eva", "houlsby"]}
 
 
 def start(*arguments: str) -> str:

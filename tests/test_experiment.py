@@ -86,6 +86,7 @@ def test_the_plots_are_drawn(whole, name):
     assert image.shape[0] > 500 and image.shape[1] > 900 and len(colours) > 100
 
 
+@pytest.mark.thorough("test_a_killed_run_resumed_gives_the_same_numbers")
 def test_a_second_start_uses_the_base_again_and_gives_the_same_numbers(whole):
     folder, _ = whole
     (base,) = (folder.parent / "bases").glob("*/base.safetensors")
@@ -119,6 +120,7 @@ def test_a_folder_of_another_config_is_refused(whole):
     assert "belongs to another config: config.train.steps is 8 there and 9 here" in " ".join(out.split())
 
 
+@pytest.mark.thorough("test_the_table_holds_what_was_measured")  # and tests/test_compare.py chooses a rate by default
 def test_the_sweep_names_the_best_learning_rate(whole):
     folder = whole[0].parent / "sweep"
     out = finish(

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora.checkpoint import fingerprint
 from tests.conformance import close, measured, normal
+from tests.tiers import thorough
 
 D, F, B, L = 16, 8, 12, 2
 # One kernel for each way to lie on the mesh. The stacked one is (layers, outputs, inputs).
@@ -82,9 +83,8 @@ SITES = jlora.sites(loss_of, params(), batch())
 
 
 @functools.cache
-def on_one_device(name: str) -> tuple[jlora.Adapted, jlora.Adapted]:
-    start = adapt(name, params(), batch())
-    return start, trained(start, batch())
+def on_one_device(name: str) -> jlora.Adapted:
+    return trained(adapt(name, params(), batch()), batch())
 
 
 def placed(mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
@@ -93,27 +93,50 @@ def placed(mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
     return base, {n: put(x, P("model") if n == "layers" else P()) for n, x in batch().items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "context"),
-    [
-        *((name, AxisType.Explicit, False) for name in METHODS),
-        *((name, AxisType.Explicit, True) for name in ("corda", "oft")),
-        *((name, AxisType.Auto, False) for name in ("eva", "oft")),
-    ],
-)
-def test_a_base_on_a_mesh_gives_the_numbers_of_one_device(name, kind, context):
-    start, after = on_one_device(name)
+START = "test_the_start_on_a_mesh_is_that_of_one_device"
+ROWS = [
+    *((name, AxisType.Explicit, False) for name in METHODS),
+    *((name, AxisType.Explicit, True) for name in ("corda", "oft")),
+    *((name, AxisType.Auto, False) for name in ("eva", "oft")),
+]
+TRAINED = [row for row in ROWS if row[0] in ("lora", "pissa", "adalora") or row == ("oft", AxisType.Explicit, True)]
+
+
+def context_of(mesh: jax.sharding.Mesh, context: bool) -> contextlib.AbstractContextManager:
+    return jax.set_mesh(mesh) if context else contextlib.nullcontext()
+
+
+def label(row: tuple[str, AxisType, bool]) -> str:
+    name, kind, context = row
+    return f"{name}-{kind.name}{'-set_mesh' if context else ''}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=label)
+def test_the_start_on_a_mesh_is_that_of_one_device(row):
+    name, kind, context = row
+    start = adapt(name, params(), batch())
     mesh = mesh_of(kind)
     base, x = placed(mesh)
-    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+    with context_of(mesh, context):
         theirs = adapt(name, base, x)
         assert all(theirs.base[path] is base[path] for path in base)
         close(jax.device_get((theirs.factors, theirs.buffers)), jax.device_get((start.factors, start.buffers)), 1e-4)
-        moved = trained(theirs, x)
+        merged = jlora.merge(theirs)
+        close(jax.device_get(merged), jax.device_get(jlora.merge(start)), 1e-5)
+        assert all(w.sharding.is_equivalent_to(base[path].sharding, w.ndim) for path, w in merged.items())
+
+
+@pytest.mark.parametrize("row", thorough(ROWS, START, TRAINED), ids=label)
+def test_a_step_on_a_mesh_is_that_of_one_device(row):
+    name, kind, context = row
+    after = on_one_device(name)
+    mesh = mesh_of(kind)
+    base, x = placed(mesh)
+    with context_of(mesh, context):
+        moved = trained(adapt(name, base, x), x)
         close(jax.device_get(moved.factors), jax.device_get(after.factors), 1e-4)
         merged = jlora.merge(moved)
         close(jax.device_get(merged), jax.device_get(jlora.merge(after)), 1e-5)
-        assert all(w.sharding.is_equivalent_to(base[path].sharding, w.ndim) for path, w in merged.items())
         if name == "pissa":
             chex.assert_trees_all_equal(jlora.unmerge(merged, moved).base, base)
             assert fingerprint(base) == fingerprint(params())

@@ -211,6 +211,9 @@ def test_samples_are_shown_before_and_after(ended):
 
 
 @pytest.mark.once
+@pytest.mark.thorough(
+    "test_a_small_form_ends_and_leaves_what_it_promises"
+)  # tests/test_experiment.py resumes by default
 @pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
 def test_an_interrupted_run_resumed_gives_the_same_numbers(finished, tmp_path, monkeypatch):
     """Ended with the second seed, when its last evaluation was written down and its state was not yet.

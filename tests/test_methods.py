@@ -381,7 +381,7 @@ def test_the_same_numbers_on_several_devices(name, devices):
     assert float(their_metrics["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", thorough(PLAIN, ONE, ("lora", "adalora", "pissa", "loha", "vera")))
 def test_as_plain_lora(name):
     trained = randomised(adapted(name), 0.2)
     plain = jlora.to_lora(trained)

@@ -58,6 +58,7 @@ def test_the_ranks_of_the_full_form_are_in_the_outputs():
     assert printed.count("image/png") == 6 and "shows here" in printed
 
 
+@pytest.mark.thorough("test_the_outputs_are_those_of_one_full_execution")
 def test_the_small_form_runs_to_the_end(text: Path, tmp_path: Path, monkeypatch):
     """In a kernel of this interpreter, whatever kernels are installed, in an empty folder."""
     spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "test"}

@@ -16,6 +16,7 @@ from jax import lax
 
 import jlora
 from jlora.transform.weight import Weight
+from tests.tiers import thorough
 
 METHODS = {
     "lora": jlora.lora(2, alpha=3),
@@ -304,7 +305,10 @@ def check(seed: int) -> None:
     pytest.fail(f"seed {seed}: {wrong}\n  smallest: {shrunk}\n  drawn: {program}")
 
 
-@pytest.mark.parametrize("ten", range(10))
+DRAWN = "test_a_hundred_programs_have_every_operation_product_and_method"
+
+
+@pytest.mark.parametrize("ten", thorough(range(10), DRAWN, range(3)))
 def test_random_programs(ten):
     for seed in range(10 * ten, 10 * ten + 10):
         check(seed)

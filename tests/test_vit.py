@@ -15,6 +15,7 @@ import jlora
 from jlora import models
 from jlora.models.vit import PRESETS, ViT, ViTConfig
 from jlora.models.vit.params import read
+from tests.conformance import filled
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 SMALL = ViTConfig(image_size=8, patch_size=2, channels=1, width=16, layers=3, heads=4, labels=10)
@@ -27,7 +28,7 @@ def shapes(config):
 
 @functools.cache
 def parameters(config=SMALL):
-    return jax.jit(ViT(config).init)(jax.random.key(0), images())["params"]
+    return filled(shapes(config))
 
 
 def forward(params, x, config=SMALL, **options):

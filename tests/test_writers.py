@@ -234,6 +234,7 @@ def test_every_schedule_with_one_interruption(case, world):
     assert world.explore(*CASES[case], interruptions=1) > 10
 
 
+@pytest.mark.thorough("test_every_schedule_with_one_interruption")
 def test_every_schedule_with_two_interruptions(world):
     assert world.explore(*CASES["two writers"], interruptions=2) > 500
 
