@@ -504,7 +504,12 @@ np.savez(out, **{f"{p}/{n}": x for p, f in state.adapted.factors.items() for n, 
 
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    """kill -9 at random moments, mostly while a checkpoint is being written, until the run has ended."""
+    """kill -9 at random moments, mostly while a checkpoint is being written, until the run has ended.
+
+    JLORA_KILLS=seed draws the moments of a failure again.
+    """
+    seed = int(os.environ.get("JLORA_KILLS") or random.randrange(2**32))
+    print(f"JLORA_KILLS={seed}")  # pytest shows it where the test fails
     script = tmp_path / "run.py"
     script.write_text(RUN)
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -517,7 +522,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
 
     with start("whole") as whole:
         whole.wait(timeout=120)
-    kills, starts, rng = 0, [], random.Random()
+    kills, starts, rng = 0, [], random.Random(seed)
     for attempt in range(12):
         with start("cut") as run:
             assert run.stdout is not None

@@ -319,6 +319,7 @@ def test_more_random_programs(ten):
 
 def test_a_hundred_programs_have_every_operation_product_and_method():
     drawn = [programs(seed) for seed in range(100)]
+    assert all(map(is_valid, drawn))  # `check` passes over others
     assert {name for program in drawn for name, _ in program.steps} == set(OPS)
     assert {program.product[0] for program in drawn} == set(PRODUCTS)
     assert {program.method for program in drawn} == set(METHODS)

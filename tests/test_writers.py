@@ -221,6 +221,7 @@ def test_random_schedules(case, world):
     jobs, start, allowed = CASES[case]
     for seed in range(60):
         rng = random.Random(seed)
+        print(f"seed {seed}")  # pytest shows it where the test fails
 
         def choose(moves, made, rng=rng):
             kind = "kill" if rng.random() < 0.01 else "step"
