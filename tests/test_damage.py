@@ -240,14 +240,14 @@ def test_without_the_list_damage_is_an_error_of_the_same_kind(name, folder):
         (folder / str(step) / "seal.json").unlink()
         change(folder / str(step), sealed=None)
     UNSEALED[name](folder / "12")
-    said = []
+    printed = []
     with Checkpoints(folder) as checkpoints:
         with pytest.raises(DamagedCheckpoint) as caught:
             checkpoints.restore(state())
         assert re.fullmatch(
             rf"the checkpoint of step 12 in '{folder}' is damaged: [^\n]*; restore\(.*=3\) .*", str(caught.value)
         )
-        assert restored(checkpoints, state(), said.append)[1] == 3 and len(said) == 1
+        assert restored(checkpoints, state(), printed.append)[1] == 3 and len(printed) == 1
     gc.collect()  # what Orbax leaves behind is reported here
 
 
@@ -305,20 +305,20 @@ def test_what_is_not_a_checkpoint_stays(folder):
 
 
 def test_resume_takes_the_step_before_with_a_warning(folder):
-    said = []
+    printed = []
     with Checkpoints(folder) as checkpoints:
-        assert restored(checkpoints, state(), said.append)[1] == 12 and said == []
+        assert restored(checkpoints, state(), printed.append)[1] == 12 and printed == []
         file = folder / "12" / "state" / "_METADATA"
         SPOILT["gone"](file, random.Random(0))
-        got, position = restored(checkpoints, state(), said.append)
+        got, position = restored(checkpoints, state(), printed.append)
         assert (int(got.step), position) == (3, 3)
-        assert said == [
+        assert printed == [
             f"warning: the checkpoint of step 12 in '{folder}' is damaged: 'state/_METADATA' is missing; going on from "
             "step 3"
         ]
         SPOILT["cut"](folder / "3" / "state" / "_METADATA", random.Random(0))
         with pytest.raises(ConfigError) as caught:
-            restored(checkpoints, state(), said.append)
+            restored(checkpoints, state(), printed.append)
     assert str(caught.value) == (
         f"the checkpoint of step 12 in '{folder}' is damaged: 'state/_METADATA' is missing; there is none before it that "
         "is whole. Delete that folder to begin this run anew"

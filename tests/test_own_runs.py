@@ -67,9 +67,9 @@ def test_prompts_and_completions_end_in_a_merged_checkpoint(bases, tmp_path):
         f"base={bases['gpt2']}", f"task.data={data}", "runs.lora.method=rslora(2)", "train.steps=4", "train.batch=4",
         "runs.lora.learning_rate=1e-2", "task.new_tokens=2", f"save.merged={out}", SCANNED, "--folder", run,
     ]  # fmt: skip
-    status, said, err = called(*options)
+    status, printed, err = called(*options)
     assert (status, err) == (0, "")
-    assert "method    adapted: rslora(rank=2" in said and f"merged    adapted: {out}, " in said
+    assert "method    adapted: rslora(rank=2" in printed and f"merged    adapted: {out}, " in printed
     base = models.load(bases["gpt2"], scan=True)
     adapted = jlora.load(run / "lora" / "seed_0" / "adapter", base.params)
     saved = models.load(out)

@@ -313,9 +313,9 @@ def test_random_damage_is_refused(seed, good, tmp_path):
         place = rng.randrange(len(damaged))
         damaged[place : place + rng.randint(0, 3)] = rng.randbytes(rng.randint(1, 3))
     file.write_bytes(bytes(damaged))
-    loaded, said = outcome(lambda: jlora.load(tmp_path, PARAMS))
+    loaded, message = outcome(lambda: jlora.load(tmp_path, PARAMS))
     if loaded is None:
-        assert str(tmp_path) in said and len(said) < 5000
+        assert str(tmp_path) in message and len(message) < 5000
     else:
         assert seed % 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(jlora.merge(loaded)))
 
@@ -449,9 +449,9 @@ def test_every_option_of_every_method_is_checked(name):
     config = to_json(from_json(options))
     for option in config:
         for value in (*WRONG.values(), records.parse(HUGE.encode(), "x"), "([", 2**40, -(2**40), 1e308, [1, 2], [True]):
-            method, said = outcome(lambda option=option, value=value: from_json(config | {option: value}))
+            method, message = outcome(lambda option=option, value=value: from_json(config | {option: value}))
             if method is None:
-                assert 0 < len(said) < 12000
+                assert 0 < len(message) < 12000
                 continue
             hash(method)
             assert from_json(json.loads(json.dumps(to_json(method), allow_nan=False))) == method
