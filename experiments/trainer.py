@@ -94,7 +94,7 @@ class Shared:
 
     @classmethod
     def of(cls, experiment: Experiment, opened: Opened, params: Params) -> "Shared":
-        """Shared parts of an experiment. The axes of weights are read from the loss: no name says those of stacked layers."""
+        """Shared parts of an experiment. Axes are read from the loss: no name says those of stacked layers."""
         batch = opened.new.batches(experiment.train.batch, 0)(0)
         return cls(opened, jlora.sites(opened.loss, params, batch, jax.random.key(0)), experiment.statistics)
 

@@ -300,7 +300,7 @@ def test_a_folder_without_an_adapter(tmp_path):
 
 
 def test_a_new_head_may_have_any_initial_values(tmp_path):
-    """What an extra replaces wholly is no part of the base; the rest still is."""
+    """A leaf that an extra replaces wholly is not part of the base's fingerprint; all others are."""
     trained = randomised(jlora.apply(params(), 2, extras="up/(bias|kernel)"))
     assert {site.path for site in trained.sites} == {"down/kernel"}
     jlora.save(tmp_path, trained)

@@ -110,7 +110,7 @@ ENDED = ("gpt2_medium_e2e_lora", "roberta_base_glue_lora", "minilm_trec", "stori
 
 @pytest.mark.loose_promotion  # Flax's norms promote DeBERTa's bfloat16
 def test_every_small_form_trains_what_it_promises(tmp_path):
-    """On abstract parameters: nothing is trained."""
+    """Every config is planned on abstract parameters; nothing is trained."""
     for name, (task, expected) in ROWS.items():
         with environment(JLORA_GLUE_TASK=task):
             experiment = loaded(name, small=True)

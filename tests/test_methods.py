@@ -521,7 +521,7 @@ def test_a_starts_with_the_spread_of_loralib_and_b_at_zero(init, shape, in_axes,
 
 
 def test_an_embedding_starts_with_a_at_zero_and_b_normal():
-    """As loralib's Embedding."""
+    """loralib's Embedding starts in the same way."""
     factors = one(jlora.lora(16), (50, 200), kind="embedding").factors["w"]
     b = np.asarray(factors["B"])
     assert not np.asarray(factors["A"]).any()

@@ -400,7 +400,7 @@ def test_the_number_of_labels_that_is_saved_makes_no_head_new(folder, tmp_path):
 
 
 def test_what_goes_along_comes_from_the_revision_that_is_named(folder, tmp_path, monkeypatch):
-    """Without the tensors, and with the template of a chat."""
+    """The snapshot's files but the tensors are copied, the chat template among them."""
     import huggingface_hub
 
     (folder / "chat_template.jinja").write_text("{{ messages }}")

@@ -207,7 +207,7 @@ def test_what_cannot_be_saved_is_found_before_the_training(bases, tmp_path):
 
 
 def test_classes_have_their_names_in_the_saved_checkpoint(bases, tmp_path):
-    """Without a training: what is written of the names."""
+    """Names of classes are written into the checkpoint's config.json; nothing is trained for this."""
     from experiments.merged import _name_classes
 
     model = models.build(bases["roberta"], head="sequence_classification", labels=2)

@@ -62,7 +62,7 @@ def written(figure: Figure) -> list[Text]:
 
 
 def lines_of(ax: Axes) -> list[Line2D]:
-    """Those with a stroke between their points."""
+    """The lines with a stroke between their points."""
     return [line for line in ax.get_lines() if line.get_linestyle() not in ("None", "", " ")]
 
 
@@ -364,7 +364,7 @@ def test_what_is_read_back_is_what_was_written(folder):
 
 
 def test_few_runs_are_drawn_as_all_of_them_are(drawn, tmp_path):
-    """And many in one spot get a second panel."""
+    """A few points have one panel; many in one spot get a second."""
     whole, task = drawn(RESULTS / "compare_methods/text")["quality.png"], results("compare_methods/text")
     names = ("lora", "adalora", "prompt")
     shown = tuple(outcome for outcome in task.outcomes if outcome.name in names)

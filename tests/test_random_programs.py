@@ -68,7 +68,7 @@ def _fori(w: jax.Array) -> jax.Array:
 
 
 def _while(w: jax.Array) -> jax.Array:
-    """Loops of unknown length have no reverse mode."""
+    """Twice the weight by a while loop, behind stop_gradient: such loops have no reverse mode."""
     fixed = lax.stop_gradient(w)
     return w + lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] + fixed), (0, jnp.zeros_like(w)))[1]
 

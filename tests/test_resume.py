@@ -51,7 +51,7 @@ def used(state: jlora.TrainState, step: int = 70, **hyperparams: float) -> jlora
 
 
 def restored(folder, before: jlora.TrainState, after: jlora.TrainState, **options):
-    """What comes of the checkpoint of a state on another one, and the warnings' texts, without the checkpoint's name."""
+    """State `after` restored from a checkpoint of `before`, and the warnings' texts without the checkpoint's name."""
     with Checkpoints(folder) as checkpoints, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         checkpoints.save(before, "here")

@@ -304,7 +304,7 @@ def test_spoilt_tensors_are_refused(name, good, tmp_path):
 
 @pytest.mark.parametrize("seed", range(100))
 def test_random_damage_is_refused(seed, good, tmp_path):
-    """Bytes flipped, cut out, put in: of the tensors always seen; of the JSON seen, or of no consequence."""
+    """Random bytes are changed, cut out or put in: damaged tensors are always refused, damaged JSON is refused or harmless."""
     rng = random.Random(seed)
     folder = Folder(tmp_path, good)
     file = folder.file if seed % 2 else folder.tensors_file
@@ -444,7 +444,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_option_of_every_method_is_checked(name):
-    """Whatever JSON says: an error of value, or a method that is hashable and written as it is read."""
+    """Any JSON value of an option is a ValueError, or gives a hashable method that is written as it was read."""
     options = {"name": name} | OPTIONS.get(name, {"rank": 2})
     config = to_json(from_json(options))
     for option in config:

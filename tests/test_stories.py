@@ -130,7 +130,7 @@ def test_a_tokenizer_that_is_cut_off_is_refused(tmp_path):
 
 
 def greedy(model, params, steps):
-    """As run.c at temperature 0: the likeliest token, again and again, from the beginning on."""
+    """Greedy decoding as in run.c at temperature 0, each token from the whole text so far."""
 
     def step(carry, position):
         cache, token = carry
