@@ -289,7 +289,7 @@ def _naming(folder: Path) -> Iterator[None]:
 
 
 def _labels(folder: Path, record: Mapping[str, Any]) -> int:
-    """How many a checkpoint's classification has."""
+    """Number of labels of a checkpoint's classification."""
     names = _names_of_labels(folder, record)
     with _naming(folder):
         return len(names) or number_of({"num_labels": 2} | {**record}, "num_labels", LABELS)

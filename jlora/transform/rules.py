@@ -317,7 +317,7 @@ def _gathered(weight: Weight, indices: Any, params: dict[str, Any], looked_up: s
 
 
 def _inside(weight: Weight, indices: jax.Array, params: dict[str, Any], out_ndim: int) -> jax.Array:
-    """Of each index of a gather, whether its slice is inside the weight: its batch axes where the result has them."""
+    """Mask of the indices of a gather whose slice is inside the weight: its batch axes where the result has them."""
     numbers = params["dimension_numbers"]
     last = [weight.shape[i] - params["slice_sizes"][i] for i in numbers.start_index_map]
     bounds = jnp.asarray(np.minimum(last, jnp.iinfo(indices.dtype).max), indices.dtype)

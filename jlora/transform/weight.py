@@ -39,7 +39,7 @@ class NotSeparable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Which stored parameter a value is, and where its axes come from.
+    """Origin of a value: the stored parameter that it is, and where its axes come from.
 
     Attributes:
       path: where the parameter stands in its tree.

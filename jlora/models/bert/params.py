@@ -67,7 +67,7 @@ def has_pooler(json: Mapping[str, Any], head: Head, body: str) -> bool:
 
 
 def write_encoder(c: BertConfig) -> dict[str, Any]:
-    """Of `KEYS` and what `has_pooler` reads; transformers passes over the latter, and makes a pooler of its own."""
+    """Entries of config.json: `KEYS`, and the one that `has_pooler` reads, which transformers passes over."""
     return {key: getattr(c, name) for name, key in KEYS.items()} | (
         {"add_pooling_layer": False} if c.head == "none" and not c.pooler else {}
     )

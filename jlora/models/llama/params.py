@@ -48,7 +48,7 @@ NOT_SAID = {"head", "labels", "dropout", "dtype", "param_dtype", "scan", "remat"
 
 
 def read_rope(json: Json) -> Rope:
-    """From `rope_parameters`, or `rope_scaling` and `rope_theta` as they were before transformers 5."""
+    """RoPE settings from `rope_parameters`, or `rope_scaling` and `rope_theta` as they were before transformers 5."""
     scaling = object_of(json, "rope_scaling") or object_of(json, "rope_parameters")
     entries = {k: v for k, v in scaling.items() if v is not None}
     entries = {"rope_type": entries.pop("type", "default"), "rope_theta": json.get("rope_theta", 10000.0)} | entries
