@@ -34,7 +34,7 @@ QV = r"attn/(query|value)"
 
 
 def config() -> Experiment:
-    """Three seeds."""
+    """The experiment, with three seeds."""
     return Experiment(
         name="bert_base_conll2003_lora",
         base="google-bert/bert-base-cased",
@@ -69,7 +69,7 @@ def conll2003() -> Splits:
 
 
 def few() -> Splits:
-    """Sentences in which a word tells whether a restaurant or a fruit is named."""
+    """Tiny splits of sentences that name a restaurant or a fruit."""
     with tempfile.TemporaryDirectory() as folder:
         return Splits(*(read_sentences(_written(Path(folder), *part)) for part in ((0, 48), (48, 12), (60, 12))))
 

@@ -26,7 +26,7 @@ HIGHEST = (3e-2, 1e-1, 3e-1, 1.0)
 
 
 def config() -> Study:
-    """The whole comparison."""
+    """The comparison: both experiments."""
     return Study("compare_methods", (text(), digits()))
 
 
@@ -68,12 +68,12 @@ def digits() -> Experiment:
 
 
 def schedule(steps: int, batch: int) -> Schedule:
-    """A run's: evaluated at its end."""
+    """Schedule of a run, which is evaluated at its end."""
     return Schedule(steps, batch, steps, warmup=0.05, decay="cosine", b2=0.98, clip=1.0, keep="last")
 
 
 def measured(rounds: int, forward_rounds: int) -> Measure:
-    """Times to LoRA's and to full fine-tuning's."""
+    """Measurements whose times are relative to LoRA's and to full fine-tuning's."""
     return Measure(rounds=rounds, relative_to=("lora", "full"), forward_rounds=forward_rounds)
 
 
@@ -109,13 +109,13 @@ def _small(task: Bytes | Digits) -> Bytes | Digits:
 
 
 def contenders(steps: int) -> tuple[Run, ...]:
-    """All of them. Ranks are such that most train as many parameters as LoRA of rank 4 on all linear layers.
+    """The runs of an experiment, most of which train as many parameters as LoRA of rank 4 on all linear layers.
 
     Args:
       steps: of each run, which AdaLoRA's budget has to know.
     """
     lora = jlora.lora(4)
-    baseline, low_rank, started, other, activations = (
+    baseline, low_rank, other_starts, other, activations = (
         "baselines", "LoRA and variants", "LoRA, other starts", "other weights", "activations",
     )  # fmt: skip
     return (
@@ -131,11 +131,11 @@ def contenders(steps: int) -> tuple[Run, ...]:
         Run("dora", "DoRA r=4", jlora.dora(lora), rates=MIDDLE, targets=LINEAR, family=low_rank),
         Run("dylora", "DyLoRA r=4", jlora.dylora(4), rates=MIDDLE, targets=LINEAR, family=low_rank),
         Run("adalora", "AdaLoRA r=6 to 4", _adalora(steps), rates=MIDDLE, targets=LINEAR, family=low_rank),
-        Run("pissa", "PiSSA r=4", jlora.pissa(4), rates=MIDDLE, targets=LINEAR, family=started),
-        Run("olora", "OLoRA r=4", jlora.olora(4), rates=MIDDLE, targets=LINEAR, family=started),
-        Run("eva", "EVA r=4", jlora.eva(4), rates=MIDDLE, targets=LINEAR, family=started),
-        Run("lora_ga", "LoRA-GA r=4", jlora.lora_ga(4), rates=MIDDLE, targets=LINEAR, family=started),
-        Run("corda", "CorDA r=4", jlora.corda(4), rates=MIDDLE, targets=LINEAR, family=started),
+        Run("pissa", "PiSSA r=4", jlora.pissa(4), rates=MIDDLE, targets=LINEAR, family=other_starts),
+        Run("olora", "OLoRA r=4", jlora.olora(4), rates=MIDDLE, targets=LINEAR, family=other_starts),
+        Run("eva", "EVA r=4", jlora.eva(4), rates=MIDDLE, targets=LINEAR, family=other_starts),
+        Run("lora_ga", "LoRA-GA r=4", jlora.lora_ga(4), rates=MIDDLE, targets=LINEAR, family=other_starts),
+        Run("corda", "CorDA r=4", jlora.corda(4), rates=MIDDLE, targets=LINEAR, family=other_starts),
         Run("vera", "VeRA r=256", jlora.vera(256), rates=HIGH, targets=LINEAR, family=other),
         Run("loha", "LoHa r=2", jlora.loha(2), rates=MIDDLE, targets=LINEAR, family=other),
         Run("lokr", "LoKr r=16", jlora.lokr(16, factor=4), rates=UPPER, targets=LINEAR, family=other),

@@ -48,7 +48,7 @@ RECIPES = {
 
 
 def config(task: str | None = None) -> Experiment:
-    """The task of the argument, or of JLORA_GLUE_TASK."""
+    """The experiment on the task of the argument, or of JLORA_GLUE_TASK."""
     name = glue.chosen(task, RECIPES)
     return glue.experiment(
         "deberta_xxl_glue_lora", "DeBERTa-v2-XXL", "microsoft/deberta-v2-xxlarge", name, RECIPES[name],

@@ -28,7 +28,7 @@ from experiments.recipes import e2e
 
 
 def config() -> Experiment:
-    """Three seeds."""
+    """The experiment, with three seeds."""
     return e2e.experiment("gpt2_large_e2e_lora", "GPT-2 large", "openai-community/gpt2-large")
 
 

@@ -36,7 +36,7 @@ from experiments.recipes import e2e
 
 
 def config() -> Experiment:
-    """Three seeds."""
+    """The experiment, with three seeds."""
     return e2e.experiment("gpt2_medium_e2e_lora", "GPT-2 medium", "openai-community/gpt2-medium")
 
 

@@ -31,7 +31,7 @@ from experiments.recipes import gsm8k
 
 
 def config() -> Experiment:
-    """Three seeds."""
+    """The experiment, with three seeds."""
     return gsm8k.experiment(Run("dora", "DoRA r=8", jlora.dora(jlora.lora(8, alpha=16, init="kaiming_uniform")), 2e-5))
 
 

@@ -32,7 +32,7 @@ from experiments.recipes import gsm8k
 
 
 def config() -> Experiment:
-    """Three seeds."""
+    """The experiment, with three seeds."""
     return gsm8k.experiment(
         Run("loraplus", "LoRA+ r=8, ratio 16", jlora.loraplus(8, alpha=16, ratio=16, init="kaiming_uniform"), 2e-5)
     )

@@ -33,7 +33,7 @@ from experiments.recipes import gsm8k
 
 
 def config() -> Experiment:
-    """Three seeds."""
+    """The experiment, with three seeds."""
     return gsm8k.experiment(Run("pissa", "PiSSA r=8", jlora.pissa(8, alpha=16, iterations=4), 2e-5))
 
 

@@ -24,7 +24,7 @@ QV = r"attn/(query|value)"
 
 
 def config() -> Experiment:
-    """Seven runs with three seeds each."""
+    """The experiment: seven runs with three seeds each."""
     return Experiment(
         name="minilm_sst2",
         base=minilm,
@@ -81,10 +81,10 @@ def sst2() -> Splits:
 
 
 def few() -> Splits:
-    """A little of the same form."""
+    """A tiny data set of the same form."""
     return splits(tiny.temporary(tiny.sst2))
 
 
 def splits(folder: Path) -> Splits:
-    """Content of a folder."""
+    """The splits in the files of a folder."""
     return Splits(*(read_labelled(folder / f"stsa.binary.{split}", 2) for split in ("train", "dev", "test")))

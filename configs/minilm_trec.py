@@ -29,7 +29,7 @@ SST2 = Path(__file__).with_name("minilm_sst2.py")
 
 
 def config() -> Experiment:
-    """Seven runs with three seeds each."""
+    """The experiment: seven runs with three seeds each."""
     whole = load(Experiment, SST2)
     return dataclasses.replace(
         whole,
@@ -57,16 +57,16 @@ def trec() -> Splits:
 
 
 def few() -> Splits:
-    """A little of the same form."""
+    """A tiny data set of the same form."""
     return splits(tiny.temporary(tiny.trec), 12)
 
 
 def splits(folder: Path, held_out: int) -> Splits:
-    """Content of a folder."""
+    """The splits in the files of a folder."""
     questions = read_trec(folder / "TREC.train.all")
     return Splits(questions[:-held_out], questions[-held_out:], read_trec(folder / "TREC.test.all"))
 
 
 def measure(predictions: np.ndarray | Sequence[int], labels: np.ndarray | Sequence[int]) -> Scores:
-    """The part of the questions whose kind is right, in percent."""
+    """Accuracy: questions whose kind is right, in percent."""
     return {"accuracy": metrics.accuracy(predictions, labels)}

@@ -15,7 +15,7 @@ from jlora.models.gpt2 import GPT2Config
 
 
 def config() -> Experiment:
-    """The main job."""
+    """The experiment."""
     train = Schedule(250, batch=8, evaluate_every=25, warmup=0.05, decay="cosine", b2=0.98, clip=1.0, keep="last")
     return Experiment(
         name="quickstart",

@@ -53,7 +53,7 @@ RECIPES = {
 
 
 def config(task: str | None = None) -> Experiment:
-    """The task of the argument, or of JLORA_GLUE_TASK."""
+    """The experiment on the task of the argument, or of JLORA_GLUE_TASK."""
     name = glue.chosen(task, RECIPES)
     method = jlora.lora(8, alpha=16, init="kaiming_uniform")
     return glue.experiment(

@@ -24,7 +24,7 @@ LINEAR = r"(attn|mlp)/"  # all linear layers of the blocks
 
 
 def config() -> Experiment:
-    """Four runs."""
+    """The experiment: four runs."""
     return Experiment(
         name="stories_shakespeare",
         base=stories,
@@ -68,7 +68,7 @@ def shakespeare() -> Splits:
 
 
 def few() -> Splits:
-    """A little of the same form."""
+    """A tiny data set of the same form."""
     return splits(tiny.temporary(tiny.shakespeare) / "input.txt")
 
 

@@ -37,7 +37,7 @@ QV = r"attn/(query|value)"
 
 
 def config() -> Experiment:
-    """Three seeds."""
+    """The experiment, with three seeds."""
     return Experiment(
         name="vit_base_lora",
         base="google/vit-base-patch16-224-in21k",
@@ -70,7 +70,7 @@ def images(size: int) -> Splits:
 
 
 def few(size: int) -> Splits:
-    """A little of the same form."""
+    """A tiny data set of the same form."""
     return splits(tiny.temporary(tiny.images), size)
 
 

@@ -36,7 +36,7 @@ def in_steps(duration: Duration, *, batch: int, examples: int) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to train: AdamW, a linear warm-up, then a line or a cosine to zero, or a constant rate.
+    """Schedule of a training: AdamW, a linear warm-up, then a line or a cosine to zero, or a constant rate.
 
     Attributes:
       steps: how long: "3 epochs", "5000 examples" or a number of steps.
@@ -76,7 +76,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are made from prompts when a language model is evaluated.
+    """Decoding of texts from prompts when a language model is evaluated.
 
     Attributes:
       new_tokens: at most.
@@ -114,7 +114,7 @@ class Decoding:
 
     @property
     def sampling(self) -> Sampling:
-        """How a token is chosen without beams."""
+        """Choice of a token without beams."""
         return Sampling(self.temperature, None, self.top_p, self.no_repeat_ngram)
 
 

@@ -156,10 +156,10 @@ def _parse(path: str, text: str, hint: Any) -> Any:
         return text
     if any(typing.get_origin(kind) is Callable for kind in kinds):
         raise ConfigError(f"{path} is a function: set it in the config file")
-    raise ConfigError(f"{path} is {' or '.join(map(_said, kinds))}, got {text!r}")
+    raise ConfigError(f"{path} is {' or '.join(map(_in_words, kinds))}, got {text!r}")
 
 
-def _said(kind: Any) -> str:
+def _in_words(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
     return "None" if kind is types.NoneType else f"of type {getattr(kind, '__name__', str(kind))}"

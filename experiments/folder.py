@@ -16,7 +16,7 @@ _CLAIM = "experiment.json"
 
 
 def located(given: str | None, name: str) -> Path:
-    """Where a run lies: in the folder that the command line names, a local one or its `file://` URL, or `runs/<name>`.
+    """Folder of a run: the one that the command line names, a local one or its `file://` URL, or `runs/<name>`.
 
     Raises:
       ConfigError: for other addresses, such as `gs://bucket/run`.
@@ -92,7 +92,7 @@ def clear(folder: Path, *keep: str) -> None:
 
 
 def _difference(there: Any, here: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ, as 'train.steps is 100 there and 200 here'."""
+    """First difference of two JSON values, as 'train.steps is 100 there and 200 here'."""
     if isinstance(there, list) and isinstance(here, list):
         there, here = (
             {item.get("name", i) if isinstance(item, dict) else i: item for i, item in enumerate(x)}

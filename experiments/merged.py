@@ -54,10 +54,10 @@ def write(experiment: Experiment, trials: Sequence[Trial], params: Params, sourc
       params: the base, with the first seed's head.
       source: the files of the checkpoint that the base comes from, if it does from one.
     """
-    said = []
+    lines = []
     for trial, folder in _places(experiment, trials):
         if not trial.results:
-            said.append(f"merged    nothing is saved of {trial.run.label}: it diverged")
+            lines.append(f"merged    nothing is saved of {trial.run.label}: it diverged")
             continue
         adapted, opened = loaded(trial.place, params), trial.trainer.opened
         origin = source.folder if isinstance(source, Files) else None
@@ -66,14 +66,14 @@ def write(experiment: Experiment, trials: Sequence[Trial], params: Params, sourc
             _name_classes(folder, opened.classes)
         write_json(folder / MARK, _of(experiment, trial))
         megabytes = f"{size(folder) / 1e6:,.1f} MB"
-        said.append(f"merged    {trial.run.label}: {folder}, {megabytes}, for jlora.models.load and transformers")
+        lines.append(f"merged    {trial.run.label}: {folder}, {megabytes}, for jlora.models.load and transformers")
         lost = max(jlora.merge_error(adapted).values(), default=0.0)
         if lost > _LOST:
-            said.append(
+            lines.append(
                 f"note      the base's dtype takes {100 * lost:.0f} % of a weight's update away; train and save from a "
                 "float32 base: options={'param_dtype': 'float32'} in the config"
             )
-    return said
+    return lines
 
 
 def _places(experiment: Experiment, trials: Sequence[Trial]) -> list[tuple[Trial, Path]]:

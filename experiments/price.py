@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def percent(self) -> float:
-        """How many of the parameters are trained."""
+        """Trained parameters per hundred."""
         return 100 * self.trainable / self.total
 
 

@@ -81,7 +81,7 @@ class Progress:
 
     @property
     def width(self) -> int:
-        """Of the longest label."""
+        """Width of the longest label."""
         return self._width
 
     @property

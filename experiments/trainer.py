@@ -94,7 +94,7 @@ class Shared:
 
     @classmethod
     def of(cls, experiment: Experiment, opened: Opened, params: Params) -> "Shared":
-        """With the axes of the model's weights as its loss uses them: no name says those of stacked layers."""
+        """Shared parts of an experiment. Axes are read from the loss: no name says those of stacked layers."""
         batch = opened.new.batches(experiment.train.batch, 0)(0)
         return cls(opened, jlora.sites(opened.loss, params, batch, jax.random.key(0)), experiment.statistics)
 
@@ -124,7 +124,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Of the run."""
+        """Number of steps of the run."""
         return self.in_steps(self.schedule.steps)
 
     def in_steps(self, duration: int | str) -> int:
@@ -148,7 +148,7 @@ class Trainer:
 
     @functools.cached_property
     def apply(self) -> Apply:
-        """How the model is called for an evaluation: as it is with merged weights, lifted where there are none."""
+        """The model's function for an evaluation: as it is with merged weights, lifted where there are none."""
         return self.opened.model.apply if self.merges else jlora.lift(self.opened.model.apply)
 
     @property

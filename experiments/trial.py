@@ -40,7 +40,7 @@ class Trial:
 
     @property
     def trainings(self) -> int:
-        """How often the run is trained."""
+        """Number of trainings of the run."""
         return len(self.rates) + len(self.seeds) - 1
 
     @property

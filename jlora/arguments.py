@@ -116,7 +116,7 @@ def jit_arguments(accumulate: int, state: State, batch: PyTree) -> Arguments:
 
 
 def _home(kept: list[Any], others: list[Any]) -> Sharding | None:
-    """Where the state belongs: all over the mesh of the first sharded array, else with the first committed one.
+    """Sharding of the state: all over the mesh of the first sharded array, else with the first committed one.
 
     Else None, the default device, unless most of what is kept lies on another one.
     """

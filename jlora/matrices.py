@@ -34,7 +34,7 @@ READ = {SlowState: "slow", optax.contrib.ScheduleFreeState: "z"}
 
 
 class Form(NamedTuple):
-    """How one factor becomes a matrix, or a tuple of them.
+    """Form of one factor as a matrix, or a tuple of them.
 
     Attributes:
       shape: of the factor.
@@ -81,7 +81,7 @@ def form_of(shape: tuple[int, ...], site: Target) -> Form:
 
 
 def forms_of(factors: Factors, sites: Sequence[Target]) -> dict[str, dict[str, Form]]:
-    """By path and name; what belongs to no site (extras) is not among them."""
+    """Forms by path and name; what belongs to no site (extras) is not among them."""
     return {
         site.path: {name: form_of(tuple(x.shape), site) for name, x in factors[site.path].items()}
         for site in sites

@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """Of one part of a batch: the loss, its weight among the parts (None: all weigh the same), and further metrics."""
+    """Loss of one part of a batch, its weight among the parts (None: all weigh the same), and further metrics."""
 
     loss: jax.Array
     weight: jax.Array | None
@@ -44,7 +44,7 @@ class Loss(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """How a batch is divided: into micro-batches, one after the other, and over the devices of a mapped axis."""
+    """Division of a batch: into micro-batches, one after the other, and over the devices of a mapped axis."""
 
     micro_batches: int
     axis: str | None

@@ -181,6 +181,6 @@ def close(got: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
 
 
 def _by_hand(site: jlora.Site) -> jlora.Site:
-    """The last axis out, all others in."""
+    """Site of a weight whose last axis is the output and all others inputs."""
     axes = range(len(site.shape))
     return jlora.Site(site.path, site.shape, site.dtype, tuple(axes[:-1]), tuple(axes[-1:]), (), "linear")

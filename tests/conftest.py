@@ -68,7 +68,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Not by `-m` in addopts, which another -m on the command line replaces."""
+    """Leaves out the tests of other tiers. An `-m` in addopts would be replaced by one on the command line."""
     config.stash[tiers.COLLECTED] = list(items)
     left_out = [item for item in items if not tiers.is_run(item, config)]
     if left_out:

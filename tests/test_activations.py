@@ -102,7 +102,7 @@ def mlp(f):
 
 
 def lstm(f):
-    """Token by token, gate by gate."""
+    """An LSTM in NumPy, token by token and gate by gate."""
 
     def run(embeddings, way):
         hidden = f[f"{way}_state"].shape[0]
@@ -656,7 +656,7 @@ def test_modules_of_one_scope_are_refused():
 
 
 def test_a_derivative_of_its_own_is_refused():
-    """Its rule is traced after the interceptors are gone: the gradients would be zeros, in silence."""
+    """A custom derivative's rule is traced after the interceptors are gone: gradients would be zeros, in silence."""
 
     @jax.custom_vjp
     def model(params, tokens):

@@ -26,7 +26,7 @@ PLAIN, HAS_FLASH = jax.nn.dot_product_attention, attention._has_flash
 
 @pytest.fixture
 def cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with cuDNN's library, and no GPU: its branch can be told by a number in the program."""
+    """A machine with cuDNN's library and no GPU: a number in the program shows which branch was compiled."""
 
     def stand_in(query, key, value, *args, implementation, **options):
         out = PLAIN(query, key, value, *args, implementation="xla", **options)
@@ -91,7 +91,7 @@ def test_without_cudnn_the_plain_form_is_compiled_and_asking_for_the_other_is_an
 @pytest.mark.loose_promotion  # Flax's norms of bfloat16
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_lifted_training_step_has_the_kernel_of_its_target(scan, monkeypatch):
-    """Through lift, grad, scan and remat; the CPU's program has none of the other's operations, and its numbers."""
+    """The kernel comes through lift, grad, scan and remat; the program for the CPU has the plain form's operations and numbers."""
     model = GPT2(
         GPT2Config(vocab_size=16, context=8, width=16, layers=1, heads=2, dtype="bfloat16", scan=scan, remat=scan)
     )
@@ -118,7 +118,7 @@ def test_a_lifted_training_step_has_the_kernel_of_its_target(scan, monkeypatch):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert", "roberta", "deberta", "vit", "clip"])
 @pytest.mark.loose_promotion
 def test_every_config_can_say_which(architecture):
-    """On shapes, for CUDA: the config's word is what is compiled."""
+    """Compiled for CUDA on shapes alone: the program has the kernel that the config names."""
     kinds = {field.name: field for field in dataclasses.fields(CONFIGS[architecture][1])}
     assert kinds["attention"].default == "auto"
     found = {}

@@ -90,13 +90,15 @@ def test_reshape_groups_of_random_factorizations(seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_reshape_groups_are_the_smallest(seed):
-    rng = np.random.default_rng(seed)
+    rng, cuttable = np.random.default_rng(seed), 0
     for _ in range(50):
         number = int(rng.choice([12, 30, 60, 72, 210, 360]))
         old, new = (tuple(n for n in factorization(rng, number) if n > 1) for _ in range(2))
         for left, right in check_groups(old, new):
+            cuttable += len(left) > 1 and len(right) > 1
             before = {math.prod(old[i] for i in left[:n]) for n in range(1, len(left))}
             assert not before & {math.prod(new[j] for j in right[:n]) for n in range(1, len(right))}
+    assert cuttable > 10  # groups of one axis on a side have no smaller ones
 
 
 PRODUCTS = [

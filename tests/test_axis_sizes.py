@@ -134,7 +134,7 @@ def test_structural_operations(shape):
 @pytest.mark.parametrize("length", [0, 1, 2])
 @pytest.mark.parametrize("rank_of_one", [False, True])
 def test_scans_over_stacked_weights(length, rank_of_one):
-    """Of no layer, of one and of two; through every layer, and of what a scan returns."""
+    """Scans of no, one and two layers: the carry through every layer, and the outputs that a scan stacks."""
 
     def chain(w):
         return lax.scan(lambda x, w: (x @ w, None), whole(2, 3, seed=6), w)[0]
@@ -180,7 +180,7 @@ MODES = {
 
 
 def ids(rows: int, mode: str) -> dict[str, jax.Array]:
-    """Indices of every number of axes; out of bounds on either side, where the mode says what comes of it."""
+    """Indices with any number of axes; those out of bounds on either side are treated as the mode says."""
     inside = {"one": 0, "table": [[0], [rows - 1]], "none": np.zeros((0,), int)}
     outside = {"out": rows, "some out": [0, rows + 3, rows - 1, -2]} if mode != "promised" else {}
     return {name: jnp.asarray(at, jnp.int32) for name, at in {**inside, **outside}.items()}
@@ -318,7 +318,7 @@ def test_ragged_products():
 
 
 def test_products_of_nothing():
-    """Of no input, no output, no row, or in a batch of none."""
+    """Products whose weight has no input or no output, or whose input has no row or an empty batch."""
     x = lambda *shape: whole(*shape, seed=6)
     cases = {
         "no input": (Form((0, 3), (0,), (1,), (1,)), lambda w: x(2, 0) @ w),
@@ -344,7 +344,7 @@ METHODS = (
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 4, 2)], ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_methods_on_weights_of_nothing(method, shape):
-    """They start, run, merge and have a gradient; nothing is computed to see it."""
+    """Methods on empty weights start, run, merge and have a gradient; only shapes are computed."""
     x = jnp.zeros((*shape[:-2], 3, shape[-2]))
     fn = lambda params, x: x @ params["w"]
 

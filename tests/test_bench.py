@@ -74,11 +74,11 @@ def test_options_replace_the_presets_shape():
 @pytest.mark.thorough("test_all_forms_are_steps_of_one_function")
 def test_tokens_per_second_are_reported_for_each_form(capsys):
     options = {"layers": 1, "batch": 1, "prompt": 2, "new-tokens": 2, "rounds": 1, "rank": 1}
-    told = [text for name, value in options.items() for text in (f"--{name}", str(value))] + ["--beams", "1", "2"]
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))] + ["--beams", "1", "2"]
     with unittest.mock.patch.dict(
         generate.PRESETS, {"gpt2": GPT2Config(vocab_size=16, context=8, width=8, layers=1, heads=2)}
     ):
-        assert generate.main(told) == 0
+        assert generate.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].count("to base") == 3 and [line.split("|")[2].strip() for line in lines[4:]] == ["1", "2"]
     assert all(float(cell.replace(",", "")) > 0 for line in lines[4:] for cell in line.strip("|").split("|"))
@@ -87,8 +87,8 @@ def test_tokens_per_second_are_reported_for_each_form(capsys):
 def test_where_torch_is_absent_the_comparison_with_peft_is_skipped(monkeypatch, capsys, tmp_path: Path):
     monkeypatch.setattr(models, "NEEDED", ("torch_that_is_not_there", "peft_neither"))
     assert models.main(["--out", str(tmp_path)]) == []
-    said = capsys.readouterr().out
-    assert said.startswith("skipped: PEFT's side needs torch_that_is_not_there, peft_neither: pip install ")
+    printed = capsys.readouterr().out
+    assert printed.startswith("skipped: PEFT's side needs torch_that_is_not_there, peft_neither: pip install ")
     assert not list(tmp_path.iterdir())
 
 

@@ -39,13 +39,13 @@ def shapes(model):
 
 
 def parameters(model):
-    """At random, not as the model starts: its attention would be nearly the same everywhere."""
+    """Random parameters, not the model's start, whose attention is nearly the same everywhere."""
     return jax.tree.map(lambda leaf: normal(*leaf.shape), shapes(model))
 
 
 @functools.cache
 def function(model):
-    """Of parameters, tokens and a mask."""
+    """The model as a function of parameters, tokens and a mask."""
     return lambda params, tokens=TOKENS, mask=MASK: model.apply({"params": params}, tokens, mask=mask)
 
 
@@ -96,7 +96,7 @@ def test_lora_of_queries_and_values_of_roberta_with_its_head_has_the_published_s
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_classifier_of_the_first_token_computes_no_other_in_the_last_block(name):
-    """There only keys and values of the others are left: 512 of 1,792 weights act on them."""
+    """In the last block only keys and values of the other tokens are computed: 512 of 1,792 weights act on them."""
     flops = {
         head: compiled(model).lower(shapes(model)).cost_analysis()["flops"]
         for head in ("none", "sequence_classification")
@@ -198,7 +198,7 @@ def same(got, expected):
 
 
 def test_an_old_checkpoint_names_gamma_and_beta_and_has_more(tmp_path):
-    """As google-bert/bert-base-uncased: both heads of the pretraining, the tied decoder again, and a buffer."""
+    """google-bert/bert-base-uncased has both heads of the pretraining, the tied decoder twice, and a buffer."""
     tensors = load_file(GOLDEN / "bert_masked_lm" / "model.safetensors")
     old = {re.sub(r"(LayerNorm)\.weight", r"\1.gamma", key): tensor for key, tensor in tensors.items()}
     old = {re.sub(r"(LayerNorm)\.bias", r"\1.beta", key): tensor for key, tensor in old.items()}

@@ -300,7 +300,7 @@ def test_a_folder_without_an_adapter(tmp_path):
 
 
 def test_a_new_head_may_have_any_initial_values(tmp_path):
-    """What an extra replaces wholly is no part of the base; the rest still is."""
+    """A leaf that an extra replaces wholly is not part of the base's fingerprint; all others are."""
     trained = randomised(jlora.apply(params(), 2, extras="up/(bias|kernel)"))
     assert {site.path for site in trained.sites} == {"down/kernel"}
     jlora.save(tmp_path, trained)
@@ -531,7 +531,12 @@ np.savez(out, **{f"{p}/{n}": x for p, f in state.adapted.factors.items() for n, 
 
 @pytest.mark.thorough("test_what_is_loaded_is_what_was_saved")  # tests/test_experiment.py kills a run by default
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    """kill -9 at random moments, mostly while a checkpoint is being written, until the run has ended."""
+    """kill -9 at random moments, mostly while a checkpoint is being written, until the run has ended.
+
+    JLORA_KILLS=seed draws the moments of a failure again.
+    """
+    seed = int(os.environ.get("JLORA_KILLS") or random.randrange(2**32))
+    print(f"JLORA_KILLS={seed}")  # pytest shows it where the test fails
     script = tmp_path / "run.py"
     script.write_text(RUN)
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -544,7 +549,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
 
     with start("whole") as whole:
         whole.wait(timeout=120)
-    kills, starts, rng = 0, [], random.Random()
+    kills, starts, rng = 0, [], random.Random(seed)
     for attempt in range(12):
         with start("cut") as run:
             assert run.stdout is not None

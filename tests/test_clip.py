@@ -42,13 +42,13 @@ def shapes(config):
 
 
 def parameters(config):
-    """At random, not as the model starts: its attention would be nearly the same everywhere."""
+    """Random parameters, not the model's start, whose attention is nearly the same everywhere."""
     return jax.tree.map(lambda leaf: normal(*leaf.shape), shapes(config))
 
 
 @functools.cache
 def function(config):
-    """Of parameters."""
+    """The model as a function of its parameters."""
     model, inputs = built(config)
     return lambda params: model.apply({"params": params}, *inputs)
 
@@ -97,7 +97,7 @@ def test_the_first_closing_token_is_pooled():
 
 
 def test_padding_before_a_text_is_not_seen():
-    """Each part to its own: the mask, and positions that count the tokens that are real."""
+    """Padding on the left changes nothing: the mask hides it, and positions count real tokens alone."""
     run = jax.jit(
         lambda tokens, **options: CLIPText(TEXT).apply({"params": parameters(TEXT)}, tokens, **options)["out"]
     )
@@ -176,7 +176,7 @@ def test_remat_changes_no_gradient():
 
 @pytest.mark.parametrize("tower", ["text", "vision"])
 def test_a_tower_as_transformers_4_wrote_it(tower, tmp_path):
-    """With the prefix in the class without a head, too, and with a buffer."""
+    """transformers 4 wrote the prefix for the class without a head, too, and a buffer."""
     folder = GOLDEN / f"clip_{tower}"
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     tensors = {f"{tower}_model.{key}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
@@ -198,7 +198,7 @@ def test_a_tower_is_written_as_transformers_4_reads_it(tower, tmp_path):
 
 
 def test_old_configs_say_things_twice():
-    """As openai/clip-vit-large-patch14; what "text_config_dict" does not say is transformers' default."""
+    """openai/clip-vit-large-patch14 has "text_config_dict" beside "text_config"; what it leaves out is transformers' default."""
     record = json.loads((GOLDEN / "clip" / "config.json").read_text())
     assert read(record, "none").text.end == 20
     record["text_config"]["eos_token_id"] = 2

@@ -128,7 +128,7 @@ def test_resume_repeats_what_is_missing_alone_and_gives_the_same_numbers(whole):
 
 
 def test_every_run_of_the_whole_comparison_can_be():
-    """On abstract parameters: nothing is pretrained."""
+    """Every run is planned on abstract parameters; nothing is pretrained."""
     study = configfile.load(Study, CONFIG)
     text, digits = study.experiments
     names = {run.method.name for run in text.runs}
@@ -302,7 +302,7 @@ def test_all_rates_diverged(tmp_path):
 
 @pytest.mark.loose_promotion  # Optax's bias correction
 def test_the_best_point_is_kept_or_the_last(tmp_path):
-    """At a rate of 30 the weight jumps over its aim and does not come back."""
+    """At a learning rate of 30 the weight jumps over its aim and does not come back."""
     for keep, kept in (("best", 0), ("last", 4)):
         found, params = trial((30.0,), tmp_path / keep, keep=keep, evaluate_every=2)
         first = found.results[0]

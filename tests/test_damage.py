@@ -89,7 +89,7 @@ SPOILT = {
 
 
 def test_every_file_of_a_checkpoint_is_watched(written, caplog):
-    """Each in every way, three bits of each flipped: never a state, always the same error, in one line."""
+    """Every file is damaged in every way, three of its bits among them: loading never gives a state, always one error of one line."""
     seen = 0
     with Checkpoints(written) as checkpoints:
         for file in files(written / "12"):
@@ -141,7 +141,7 @@ def test_the_step_before_is_whole_or_there_is_none(folder):
 
 
 def test_a_damaged_checkpoint_is_replaced(folder):
-    """The run comes to the same step again, or to another one before it: what is damaged is no longer the newest."""
+    """A run that goes on from an earlier step replaces the damaged checkpoint when it comes to that step again, or before it."""
     for step in (12, 7):
         with Checkpoints(folder) as checkpoints:
             SPOILT["a bit"](files(folder / str(checkpoints.latest))[0], random.Random(0))
@@ -164,7 +164,7 @@ def test_a_list_of_files_that_is_none(text, folder):
 
 
 def test_what_was_said_to_be_before_can_be_gone_on_from_at_once(folder):
-    """By a process that read the error of another one, and by one that goes back on its own."""
+    """The step that the error names is restored by another process, and by one that goes back on its own."""
     SPOILT["a bit"](folder / "12" / "record" / "metadata", random.Random(0))
     with Checkpoints(folder) as checkpoints:
         checkpoints.restore(state(), step=3)
@@ -192,7 +192,7 @@ def test_only_files_inside_are_opened(tmp_path):
 
 
 def test_checkpoints_of_before_the_list_are_read(folder):
-    """Those of earlier versions have neither the list nor the nodes of the optimizer's state."""
+    """Checkpoints of earlier versions have neither the list of files nor the nodes of the optimizer's state."""
     record = folder / "12" / "record" / "metadata"
     content = json.loads(record.read_text())
     del content["sealed"], content["key"]
@@ -240,14 +240,14 @@ def test_without_the_list_damage_is_an_error_of_the_same_kind(name, folder):
         (folder / str(step) / "seal.json").unlink()
         change(folder / str(step), sealed=None)
     UNSEALED[name](folder / "12")
-    said = []
+    printed = []
     with Checkpoints(folder) as checkpoints:
         with pytest.raises(DamagedCheckpoint) as caught:
             checkpoints.restore(state())
         assert re.fullmatch(
             rf"the checkpoint of step 12 in '{folder}' is damaged: [^\n]*; restore\(.*=3\) .*", str(caught.value)
         )
-        assert restored(checkpoints, state(), said.append)[1] == 3 and len(said) == 1
+        assert restored(checkpoints, state(), printed.append)[1] == 3 and len(printed) == 1
     gc.collect()  # what Orbax leaves behind is reported here
 
 
@@ -269,7 +269,7 @@ def test_a_folder_is_opened_whatever_lies_in_it(name, kind, folder):
 
 
 def test_what_is_not_a_checkpoint_stays(folder):
-    """Of other names it is left alone; in the place of a checkpoint it is an error, and what is older is no matter."""
+    """A folder that is no checkpoint is left alone; in the place of the newest checkpoint it is an error, below that it is ignored."""
     for name in ("02", "\u00b2", "1\u0663", "0", "notes"):
         (folder / name).mkdir()
         (folder / name / "notes.txt").write_text("mine")
@@ -305,20 +305,20 @@ def test_what_is_not_a_checkpoint_stays(folder):
 
 
 def test_resume_takes_the_step_before_with_a_warning(folder):
-    said = []
+    printed = []
     with Checkpoints(folder) as checkpoints:
-        assert restored(checkpoints, state(), said.append)[1] == 12 and said == []
+        assert restored(checkpoints, state(), printed.append)[1] == 12 and printed == []
         file = folder / "12" / "state" / "_METADATA"
         SPOILT["gone"](file, random.Random(0))
-        got, position = restored(checkpoints, state(), said.append)
+        got, position = restored(checkpoints, state(), printed.append)
         assert (int(got.step), position) == (3, 3)
-        assert said == [
+        assert printed == [
             f"warning: the checkpoint of step 12 in '{folder}' is damaged: 'state/_METADATA' is missing; going on from "
             "step 3"
         ]
         SPOILT["cut"](folder / "3" / "state" / "_METADATA", random.Random(0))
         with pytest.raises(ConfigError) as caught:
-            restored(checkpoints, state(), said.append)
+            restored(checkpoints, state(), printed.append)
     assert str(caught.value) == (
         f"the checkpoint of step 12 in '{folder}' is damaged: 'state/_METADATA' is missing; there is none before it that "
         "is whole. Delete that folder to begin this run anew"
@@ -386,7 +386,7 @@ def test_a_lock_ends_with_its_object(tmp_path):
 
 
 def test_a_lock_that_was_removed_while_it_was_opened_is_none(tmp_path, monkeypatch):
-    """Its last holder closed it in between: a lock on that file would keep nobody out."""
+    """The lock's last holder removed the file between our opening and our locking it: that lock keeps nobody out."""
     calls, opened = [], os.open
 
     def late(path, *arguments):

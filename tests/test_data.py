@@ -279,9 +279,9 @@ def test_malformed_lines_are_skipped_and_counted_when_asked(tmp_path):
     file = write(tmp_path, "QQP/train.tsv", f"{header}\n1\t2\t3\tWhy?\n1\t2\t3\tWhy?\tHow?\t0\n1\t2\t3\tWhy?\t\t0\n")
     with pytest.warns(UserWarning, match="malformed") as seen:
         assert read_glue("qqp", tmp_path, malformed="skip") == [Classified("Why?", 0, "How?")]
-    said = f"{file}, line 2: 4 columns, expected 6 (id, qid1, qid2, question1, question2, is_duplicate): '1\\t2\\t3\\tWhy?'"
-    assert str(seen[0].message) == f"2 malformed lines were left out; the first: {said}"
-    assert fails(read_glue, "qqp", tmp_path) == said
+    text = f"{file}, line 2: 4 columns, expected 6 (id, qid1, qid2, question1, question2, is_duplicate): '1\\t2\\t3\\tWhy?'"
+    assert str(seen[0].message) == f"2 malformed lines were left out; the first: {text}"
+    assert fails(read_glue, "qqp", tmp_path) == text
 
 
 def test_one_file_forms(tmp_path):

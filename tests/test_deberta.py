@@ -39,13 +39,13 @@ def shapes(model):
 
 
 def parameters(model):
-    """At random, not as the model starts: its attention would be nearly the same everywhere."""
+    """Random parameters, not the model's start, whose attention is nearly the same everywhere."""
     return jax.tree.map(lambda leaf: normal(*leaf.shape), shapes(model))
 
 
 @functools.cache
 def function(model):
-    """Of parameters, tokens and a mask."""
+    """The model as a function of parameters, tokens and a mask."""
     return lambda params, tokens=TOKENS, mask=MASK: model.apply({"params": params}, tokens, mask=mask)
 
 
@@ -96,7 +96,7 @@ def test_lora_has_the_published_size(name, rank, targets, trained):
 
 
 def test_buckets_are_those_of_the_released_code():
-    """Where they step, by transformers' `make_log_bucket_position`, for the 256 buckets and 512 tokens of all models."""
+    """Bounds of the buckets by transformers' `make_log_bucket_position`, for the 256 buckets and 512 tokens of all models."""
     far = [127, 128, 129, 130, 131, 132, 140, 200, 300, 400, 500, 505, 506, 511]
     steps = [127, 128, 129, 130, 131, 131, 137, 169, 207, 233, 254, 254, 255, 255]
     assert bucketed(np.array(far), 256, 512).tolist() == steps
@@ -201,7 +201,7 @@ def rewritten(name, folder, tensors, drop=(), **settings):
 
 
 def test_a_checkpoint_as_its_authors_published_it(tmp_path):
-    """As microsoft/deberta-v3-base: no class, terms in a string, both heads of the pretraining."""
+    """microsoft/deberta-v3-base names no class, has its terms in one string, and both heads of the pretraining."""
     tensors = load_file(GOLDEN / "deberta_v3_masked_lm" / "model.safetensors")
     tensors |= {
         "mask_predictions.dense.weight": np.ones((16, 16), "f"),

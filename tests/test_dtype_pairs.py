@@ -139,7 +139,7 @@ PREFERRED = [
 
 @pytest.mark.parametrize("gain", [None, 0])
 def test_results_of_every_kind(wide, gain):
-    """Where the result is rounded to integers, or has no imaginary part, a sum of two products is another number."""
+    """Results that are rounded to integers, or lose their imaginary part, are not sums of two products: the weight is built."""
     cases = {}
     for x, w, preferred, factored in PREFERRED:
         fn = functools.partial(matmul, preferred=jnp.dtype(preferred))
@@ -151,7 +151,7 @@ def test_results_of_every_kind(wide, gain):
 
 @pytest.mark.parametrize("x", ["complex64", "float8_e4m3fn", "int8"])
 def test_other_products(wide, x):
-    """In forward mode; of a weight that is the left operand; of batches; of ragged rows."""
+    """Products in forward mode, with the weight as the left operand, of batches, and of ragged rows."""
     left = lambda x, w: lax.dot_general(w, x, (((0,), (1,)), ((), ())))
     batched = lambda x, w: lax.dot_general(x, w, (((2,), (1,)), ((0,), (0,))))
     ragged = lambda x, w: lax.ragged_dot(x, w, jnp.asarray([1, 0, 1], jnp.int32))

@@ -92,7 +92,7 @@ def test_what_a_method_computes_in_64_bits_is_kept_in_32():
 
 @pytest.fixture
 def mesh() -> jax.sharding.Mesh:
-    """JAX's own default: the types of arrays say how they are sharded."""
+    """A mesh with JAX's default axes: the types of arrays say how they are sharded."""
     return jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
 
 

@@ -58,7 +58,9 @@ def test_flops_are_counted_by_hand(adapted):
 
 def test_lines_are_the_models_own(adapted):
     lines = Path(__file__).read_text().splitlines()
-    for row in jlora.explain(predict, adapted, IDS).rows:
+    rows = jlora.explain(predict, adapted, IDS).rows
+    assert {row.path for row in rows} == {"table", "stack", "norm"}
+    for row in rows:
         file, _, number = row.line.rpartition(":")
         assert file == Path(__file__).name
         assert {"table": "table", "stack": "stack", "norm": "w * w"}[row.path] in lines[int(number) - 1]

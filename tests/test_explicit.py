@@ -55,7 +55,7 @@ def params() -> dict:
 
 
 def loss_of(params, x):
-    """Each kernel on its own. The stacked one meets inputs that lie as it does, as explicit axes ask for."""
+    """A loss that uses each kernel alone. The stacked one meets inputs sharded as it is, as explicit axes require."""
     product = lambda path, w: jnp.einsum("ibd,ifd->ibf", x["layers"], w) if path == "stack" else x["all"] @ w
     return sum(jnp.mean((jnp.tanh(product(path, w)) - 0.3) ** 2) for path, w in params.items())
 

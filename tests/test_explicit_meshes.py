@@ -178,7 +178,7 @@ AUTO = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisT
 @pytest.mark.parametrize("axes", [("data",), ("data", "model")])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_inside_the_models_own_jit(mesh: jax.sharding.Mesh, axes: tuple[str, ...], check_vma: bool):
-    """Over some axes JAX 0.10.0 takes it under jit alone: what the model compiles, the lifted model does."""
+    """JAX 0.10.0 takes a shard_map over some of the axes under jit alone: a jit of the model's own stays in the lifted model."""
     body = lambda w, x: jnp.tanh(x @ w["k"] + w["t"]) * w["t"]
     specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
     fn = jax.jit(jax.shard_map(body, mesh=mesh, **specs, axis_names=set(axes), check_vma=check_vma))

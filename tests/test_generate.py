@@ -37,29 +37,29 @@ def test_sequences_are_those_of_transformers(file):
     path = GOLDEN / f"{file}.safetensors"
     record = load_file(path)
     with safe_open(path, framework="numpy") as opened:
-        told = json.loads(opened.metadata()["settings"])
-    pretrained = models.load(path.parent, scan=told["num_beams"] > 1 and "open" in file)
+        settings = json.loads(opened.metadata()["settings"])
+    pretrained = models.load(path.parent, scan=settings["num_beams"] > 1 and "open" in file)
     shared = {
         "mask": jnp.asarray(record["mask"] == 1),
-        "new_tokens": told["max_new_tokens"],
-        "eos": told["eos_token_id"],
-        "pad": told["pad_token_id"],
+        "new_tokens": settings["max_new_tokens"],
+        "eos": settings["eos_token_id"],
+        "pad": settings["pad_token_id"],
     }
-    ngram, tokens = told.get("no_repeat_ngram_size", 0), jnp.asarray(record["tokens"])
-    if told["num_beams"] == 1:
+    ngram, tokens = settings.get("no_repeat_ngram_size", 0), jnp.asarray(record["tokens"])
+    if settings["num_beams"] == 1:
         plan = Sampling(no_repeat_ngram=ngram)
         out = models.generate(pretrained.model, pretrained.params, tokens, sampling=plan, **shared)
     else:
         found = models.beam_search(
-            pretrained.model, pretrained.params, tokens, beams=told["num_beams"],
-            returned=told.get("num_return_sequences", 1), length_penalty=told["length_penalty"],
-            no_repeat_ngram=ngram, early_stopping=told.get("early_stopping", False), **shared,
+            pretrained.model, pretrained.params, tokens, beams=settings["num_beams"],
+            returned=settings.get("num_return_sequences", 1), length_penalty=settings["length_penalty"],
+            no_repeat_ngram=ngram, early_stopping=settings.get("early_stopping", False), **shared,
         )  # fmt: skip
         out = found.tokens.reshape(-1, found.tokens.shape[-1])
         np.testing.assert_allclose(found.scores.reshape(-1), record["scores"], rtol=1e-5, atol=1e-5)
     width = record["sequences"].shape[1]
     np.testing.assert_array_equal(out[:, :width], record["sequences"])
-    assert (out[:, width:] == told["pad_token_id"]).all()
+    assert (out[:, width:] == settings["pad_token_id"]).all()
 
 
 # -- one token ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ LENGTH, NEW = 4, 5
 
 
 def exactly(message: str) -> str:
-    """What comes behind it is JAX's, of an error while it traces."""
+    """A pattern of the whole message but for what JAX adds to an error while it traces."""
     return f"^{re.escape(message)}(\n|$)"
 
 
@@ -90,7 +90,7 @@ def test_trained_tokens_count_in_the_context():
 
 
 def test_a_loop_of_ones_own_reads_the_prompt_once():
-    """With an empty cache that knows nothing of the prompt; it is lengthened by the first call."""
+    """A loop of one's own starts with an empty cache that has no room for the prompt; the first call lengthens it."""
     model, adapted, lifted = adapt("gpt2", "prompt_tuning")
     tokens = TOKENS[:1]
 

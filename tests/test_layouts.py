@@ -1144,7 +1144,7 @@ def test_names_alone_are_right_or_refused(name):
     case, truth = layout.case, layout.sites
     refusal = ""
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             adapted = jlora.apply(case.params, rank=2)
     except ValueError as error:
@@ -1161,7 +1161,7 @@ def test_names_alone_are_right_or_refused(name):
         silent = [
             path for path, leaf in named.items() if np.ndim(leaf) > 1 and path not in layout.named and not known(path)
         ]
-        assert all(any(repr(path) in str(warning.message) for warning in said) for path in silent)
+        assert all(any(repr(path) in str(warning.message) for warning in warned) for path in silent)
         if unread:
             with pytest.raises(
                 ValueError, match=f"adapted weights are never read by .*: {', '.join(map(repr, unread))}"

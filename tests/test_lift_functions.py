@@ -216,7 +216,7 @@ def scan_of_scan(w, x):
 
 
 def scan_threading_the_weight(w, x):
-    """As NNX does: the weight is carried, comes out unchanged, and is used again."""
+    """NNX's form of a scan: the weight is carried, comes out unchanged, and is used again."""
     w, h = scan(lambda carry, _: (carry[0], tanh_layer(*carry)), (w, x), None, length=3)
     return h @ w
 
@@ -385,7 +385,7 @@ def spectral_norm(w, x, u):
 
 
 def standardised(w, x):
-    """As big_vision's BiT does with its kernels."""
+    """A kernel standardised as big_vision's BiT does it."""
     centred = w - jnp.mean(w, axis=0, keepdims=True)
     return x @ (centred / jnp.sqrt(jnp.var(w, axis=0, keepdims=True) + 1e-5))
 

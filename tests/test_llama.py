@@ -60,7 +60,7 @@ def parameters(model):
 
 @functools.cache
 def function(model):
-    """Of parameters, tokens and a mask."""
+    """The model as a function of parameters, tokens and a mask."""
     return lambda params, tokens=TOKENS, mask=MASK: model.apply({"params": params}, tokens, mask=mask)
 
 
@@ -123,7 +123,7 @@ def test_adapters_have_the_published_number_of_parameters(name, method, targets,
 
 @functools.cache
 def presets_shapes(name):
-    """Unrolled, from those of one layer."""
+    """Shapes of a preset with unrolled layers, from those of one layer."""
     one = shapes(changed(PRESETS[name], layers=1))
     block = one.pop("h_0")
     return one | {f"h_{i}": block for i in range(PRESETS[name].layers)}
@@ -185,7 +185,7 @@ def gradient(scan, remat):
 
 @pytest.mark.parametrize(("scan", "remat"), [(False, True), (True, "dots_with_no_batch_dims_saveable")])
 def test_remat_changes_no_gradient(scan, remat):
-    """Nor do the windows: those of some layers are known while tracing where they are neither scanned nor remat'ed."""
+    """Windows of single layers are numbers while tracing, unless layers are scanned or remat'ed: gradients are the same."""
     expected = stacked(gradient(False, False)) if scan else gradient(False, False)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4), gradient(scan, remat), expected)
 
@@ -339,7 +339,7 @@ def test_a_model_is_saved_and_loaded(name, changes, tmp_path):
 
 
 def test_the_tokens_classifier_is_called_score_and_the_body_has_no_prefix(tmp_path):
-    """As in transformers, whose token classifier has a bias and whose sequence classifier has none."""
+    """Names of transformers, whose token classifier has a bias and whose sequence classifier has none."""
     for head, expected in {
         "token_classification": {"score.weight", "score.bias"},
         "sequence_classification": {"score.weight"},

@@ -266,7 +266,7 @@ def test_cayley_is_the_papers_formula_and_so_is_its_derivative():
     ids=repr,
 )
 def test_no_batched_call_of_lapack_is_compiled(method):
-    """On the CPU, jaxlib 0.10's batched calls wait for parts of theirs on the pool that they block: `one_by_one`."""
+    """On the CPU, jaxlib 0.10's batched calls of LAPACK can wait for ever for the threads that they block: `one_by_one`."""
     base = {f"h_{i}": {"kernel": normal(4, 64, 64, seed=i)} for i in range(2)}
     sites = [jlora.Site(f"h_{i}/kernel", (4, 64, 64), "float32", (1,), (2,), (0,), "linear") for i in range(2)]
 

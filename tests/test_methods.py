@@ -410,17 +410,21 @@ def _kinds(name: str):
     return (lambda site: site.kind in METHODS[name].kinds) if METHODS[name].kinds else None
 
 
-@pytest.mark.parametrize("name", thorough(METHODS, ONE, ("dora", "vera")))
-def test_a_bf16_base_keeps_float32_factors(name):
+# Each side rounds activations to 8 bits at every layer: a few units of 2**-8 after five of them.
+@pytest.mark.parametrize("name", thorough(ON_WEIGHTS, ONE, ("dora", "vera")))
+def test_a_bf16_base_keeps_float32_factors_and_merges_to_bf16(name):
     trained = randomised(adapted(name, jnp.bfloat16), 0.2)
     assert {x.dtype for x in jax.tree.leaves(trained.factors)} == {jnp.dtype("float32")}
-    # Each side rounds activations to 8 bits at every layer: a few units of 2**-8 after five of them.
-    if METHODS[name].linen:
-        wide = jlora.lift(predict_linen)(randomised(adapted(name), 0.2), IDS)
-        close(jlora.lift(predict_linen)(trained, IDS).astype(jnp.float32), wide, 2**-4)
-        return
     close(jlora.lift(predict)(trained, IDS), predict(jlora.merge(trained), IDS), 2**-4)
     assert {x.dtype for x in jax.tree.leaves(jlora.merge(trained))} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("name", thorough(ON_ACTIVATIONS, ONE))
+def test_a_bf16_base_keeps_float32_factors_of_activations(name):
+    trained = randomised(adapted(name, jnp.bfloat16), 0.2)
+    assert {x.dtype for x in jax.tree.leaves(trained.factors)} == {jnp.dtype("float32")}
+    wide = jlora.lift(predict_linen)(randomised(adapted(name), 0.2), IDS)
+    close(jlora.lift(predict_linen)(trained, IDS).astype(jnp.float32), wide, 2**-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -517,7 +521,7 @@ def test_a_starts_with_the_spread_of_loralib_and_b_at_zero(init, shape, in_axes,
 
 
 def test_an_embedding_starts_with_a_at_zero_and_b_normal():
-    """As loralib's Embedding."""
+    """loralib's Embedding starts in the same way."""
     factors = one(jlora.lora(16), (50, 200), kind="embedding").factors["w"]
     b = np.asarray(factors["B"])
     assert not np.asarray(factors["A"]).any()

@@ -44,7 +44,7 @@ EXAMPLES = [
         "By the riverside is Cotto, which is cheap.",
     ]),
 ]  # fmt: skip
-SAID = [said for said, _ in EXAMPLES]
+TEXTS = [text for text, _ in EXAMPLES]
 WRITTEN = [written for _, written in EXAMPLES]
 FIRST = [written[:1] for _, written in EXAMPLES]
 
@@ -67,45 +67,45 @@ NEEDS_JAVA = pytest.mark.skipif(shutil.which("java") is None, reason="no Java")
     ],
 )
 def test_against_the_e2e_scorer(references, bleu, nist, rouge_l, cider):
-    found = [score(SAID, references) for score in (metrics.bleu, metrics.nist, metrics.rouge_l, metrics.cider)]
+    found = [score(TEXTS, references) for score in (metrics.bleu, metrics.nist, metrics.rouge_l, metrics.cider)]
     np.testing.assert_allclose(found, [bleu, nist, rouge_l, cider], rtol=1e-12)
 
 
 @NEEDS_JAVA
 def test_stanfords_words_are_penns_and_meteor_is_the_coco_scorers():
-    assert tokens.stanford(SAID) == tokens.penn(SAID)
+    assert tokens.stanford(TEXTS) == tokens.penn(TEXTS)
     # The table of paraphrases takes 10 seconds to read and finds none here: the COCO scorer, which reads it, gives the same.
-    meteor = metrics.meteor(SAID, WRITTEN, tokenize=tokens.stanford, paraphrases=False)
+    meteor = metrics.meteor(TEXTS, WRITTEN, tokenize=tokens.stanford, paraphrases=False)
     assert meteor == pytest.approx(41.64457750220984, rel=1e-12)
 
 
 @NEEDS_JAVA
 @pytest.mark.skipif("JLORA_METEOR" not in os.environ, reason="takes a minute: set JLORA_METEOR")
 def test_all_of_e2e_with_java():
-    scores = metrics.e2e(SAID, WRITTEN, java=True)
+    scores = metrics.e2e(TEXTS, WRITTEN, java=True)
     expected = [44.10049655001383, 4.883686986397421, 41.64457750220984, 61.01533296604196, 3.756204605546339]
     assert list(scores) == ["BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr"]
     np.testing.assert_allclose(list(scores.values()), expected, rtol=1e-12)
-    assert metrics.meteor(SAID, FIRST, tokenize=tokens.stanford) == pytest.approx(40.208071954281074, rel=1e-12)
-    assert metrics.triples(SAID, WRITTEN, java=True)["METEOR"] == pytest.approx(39.38129649662099, rel=1e-12)
+    assert metrics.meteor(TEXTS, FIRST, tokenize=tokens.stanford) == pytest.approx(40.208071954281074, rel=1e-12)
+    assert metrics.triples(TEXTS, WRITTEN, java=True)["METEOR"] == pytest.approx(39.38129649662099, rel=1e-12)
 
 
 def test_the_scores_of_e2e_without_java_say_that_meteor_is_another():
-    scores = metrics.e2e(SAID, WRITTEN, java=False)
+    scores = metrics.e2e(TEXTS, WRITTEN, java=False)
     assert list(scores) == ["BLEU", "NIST", generation.EXACT_AND_STEM, "ROUGE-L", "CIDEr"]
     assert scores["CIDEr"] == pytest.approx(3.756204605546339, rel=1e-12)
 
 
 def test_webnlg_splits_at_every_mark_and_reads_six_references():
-    seven = [[*written, *["another text"] * (6 - len(written)), said] for said, written in EXAMPLES]
-    scores = metrics.triples(SAID, seven, java=False)
+    seven = [[*written, *["another text"] * (6 - len(written)), text] for text, written in EXAMPLES]
+    scores = metrics.triples(TEXTS, seven, java=False)
     assert scores["BLEU"] == pytest.approx(47.00272241046365, rel=1e-12)  # pymteval on the split texts
     assert "METEOR" not in scores
 
 
 def test_without_java_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert fails(metrics.meteor, SAID, WRITTEN, kind=RuntimeError) == (
+    assert fails(metrics.meteor, TEXTS, WRITTEN, kind=RuntimeError) == (
         "meteor/meteor-1.5.jar is a Java program of pycocoevalcap, and no java is on the PATH: install a Java runtime and "
         "pycocoevalcap, or use the scores that need none (java=False)"
     )
@@ -142,10 +142,10 @@ def test_nltk_agrees_on_nist_of_one_reference():
     from nltk.translate.nist_score import corpus_nist
 
     words = (
-        [text.lower().replace(".", " .").split() for text in SAID[4:]],
+        [text.lower().replace(".", " .").split() for text in TEXTS[4:]],
         [[FIRST[4][0].lower().replace(".", " .").split()]],
     )
-    assert metrics.nist(SAID[4:], FIRST[4:]) == pytest.approx(corpus_nist(words[1], words[0]), rel=1e-12)
+    assert metrics.nist(TEXTS[4:], FIRST[4:]) == pytest.approx(corpus_nist(words[1], words[0]), rel=1e-12)
 
 
 def test_case_counts_if_it_is_asked_for():
@@ -160,9 +160,9 @@ def test_nothing_said_scores_nothing():
 
 
 def test_a_text_that_is_its_own_reference_is_perfect():
-    assert metrics.bleu(SAID, [[text] for text in SAID]) == pytest.approx(100)
-    assert metrics.rouge_l(SAID, [[text] for text in SAID]) == pytest.approx(100)
-    assert metrics.cider(SAID, [[text] for text in SAID]) == pytest.approx(10)
+    assert metrics.bleu(TEXTS, [[text] for text in TEXTS]) == pytest.approx(100)
+    assert metrics.rouge_l(TEXTS, [[text] for text in TEXTS]) == pytest.approx(100)
+    assert metrics.cider(TEXTS, [[text] for text in TEXTS]) == pytest.approx(10)
 
 
 def test_rouge_l_takes_the_best_precision_and_the_best_recall_of_all_references():
@@ -192,7 +192,7 @@ def test_penns_words(text, words):
 
 
 @pytest.mark.parametrize(
-    ("said", "written", "score"),  # from NLTK's own documentation; none needs a synonym
+    ("text", "written", "score"),  # from NLTK's own documentation; none needs a synonym
     [
         ("on the mat sat the cat", "The cat sat on the mat", 0.5),
         ("The cat was sat on the mat", "The cat sat on the mat", 0.9654),
@@ -203,9 +203,9 @@ def test_penns_words(text, words):
         ),
     ],
 )
-def test_nltks_meteor(said, written, score):
-    assert metrics.meteor_nltk([said], [[written]], synonyms=False) / 100 == pytest.approx(score, abs=5e-5)
-    assert metrics.meteor_nltk([said, "x"], [[written, "y"], ["z"]], synonyms=False) / 100 == pytest.approx(
+def test_nltks_meteor(text, written, score):
+    assert metrics.meteor_nltk([text], [[written]], synonyms=False) / 100 == pytest.approx(score, abs=5e-5)
+    assert metrics.meteor_nltk([text, "x"], [[written, "y"], ["z"]], synonyms=False) / 100 == pytest.approx(
         score / 2, abs=5e-5
     )
 
@@ -225,7 +225,7 @@ def test_synonyms_need_wordnet(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "written", "message"),
+    ("texts", "written", "message"),
     [
         (["a"], [], "1 hypotheses for 0 lists of references: give one for each"),
         ([], [], "no hypotheses"),
@@ -234,9 +234,9 @@ def test_synonyms_need_wordnet(monkeypatch):
         (["a"], ["c"], "hypotheses are a list of texts, references a list of lists of texts; got a text for a list"),
     ],
 )
-def test_texts_that_do_not_fit(said, written, message):
+def test_texts_that_do_not_fit(texts, written, message):
     for score in (metrics.bleu, metrics.nist, metrics.rouge_l, metrics.cider):
-        assert fails(score, said, written) == message
+        assert fails(score, texts, written) == message
 
 
 def test_references_are_filled_with_their_first():
@@ -286,9 +286,9 @@ def test_glue_scores_each_task_as_the_papers_do():
 
 def test_answers_as_the_authors_of_gsm8k_compare_them():
     solutions = ["2 + 3 = 5\n#### 5", "#### 1,200", "#### -3", "#### 18"]
-    said = ["5 apples.\n#### 5", "#### 1200", "The answer is -3", "#### 18.00"]
-    assert metrics.exact_match(said, solutions) == 50  # to the letter: no mark is wrong, and so is 18.00
-    assert metrics.exact_match(said, solutions, flexible=True) == 100
+    texts = ["5 apples.\n#### 5", "#### 1200", "The answer is -3", "#### 18.00"]
+    assert metrics.exact_match(texts, solutions) == 50  # to the letter: no mark is wrong, and so is 18.00
+    assert metrics.exact_match(texts, solutions, flexible=True) == 100
     assert metrics.exact_match(["I do not know"] * 4, solutions, flexible=True) == 0
 
 
@@ -315,11 +315,11 @@ def test_on_the_real_data():
 
     folder = Path(os.environ["JLORA_DATA"])
     found = [item for item in read_e2e(folder / "e2e" / "lora_repo_test.txt") if len(item.texts) > 1]
-    said, written = [item.texts[0] for item in found], [item.texts[1:] for item in found]
-    assert metrics.bleu(said, written) == pytest.approx(61.17665260031045, rel=1e-12)  # pymteval
-    assert metrics.nist(said, written) == pytest.approx(8.929005262528653, rel=1e-12)  # pymteval
-    assert metrics.rouge_l(said, written) == pytest.approx(63.92250041899340, rel=1e-12)  # COCO with Stanford's words
-    assert metrics.cider(said, written) == pytest.approx(1.8944722307690935, rel=1e-12)
+    texts, written = [item.texts[0] for item in found], [item.texts[1:] for item in found]
+    assert metrics.bleu(texts, written) == pytest.approx(61.17665260031045, rel=1e-12)  # pymteval
+    assert metrics.nist(texts, written) == pytest.approx(8.929005262528653, rel=1e-12)  # pymteval
+    assert metrics.rouge_l(texts, written) == pytest.approx(63.92250041899340, rel=1e-12)  # COCO with Stanford's words
+    assert metrics.cider(texts, written) == pytest.approx(1.8944722307690935, rel=1e-12)
     solutions = [json.loads(line)["answer"] for line in (folder / "gsm8k" / "test.jsonl").read_text().splitlines()]
     assert metrics.exact_match(solutions, solutions) == metrics.exact_match(solutions, solutions, flexible=True) == 100
     assert "tensorflow" not in sys.modules

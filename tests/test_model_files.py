@@ -71,8 +71,8 @@ def test_a_folder_that_does_not_exist(tmp_path):
 def test_a_repository_that_cannot_be_had(monkeypatch):
     import huggingface_hub
 
-    def snapshot_download(*_, **told):
-        assert told["revision"] == "main" and "model*.safetensors" in told["allow_patterns"]
+    def snapshot_download(*_, **options):
+        assert options["revision"] == "main" and "model*.safetensors" in options["allow_patterns"]
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -84,7 +84,7 @@ def test_a_repository_that_cannot_be_had(monkeypatch):
 def test_a_repository_that_can_be_had(monkeypatch, folder):
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **told: str(folder))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(folder))
     assert models.load("someone/model").folder == folder
 
 
@@ -206,8 +206,8 @@ def test_an_index_that_names_what_is_not_there(tmp_path):
 
 
 def test_a_new_head_is_random_by_its_seed_and_said_to_be(folder):
-    told = {"head": "sequence_classification", "labels": 5}
-    first, again, other = (models.load(folder, seed=seed, **told) for seed in (1, 1, 2))
+    options = {"head": "sequence_classification", "labels": 5}
+    first, again, other = (models.load(folder, seed=seed, **options) for seed in (1, 1, 2))
     assert first.fresh == ("score/kernel",) and first.unused == ()
     assert first.params["score"]["kernel"].shape == (16, 5)
     same = lambda a, b: bool((a.params["score"]["kernel"] == b.params["score"]["kernel"]).all())
@@ -273,13 +273,13 @@ def test_a_new_head_is_placed_too(folder):
 
 
 # The whole file (64 MB) is far above what the process allocates beside it (1 to 3 MB).
-@pytest.mark.parametrize("told", [{}, {"scan": True}, {"param_dtype": "bfloat16"}], ids=str)
-def test_loading_holds_no_second_copy(told, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"scan": True}, {"param_dtype": "bfloat16"}], ids=str)
+def test_loading_holds_no_second_copy(options, tmp_path):
     model = GPT2(GPT2Config(vocab_size=8192, context=64, width=512, layers=4, heads=8))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     models.save(tmp_path, model, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes))
-    found = measured(tmp_path, **told)
-    assert found["parameters"] > (30e6 if told.get("param_dtype") else 60e6)
+    found = measured(tmp_path, **options)
+    assert found["parameters"] > (30e6 if options.get("param_dtype") else 60e6)
     assert found["peak"] < 1.2 * found["parameters"] + 8e6
 
 
@@ -400,12 +400,14 @@ def test_the_number_of_labels_that_is_saved_makes_no_head_new(folder, tmp_path):
 
 
 def test_what_goes_along_comes_from_the_revision_that_is_named(folder, tmp_path, monkeypatch):
-    """Without the tensors, and with the template of a chat."""
+    """The snapshot's files but the tensors are copied, the chat template among them."""
     import huggingface_hub
 
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **told: asked.update(told) or str(folder))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or str(folder)
+    )
     pretrained = models.load("someone/model", revision="v1")
     assert {"*.jinja", "vocab.bpe", "model*.safetensors"} <= set(asked["allow_patterns"])
     models.save(tmp_path / "out", pretrained.model, pretrained.params, source="someone/model", revision="v1")

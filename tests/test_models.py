@@ -95,7 +95,7 @@ def test_saving_writes_the_checkpoint_again(name, scan, tmp_path):
 
 
 def test_every_architecture_has_goldens_of_all_its_heads():
-    """But for the Llamas: one module and one table, and the same heads as GPT-2's."""
+    """Golden files cover each architecture's heads; the Llamas share one module and table, and have fewer."""
     seen = {
         (record["model_type"], record["architectures"][0])
         for record in (json.loads((GOLDEN / name / "config.json").read_text()) for name in CASES)

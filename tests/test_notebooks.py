@@ -60,7 +60,7 @@ def test_the_ranks_of_the_full_form_are_in_the_outputs():
 
 @pytest.mark.thorough("test_the_outputs_are_those_of_one_full_execution")
 def test_the_small_form_runs_to_the_end(text: Path, tmp_path: Path, monkeypatch):
-    """In a kernel of this interpreter, whatever kernels are installed, in an empty folder."""
+    """The notebook runs in an empty folder, in a kernel of this interpreter, whatever kernels are installed."""
     spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "test"}
     kernel = tmp_path / "jupyter" / "kernels" / "this-interpreter" / "kernel.json"
     kernel.parent.mkdir(parents=True)

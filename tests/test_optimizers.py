@@ -202,7 +202,7 @@ def test_schedule_free_gives_the_average():
 
 
 class Mine:
-    """Not a transformation of Optax's, with init and update."""
+    """An optimizer with init and update that is no transformation of Optax's."""
 
     def init(self, factors):
         return jnp.zeros(())
@@ -264,7 +264,7 @@ def test_others_see_factors_as_they_are():
 
 
 def projected() -> Any:
-    """As GaLore: a projector for each matrix, an empty one for all else."""
+    """GaLore's form of state: a projector for each matrix, an empty one for all else."""
     projector = lambda x: jnp.zeros((x.shape[0], 1) if x.ndim == 2 else (0, 0))
     return optax.GradientTransformation(lambda factors: jax.tree.map(projector, factors), lambda g, s, p=None: (g, s))
 

@@ -85,9 +85,9 @@ SPOILT = {
 
 @pytest.mark.parametrize("name", SPOILT)
 def test_what_is_wrong_with_a_table_is_said_with_its_line(tmp_path, name):
-    content, said = SPOILT[name]
+    content, message = SPOILT[name]
     file = write(tmp_path, name, content)
-    assert fails(read_table, file) == f"{file}{said}"
+    assert fails(read_table, file) == f"{file}{message}"
 
 
 def test_other_files_are_no_tables(tmp_path):
@@ -116,7 +116,7 @@ def test_the_kind_is_inferred_from_the_columns(columns):
 
 
 @pytest.mark.parametrize(
-    ("found", "options", "said"),
+    ("found", "options", "message"),
     [
         ("messages prompt completion", {}, "f has the columns 'messages', 'prompt', 'completion': that can be chat and completion. Write one of task.kind=chat (messages), task.kind=completion (prompt, completion)"),
         ("question answer prompt completion", {}, "f has the columns 'question', 'answer', 'prompt', 'completion': that is completion in several ways. Write task.columns=\"prompt,completion\" or task.columns=\"question,answer\""),
@@ -128,14 +128,14 @@ def test_the_kind_is_inferred_from_the_columns(columns):
         ("tokens tags", {}, "f has the columns 'tokens', 'tags': a tag for each word is read by configs/bert_base_conll2003_lora.py"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_inferred_is_asked(found, options, said):
-    assert fails(form_of, "f", found.split(), **options) == said
+def test_what_cannot_be_inferred_is_asked(found, options, message):
+    assert fails(form_of, "f", found.split(), **options) == message
 
 
 def test_no_form_lists_all_of_them():
-    said = fails(form_of, "f", ["a", "b"])
-    assert said.startswith("f has the columns 'a', 'b', and none of these are among them: chat: messages or ")
-    assert "; completion: prompt, completion or " in said and said.endswith("the label or the answer last")
+    message = fails(form_of, "f", ["a", "b"])
+    assert message.startswith("f has the columns 'a', 'b', and none of these are among them: chat: messages or ")
+    assert "; completion: prompt, completion or " in message and message.endswith("the label or the answer last")
 
 
 def test_a_kind_and_columns_that_are_told(tmp_path):
@@ -168,7 +168,7 @@ def test_prompts_are_written_as_the_field_writes_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"prompt": "a", "completion": 3}, "'completion' is a number, expected text: '3'"),
         ({"prompt": "a", "completion": None}, "'completion' is nothing (null), expected text: 'null'"),
@@ -177,9 +177,9 @@ def test_prompts_are_written_as_the_field_writes_them(tmp_path):
         ({"prompt": "a"}, "no 'completion'; there is 'prompt'"),
     ],
 )
-def test_a_bad_row_is_said_with_its_line(tmp_path, row, said):
+def test_a_bad_row_is_said_with_its_line(tmp_path, row, message):
     file = jsonl(tmp_path, "a.jsonl", [{"prompt": "a", "completion": "b"}, row])
-    assert fails(read_own, str(file)) == f"{file}, line 2: {said}"
+    assert fails(read_own, str(file)) == f"{file}, line 2: {message}"
 
 
 def test_conversations_in_both_ways_of_writing(tmp_path):
@@ -203,8 +203,8 @@ def test_conversations_in_both_ways_of_writing(tmp_path):
 
 
 def test_a_question_with_two_answers_is_in_one_split(tmp_path):
-    said = lambda i, answer: [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": answer}]
-    rows = [{"messages": said(i, answer)} for answer in ("yes", "no") for i in range(20)]
+    conversation = lambda i, answer: [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": answer}]
+    rows = [{"messages": conversation(i, answer)} for answer in ("yes", "no") for i in range(20)]
     own = read_own(str(jsonl(tmp_path, "a.jsonl", rows)))
     asked = {name: {row.value.messages[0].content for row in part} for name, part in own.splits.items()}
     assert [len(own.splits[name]) for name in asked] == [36, 2, 2]
@@ -212,7 +212,7 @@ def test_a_question_with_two_answers_is_in_one_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ([], "f: an empty list, expected a list of messages: '[]'"),
         ({}, "f: an object, expected a list of messages: '{}'"),
@@ -226,8 +226,8 @@ def test_a_question_with_two_answers_is_in_one_split(tmp_path):
         ([{"role": "user", "content": [{"type": "image"}]}], "f, message 1: parts of the types image; texts alone are read"),
     ],
 )  # fmt: skip
-def test_what_is_no_conversation(value, said):
-    assert fails(read_chat, "f", value) == said
+def test_what_is_no_conversation(value, message):
+    assert fails(read_chat, "f", value) == message
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_classes_and_values(tmp_path, labels, classes):
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "message"),
     [
         (
             ["a", 1],
@@ -272,9 +272,9 @@ def test_classes_and_values(tmp_path, labels, classes):
         (["a", "a"], "line 1: all 2 labels are 'a': there is nothing to tell apart"),
     ],
 )
-def test_labels_that_do_not_go_together(tmp_path, labels, said):
+def test_labels_that_do_not_go_together(tmp_path, labels, message):
     file = labelled(tmp_path, labels)
-    assert fails(read_own, file) == f"{file}, {said.format(file=file)}"
+    assert fails(read_own, file) == f"{file}, {message.format(file=file)}"
 
 
 def test_classes_of_one_split_alone(tmp_path):
@@ -401,8 +401,8 @@ def test_images_by_a_table(photos):
     own = read_own(str(photos))
     assert own.labels.classes == ("0", "1") and len(own.splits["train"]) == 22
     write(photos, "dog/2.png", b"no image")
-    said = fails(read_own, str(photos))
-    assert said.startswith(
+    message = fails(read_own, str(photos))
+    assert message.startswith(
         f"{photos / 'metadata.jsonl'}, line 3: '{photos / 'dog' / '2.png'}' is no image that can be read: "
     )
     (photos / "dog" / "2.png").unlink()
@@ -513,7 +513,7 @@ def test_a_checkpoints_template_and_what_counts_in_it(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("{{ raise_exception('no system role') }}", "the chat template refuses it: no system role"),
         ("{% for m in messages %}", "the chat template is none for Jinja: line 1: "),
@@ -525,9 +525,9 @@ def test_a_checkpoints_template_and_what_counts_in_it(tokenizer):
         ),
     ],
 )
-def test_templates_that_cannot_be_used(source, said):
+def test_templates_that_cannot_be_used(source, message):
     pytest.importorskip("jinja2", reason="the extra `chat` is not installed")
-    assert fails(lambda: jinja(source, SPECIALS)(CHAT)).startswith(said)
+    assert fails(lambda: jinja(source, SPECIALS)(CHAT)).startswith(message)
 
 
 def test_a_template_needs_jinja(monkeypatch):

@@ -209,7 +209,7 @@ def test_what_pickle_cannot_find_is_said_by_pickle():
     ["antigravity", "tests.imported:mine", "tests.test_own_methods.gated", "builtins.exec", "__import__", "jlora.lora"],
 )
 def test_nothing_is_imported_because_a_file_names_it(name, tmp_path, monkeypatch):
-    """Not even with methods of one's own, and not a module that is there."""
+    """A file that names an installed module as its method is refused, with or without methods of one's own."""
     jlora.save(tmp_path, jlora.apply(PARAMS, 1))
     record = json.loads((tmp_path / "adapter.json").read_text())
     asked = []

@@ -67,9 +67,9 @@ def test_prompts_and_completions_end_in_a_merged_checkpoint(bases, tmp_path):
         f"base={bases['gpt2']}", f"task.data={data}", "runs.lora.method=rslora(2)", "train.steps=4", "train.batch=4",
         "runs.lora.learning_rate=1e-2", "task.new_tokens=2", f"save.merged={out}", SCANNED, "--folder", run,
     ]  # fmt: skip
-    status, said, err = called(*options)
+    status, printed, err = called(*options)
     assert (status, err) == (0, "")
-    assert "method    adapted: rslora(rank=2" in said and f"merged    adapted: {out}, " in said
+    assert "method    adapted: rslora(rank=2" in printed and f"merged    adapted: {out}, " in printed
     base = models.load(bases["gpt2"], scan=True)
     adapted = jlora.load(run / "lora" / "seed_0" / "adapter", base.params)
     saved = models.load(out)
@@ -207,7 +207,7 @@ def test_what_cannot_be_saved_is_found_before_the_training(bases, tmp_path):
 
 
 def test_classes_have_their_names_in_the_saved_checkpoint(bases, tmp_path):
-    """Without a training: what is written of the names."""
+    """Names of classes are written into the checkpoint's config.json; nothing is trained for this."""
     from experiments.merged import _name_classes
 
     model = models.build(bases["roberta"], head="sequence_classification", labels=2)

@@ -90,7 +90,7 @@ def test_adapters_at_addresses(tmp_path, monkeypatch):
 
 
 def test_models_at_addresses(tmp_path, monkeypatch):
-    """None is made into a local folder, or asked for at the hub."""
+    """An address such as gs:// is neither made into a local folder nor asked for at the hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     model = GPT2(GPT2Config(vocab_size=8, context=4, width=4, layers=1, heads=1))

@@ -117,7 +117,7 @@ rows = lambda path, shape: P("data")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model_is_differentiated_on_a_mesh_of_explicit_axes(name, layout):
-    """Traced alone: where something is not said, JAX raises while it traces."""
+    """The gradient is traced and not run: JAX raises while tracing where a sharding is missing."""
     scanned = layout is columns or name in ("llama", "bert")  # the layouts differ in each layer, not in how they follow
     model, inputs, options = build(name, scan=scanned, remat=scanned)
     mesh = make_mesh()
@@ -155,7 +155,7 @@ def test_numbers_are_those_of_one_device(name, layout, explicit):
     "method", [jlora.lora(2), jlora.prompt_tuning(2), jlora.prefix_tuning(2)], ids=lambda m: m.name
 )
 def test_a_step_of_a_sharded_batch_is_that_of_one_device(method):
-    """By the loss that users have, without `jax.set_mesh`: JAX 0.12 alone cannot differentiate it."""
+    """The loss is differentiated without `jax.set_mesh` around it, which JAX 0.12 by itself cannot do."""
     model, inputs, _ = build("gpt2")
 
     def loss_fn(params, tokens):

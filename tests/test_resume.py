@@ -51,16 +51,16 @@ def used(state: jlora.TrainState, step: int = 70, **hyperparams: float) -> jlora
 
 
 def restored(folder, before: jlora.TrainState, after: jlora.TrainState, **options):
-    """What comes of the checkpoint of a state on another one, and the warnings' texts, without the checkpoint's name."""
-    with Checkpoints(folder) as checkpoints, warnings.catch_warnings(record=True) as said:
+    """State `after` restored from a checkpoint of `before`, and the warnings' texts without the checkpoint's name."""
+    with Checkpoints(folder) as checkpoints, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         checkpoints.save(before, "here")
         result, position = checkpoints.restore(after, **options)
     assert position == "here" and result.step == before.step
     chex.assert_trees_all_equal(result.adapted.factors, before.adapted.factors)
     chex.assert_trees_all_equal_structs(result.opt_state, after.opt_state)
-    texts = [str(warning.message) for warning in said if warning.category is UserWarning]
-    assert {warning.filename for warning in said if warning.category is UserWarning} <= {__file__}
+    texts = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert {warning.filename for warning in caught if warning.category is UserWarning} <= {__file__}
     name = f"the checkpoint of step {int(before.step)} in '{folder}' "
     assert all(text.startswith(name) for text in texts)
     return result, [text.removeprefix(name) for text in texts]
@@ -138,9 +138,9 @@ TAKEN = {
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_accumulates_is_taken_and_the_rest_is_named(name, tmp_path):
     before, after, expected, difference, rest = TAKEN[name]
-    result, said = restored(tmp_path, used(state(before)), state(after))
+    result, warned = restored(tmp_path, used(state(before)), state(after))
     assert numbers(result) == expected
-    assert said == (
+    assert warned == (
         [f"was written with another optimizer: {difference}. What both have is taken{rest}"] if difference else []
     )
 
@@ -182,9 +182,9 @@ def test_what_accumulates_on_one_side_alone_is_an_error_until_it_is_allowed(name
         "optimizer='matching' takes what both have and begins the rest anew, optimizer='none' takes the factors alone"
     )
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.warns(UserWarning, match="What both have is taken") as said:
+        with pytest.warns(UserWarning, match="What both have is taken") as warned:
             result, position = checkpoints.restore(new, optimizer="matching")
-        assert difference in str(said[0].message) and len(said) == 1
+        assert difference in str(warned[0].message) and len(warned) == 1
         assert numbers(result) == matching and int(result.step) == 70
         result, position = checkpoints.restore(new, optimizer="none")  # it was asked for: no warning
     assert numbers(result) == numbers(new) and int(result.step) == 70 and position == "here"
@@ -193,8 +193,8 @@ def test_what_accumulates_on_one_side_alone_is_an_error_until_it_is_allowed(name
 
 def test_the_factors_alone_come_with_a_state_of_their_own(tmp_path):
     new = state(SCHEDULED)
-    result, said = restored(tmp_path, used(state(SCHEDULED)), new, optimizer="none")
-    assert said == [] and numbers(result) == [0] * 10
+    result, warned = restored(tmp_path, used(state(SCHEDULED)), new, optimizer="none")
+    assert warned == [] and numbers(result) == [0] * 10
     pairs = zip(jax.tree.leaves(result.opt_state), jax.tree.leaves(new.opt_state), strict=True)
     assert not any(x is y for x, y in pairs)  # a step donates the one and not the other
 
@@ -211,8 +211,8 @@ def test_a_schedule_goes_on_as_if_it_had_been_there_from_the_start(tmp_path):
             state, _ = step(state, batch)
         return state
 
-    result, said = restored(tmp_path, trained(before, state(before.tx), 3), state(whole.tx))
-    assert len(said) == 1
+    result, warned = restored(tmp_path, trained(before, state(before.tx), 3), state(whole.tx))
+    assert len(warned) == 1
     chex.assert_trees_all_equal(trained(whole, result, 5), trained(whole, state(whole.tx), 5))
 
 
@@ -220,10 +220,10 @@ def test_a_schedule_goes_on_as_if_it_had_been_there_from_the_start(tmp_path):
 
 
 def test_the_constants_are_those_of_the_new_optimizer(tmp_path):
-    result, said = restored(tmp_path, used(state(INJECTED(learning_rate=1e-2))), state(INJECTED(learning_rate=1e-4)))
+    result, warned = restored(tmp_path, used(state(INJECTED(learning_rate=1e-2))), state(INJECTED(learning_rate=1e-4)))
     assert float(result.opt_state.inner.hyperparams["learning_rate"]) == pytest.approx(1e-4)
     assert int(result.opt_state.inner.count) == 1 and numbers(result)[7:] == [2, *range(3, 11)]
-    assert said == [
+    assert warned == [
         "and the optimizer of the state have other hyperparameters: learning_rate is 0.01 in the checkpoint and 0.0001 in "
         "the state. Those of the state are taken; hyperparams='checkpoint' takes the others"
     ]
@@ -232,15 +232,15 @@ def test_the_constants_are_those_of_the_new_optimizer(tmp_path):
 def test_a_loop_that_sets_its_rate_asks_for_that_of_the_checkpoint(tmp_path):
     before = used(state(INJECTED(learning_rate=1e-2)))
     before.opt_state.inner.hyperparams["learning_rate"] = jnp.float32(2e-3)  # on a plateau
-    result, said = restored(tmp_path, before, state(INJECTED(learning_rate=1e-2)), hyperparams="checkpoint")
-    assert said == [] and float(result.opt_state.inner.hyperparams["learning_rate"]) == pytest.approx(2e-3)
+    result, warned = restored(tmp_path, before, state(INJECTED(learning_rate=1e-2)), hyperparams="checkpoint")
+    assert warned == [] and float(result.opt_state.inner.hyperparams["learning_rate"]) == pytest.approx(2e-3)
     chex.assert_trees_all_equal(result.opt_state, before.opt_state)
 
 
 def test_what_a_schedule_made_is_no_constant(tmp_path):
     before = used(state(INJECTED(learning_rate=COSINE)))
-    result, said = restored(tmp_path, before, state(INJECTED(learning_rate=COSINE)))
-    assert said == []
+    result, warned = restored(tmp_path, before, state(INJECTED(learning_rate=COSINE)))
+    assert warned == []
     chex.assert_trees_all_equal(result.opt_state, before.opt_state)
 
 
@@ -254,9 +254,9 @@ def test_a_constant_in_place_of_a_schedule(tmp_path):
 
 def test_a_rate_for_each_weight_is_a_constant(tmp_path):
     scale = optax.inject_hyperparams(lambda rates: optax.scale(rates[0]))
-    result, said = restored(tmp_path, used(state(scale(jnp.ones(2)))), state(scale(jnp.zeros(2))))
+    result, warned = restored(tmp_path, used(state(scale(jnp.ones(2)))), state(scale(jnp.zeros(2))))
     assert result.opt_state.inner.hyperparams["rates"].tolist() == [0, 0]
-    assert "rates is an array of shape (2,) in the checkpoint and an array of shape (2,) in the state" in said[0]
+    assert "rates is an array of shape (2,) in the checkpoint and an array of shape (2,) in the state" in warned[0]
 
 
 # -- keys, adapters ----------------------------------------------------------------------------------------------------
@@ -265,9 +265,9 @@ def test_a_rate_for_each_weight_is_a_constant(tmp_path):
 @pytest.mark.parametrize(("before", "after"), [("threefry2x32", "rbg"), ("rbg", "threefry2x32"), ("unsafe_rbg", "rbg")])
 def test_the_key_stays_that_of_the_run(before, after, tmp_path):
     keys = [jax.random.key(seed, impl=kind) for seed, kind in enumerate((before, after))]
-    result, said = restored(tmp_path, state(key=keys[0]), state(key=keys[1]))
+    result, warned = restored(tmp_path, state(key=keys[0]), state(key=keys[1]))
     assert result.key == keys[0] and jax.random.key_impl(result.key) == before
-    assert said == [
+    assert warned == [
         f"has a key of the kind {before!r}, the state one of {after!r}: the checkpoint's is taken. "
         "dataclasses.replace(restored, key=...) sets another"
     ]
@@ -275,11 +275,11 @@ def test_the_key_stays_that_of_the_run(before, after, tmp_path):
 
 def test_a_key_of_the_old_style_is_the_same_key(tmp_path):
     old = jax.random.PRNGKey(4)
-    result, said = restored(tmp_path / "a", state(key=old), state(key=jax.random.key(1)))
-    assert said == [] and result.key == jax.random.key(4)
+    result, warned = restored(tmp_path / "a", state(key=old), state(key=jax.random.key(1)))
+    assert warned == [] and result.key == jax.random.key(4)
     raw = dataclasses.replace(state(), key=old)  # a loop of one's own may hold it as it is
-    result, said = restored(tmp_path / "b", raw, dataclasses.replace(state(), key=jax.random.PRNGKey(1)))
-    assert said == [] and result.key.tolist() == old.tolist()
+    result, warned = restored(tmp_path / "b", raw, dataclasses.replace(state(), key=jax.random.PRNGKey(1)))
+    assert warned == [] and result.key.tolist() == old.tolist()
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_nodes_are_written_as_they_are_read():
 
 def test_a_state_of_plain_containers_has_nodes_too(tmp_path):
     tx = optax.GradientTransformation(lambda p: {"sum": p, "n": jnp.zeros(())}, lambda u, s, p=None: (u, s))
-    result, said = restored(tmp_path, used(state(tx)), state(tx))
-    assert said == [] and numbers(result) == [1, 2, 3, 4, 5]
+    result, warned = restored(tmp_path, used(state(tx)), state(tx))
+    assert warned == [] and numbers(result) == [1, 2, 3, 4, 5]
     bare = nodes((jnp.zeros(2), {"a": jnp.zeros(())}))
     assert [(node.path, [leaf.name for leaf in node.leaves]) for node in bare] == [("", ["0", "1/a"])]

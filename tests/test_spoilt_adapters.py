@@ -304,7 +304,7 @@ def test_spoilt_tensors_are_refused(name, good, tmp_path):
 
 @pytest.mark.parametrize("seed", range(100))
 def test_random_damage_is_refused(seed, good, tmp_path):
-    """Bytes flipped, cut out, put in: of the tensors always seen; of the JSON seen, or of no consequence."""
+    """Random bytes are changed, cut out or put in: damaged tensors are always refused, damaged JSON is refused or harmless."""
     rng = random.Random(seed)
     folder = Folder(tmp_path, good)
     file = folder.file if seed % 2 else folder.tensors_file
@@ -313,9 +313,9 @@ def test_random_damage_is_refused(seed, good, tmp_path):
         place = rng.randrange(len(damaged))
         damaged[place : place + rng.randint(0, 3)] = rng.randbytes(rng.randint(1, 3))
     file.write_bytes(bytes(damaged))
-    loaded, said = outcome(lambda: jlora.load(tmp_path, PARAMS))
+    loaded, message = outcome(lambda: jlora.load(tmp_path, PARAMS))
     if loaded is None:
-        assert str(tmp_path) in said and len(said) < 5000
+        assert str(tmp_path) in message and len(message) < 5000
     else:
         assert seed % 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(jlora.merge(loaded)))
 
@@ -444,14 +444,14 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_option_of_every_method_is_checked(name):
-    """Whatever JSON says: an error of value, or a method that is hashable and written as it is read."""
+    """Any JSON value of an option is a ValueError, or gives a hashable method that is written as it was read."""
     options = {"name": name} | OPTIONS.get(name, {"rank": 2})
     config = to_json(from_json(options))
     for option in config:
         for value in (*WRONG.values(), records.parse(HUGE.encode(), "x"), "([", 2**40, -(2**40), 1e308, [1, 2], [True]):
-            method, said = outcome(lambda option=option, value=value: from_json(config | {option: value}))
+            method, message = outcome(lambda option=option, value=value: from_json(config | {option: value}))
             if method is None:
-                assert 0 < len(said) < 12000
+                assert 0 < len(message) < 12000
                 continue
             hash(method)
             assert from_json(json.loads(json.dumps(to_json(method), allow_nan=False))) == method

@@ -262,8 +262,8 @@ NO_FILES = {
 def test_only_regular_files_of_the_folder_are_opened(name, kind, folder):
     spoil, message = NO_FILES[kind]
     spoil(folder / name)
-    said = refused(folder, Tokenizer.load if name.startswith("tokenizer") else models.build)
-    assert said.startswith(f"'{folder / name}' ") and message in said
+    error = refused(folder, Tokenizer.load if name.startswith("tokenizer") else models.build)
+    assert error.startswith(f"'{folder / name}' ") and message in error
 
 
 def test_a_link_to_itself(folder):

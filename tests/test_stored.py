@@ -133,7 +133,7 @@ def test_without_an_adapter_the_function_takes_the_base() -> None:
 
 
 def test_the_codes_are_kept_and_not_the_array() -> None:
-    """Of what the forward pass keeps for the backward pass, nothing is a float of a kernel's shape."""
+    """The forward pass keeps no float array of a kernel's shape for the backward pass."""
     adapted = adapt(STORED)
     _, back = jax.vjp(lambda factors: jlora.lift(loss)(adapted.replace(factors=factors), X), adapted.factors)
     kept = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(back) if hasattr(x, "shape")]

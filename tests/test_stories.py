@@ -113,9 +113,9 @@ def test_the_best_neighbours_are_merged_first_and_the_rest_are_bytes():
     pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
     scores = {b" ": 0.0, b"a": 0.0, b"b": 0.0, b" a": -3.0, b"ab": -2.0, b"ba": -1.0, b" ab": -4.0}
     tokenizer = llama2c.Tokenizer((*pieces, *scores), (*(0.0 for _ in pieces), *scores.values()))
-    said = lambda text: [tokenizer.pieces[token] for token in tokenizer.encode(text)[1:]]
-    assert said("ab") == [b" ab"] and said("aba") == [b" a", b"ba"] and said("") == []
-    assert said("aé") == [b" a", b"<0xC3>", b"<0xA9>"]
+    split = lambda text: [tokenizer.pieces[token] for token in tokenizer.encode(text)[1:]]
+    assert split("ab") == [b" ab"] and split("aba") == [b" a", b"ba"] and split("") == []
+    assert split("aé") == [b" a", b"<0xC3>", b"<0xA9>"]
     assert [tokenizer.decode(tokenizer.encode(text)) for text in ("aé", " a", "a\0")] == ["aé", " a", "a\0"]
     assert tokenizer.decode([262, llama2c.BOS, 262, llama2c.EOS, 262]) == " aa a"
 
@@ -130,7 +130,7 @@ def test_a_tokenizer_that_is_cut_off_is_refused(tmp_path):
 
 
 def greedy(model, params, steps):
-    """As run.c at temperature 0: the likeliest token, again and again, from the beginning on."""
+    """Greedy decoding as in run.c at temperature 0, each token from the whole text so far."""
 
     def step(carry, position):
         cache, token = carry

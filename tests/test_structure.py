@@ -114,7 +114,7 @@ def private(module: str, source: str) -> list[str]:
 
 
 def asked_of_a_method(source: str) -> list[str]:
-    """Where code asks whether something that a method has is None: `method.acts.data is not None`, and the like."""
+    """Places that ask whether a field of a method is None: `method.acts.data is not None`, and the like."""
     module = ast.parse(source)
     arguments = [
         a for node in ast.walk(module) if isinstance(node, ast.arguments) for a in (*node.args, *node.kwonlyargs)
@@ -299,7 +299,7 @@ def _defining(target: str) -> str:
 
 
 def _room(name: str) -> str:
-    """Of a dotted name of jlora, what has a row: the file or folder below jlora, within the ordered folders the file."""
+    """The part of a dotted name that has a row: the file or folder below jlora, in the ordered folders the file."""
     parts = name.split(".")[1:]
     ordered = parts[:1] in (["transform"], ["adapted"])
     return ".".join(parts[: 2 if ordered else 1])

@@ -35,7 +35,7 @@ def without_stand_in(items: list[pytest.Item]) -> list[str]:
 
 
 def test_what_is_thorough_has_a_stand_in(request: pytest.FixtureRequest):
-    """Of the tests that this run collected: all of them, where it was given no files."""
+    """Every thorough test that this run collected has a stand-in; a run without arguments collects all."""
     items = request.config.stash[tiers.COLLECTED]
     assert without_stand_in(items) == []
     if {Path(argument).name for argument in request.config.args} >= {"tests"}:

@@ -75,7 +75,7 @@ def test_both_formats_give_the_same_sentences(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("a.txt", "EU B-ORG\nrejects\n", ", line 2: one column, expected a word and its tag: 'rejects'"),
         ("a.txt", "EU S-ORG\n", ", line 1: the tag 'S-ORG', expected O, B-... or I-..."),
@@ -86,9 +86,9 @@ def test_both_formats_give_the_same_sentences(tmp_path):
         ("a.jsonl", '{"tokens": ["a"]}\n', ", line 1: no 'tags'; there is 'tokens'"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_line(tmp_path, name, text, said):
+def test_what_is_wrong_is_said_with_its_line(tmp_path, name, text, message):
     file = written(tmp_path, name, text)
-    assert fails(read_sentences, file) == f"{file}{said}"
+    assert fails(read_sentences, file) == f"{file}{message}"
 
 
 # -- conlleval ---------------------------------------------------------------------------------------------------------
@@ -107,21 +107,21 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("true", "said", "right", "there", "found", "strictly"), TABLE)
-def test_entities_are_counted_as_conlleval_counts_them(true, said, right, there, found, strictly):
-    true, said = true.split(), said.split()
-    assert len(entities(true)) == there and len(entities(said)) == found
-    assert len(entities(said, strict=True)) == strictly
-    assert len(set(entities(true)) & set(entities(said))) == right
+@pytest.mark.parametrize(("true", "guessed", "right", "there", "found", "strictly"), TABLE)
+def test_entities_are_counted_as_conlleval_counts_them(true, guessed, right, there, found, strictly):
+    true, guessed = true.split(), guessed.split()
+    assert len(entities(true)) == there and len(entities(guessed)) == found
+    assert len(entities(guessed, strict=True)) == strictly
+    assert len(set(entities(true)) & set(entities(guessed))) == right
 
 
 def test_f1_of_the_whole_table():
-    true, said = ([row[i].split() for row in TABLE] for i in (0, 1))
+    true, guessed = ([row[i].split() for row in TABLE] for i in (0, 1))
     right, there, found = (sum(row[i] for row in TABLE) for i in (2, 3, 4))  # 5 of 11 and of 11
     assert (right, there, found) == (5, 11, 11)
     expected = {"precision": 100 * 5 / 11, "recall": 100 * 5 / 11, "f1": 100 * 5 / 11}
-    assert scores(true, said) == pytest.approx(expected)
-    strict = scores(true, said, strict=True)
+    assert scores(true, guessed) == pytest.approx(expected)
+    strict = scores(true, guessed, strict=True)
     assert strict == pytest.approx({"precision": 100 * 3 / 9, "recall": 100 * 3 / 11, "f1": 100 * 6 / 20})
     assert scores([["O"]], [["O"]]) == {"f1": 0, "precision": 0, "recall": 0}
 

@@ -105,7 +105,7 @@ def test_encoding_is_that_of_transformers(case):
 
 
 def test_batches_are_those_of_transformers(case):
-    """But for texts without tokens, which transformers makes rows of padding of."""
+    """Batches equal those of transformers; texts without tokens are left out, which it turns into rows of padding."""
     tokenizer, expected = case
     compared = 0
     for call in expected["encode"]:
@@ -166,7 +166,7 @@ def test_roberta_is_gpt2_between_its_own_special_tokens(settings, tmp_path):
 
 
 def test_robertas_mask_takes_the_blank_before_it(tmp_path):
-    """As in roberta-base's tokenizer.json: the token is in the place of a word, and those begin with their blank."""
+    """In roberta-base's tokenizer.json <mask> stands for a word, and words begin with their blank."""
     tokenizer = Tokenizer.load(roberta(tmp_path))
     the = tokenizer.encode("the", special=False)
     assert tokenizer.encode("the <mask>", special=False) == [*the, 323]
@@ -359,7 +359,7 @@ def test_nothing_that_is_given_changes(bert):
 
 
 def test_pickle(bert):
-    """For the worker processes of a data pipeline."""
+    """Tokenizers are pickled for the worker processes of a data pipeline."""
     other = pickle.loads(pickle.dumps(bert))
     assert other.batch(["the mat", "a"]).tokens.tolist() == bert.batch(["the mat", "a"]).tokens.tolist()
 

@@ -57,7 +57,7 @@ def test_a_preset_has_the_published_number_of_parameters(name, parameters):
 
 
 def test_the_last_block_answers_for_the_first_token_alone_where_a_head_reads_no_other():
-    """A third of three blocks, but the keys and values."""
+    """The last of three blocks computes keys and values of all tokens, and everything else of the first alone."""
     whole = dataclasses.replace(SMALL, head="none")
     run = lambda config: jax.jit(lambda params: forward(params, images(), config)).lower(shapes(config))
     flops = [run(config).cost_analysis()["flops"] for config in (whole, SMALL)]
@@ -139,7 +139,7 @@ def test_without_a_head_the_last_norm_comes_out():
 
 
 def test_a_classifiers_body_has_no_pooler(tmp_path):
-    """And a pooler that nobody asks for is passed over."""
+    """A classifier's body has no pooler, and one in the checkpoint is passed over."""
     body = models.load(GOLDEN / "vit_image_classification", head="none")
     assert not body.model.config.pooler and not body.fresh and body.unused == ("classifier.bias", "classifier.weight")
     models.save(tmp_path, body.model, body.params)

@@ -552,7 +552,7 @@ GRADIENTS = [
 @pytest.mark.parametrize("weight_first", [False, True])
 @pytest.mark.parametrize(("form", "roles"), GRADIENTS)
 def test_gradients_of_dot_are_those_of_the_dense_product(form, roles, weight_first):
-    """Of x, of the factors, of the gain, and of the base where it is asked for."""
+    """Gradients with respect to x, the factors, the gain, and the base where it is differentiated."""
     x, numbers, spec = product_of(form.shape, roles, weight_first)
     weight = make(form)
     parts = {name: getattr(weight, name) for name in ("w", "a", "b", "gain") if getattr(weight, name) is not None}
@@ -580,7 +580,7 @@ def test_gradients_of_dot_are_those_of_the_dense_product(form, roles, weight_fir
 
 @pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.checkpoint], ids=["alone", "jit", "remat"])
 def test_layers_that_share_a_trace_may_be_differentiated_by_different_things(around):
-    """One traced product, by its input, its base, its factors, and by the first things once more."""
+    """One traced product is differentiated by its input, its base and its factors in turn, and by the first ones again."""
     x, numbers, _ = product_of((4, 6), (CONTRACTED, FREE), False)
     weight = make(DENSE)
     parts = {"x": x, "w": weight.w, "a": weight.a, "b": weight.b}

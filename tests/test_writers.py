@@ -57,7 +57,7 @@ class Actor:
         self.stopped.acquire()
 
     def kill(self):
-        """No cleaning up: whatever its operations are from here on, they do not happen."""
+        """Kills the actor: none of its further operations happen, not even those that clean up."""
         self.killed = True
         while not self.done:
             self.step()
@@ -181,7 +181,7 @@ def reader(place):
 
 
 def check(place, allowed):
-    """Whoever reads now finds a whole adapter, one of those that are allowed (None: no adapter yet)."""
+    """Asserts that a reader would find a whole adapter now, one of the allowed ones (None: no adapter yet)."""
     if not (place / NAME).exists():
         assert None in allowed
         return None
@@ -221,6 +221,7 @@ def test_random_schedules(case, world):
     jobs, start, allowed = CASES[case]
     for seed in range(60):
         rng = random.Random(seed)
+        print(f"seed {seed}")  # pytest shows it where the test fails
 
         def choose(moves, made, rng=rng):
             kind = "kill" if rng.random() < 0.01 else "step"

@@ -26,7 +26,7 @@ FORMS = ("base", "apart", "merged")
 
 
 def forms(model: GPT2, rank: int, targets: str) -> dict[str, tuple[Callable[..., Any], Any]]:
-    """How the model is called in each form, and what with; the factors are not at their zero start."""
+    """Function and parameters of each form of the model; the factors are not at their zero start."""
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     factors, rest = jlora.partition(jlora.apply(params, rank=rank, targets=targets))
     adapted = jlora.combine(jax.tree.map(lambda x: x + 0.01, factors), rest)

@@ -58,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = GPT2(replace(PRESETS[options.preset], scan=True))
         params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         models.save(folder, model, params, largest_shard=10**9)
-        for told in ({}, {"scan": True}, {"param_dtype": "bfloat16"}):
-            found = measured(Path(folder), **told)
+        for settings in ({}, {"scan": True}, {"param_dtype": "bfloat16"}):
+            found = measured(Path(folder), **settings)
             print(
-                f"{options.preset} {told or ''}: {found['parameters'] / 1e6:,.0f} MB of parameters; at the peak "
+                f"{options.preset} {settings or ''}: {found['parameters'] / 1e6:,.0f} MB of parameters; at the peak "
                 f"{found['peak'] / found['parameters']:.3f} times as much, afterwards "
                 f"{found['after'] / found['parameters']:.3f}"
             )

@@ -78,7 +78,7 @@ LEARNING_RATE, DECAY = 1e-3, 0.01
 
 @dataclass(frozen=True)
 class Targets:
-    """Which weights are trained, in the words of both libraries.
+    """Weights that are trained, in the words of both libraries.
 
     Attributes:
       jlora: a pattern of paths.
@@ -126,7 +126,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """By how much losses of the same function may differ, relatively."""
+        """Largest relative difference between losses of the same function."""
         return 1e-4 if self.dtype == "float32" else 2e-2
 
     def data(self) -> Batch:
@@ -219,8 +219,8 @@ def _jlora(case: Case) -> Side:
         return float(metrics["loss"])
 
     def peak() -> int | None:
-        told = jax.local_devices()[0].memory_stats() or {}
-        return told.get("peak_bytes_in_use")
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return stats.get("peak_bytes_in_use")
 
     held = int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)  # the new state takes the old one's place
     return Side("jlora", jlora.count(adapted).trainable, advance, held, peak)
@@ -351,9 +351,9 @@ def _peak(case: Case, form: str) -> int | None:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
         one.advance()
-        told, after = one.peak(), _resident("VmHWM")
+        reported, after = one.peak(), _resident("VmHWM")
     if case.device == "gpu" or before is None or after is None:
-        return told
+        return reported
     return after - before
 
 
@@ -365,7 +365,7 @@ def _resident(name: str) -> int | None:
 
 
 def _check_trainable(case: Case, sides: Sequence[Side]) -> None:
-    """As many parameters on all sides."""
+    """Checks that all sides train as many parameters."""
     more = TARGETS[type(case.config), case.targets].keys and case.method == "dora"
     magnitudes = case.config.layers * case.config.width if more else 0
     expected = sides[0].trainable + magnitudes
@@ -375,7 +375,7 @@ def _check_trainable(case: Case, sides: Sequence[Side]) -> None:
 
 
 def _check_losses(case: Case, names: Sequence[str], losses: Sequence[tuple[float, float]]) -> None:
-    """Times of steps that compute different things say nothing: all sides start from one function, and learn."""
+    """Checks that all sides start from one function, and learn: other steps' times would say nothing."""
     start, _ = losses[0]
     for name, (first, second) in zip(names, losses, strict=True):
         if not abs(first - start) <= case.tolerance * start:
@@ -450,7 +450,7 @@ def cases(folder: Path, name: str, options: argparse.Namespace) -> list[Case]:
 
 
 def missing(device: str) -> str | None:
-    """Why there is nothing to compare on this machine, or None."""
+    """The reason that nothing can be compared on this machine, or None."""
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         return f"PEFT's side needs {', '.join(absent)}: pip install {' '.join(absent)}"

@@ -302,7 +302,7 @@ def _model(preset: Preset, dtype: str) -> tuple[Loss, PyTree, jax.Array]:
 
 
 def _check(variants: Sequence[Variant], losses: Sequence[tuple[float, float]], tolerance: float) -> None:
-    """Times of programs that compute different things say nothing.
+    """Raises an error where the programs compute different things: their times would say nothing.
 
     All start from the same function; after one update those of one method and rank still agree.
     """

@@ -25,7 +25,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of every batch is this process's."""
+    """Part of every batch that is this process's."""
 
     index: int = 0
     count: int = 1

@@ -99,11 +99,11 @@ def plain(tokenizer: Tokenizer) -> Template:
         text, counted = begin, []
         for role, content in chat.messages:
             text += f"{role.capitalize()}:"
-            said = f" {content.strip()}"
+            reply = f" {content.strip()}"
             if role == "assistant":
-                said += end
-                counted.append((len(text), len(text) + len(said)))
-            text += f"{said}\n"
+                reply += end
+                counted.append((len(text), len(text) + len(reply)))
+            text += f"{reply}\n"
         return Rendered(text, tuple(counted))
 
     return render
@@ -148,9 +148,11 @@ def jinja(source: str, specials: Mapping[str, str]) -> Template:
     marked = "endgeneration" in source
 
     def written(messages: Sequence[Message], *, asked: bool) -> str:
-        told = [message._asdict() for message in messages]
+        turns = [message._asdict() for message in messages]
         try:
-            return str(template.render(messages=told, add_generation_prompt=asked, tools=None, documents=None, **known))
+            return str(
+                template.render(messages=turns, add_generation_prompt=asked, tools=None, documents=None, **known)
+            )
         except Exception as error:  # whatever a template does or raises by itself
             raise DataError(f"the chat template refuses it: {error}") from error
 

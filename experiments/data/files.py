@@ -98,10 +98,10 @@ def collect(
         try:
             found.append(read(item))
         except DataError as error:
-            said = f"{path}, {unit} {number}: {error}"
+            message = f"{path}, {unit} {number}: {error}"
             if malformed == "raise":
-                raise DataError(said) from error
-            wrong.append(said)
+                raise DataError(message) from error
+            wrong.append(message)
     if wrong:
         warnings.warn(f"{len(wrong)} malformed {unit}s were left out; the first: {wrong[0]}", stacklevel=3)
     if not found:

@@ -70,7 +70,7 @@ def form_of(name: str, found: Sequence[str], kind: Kind | None = None, columns: 
     if kind is not None and kind not in KINDS:
         raise DataError(f"task.kind={kind!r}: expected one of {', '.join(KINDS)}")
     if {"tokens", "tags"} <= set(found) and kind is None and not columns:
-        raise DataError(f"{_said(name, found)}: a tag for each word is read by configs/bert_base_conll2003_lora.py")
+        raise DataError(f"{_listed(name, found)}: a tag for each word is read by configs/bert_base_conll2003_lora.py")
     if columns:
         return _named(name, found, kind, tuple(columns))
     fitting = [form for form in FORMS if set(form.columns) <= set(found) and _makes(form.kind, kind)]
@@ -81,17 +81,17 @@ def form_of(name: str, found: Sequence[str], kind: Kind | None = None, columns: 
             for each in (KINDS if kind is None else (kind,))
         )
         raise DataError(
-            f"{_said(name, found)}, and none of these are among them: {known}. Rename the columns, or write "
+            f"{_listed(name, found)}, and none of these are among them: {known}. Rename the columns, or write "
             f"task.kind={kind or '...'} task.columns=... with their names, the label or the answer last"
         )
     kinds = list(dict.fromkeys(form.kind for form in best))
     if len(kinds) > 1 and kind is None:
         ways = ", ".join(f"task.kind={form.kind} ({', '.join(form.columns)})" for form in best)
-        raise DataError(f"{_said(name, found)}: that can be {' and '.join(kinds)}. Write one of {ways}")
+        raise DataError(f"{_listed(name, found)}: that can be {' and '.join(kinds)}. Write one of {ways}")
     own = [form for form in best if form.kind == kind] or best
     if len(own) > 1:
         ways = " or ".join(f'task.columns="{",".join(form.columns)}"' for form in own)
-        raise DataError(f"{_said(name, found)}: that is {own[0].kind} in several ways. Write {ways}")
+        raise DataError(f"{_listed(name, found)}: that is {own[0].kind} in several ways. Write {ways}")
     form = own[0]
     extra = [form.optional] if form.optional in found else []
     read = ", ".join([*form.columns, *extra])
@@ -101,7 +101,7 @@ def form_of(name: str, found: Sequence[str], kind: Kind | None = None, columns: 
 def _named(name: str, found: Sequence[str], kind: Kind | None, columns: tuple[str, ...]) -> tuple[Form, str]:
     missing = [column for column in columns if column not in found]
     if missing:
-        raise DataError(f"{_said(name, found)}: task.columns names {missing[0]!r}, which is not among them")
+        raise DataError(f"{_listed(name, found)}: task.columns names {missing[0]!r}, which is not among them")
     known = [f for f in FORMS if f.columns == columns and _makes(f.kind, kind)]
     if known:
         return known[0], f"{kind or known[0].kind}, from the columns {', '.join(columns)}, as told"
@@ -119,5 +119,5 @@ def _makes(form: Kind, kind: Kind | None) -> bool:
     return kind in (None, form) or (kind == "chat" and form == "completion")
 
 
-def _said(name: str, found: Sequence[str]) -> str:
+def _listed(name: str, found: Sequence[str]) -> str:
     return f"{name} has the columns {', '.join(map(repr, found))}"

@@ -43,10 +43,10 @@ def from_hub(
         )
     except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are among them
         what = f"{name!r}" if configuration is None else f"{name!r} ({configuration})"
-        said = str(error).rstrip(".")
+        cause = str(error).rstrip(".")
         raise DataError(
-            f"split {split!r} of {what} could not be loaded: {said}. Without a connection, set HF_HUB_OFFLINE=1 to use "
-            "what is in the cache, or read local files"
+            f"split {split!r} of {what} could not be loaded: {cause}. Without a connection, set HF_HUB_OFFLINE=1 to "
+            "use what is in the cache, or read local files"
         ) from error
     return rows
 

@@ -100,8 +100,8 @@ def read_own(
     rows: dict[Split, list[Row]] = {}
     how = ""
     for name, part in parts.items():
-        kind, said, rows[name] = _read(part, kind, columns)
-        how = how or said
+        kind, understood, rows[name] = _read(part, kind, columns)
+        how = how or understood
         if not rows[name]:
             raise DataError(f"{part}: no examples")
     assert kind is not None
@@ -208,7 +208,7 @@ def _of_folder(folder: Path, kind: Kind | None, columns: Sequence[str]) -> tuple
         raise DataError(
             f"'{folder}' has {len(images)} images and {len(texts)} texts: write task.kind=images or task.kind=text"
         )
-    told = "as told" if kind else "as the folder holds {}"
+    reason = "as told" if kind else "as the folder holds {}"
     if images and kind in (None, "images"):
         loose = [path for path in images if path.parent == folder]
         if loose:
@@ -216,9 +216,9 @@ def _of_folder(folder: Path, kind: Kind | None, columns: Sequence[str]) -> tuple
                 f"'{loose[0]}' lies in no folder of a class: one folder for each class, or a {' or '.join(METADATA)} "
                 "with file_name and label"
             )
-        return "images", f"images, {told.format('images')}, a class each", [_image(p, folder) for p in images]
+        return "images", f"images, {reason.format('images')}, a class each", [_image(p, folder) for p in images]
     if texts and kind in (None, "text"):
-        return "text", f"text, {told.format('.txt files')}", [_document(path) for path in texts]
+        return "text", f"text, {reason.format('.txt files')}", [_document(path) for path in texts]
     raise DataError(
         f"'{folder}' has {_listed(folder)}"
         + (f", and task.kind={kind}" if kind else "")
@@ -302,17 +302,17 @@ def _completed(
             {**rows, "test": rows["validation"]}, "as given; there is no test split, validation stands for it"
         )  # fmt: skip
     whole, test = rows["train"], "test" not in rows
-    said = f"{50 * share:g} %{' for each of validation and test' if test else ' for validation'} held out"
+    note = f"{50 * share:g} %{' for each of validation and test' if test else ' for validation'} held out"
     rest: dict[Split, Sequence[Row]] = {name: part for name, part in rows.items() if name != "train"}
     if isinstance(whole[0].value, str) and len({row.key for row in whole}) < FEW:
-        return {**_cut(whole, share, test=test), **rest}, f"{said}: the end of each text"
+        return {**_cut(whole, share, test=test), **rest}, f"{note}: the end of each text"
     strata = [labels.number(row.place, _label(row)) for row in whole] if labels else ()
     names = held_out([row.key for row in whole], share, strata=strata, test=test)
     found: dict[Split, Sequence[Row]] = {
         split: [row for row, name in zip(whole, names, strict=True) if name == split] for split in NAMES
     }
     what = {"classification": "text", "text": "text", "images": "file's name"}.get(kind, "question")
-    return {**found, **rest}, f"{said} by the hash of the {what}{', of each class alike' if labels else ''}"
+    return {**found, **rest}, f"{note} by the hash of the {what}{', of each class alike' if labels else ''}"
 
 
 def _cut(rows: Sequence[Row], share: float, *, test: bool) -> dict[Split, Sequence[Row]]:
@@ -333,7 +333,7 @@ def _cut(rows: Sequence[Row], share: float, *, test: bool) -> dict[Split, Sequen
 
 
 def _end(text: str, near: int) -> int:
-    """Behind the line, or else the word, within which a place lies."""
+    """End of the line, or else of the word, that a place lies in."""
     for stop in ("\n", " "):
         if 0 <= (found := text.find(stop, near)) < near + max(80, len(text) // 50):
             return found + 1

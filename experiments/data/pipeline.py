@@ -97,12 +97,12 @@ def tokenise_prompted(
 
     Source: microsoft/LoRA, examples/NLG/src/gpt2_encode.py and data_utils.py.
     """
-    first, behind, last = ([] if token is None else [token] for token in (begin, separator, end))
+    prefix_ids, separator_ids, end_ids = ([] if token is None else [token] for token in (begin, separator, end))
 
     def item(number: int, example: Prompted) -> Item:
-        prompt = [*first, *_encode(encode, number, (example.prompt,)), *behind]
+        prompt = [*prefix_ids, *_encode(encode, number, (example.prompt,)), *separator_ids]
         completion = _encode(encode, number, (example.completion,), before=joiner)
-        return Item(np.array([*prompt, *completion, *last], np.int32), len(prompt), None)
+        return Item(np.array([*prompt, *completion, *end_ids], np.int32), len(prompt), None)
 
     items = [item(number, example) for number, example in enumerate(examples)]
     cut, longest = _overlong([len(item.tokens) for item in items], length, truncate)
@@ -145,7 +145,7 @@ def _encode(encode: Encode, number: int, parts: tuple[str, ...], before: str = "
 
 
 def _overlong(lengths: Sequence[int], length: int, truncate: bool) -> tuple[int, int]:
-    """How many are longer than the context, and the longest."""
+    """Number of items that are longer than the context, and the longest length."""
     over = sum(count > length for count in lengths)
     longest = max(lengths, default=0)
     if over and not truncate:
@@ -177,7 +177,7 @@ def _fitted(encode: Encode, parts: tuple[str, ...], length: int) -> tuple[tuple[
 
 
 def _shared(tokens: np.ndarray, others: Sequence[int]) -> int:
-    """How many tokens at the beginning are equal: where the second text of a pair begins, `others` being the first."""
+    """Number of equal tokens at the beginning: where the second text of a pair begins, `others` being the first."""
     pairs = zip(tokens, others, strict=False)
     return next((i for i, (token, other) in enumerate(pairs) if token != other), min(len(tokens), len(others)))
 
@@ -269,7 +269,7 @@ def packed_rows(items: Tokenised, length: int, *, pad: int = 0) -> Rows:
 
 
 def _counted(item: Item) -> np.ndarray:
-    """Which tokens count as targets: (n,) bool."""
+    """Mask of the tokens that count as targets: (n,) bool."""
     return np.arange(len(item.tokens)) >= item.mark if item.counted is None else item.counted
 
 

@@ -197,9 +197,9 @@ def _rows(path: Path, *, quoted: bool) -> Iterator[tuple[int, list[str]]]:
         csv.field_size_limit(before)
 
 
-def _unquoted(said: str) -> str:
-    if "unexpected end" in said:
+def _unquoted(message: str) -> str:
+    if "unexpected end" in message:
         return "a double quote opens a cell and none closes it: write the quotes within a cell twice"
-    if "expected after" in said:
+    if "expected after" in message:
         return "text stands behind a cell's closing double quote: write the quotes within a cell twice"
-    return said
+    return message

@@ -111,7 +111,7 @@ def _without_repeats(documents: Iterable[Document]) -> list[Document]:
 
 
 def _split(label: str, documents: Iterable[Document]) -> Corpus:
-    """Of every eight documents in order of size, the fourth goes to validation and the seventh to test."""
+    """Splits documents: of every eight in order of size the fourth goes to validation and the seventh to test."""
     splits: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
     for i, document in enumerate(_by_size(documents)):
         splits[{3: "validation", 6: "test"}.get(i % 8, "train")].append(document)

@@ -12,7 +12,7 @@ WIDTH = 100  # characters of an example that are shown
 
 
 def described(own: Own) -> list[str]:
-    """Where the data lie, what they are, how they are split, which labels they have, what may be a mistake."""
+    """Lines on the data: place, kind, splits, labels, and what may be a mistake."""
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in own.splits.items())
     lines = [f"data      {own.source}: {own.how}", f"splits    {sizes}; {own.held}"]
     if own.labels is not None:
@@ -37,7 +37,7 @@ def _labels(own: Own, found: Sequence[object]) -> str:
 
 
 def lengths_line(lengths: np.ndarray, length: int) -> str:
-    """How long examples are in tokens, and how many are cut.
+    """A line on the lengths of examples in tokens, and how many are cut.
 
     >>> lengths_line(np.array([3, 4, 5, 90]), 32)
     'lengths   median 4, 95 % up to 77, longest 90 tokens; rows of 32: 1 of 4 (25 %) is cut'

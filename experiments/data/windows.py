@@ -31,7 +31,7 @@ class Windows:
 
     @property
     def examples(self) -> int:
-        """Windows per epoch. One less than fit, for the offset."""
+        """Windows per epoch, one less than there is room for, because of the offset."""
         return (len(self.text) - 1) // self.length - 1
 
     def __call__(self, step: int) -> np.ndarray:
@@ -53,8 +53,8 @@ def _order(seed: int, epoch: int, examples: int, length: int) -> tuple[int, np.n
 
 def spread(text: np.ndarray, length: int, count: int) -> np.ndarray:
     """At most `count` windows, evenly spread over a text and disjoint in their targets: (count, length + 1) int32."""
-    fit = (len(text) - 1) // length
-    if fit < 1:
+    available = (len(text) - 1) // length
+    if available < 1:
         raise ValueError(f"the text has {len(text)} bytes: too few for a window of {length}")
-    places = np.unique(np.linspace(0, fit - 1, min(count, fit)).astype(np.int64))
+    places = np.unique(np.linspace(0, available - 1, min(count, available)).astype(np.int64))
     return np.stack([text[i * length : (i + 1) * length + 1] for i in places]).astype(np.int32)

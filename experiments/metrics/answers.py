@@ -31,7 +31,7 @@ def last_number(text: str) -> str | None:
 
 
 def exact_match(answers: Sequence[str], solutions: Sequence[str], *, flexible: bool = False) -> float:
-    """How many answers are right, in percent.
+    """Share of right answers, in percent.
 
     Args:
       answers: texts that a model wrote.
@@ -53,8 +53,8 @@ def exact_match(answers: Sequence[str], solutions: Sequence[str], *, flexible: b
         if expected is None:
             raise ValueError(f"solution {number} has no '#### ' with a number: {solution[-60:]!r}")
         if flexible:
-            said = _value(last_number(answer))
-            right += said is not None and said == _value(expected)
+            number_found = _value(last_number(answer))
+            right += number_found is not None and number_found == _value(expected)
         else:
             right += marked_answer(answer) == expected
     return 100 * right / len(answers)

@@ -16,7 +16,7 @@ Values = Sequence[int] | Sequence[float] | np.ndarray
 
 
 def accuracy(predictions: Values, labels: Values) -> float:
-    """How many are right, in percent."""
+    """Share of right predictions, in percent."""
     return 100 * float(metrics.accuracy_score(*_pair(predictions, labels)))
 
 

@@ -57,9 +57,9 @@ def triples(hypotheses: Sequence[str], references: Sequence[Sequence[str]], *, j
 
     Source: microsoft/LoRA, examples/NLG: README.md, src/gpt2_decode.py, eval/eval.py (BLEU by multi-bleu-detok.perl).
     """
-    said = [split_marks(text) for text in hypotheses]
+    candidates = [split_marks(text) for text in hypotheses]
     written = [[split_marks(text) for text in texts[:6]] for texts in references]
-    scores = {"BLEU": bleu(said, written)}
+    scores = {"BLEU": bleu(candidates, written)}
     if java:
-        return {**scores, "METEOR": meteor(said, written)}
-    return {**scores, EXACT_AND_STEM: meteor_nltk(said, written, synonyms=False)}
+        return {**scores, "METEOR": meteor(candidates, written)}
+    return {**scores, EXACT_AND_STEM: meteor_nltk(candidates, written, synonyms=False)}

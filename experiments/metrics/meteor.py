@@ -42,13 +42,13 @@ def meteor(
     checked(hypotheses, references)
     padded = rectangular(references)
     count = len(padded[0])
-    said, written = list(hypotheses), [text for texts in padded for text in texts]
+    candidates, written = list(hypotheses), [text for texts in padded for text in texts]
     if tokenize is not None:
-        words = [" ".join(found) for found in tokenize([*said, *written])]
-        said, written = words[: len(said)], words[len(said) :]
+        words = [" ".join(found) for found in tokenize([*candidates, *written])]
+        candidates, written = words[: len(candidates)], words[len(candidates) :]
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("said", "written")]
-        for file, texts in zip(files, (said, written), strict=True):
+        files = [Path(folder) / name for name in ("candidates", "written")]
+        for file, texts in zip(files, (candidates, written), strict=True):
             file.write_text("".join(" ".join(text.split()) + "\n" for text in texts), "utf-8")
         options = ["-l", "en", "-norm", "-r", str(count)]
         if not paraphrases:
@@ -98,11 +98,11 @@ def meteor_nltk(
     scores = [
         meteor_score(
             [words(text).split() for text in texts],
-            words(said).split(),
+            words(candidate).split(),
             preprocess=str,
             wordnet=wordnet if synonyms else _NoSynonyms(),
         )
-        for said, texts in zip(hypotheses, references, strict=True)
+        for candidate, texts in zip(hypotheses, references, strict=True)
     ]
     return 100 * sum(scores) / len(scores)
 

@@ -74,14 +74,14 @@ def nist(
 
     total = 0.0
     for n in range(1, order + 1):
-        told = 0.0
+        information = 0.0
         for text, texts in zip(spoken, written, strict=True):
             most: Counter[Ngram] = Counter()
             for reference in texts:
                 most |= Counter(_ngrams(reference, n))
             matches = Counter(_ngrams(text, n)) & most
-            told += sum(times * math.log2(seen[ngram[:-1]] / seen[ngram]) for ngram, times in matches.items())
-        total += told / max(sum(max(len(text) - n + 1, 0) for text in spoken), 1)
+            information += sum(times * math.log2(seen[ngram[:-1]] / seen[ngram]) for ngram, times in matches.items())
+        total += information / max(sum(max(len(text) - n + 1, 0) for text in spoken), 1)
 
     spoken_length = sum(map(len, spoken))
     written_length = sum(sum(map(len, texts)) / len(texts) for texts in written)

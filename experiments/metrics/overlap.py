@@ -53,9 +53,9 @@ def cider(hypotheses: Sequence[str], references: Sequence[Sequence[str]], *, tok
 def _keyed(hypotheses: Sequence[str], references: Sequence[Sequence[str]], tokenize: Tokenize) -> tuple[Keyed, Keyed]:
     """References and hypotheses by number, as the COCO scorer takes them: words between blanks."""
     checked(hypotheses, references)
-    said = [" ".join(words) for words in tokenize(hypotheses)]
+    candidates = [" ".join(words) for words in tokenize(hypotheses)]
     written = iter(" ".join(words) for words in tokenize([text for texts in references for text in texts]))
     return (
         {number: [next(written) for _ in texts] for number, texts in enumerate(references)},
-        {number: [text] for number, text in enumerate(said)},
+        {number: [text] for number, text in enumerate(candidates)},
     )

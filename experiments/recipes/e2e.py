@@ -60,12 +60,12 @@ def read() -> Splits:
 
 
 def few() -> Splits:
-    """A little of the same form."""
+    """A tiny data set of the same form."""
     return splits(tiny.temporary(tiny.e2e))
 
 
 def splits(folder: Path) -> Splits:
-    """Content of a folder."""
+    """The splits in the files of a folder."""
     train, validation, test = (read_e2e(folder / f"{name}.txt") for name in ("train", "valid", "test"))
     return Splits(prompted(train), prompted(validation), test)
 

@@ -21,7 +21,7 @@ QV = r"attn/(query|value)"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained on one task.
+    """Settings of a model's training on one task.
 
     Attributes:
       learning_rate: the peak.
@@ -104,7 +104,7 @@ def read(task: str) -> Splits:
 
 
 def few(task: str) -> Splits:
-    """A little of the same form."""
+    """A tiny data set of the same form."""
     return splits(task, tiny.temporary(partial(tiny.glue, task)))
 
 

@@ -88,7 +88,7 @@ def read() -> Splits:
 
 
 def few() -> Splits:
-    """A little of the same form."""
+    """A tiny data set of the same form."""
     learned = read_metamath(tiny.temporary(tiny.metamath) / "MetaMathQA-395K.json")
     return splits(learned, read_gsm8k(tiny.temporary(tiny.gsm8k) / "test.jsonl", PROMPT), 16, 8)
 
@@ -131,7 +131,7 @@ def metamath(name: str, rows: Iterable[Mapping[str, Any]]) -> list[Prompted]:
 
 
 def measure(texts: Sequence[str], items: Sequence[References]) -> Scores:
-    """How many answers are right, in percent: as the data's authors compare them, and by the last number."""
+    """Share of right answers, in percent: as the data's authors compare them, and by the last number."""
     solutions = [item.texts[0] for item in items]
     strict, flexible = (metrics.exact_match(texts, solutions, flexible=flag) for flag in (False, True))
     return {"exact match": strict, "last number": flexible}

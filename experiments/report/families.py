@@ -112,7 +112,7 @@ class Mark(NamedTuple):
 
 
 def crowd(places: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points lie so close together that they are shown again, larger; none if there are few.
+    """Points so close together that they are shown again, larger; none if there are few.
 
     `places` are in parts of the axes. The largest group in which each point is near to another, and all others in the
     rectangle around it; none if that is most of the axes, which a second panel could not enlarge.
@@ -187,13 +187,13 @@ def _points(ax: Axes, marks: Sequence[Mark]) -> None:
     fixed = not ax.get_autoscale_on()
     (left, right), (bottom, top) = (sorted(limits) for limits in (ax.get_xlim(), ax.get_ylim()))
     for mark in marks:
-        for x, y, d, along in ((mark.x, mark.y, mark.dx, 0), (mark.x, mark.y, mark.dy, 1)):
+        for x, y, d, coordinate in ((mark.x, mark.y, mark.dx, 0), (mark.x, mark.y, mark.dy, 1)):
             if not d > 0:
                 continue
-            ends = [(x, y)[along] - d, (x, y)[along] + d]
+            ends = [(x, y)[coordinate] - d, (x, y)[coordinate] + d]
             if fixed:
-                ends = [max(ends[0], (left, bottom)[along]), min(ends[1], (right, top)[along])]
-            xs, ys = (ends, [y, y]) if along == 0 else ([x, x], ends)
+                ends = [max(ends[0], (left, bottom)[coordinate]), min(ends[1], (right, top)[coordinate])]
+            xs, ys = (ends, [y, y]) if coordinate == 0 else ([x, x], ends)
             ax.plot(xs, ys, color=mark.look.colour, linewidth=1, alpha=0.45, zorder=2, solid_capstyle="butt")
     for mark in marks:
         ax.plot(

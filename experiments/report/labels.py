@@ -64,7 +64,7 @@ class Box(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a name goes, and the end of the line to its point; None for no line."""
+    """Place of a name, and the end of the line to its point; None for no line."""
 
     box: Box
     leader: Cell | None
@@ -208,7 +208,7 @@ class _Room:
         return cost, needs
 
     def take(self, i: int, found: Place) -> None:
-        """A name and its line are there from now on."""
+        """Takes the place of a name and its line."""
         left, bottom, right, top = map(round, found.box)
         self._taken[bottom:top, left:right] = True
         self._walls.append(found.box)
@@ -217,9 +217,9 @@ class _Room:
         start, end = self._points[i], found.leader
         self._leaders.append((start, end))
         t = np.linspace(0, 1, 2 + 2 * math.ceil(math.dist(start, end)))
-        for across, along in itertools.product((-1, 0, 1), (-1, 0, 1)):
+        for across, step in itertools.product((-1, 0, 1), (-1, 0, 1)):
             column = np.clip(np.round(start[0] + t * (end[0] - start[0])) + across, 0, self._taken.shape[1] - 1)
-            row = np.clip(np.round(start[1] + t * (end[1] - start[1])) + along, 0, self._taken.shape[0] - 1)
+            row = np.clip(np.round(start[1] + t * (end[1] - start[1])) + step, 0, self._taken.shape[0] - 1)
             self._taken[row.astype(int), column.astype(int)] = True
 
 
@@ -257,7 +257,7 @@ class _Drawn:
         return (x - self._left) / self._pixels, (y - self._bottom) / self._pixels
 
     def cell(self, point: Cell) -> Cell:
-        """Where a point in data coordinates lies."""
+        """The cell of a point in data coordinates."""
         return self._cell(*self._ax.transData.transform(point))
 
     def holds(self, cell: Cell) -> bool:
@@ -265,7 +265,7 @@ class _Drawn:
         return -1 <= cell[0] <= self._columns + 1 and -1 <= cell[1] <= self._rows + 1
 
     def size(self, text: Text) -> Cell:
-        """Of a text, with its margin."""
+        """Width and height of a text with its margin, in cells."""
         visible = text.get_visible()
         text.set_visible(True)
         extent = text.get_window_extent(self._renderer)
@@ -284,7 +284,7 @@ class _Drawn:
 
 
 def _blank(taken: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Where the lower left corner of a blank rectangle may lie: (rows - height + 1, columns - width + 1)."""
+    """Mask of the places for the lower left corner of a blank rectangle: (rows - height + 1, columns - width + 1)."""
     rows, columns = taken.shape
     if height > rows or width > columns:
         return np.zeros((0, 0), bool)
@@ -295,7 +295,7 @@ def _blank(taken: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _least(cost: np.ndarray) -> np.ndarray:
-    """Where the finite costs are that are least, and of the others some of all sizes."""
+    """Indices of the least of the finite costs, and of some of the others, of all sizes."""
     finite = np.flatnonzero(np.isfinite(cost))
     if len(finite) <= _NEAREST + _FARTHER:
         return finite
@@ -305,11 +305,11 @@ def _least(cost: np.ndarray) -> np.ndarray:
 
 
 def _distance(start: Cell, ends: np.ndarray, point: Cell) -> np.ndarray:
-    """From a point to the segments from `start` to each of `ends`, (n, 2): (n,)."""
-    along = ends - [start]
-    squared = np.maximum(np.sum(along**2, axis=1), 1e-12)
-    t = np.clip(along @ (np.asarray(point) - start) / squared, 0, 1)
-    return np.hypot(*(t[:, None] * along + [start] - [point]).T)
+    """Distances from a point to the segments from `start` to each of `ends`, (n, 2): (n,)."""
+    direction = ends - [start]
+    squared = np.maximum(np.sum(direction**2, axis=1), 1e-12)
+    t = np.clip(direction @ (np.asarray(point) - start) / squared, 0, 1)
+    return np.hypot(*(t[:, None] * direction + [start] - [point]).T)
 
 
 def _meet(start: Cell, ends: np.ndarray, first: Cell, last: Cell) -> np.ndarray:

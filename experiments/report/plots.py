@@ -10,7 +10,7 @@ Draw = Callable[[Path, Results], None]
 
 
 def title_of(results: Results) -> str:
-    """Of the tables and of some plots."""
+    """Title of the tables and of some plots."""
     return f"{results.name}: {results.label}" + (", test" if results.tested else ", validation")
 
 

@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def diverged(self) -> int:
-        """How many of the results are what was kept before a divergence."""
+        """Number of results that were kept before a divergence."""
         return sum(not is_finite(result) for result in self.results)
 
 
@@ -90,7 +90,7 @@ class Results:
 
     @classmethod
     def of(cls, experiment: Experiment, opened: Opened, start: Start, outcomes: tuple[Outcome, ...]) -> "Results":
-        """With the names of an experiment."""
+        """Results with the names of an experiment."""
         return cls(
             experiment.name, experiment.task.label, opened.selection_metric, opened.headline_metric, opened.new.label,
             None if opened.old is None else opened.old.label, start, outcomes,
@@ -172,5 +172,5 @@ def from_json(read: Mapping[str, Any]) -> Results:
 
 
 def mean(values: list[float]) -> float:
-    """Over the seeds; NaN of none."""
+    """Mean over the seeds; NaN of none."""
     return statistics.fmean(values) if values else float("nan")

@@ -61,7 +61,7 @@ _STYLE: dict[Any, Any] = {
 
 
 class Look(NamedTuple):
-    """How a contender is drawn."""
+    """Look of a contender in every plot."""
 
     colour: str
     marker: str

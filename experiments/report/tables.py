@@ -226,7 +226,7 @@ def _mean(values: Sequence[float], metric: Metric) -> str:
 
 
 def rich_table(table: Sequence[Sequence[str]], title: str) -> Table:
-    """For the terminal."""
+    """A table for the terminal."""
     header, *body = table
     out = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     for i, name in enumerate(header):

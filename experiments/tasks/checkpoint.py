@@ -22,9 +22,9 @@ class Headed(NamedTuple):
 
 def headed(source: Files, **options: Any) -> Headed:
     """The checkpoint's model, its config with these options but where the experiment's base has others."""
-    told = {**options, **source.options}
+    settings = {**options, **source.options}
     return Headed(
-        models.build(source.folder, **told), lambda seed: models.load(source.folder, seed=seed, **told).params
+        models.build(source.folder, **settings), lambda seed: models.load(source.folder, seed=seed, **settings).params
     )
 
 

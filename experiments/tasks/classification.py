@@ -98,8 +98,8 @@ class Classification:
                 held_out = Batches(rows[side, split], evaluate_batch, last="pad", epochs=1)
                 found = outputs_of(forward, params, held_out, ("labels",))
                 losses = jax.device_get(self._losses(jnp.asarray(found["out"]), jnp.asarray(found["labels"]), 0.0))
-                said = found["out"][:, 0] if self.classes is None else np.argmax(found["out"], axis=-1)
-                return {**self.measure(said, found["labels"]), "loss": float(np.mean(losses))}
+                predictions = found["out"][:, 0] if self.classes is None else np.argmax(found["out"], axis=-1)
+                return {**self.measure(predictions, found["labels"]), "loss": float(np.mean(losses))}
 
             return evaluate
 
@@ -141,7 +141,7 @@ class Classification:
         return made, cut
 
     def _losses(self, out: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-        """Of each row, in nats, or squared."""
+        """Losses of the rows, in nats, or squared."""
         if self.classes is None:
             return (out[:, 0] - labels) ** 2
         return smoothed(out, labels, smoothing)

@@ -89,24 +89,26 @@ class OwnData:
             test=self.test,
             share=self.held_out,
         )
-        said: list[str] = described(own)
+        notes: list[str] = described(own)
         make = {
             "classification": self._classification, "images": self._images, "text": self._text,
             "chat": self._language, "completion": self._language,
         }[own.kind]  # fmt: skip
-        opened: Opened = make(own, source, train, evaluate_batch, said)
+        opened: Opened = make(own, source, train, evaluate_batch, notes)
         classes = () if own.labels is None or own.labels.classes is None else own.labels.classes
-        return dataclasses.replace(opened, understood=tuple(said), classes=classes)
+        return dataclasses.replace(opened, understood=tuple(notes), classes=classes)
 
     # -- labels ----------------------------------------------------------------------------------------------------
 
-    def _classification(self, own: Own, source: Files, train: Schedule, evaluate_batch: int, said: list[str]) -> Opened:
+    def _classification(
+        self, own: Own, source: Files, train: Schedule, evaluate_batch: int, notes: list[str]
+    ) -> Opened:
         tokenizer = models.Tokenizer.load(source.folder)
         splits = {name: [_classified(row, own) for row in part] for name, part in own.splits.items()}
         lengths = np.array([len(tokenizer.encode(e.text, e.pair)) for part in splits.values() for e in part])
         context = _context(source, head="sequence_classification")
         length = length_of(lengths, context, self.length)
-        said.append(lengths_line(lengths, length))
+        notes.append(lengths_line(lengths, length))
         classes = None if own.labels is None or own.labels.classes is None else len(own.labels.classes)
         task = classification.Classification(
             self.label,
@@ -117,14 +119,14 @@ class OwnData:
         )
         return task.open(source, train, evaluate_batch)
 
-    def _images(self, own: Own, source: Files, train: Schedule, evaluate_batch: int, said: list[str]) -> Opened:
+    def _images(self, own: Own, source: Files, train: Schedule, evaluate_batch: int, notes: list[str]) -> Opened:
         if own.labels is None or own.labels.classes is None:
             raise ConfigError("images are read with classes, and these labels are values")
         classes, colours = own.labels.classes, _colours(source.folder)
 
         def read(size: int) -> images.Splits:
             mean, deviation = (", ".join(f"{x:g}" for x in values) for values in colours)
-            said.append(
+            notes.append(
                 f"images    {size} x {size} pixels: the shorter side scaled, the centre cut out; mean {mean} and "
                 f"deviation {deviation}"
             )
@@ -139,7 +141,7 @@ class OwnData:
 
     # -- texts -----------------------------------------------------------------------------------------------------
 
-    def _text(self, own: Own, source: Files, train: Schedule, evaluate_batch: int, said: list[str]) -> Opened:
+    def _text(self, own: Own, source: Files, train: Schedule, evaluate_batch: int, notes: list[str]) -> Opened:
         tokenizer = models.Tokenizer.load(source.folder)
         between = tokenizer.specials.get("eos") or "\n\n"
         joined = {name: between.join(str(row.value) for row in part) for name, part in own.splits.items()}
@@ -147,7 +149,7 @@ class OwnData:
         context = _context(source, head="causal_lm")
         length = min(context, 512, *counts.values()) if self.length is None else self.length
         sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-        said.append(f"lengths   {sizes} tokens, in windows of {length}; {between!r} between texts")
+        notes.append(f"lengths   {sizes} tokens, in windows of {length}; {between!r} between texts")
         prompt = " ".join(joined["validation"].split()[:4])
         new_tokens = min(self.new_tokens, context - len(tokenizer.encode(prompt)) - 1)
         task = texts.Texts(
@@ -155,14 +157,14 @@ class OwnData:
         )
         return task.open(source, train, evaluate_batch)
 
-    def _language(self, own: Own, source: Files, train: Schedule, evaluate_batch: int, said: list[str]) -> Opened:
+    def _language(self, own: Own, source: Files, train: Schedule, evaluate_batch: int, notes: list[str]) -> Opened:
         tokenizer = models.Tokenizer.load(source.folder)
         model, params = headed(source, head="causal_lm")
         written = self._chats(own, source, tokenizer) if own.kind == "chat" else self._prompts(own, tokenizer)
         lengths = np.concatenate([items.lengths for items in written.items.values()])
         length = length_of(lengths, model.config.context, self.length)
         check_fits(model, tokenizer, length)
-        said += [lengths_line(lengths, length), written.how, example_line(*written.example)]
+        notes += [lengths_line(lengths, length), written.how, example_line(*written.example)]
         pad = next(token for token in (tokenizer.pad, tokenizer.eos, 0) if token is not None)
         places = {name: [row.place for row in part] for name, part in own.splits.items()}
         cut = {name: cut_to(items, length, places[name]) for name, items in written.items.items()}
@@ -270,7 +272,7 @@ class OwnData:
 
 
 class _Written(NamedTuple):
-    """Examples as tokens of each split, how they are written, one of them, and what comes before its first answer."""
+    """Tokenised examples of each split, their template in words, one of them, and a prompt of each row."""
 
     items: Mapping[Part, Tokenised]
     how: str
@@ -313,10 +315,10 @@ def _context(source: Files, *, head: Head) -> int:
 def _colours(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and deviation of pixels, as the checkpoint's preprocessor has them; 0.5 where it has none."""
     path = folder / "preprocessor_config.json"
-    said = reading.read_json(path) if reading.has(path) else {}
+    record = reading.read_json(path) if reading.has(path) else {}
     found = []
     for key in ("image_mean", "image_std"):
-        value = said.get(key, list(HALF))
+        value = record.get(key, list(HALF))
         if not (isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)):
             raise ConfigError(f"'{path}' has {key}={value!r}, expected three numbers")
         found.append(cast(tuple[float, float, float], tuple(map(float, value))))

@@ -58,7 +58,7 @@ class Metric(NamedTuple):
         return new > old if self.better == "higher" else new < old
 
     def gain(self, before: float, after: float) -> float:
-        """By how much `after` is better than `before`; below 0 if it is worse."""
+        """Difference by which `after` is better than `before`; below 0 if it is worse."""
         return before - after if self.better == "lower" else after - before
 
     def text(self, value: float) -> str:
@@ -141,7 +141,7 @@ class Task(Protocol):
 
     @property
     def label(self) -> str:
-        """In titles."""
+        """Name of the task in titles."""
 
     def open(self, source: Any, train: "Schedule", evaluate_batch: int) -> Opened:
         """Reads the data.

@@ -113,8 +113,11 @@ class TokenClassification:
                 found = outputs_of(forward, params, held_out, ("labels", "words"))
                 total, count = _losses(jnp.asarray(found["out"]), jnp.asarray(found["labels"]), 0.0).sum(axis=0)
                 sentences = getattr(data[side], split)
-                said = predicted(np.argmax(found["out"], axis=-1), found["words"], sentences, classes)
-                return {**scores([s.tags for s in sentences], said, strict=self.strict), "loss": float(total / count)}
+                guessed = predicted(np.argmax(found["out"], axis=-1), found["words"], sentences, classes)
+                return {
+                    **scores([s.tags for s in sentences], guessed, strict=self.strict),
+                    "loss": float(total / count),
+                }
 
             return evaluate
 
@@ -265,7 +268,7 @@ def tags_of(sentences: Sequence[Sentence]) -> tuple[str, ...]:
     return (OUTSIDE, *(f"{place}-{kind}" for kind in kinds for place in "BI"))
 
 
-def scores(true: Sequence[Sequence[str]], said: Sequence[Sequence[str]], *, strict: bool = False) -> Scores:
+def scores(true: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], *, strict: bool = False) -> Scores:
     """F1, precision and recall of entities in percent; one is right if its type and both ends are.
 
     All are 0 where there is none.
@@ -273,7 +276,7 @@ def scores(true: Sequence[Sequence[str]], said: Sequence[Sequence[str]], *, stri
     Source: the script conlleval of CoNLL-2000 and CoNLL-2003.
     """
     right = counted = named = 0
-    for tags, answer in zip(true, said, strict=True):
+    for tags, answer in zip(true, predictions, strict=True):
         expected, found = set(entities(tags)), set(entities(answer, strict=strict))
         right, counted, named = right + len(expected & found), counted + len(expected), named + len(found)
     precision, recall = 100 * right / max(named, 1), 100 * right / max(counted, 1)
@@ -310,11 +313,11 @@ def predicted(
     numbers: np.ndarray, words: np.ndarray, sentences: Sequence[Sentence], classes: Sequence[str]
 ) -> list[list[str]]:
     """The tag of each word: (sentences, length) classes of tokens and the words that they are the first tokens of."""
-    said = [[OUTSIDE] * len(sentence.words) for sentence in sentences]
-    for answer, row, firsts in zip(said, numbers, words, strict=True):
+    predictions = [[OUTSIDE] * len(sentence.words) for sentence in sentences]
+    for answer, row, firsts in zip(predictions, numbers, words, strict=True):
         for place in np.flatnonzero(firsts >= 0):
             answer[firsts[place]] = classes[row[place]]
-    return said
+    return predictions
 
 
 def _losses(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:

@@ -103,9 +103,9 @@ def _matches(pattern: str, known: Sequence[Site], argument: str) -> list[Site]:
     if not found:
         able = [site.path for site in known if site.kind in (*ADAPTABLE, "unknown")]
         raise ValueError(_no_match(pattern, able or [site.path for site in known], argument))
-    fit = [site for site in found if site.kind in (*ADAPTABLE, "unknown")]
-    if fit:
-        return fit
+    adaptable = [site for site in found if site.kind in (*ADAPTABLE, "unknown")]
+    if adaptable:
+        return adaptable
     site = found[0]
     if not site.dtype.startswith(("float", "bfloat")):
         raise ValueError(

@@ -63,7 +63,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Which nodes are on both sides, which on one. Nodes without leaves are in `there` and `here` alone."""
+    """Nodes on both sides, and on one. Nodes without leaves are in `there` and `here` alone."""
 
     pairs: tuple[tuple[Node, Node], ...]
     there: tuple[Node, ...]

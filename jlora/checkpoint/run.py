@@ -201,7 +201,7 @@ class Checkpoints:
             self._lock.close()
 
     def _steps(self) -> list[int]:
-        """Of the checkpoints, those that are being written and those that Orbax no longer takes for one included."""
+        """Steps of the checkpoints, of those too that are being written or that Orbax no longer takes for one."""
         return sorted({*self._manager.all_steps(), *steps.found(self._folder)})
 
     def _make_newest(self, step: int) -> None:

@@ -105,7 +105,7 @@ class Acts:
         return contextlib.nullcontext()
 
     def check(self, owner: Any, base: Any, targets: Sequence[Target], factors: Factors) -> None:
-        """Raises an error where it cannot act on this base."""
+        """Raises an error where the method cannot act on this base."""
 
     def rescaled(self, owner: Any, target: Target, factors: Arrays, buffers: Arrays, s: Any) -> tuple[Target, Arrays]:
         """The target and the factors whose update of the weight is s times theirs.
@@ -128,7 +128,7 @@ class Acts:
 
 @dataclass(frozen=True)
 class Data:
-    """How a data-driven method starts.
+    """Start of a data-driven method.
 
     Attributes:
       statistic: what it needs of each weight: "covariance", the sum of x x^T over its inputs x, or "gradient", that of

@@ -207,7 +207,7 @@ def scores(importance: Arrays, uncertainty: Arrays, target: Target) -> jax.Array
 
 
 def lowest(values: jax.Array, count: jax.Array) -> jax.Array:
-    """Which of the values to keep: all above the `count`-th smallest. Ties go with it."""
+    """Mask of the values to keep: all above the `count`-th smallest. Ties go with it."""
     ascending = jnp.sort(values)
     return (values > ascending[jnp.maximum(count - 1, 0)]) | (count <= 0)
 

@@ -129,6 +129,6 @@ def out_width(target: Target) -> int:
 
 
 def check_nonlinearity(name: str) -> None:
-    """Raises ValueError for an unknown one."""
+    """Raises ValueError for an unknown nonlinearity."""
     if not isinstance(name, str) or name not in NONLINEARITIES:
         raise ValueError(f"nonlinearity must be one of {', '.join(map(repr, NONLINEARITIES))}, not {name!r:.200}")

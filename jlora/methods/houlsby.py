@@ -23,7 +23,7 @@ def houlsby(rank: int, *, nonlinearity: str = "gelu", layer_norm: bool = False, 
     is near the base, not at it. They act on activations: the model stays slower for it, and `merge` refuses.
 
     With weights of other names than Flax's models have, `targets=` of `apply` says which kernels end a sub-layer. The
-    model's own LayerNorms, which the paper trains along, are `extras=` of `apply`.
+    model's own LayerNorms, which the paper trains, too, are `extras=` of `apply`.
 
     Args:
       rank: r, the width of the bottleneck: D is (width, r), U (r, width).

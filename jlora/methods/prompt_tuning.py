@@ -37,7 +37,7 @@ def prompt_tuning(length: int, *, tokens: Sequence[int] | None = None) -> Method
 
     The model is called with `length` tokens more, whose embeddings are P; what it returns for them is cut off again, so
     that a loss written for the tokens alone stays as it is. Masks (batch, length), positions and types of tokens that
-    the model takes beside its tokens are lengthened along. With a decoder's cache (`jlora.models`) the first call,
+    the model takes beside its tokens are lengthened, too. With a decoder's cache (`jlora.models`) the first call,
     whose cache is empty, writes the prompt into slots that it adds; later ones go on behind it. `merge` refuses: there
     are no weights of this function.
 

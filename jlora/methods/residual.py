@@ -32,7 +32,7 @@ def minus_initial(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays
     """`W + alpha / r * (A B - A0 B0)`, A0 and B0 being the initial A and B: rank 2r on the base as it is.
 
     The papers store `W - alpha / r * A0 B0` as the base. In this form the base stays what it was, shared with other
-    adapters and untouched by a rounding of the residual, and the adapter is a plain LoRA of rank 2r all along.
+    adapters and untouched by a rounding of the residual, and the adapter is a plain LoRA of rank 2r throughout.
     """
     scale = jnp.asarray(target.alpha / target.rank, factors["A"].dtype)
     a = jnp.concatenate([factors["A"] * scale, buffers["A0"] * -scale], axis=-1)

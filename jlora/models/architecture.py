@@ -99,13 +99,13 @@ def configured(
         return kind(**{**optional, **found, **computed})
     except FieldError as error:
         named = {**keys, **(origins or {})}
-        said = {named[name]: json.get(named[name]) for name in error.fields if name in named}
-        raise refused(error, said, within) from error
+        entries = {named[name]: json.get(named[name]) for name in error.fields if name in named}
+        raise refused(error, entries, within) from error
 
 
-def refused(error: FieldError, said: Mapping[str, Any], within: str = "") -> ValueError:
+def refused(error: FieldError, entries: Mapping[str, Any], within: str = "") -> ValueError:
     """The error of fields that config.json says: by their keys and values there."""
-    values = ", ".join(f"{within}{key}={shown(value)}" for key, value in said.items())
+    values = ", ".join(f"{within}{key}={shown(value)}" for key, value in entries.items())
     return ValueError(f"config.json has {values}: {error}" if values else str(error))
 
 

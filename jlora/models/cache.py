@@ -11,7 +11,7 @@ from jlora.models.placed import beside
 
 
 class KeyValue(NamedTuple):
-    """Of one layer, (batch, slots, key heads, width) each; of all layers with an axis before these, when stacked."""
+    """Keys and values of one layer, (batch, slots, key heads, width) each; of all layers with one more axis first."""
 
     key: jax.Array
     value: jax.Array

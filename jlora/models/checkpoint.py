@@ -143,7 +143,7 @@ def save(
       model: one of jlora's.
       params: plain parameters, such as `jlora.merge(adapted)`.
       source: the checkpoint that the model was loaded from, a folder or a repository's name as in `load`: its tokenizer
-        goes along, and what else its config.json says.
+        is copied, and what else its config.json says.
       revision: of that repository.
       largest_shard: in bytes; larger checkpoints are cut into several files with an index.
 
@@ -227,8 +227,8 @@ def _architecture(folder: Path, record: Mapping[str, Any]) -> Architecture:
     name = record.get("model_type")
     found = [architecture for architecture in ARCHITECTURES if architecture.model_type == name]
     if not found:
-        said = "has no model_type" if name is None else f"is of model_type {shown(name)}"
-        raise ValueError(f"'{folder / files.CONFIG}' {said}; supported are {_names()}")
+        problem = "has no model_type" if name is None else f"is of model_type {shown(name)}"
+        raise ValueError(f"'{folder / files.CONFIG}' {problem}; supported are {_names()}")
     return found[0]
 
 
@@ -271,8 +271,8 @@ def _config(
     wrong = [name for name in options if name not in known]
     if wrong:
         raise TypeError(f"load: {type(config).__name__} has no field {wrong[0]!r}; it has {', '.join(known)}")
-    said = _labels(folder, record)
-    given: dict[str, Any] = {"labels": said if labels is None else labels, "param_dtype": param_dtype}
+    own_labels = _labels(folder, record)
+    given: dict[str, Any] = {"labels": own_labels if labels is None else labels, "param_dtype": param_dtype}
     given |= {"dtype": "float32" if param_dtype == "float16" else param_dtype, **options}
     return dataclasses.replace(config, **{name: value for name, value in given.items() if name in known})
 
@@ -289,7 +289,7 @@ def _naming(folder: Path) -> Iterator[None]:
 
 
 def _labels(folder: Path, record: Mapping[str, Any]) -> int:
-    """How many a checkpoint's classification has."""
+    """Number of labels of a checkpoint's classification."""
     names = _names_of_labels(folder, record)
     with _naming(folder):
         return len(names) or number_of({"num_labels": 2} | {**record}, "num_labels", LABELS)

@@ -42,7 +42,7 @@ class Whole(NamedTuple):
     highest: int
 
     def wrong(self, name: str, value: Any) -> str | None:
-        """As `Rule` has it."""
+        """The error for a value that the rule forbids, or None; see `Rule`."""
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             return f"{name} must be a whole number, got {shown(value)}"
         return _outside(name, value, self.lowest, self.highest)
@@ -56,7 +56,7 @@ class Real(NamedTuple):
     opened: Literal["", "low", "high"] = ""
 
     def wrong(self, name: str, value: Any) -> str | None:
-        """As `Rule` has it."""
+        """The error for a value that the rule forbids, or None; see `Rule`."""
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
             return f"{name} must be a finite number, got {shown(value)}"
         if self.opened == "low" and value == self.lowest:
@@ -72,7 +72,7 @@ class OneOf(NamedTuple):
     values: tuple[str, ...]
 
     def wrong(self, name: str, value: Any) -> str | None:
-        """As `Rule` has it."""
+        """The error for a value that the rule forbids, or None; see `Rule`."""
         if not isinstance(value, str) or value not in self.values:
             return f"{name}={shown(value)} is not one of {', '.join(self.values)}"
         return None
@@ -82,7 +82,7 @@ class FloatingPoint(NamedTuple):
     """Dtypes of floating-point numbers, as `jnp.dtype` takes them."""
 
     def wrong(self, name: str, value: Any) -> str | None:
-        """As `Rule` has it."""
+        """The error for a value that the rule forbids, or None; see `Rule`."""
         try:
             if jnp.issubdtype(jnp.dtype(value), jnp.floating) and value is not None:
                 return None

@@ -155,7 +155,7 @@ def ends(eos: int | tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 def is_end(tokens: jax.Array, eos: tuple[int, ...]) -> jax.Array:
-    """Where tokens of any shape end a text."""
+    """Mask of the tokens, of any shape, that end a text."""
     return jnp.isin(tokens, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros(tokens.shape, bool)
 
 

@@ -92,7 +92,7 @@ def taken(x: jax.Array, indices: jax.Array, axis: int, mode: str | None = None) 
 
 
 def rows_of(x: jax.Array) -> Spec:
-    """How the rows of an array are split, by its type."""
+    """Spec of an array's rows, by its type."""
     return _spec(x)[:1]
 
 
@@ -190,7 +190,7 @@ class Conv(nn.Conv):
 
 
 def _spec(x: jax.Array) -> Spec:
-    """By the array's type; without Explicit axes all None."""
+    """Spec of an array by its type; all None without Explicit axes."""
     spec = tuple(jax.typeof(x).sharding.spec)
     return (*spec, *(None for _ in range(x.ndim - len(spec))))
 
@@ -207,7 +207,7 @@ def _names(part: Any) -> tuple[str, ...]:
 
 
 def _sharding(spec: Spec, *arrays: jax.Array) -> NamedSharding:
-    """On the mesh of the arrays."""
+    """Sharding of a spec on the mesh of the arrays."""
     mesh = explicit_mesh(*arrays)
     assert mesh is not None
     return NamedSharding(mesh, PartitionSpec(*spec))

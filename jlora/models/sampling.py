@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, in this order: repeated n-grams, temperature, top-k, top-p, the draw.
+    """Choice of the next token, in this order: repeated n-grams, temperature, top-k, top-p, the draw.
 
     Attributes:
       temperature: the logits are divided by it; 0 for the likeliest token (greedy).

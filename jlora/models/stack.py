@@ -11,7 +11,7 @@ class Config(Protocol):
 
     @property
     def layers(self) -> int:
-        """How many there are."""
+        """Number of layers."""
 
     @property
     def scan(self) -> bool:

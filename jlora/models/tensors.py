@@ -99,7 +99,7 @@ def tensor_shape(row: Leaf, shape: Shape) -> Shape:
 
 
 def tensor_slices(row: Leaf, shape: Shape, index: Sequence[slice]) -> tuple[slice, ...]:
-    """Which elements of each of a row's tensors are those at `index` of the parameter, which has `shape`.
+    """Slices of each of a row's tensors that hold what is at `index` of the parameter, which has `shape`.
 
     >>> tensor_slices(leaf("key/kernel", "qkv.weight", LINEAR, Part(0, 1, 3)), (4, 5), (slice(0, 2), slice(None)))
     (slice(5, 10, None), slice(0, 2, None))

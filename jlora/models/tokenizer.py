@@ -284,7 +284,7 @@ def _row(encoding: Any) -> _Row:
 
 
 def shares(first: int, second: int, room: int, truncate: Truncate) -> tuple[int, int]:
-    """How many tokens of two texts stay, of which there are more than `room`. The rule is that of transformers.
+    """Numbers of tokens that stay of two texts, which have more than `room`. The rule is that of transformers.
 
     >>> shares(9, 3, 8, True), shares(9, 5, 8, True), shares(5, 9, 7, True)
     ((5, 3), (4, 4), (3, 4))
@@ -300,7 +300,7 @@ def shares(first: int, second: int, room: int, truncate: Truncate) -> tuple[int,
 
 
 def kept(sequences: np.ndarray, counts: tuple[int, int], cut: Side) -> np.ndarray:
-    """Which tokens stay, (length,) bool: the special ones, and of each text so many from the end that is not cut.
+    """Mask of the tokens that stay, (length,) bool: special ones, and of each text so many from the uncut end.
 
     >>> kept(np.array([-1, 0, 0, 0, -1, 1, 1, -1]), (1, 2), "right").astype(int)
     array([1, 1, 0, 0, 1, 1, 1, 1])

@@ -74,13 +74,13 @@ class _Files(NamedTuple):
     @property
     def kind(self) -> str | None:
         """The tokenizer's class in transformers, or else the model's type."""
-        said = [(SETTINGS, self.settings, "tokenizer_class")]
-        said += [(files.CONFIG, self.config, key) for key in ("tokenizer_class", "model_type")]
-        for file, content, key in said:
+        places = [(SETTINGS, self.settings, "tokenizer_class")]
+        places += [(files.CONFIG, self.config, key) for key in ("tokenizer_class", "model_type")]
+        for file, content, key in places:
             name = content.get(key)
             if name is not None and not isinstance(name, str):
                 raise ValueError(f"'{self.folder / file}' has {key}={shown(name)}, expected a string")
-        names: list[str] = [content[key] for _, content, key in said if content.get(key)]
+        names: list[str] = [content[key] for _, content, key in places if content.get(key)]
         return names[0].removesuffix("Fast") if names else None
 
     def flag(self, key: str) -> bool | None:
@@ -98,7 +98,7 @@ class _Files(NamedTuple):
     def special(self, role: str, default: Token | None = None) -> Token | None:
         """The token of a role; None where a file says that there is none, `default` where none speaks of it."""
         key = f"{role}_token"
-        found = [(file, said[key]) for file, said in self._beside if key in said]
+        found = [(file, content[key]) for file, content in self._beside if key in content]
         tokens = [None if token is None else _checked(token, self.folder / file, key) for file, token in found]
         return tokens[0] if tokens else default
 
@@ -184,14 +184,14 @@ def _whole(library: ModuleType, file: Path) -> Any:
 
 
 @contextmanager
-def _library_errors(said: str) -> Iterator[None]:
+def _library_errors(message: str) -> Iterator[None]:
     """Errors of the tokenizers library, which raises nothing more precise than Exception, or panics."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, no Exception
             raise
-        raise ValueError(f"{said}: {error}") from error
+        raise ValueError(f"{message}: {error}") from error
 
 
 def _check_ids(backend: Any, folder: Path) -> None:

@@ -48,7 +48,7 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[i
 
 
 def _groups_without_elements(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """As `reshape_groups`. Products do not tell the axes of such an array apart: those around the change stay."""
+    """Groups of arrays without elements, whose axes no product tells apart: those around the change stay."""
     n, m = len(old), len(new)
     least = min(n, m)
     first = next((i for i in range(least) if old[i] != new[i]), least)

@@ -53,7 +53,7 @@ def explicit_mesh(arrays: Any) -> Mesh | AbstractMesh | None:
 
 
 def spec_of(x: Any) -> PartitionSpec:
-    """How the type of an array says that it is sharded: by no axis where it says nothing."""
+    """Spec of an array by its type: no axis where the type says nothing."""
     return jax.typeof(x).sharding.spec if _has_explicit_axes(x) else PartitionSpec(*[None] * x.ndim)
 
 

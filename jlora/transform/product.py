@@ -47,7 +47,7 @@ class Spec(NamedTuple):
         return from_x + tuple(label for label in self.u if label in needed and label not in from_x)
 
     def placed(self, labels: Labels) -> NamedSharding | None:
-        """Where an array with these labels lies: as the product does, on the axes that it has of it."""
+        """Sharding of an array with these labels: that of the product, on the axes that they share."""
         if self.sharding is None:
             return None
         names = dict(zip(self.y, self.sharding.spec, strict=False))
@@ -121,7 +121,7 @@ def add(y: jax.Array, delta: jax.Array) -> jax.Array:
 
 
 class Multiply(NamedTuple):
-    """How an input meets a weight.
+    """Functions by which an input meets a weight.
 
     Attributes:
       product: (x, z, w, a, b, spec) -> y; the factors in broadcast form, that which meets the input first; z is None

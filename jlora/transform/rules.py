@@ -49,7 +49,7 @@ def _tile(weight: Weight, params: dict[str, Any]) -> Weight:
     def act(x: jax.Array, spanned: tuple[int, ...], extra: int) -> jax.Array:
         return jnp.tile(x, [n if i in spanned else 1 for i, n in enumerate(reps)] + [1] * extra)
 
-    return weight.along(act, [i for i, n in enumerate(reps) if n != 1])
+    return weight.on_axes(act, [i for i, n in enumerate(reps) if n != 1])
 
 
 def _convert(weight: Weight, params: dict[str, Any]) -> Weight:
@@ -281,20 +281,20 @@ def _gathered(weight: Weight, indices: Any, params: dict[str, Any], looked_up: s
         x = getattr(weight, name)
         if x is None:
             return None
-        along = [i for i in mapped if name == "w" or i in moved & weight.spans(x)]
-        if not along and name != "w":
+        gathered = [i for i in mapped if name == "w" or i in moved & weight.spans(x)]
+        if not gathered and name != "w":
             shape = [1] * out_ndim
             for position, axis in zip(numbers.offset_dims, kept, strict=True):
                 shape[position] = x.shape[axis]
             return lax.reshape(x, tuple(shape) + x.shape[x.ndim - extra :])
-        whole = len(along) == len(mapped)
+        whole = len(gathered) == len(mapped)
         return lax.gather(
             x,
-            indices if whole else jnp.stack([indices[..., mapped.index(i)] for i in along], axis=-1),
+            indices if whole else jnp.stack([indices[..., mapped.index(i)] for i in gathered], axis=-1),
             numbers._replace(
-                offset_dims=(*numbers.offset_dims, *range(out_ndim, out_ndim + extra)), start_index_map=tuple(along)
+                offset_dims=(*numbers.offset_dims, *range(out_ndim, out_ndim + extra)), start_index_map=tuple(gathered)
             ),
-            (*(sizes[i] if i in along else x.shape[i] for i in range(weight.ndim)), *x.shape[weight.ndim :]),
+            (*(sizes[i] if i in gathered else x.shape[i] for i in range(weight.ndim)), *x.shape[weight.ndim :]),
             unique_indices=whole and params["unique_indices"],
             indices_are_sorted=whole and params["indices_are_sorted"],
             mode=lax.GatherScatterMode.CLIP if name == "key" and fills else mode,
@@ -317,7 +317,7 @@ def _gathered(weight: Weight, indices: Any, params: dict[str, Any], looked_up: s
 
 
 def _inside(weight: Weight, indices: jax.Array, params: dict[str, Any], out_ndim: int) -> jax.Array:
-    """Of each index of a gather, whether its slice is inside the weight: its batch axes where the result has them."""
+    """Mask of the indices of a gather whose slice is inside the weight: its batch axes where the result has them."""
     numbers = params["dimension_numbers"]
     last = [weight.shape[i] - params["slice_sizes"][i] for i in numbers.start_index_map]
     bounds = jnp.asarray(np.minimum(last, jnp.iinfo(indices.dtype).max), indices.dtype)

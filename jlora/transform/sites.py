@@ -82,12 +82,12 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the stored parameter."""
+        """Shape of the stored parameter."""
         return self.site.shape
 
     @property
     def dtype(self) -> str:
-        """Of the stored parameter."""
+        """Dtype of the stored parameter."""
         return self.site.dtype
 
     @property
@@ -107,7 +107,7 @@ class Target:
 
     @property
     def kind(self) -> str:
-        """As in `Site`."""
+        """Kind of the site, as in `Site`."""
         return self.site.kind
 
     @property
@@ -117,7 +117,7 @@ class Target:
 
     @property
     def materialised(self) -> str:
-        """As in `Site`."""
+        """Operation that builds the weight, as in `Site`."""
         return self.site.materialised
 
     @classmethod

@@ -29,7 +29,7 @@ from jlora.transform.product import (
     keeps,
 )
 
-NOBODYS = -1  # the number of the tree that a stored leaf is in which no method adapts: no use of it is told of
+NOBODYS = -1  # number of the tree of a stored leaf that no method adapts: its uses are not reported
 RANK = "rank"  # the label of the last axis of a and b
 
 
@@ -39,7 +39,7 @@ class NotSeparable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Which stored parameter a value is, and where its axes come from.
+    """Origin of a value: the stored parameter that it is, and where its axes come from.
 
     Attributes:
       path: where the parameter stands in its tree.
@@ -240,7 +240,7 @@ class Weight:
         widened = self.map(part, origin=tuple(origin))
         return widened.replace(w=jnp.broadcast_to(widened.w, tuple(shape), out_sharding=sharding))
 
-    def along(
+    def on_axes(
         self,
         act: Callable[[jax.Array, tuple[int, ...], int], jax.Array],
         axes: Sequence[int],
@@ -266,8 +266,8 @@ class Weight:
 
         axes = [i for i in range(self.ndim) if (start[i], limit[i], steps[i]) != (0, self.shape[i], 1)]
         rows = lambda x: lax.slice_in_dim(x, start[0], limit[0], steps[0])
-        cut = self.along(act, axes, (lambda w: view.leading(w, rows)) if axes == [0] else None)
-        return cut._popped([i for i in axes if cut.shape[i] == 1])
+        cut = self.on_axes(act, axes, (lambda w: view.leading(w, rows)) if axes == [0] else None)
+        return cut._drop_axes([i for i in axes if cut.shape[i] == 1])
 
     def dynamic_slice(self, start: Sequence[Any], sizes: Sequence[int]) -> "Weight":
         """A slice at traced positions; as `slice`."""
@@ -282,10 +282,10 @@ class Weight:
         axes = [i for i in range(self.ndim) if sizes[i] != self.shape[i]]
         rows = lambda x: lax.dynamic_slice_in_dim(x, start[0], sizes[0])
         stored = (lambda w: view.leading(w, rows)) if axes == [0] else None
-        return self.along(act, axes, stored)._popped([i for i in axes if sizes[i] == 1])
+        return self.on_axes(act, axes, stored)._drop_axes([i for i in axes if sizes[i] == 1])
 
     def rev(self, dimensions: Sequence[int]) -> "Weight":
-        return self.along(lambda x, spanned, extra: lax.rev(x, spanned), dimensions)
+        return self.on_axes(lambda x, spanned, extra: lax.rev(x, spanned), dimensions)
 
     def pad(self, value: jax.Array, config: Sequence[tuple[int, int, int]]) -> "Weight":
         """`lax.pad`: the base takes the value, the factors zeros, and the gain ones, where they span a padded axis.
@@ -358,7 +358,7 @@ class Weight:
         rest = self.stack[: len(self.stack) - len(axis)]
         return self.replace(origin=(axis,) + self.origin, stack=rest)
 
-    def _popped(self, axes: Sequence[int]) -> "Weight":
+    def _drop_axes(self, axes: Sequence[int]) -> "Weight":
         """One index was chosen along `axes`: what of the stored parameter no other axis comes from is a stack."""
         if not axes:
             return self

@@ -62,12 +62,12 @@ def supported(json: Mapping[str, Any], head: Head) -> None:
 
 def has_pooler(json: Mapping[str, Any], head: Head, body: str) -> bool:
     """Whether a checkpoint without a head holds a pooler. Without one it was saved here: see `write_encoder`."""
-    said = flag_of(json, "add_pooling_layer", default=True)
-    return head == "none" and body in (names_of(json, "architectures") or [body]) and said
+    has_pooler_layer = flag_of(json, "add_pooling_layer", default=True)
+    return head == "none" and body in (names_of(json, "architectures") or [body]) and has_pooler_layer
 
 
 def write_encoder(c: BertConfig) -> dict[str, Any]:
-    """Of `KEYS` and what `has_pooler` reads; transformers passes over the latter, and makes a pooler of its own."""
+    """Entries of config.json: `KEYS`, and the one that `has_pooler` reads, which transformers passes over."""
     return {key: getattr(c, name) for name, key in KEYS.items()} | (
         {"add_pooling_layer": False} if c.head == "none" and not c.pooler else {}
     )

@@ -117,7 +117,7 @@ class CLIPVisionConfig:
 
     @property
     def patches(self) -> int:
-        """How many tokens an image is, without [CLS]."""
+        """Number of an image's patches: its tokens without [CLS]."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -155,12 +155,12 @@ class CLIPConfig:
 
     @property
     def text_tower(self) -> CLIPTextConfig:
-        """Of the module that makes embeddings of texts, whose parameters are "text"."""
+        """Config of the module that makes embeddings of texts, whose parameters are "text"."""
         return dataclasses.replace(self.text, **self._shared())
 
     @property
     def vision_tower(self) -> CLIPVisionConfig:
-        """Of the module that makes embeddings of images, whose parameters are "vision"."""
+        """Config of the module that makes embeddings of images, whose parameters are "vision"."""
         return dataclasses.replace(self.vision, **self._shared())
 
     def _shared(self) -> dict[str, Any]:

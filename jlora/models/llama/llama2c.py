@@ -144,7 +144,9 @@ class Tokenizer(NamedTuple):
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """From a tokenizer.bin: the longest piece's length (int32), then each token's score (float32), length and bytes.
+    """Tokenizer from a tokenizer.bin.
+
+    The file holds the longest piece's length (int32), then each token's score (float32), length and bytes.
 
     Raises:
       FileNotFoundError: if there is no such file.

@@ -247,7 +247,7 @@ class Llama(nn.Module):
         return h if cache is None else (kv.within(cache, h), cache._replace(layers=layers))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """For sequences of up to `slots` tokens, padding among them."""
+        """An empty cache for sequences of up to `slots` tokens, padding among them."""
         c = self.config
         return kv.empty(
             batch=batch, slots=slots, layers=c.layers, heads=c.key_heads or c.heads,

@@ -48,31 +48,31 @@ NOT_SAID = {"head", "labels", "dropout", "dtype", "param_dtype", "scan", "remat"
 
 
 def read_rope(json: Json) -> Rope:
-    """From `rope_parameters`, or `rope_scaling` and `rope_theta` as they were before transformers 5."""
+    """RoPE settings from `rope_parameters`, or `rope_scaling` and `rope_theta` as they were before transformers 5."""
     scaling = object_of(json, "rope_scaling") or object_of(json, "rope_parameters")
-    said = {k: v for k, v in scaling.items() if v is not None}
-    said = {"rope_type": said.pop("type", "default"), "rope_theta": json.get("rope_theta", 10000.0)} | said
-    unsupported({**json, **said}, rope_type=tuple(ROPES), partial_rotary_factor=(None, 1.0))
-    said.pop("partial_rotary_factor", None)
-    kind = ROPES[name := said.pop("rope_type")]
+    entries = {k: v for k, v in scaling.items() if v is not None}
+    entries = {"rope_type": entries.pop("type", "default"), "rope_theta": json.get("rope_theta", 10000.0)} | entries
+    unsupported({**json, **entries}, rope_type=tuple(ROPES), partial_rotary_factor=(None, 1.0))
+    entries.pop("partial_rotary_factor", None)
+    kind = ROPES[name := entries.pop("rope_type")]
     known = {field.name: field.default is MISSING for field in fields(kind)}
-    wrong = [f"lacks {key!r}" for key, needed in known.items() if needed and key not in said]
-    wrong += [f"has {key!r}, which is none of {', '.join(known)}" for key in said if key not in known]
+    wrong = [f"lacks {key!r}" for key, needed in known.items() if needed and key not in entries]
+    wrong += [f"has {key!r}, which is none of {', '.join(known)}" for key in entries if key not in known]
     if wrong:
         raise ValueError(f"RoPE of type {name!r} {wrong[0]}")
     try:
-        return kind(**said)
+        return kind(**entries)
     except FieldError as error:
-        raise refused(error, {name: said.get(name) for name in error.fields}) from error
+        raise refused(error, {name: entries.get(name) for name in error.fields}) from error
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
     """Keys that `read_rope` reads, in both styles."""
     name = next(name for name, kind in ROPES.items() if type(rope) is kind)
-    said = {key: value for key, value in asdict(rope).items() if value is not None}
-    theta = {"rope_theta": said.pop("rope_theta")}
-    scaling = {"rope_type": name} | said
-    return theta | {"rope_parameters": scaling | theta, "rope_scaling": scaling if said else None}
+    entries = {key: value for key, value in asdict(rope).items() if value is not None}
+    theta = {"rope_theta": entries.pop("rope_theta")}
+    scaling = {"rope_type": name} | entries
+    return theta | {"rope_parameters": scaling | theta, "rope_scaling": scaling if entries else None}
 
 
 # -- what each family says of itself -----------------------------------------------------------------------------------
@@ -80,30 +80,30 @@ def write_rope(rope: Rope) -> dict[str, Any]:
 
 def _windows(json: Json) -> dict[str, Any]:
     """Qwen's windows: of the layers that say so, or of all from a number on."""
-    said = {"max_window_layers": 28, "sliding_window": 4096, **json}
-    layers = number_of(said, "num_hidden_layers", LAYERS)
+    entries = {"max_window_layers": 28, "sliding_window": 4096, **json}
+    layers = number_of(entries, "num_hidden_layers", LAYERS)
     kinds = names_of(json, "layer_types")
     for kind in kinds:
         unsupported({"layer_types": kind}, layer_types=(SLIDING, FULL))
     if json.get("layer_types") is None:
-        first = number_of(said, "max_window_layers", TOKEN)
+        first = number_of(entries, "max_window_layers", TOKEN)
         kinds = [SLIDING if i >= first else FULL for i in range(layers)]
     if len(kinds) != layers:
         raise ValueError(f"config.json has layer_types of {len(kinds)} layers, and num_hidden_layers={layers}")
-    window = None if said["sliding_window"] is None else number_of(said, "sliding_window", ROWS)
+    window = None if entries["sliding_window"] is None else number_of(entries, "sliding_window", ROWS)
     if window is None or not flag_of(json, "use_sliding_window", default=False):
         return {}
     return {"window": window, "sliding": tuple(kind == SLIDING for kind in kinds)}
 
 
-def _said_windows(c: LlamaConfig) -> dict[str, Any]:
+def _window_entries(c: LlamaConfig) -> dict[str, Any]:
     slides = c.sliding or (c.window is not None,) * c.layers
-    said = {"use_sliding_window": c.window is not None, "layer_types": [SLIDING if one else FULL for one in slides]}
+    entries = {"use_sliding_window": c.window is not None, "layer_types": [SLIDING if one else FULL for one in slides]}
     if c.window is not None:
-        said["sliding_window"] = c.window
+        entries["sliding_window"] = c.window
     if any(slides) and list(slides) == sorted(slides):
-        said["max_window_layers"] = slides.index(True)
-    return said
+        entries["max_window_layers"] = slides.index(True)
+    return entries
 
 
 def _biases(json: Json) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _architecture(
     family: Family,
     classes: str,
     own: Callable[[Json], dict[str, Any]],
-    said: Callable[[LlamaConfig], dict[str, Any]],
+    entries: Callable[[LlamaConfig], dict[str, Any]],
     *,
     key_heads: int | None = None,
     head_width: int | None = None,
@@ -125,7 +125,7 @@ def _architecture(
     Args:
       family: its model_type.
       classes: what the names of transformers' classes begin with.
-      own, said: to and from config.json, of what not all families have.
+      own, entries: to and from config.json, of what not all families have.
       key_heads, head_width: where config.json does not say them; None for those that follow from the other shapes.
     """
 
@@ -142,7 +142,7 @@ def _architecture(
             "num_key_value_heads": c.key_heads or c.heads,
             "head_dim": c.head_width or c.width // c.heads,
             **write_rope(c.rope),
-            **said(c),
+            **entries(c),
         }
         again = read(json, c.head)
         for name in (field.name for field in fields(c) if field.name not in NOT_SAID):
@@ -207,24 +207,24 @@ ARCHITECTURES = (
     _architecture(
         "llama", "Llama",
         own=lambda json: {**_biases(json), "mlp_bias": flag_of(json, "mlp_bias", default=False)},
-        said=lambda c: {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias},
+        entries=lambda c: {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias},
     ),
     _architecture(
         "mistral", "Mistral",
         own=lambda json: {"window": json.get("sliding_window", 4096)},
-        said=lambda c: {"sliding_window": c.window},
+        entries=lambda c: {"sliding_window": c.window},
         key_heads=8,
     ),
     _architecture(
         "qwen2", "Qwen2",
         own=lambda json: {"qkv_bias": True, **_windows(json)},
-        said=_said_windows,
+        entries=_window_entries,
         key_heads=32,
     ),
     _architecture(
         "qwen3", "Qwen3",
         own=lambda json: {"qk_norm": True, **_biases(json), **_windows(json)},
-        said=lambda c: {"attention_bias": c.qkv_bias, **_said_windows(c)},
+        entries=lambda c: {"attention_bias": c.qkv_bias, **_window_entries(c)},
         key_heads=32, head_width=128,
     ),
 )  # fmt: skip

@@ -73,7 +73,7 @@ class ViTConfig:
 
     @property
     def patches(self) -> int:
-        """How many tokens an image is, without [CLS]."""
+        """Number of an image's patches: its tokens without [CLS]."""
         return (self.image_size // self.patch_size) ** 2
 
 

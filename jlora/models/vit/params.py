@@ -42,8 +42,8 @@ def read(json: Mapping[str, Any], head: Head) -> ViTConfig:
 
 def write(c: ViTConfig) -> dict[str, Any]:
     """Keys that `read` reads. transformers passes over `add_pooling_layer`, and makes a pooler of its own."""
-    said = {key: getattr(c, name) for name, key in KEYS.items()} | {KEYS["hidden"]: c.hidden or 4 * c.width}
-    return said | ({"add_pooling_layer": False} if c.head == "none" and not c.pooler else {})
+    entries = {key: getattr(c, name) for name, key in KEYS.items()} | {KEYS["hidden"]: c.hidden or 4 * c.width}
+    return entries | ({"add_pooling_layer": False} if c.head == "none" and not c.pooler else {})
 
 
 def table(c: ViTConfig) -> list[Leaf]:
