@@ -83,7 +83,7 @@ def small() -> Study:
         "text": GPT2Config(vocab_size=256, context=24, width=32, layers=1, heads=2),
         "digits": ViTConfig(image_size=8, patch_size=4, channels=1, width=32, layers=1, heads=2, labels=10),
     }
-    tried = {"text": ("full", "lora", "prompt"), "digits": ("full", "lora", "eva", "houlsby")}
+    tried = {"text": ("full", "lora", "adalora"), "digits": ("full", "lora", "eva", "houlsby")}
     few = []
     for whole in (text(), digits()):
         assert isinstance(whole.base, Pretrain)

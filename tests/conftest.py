@@ -6,8 +6,6 @@ part of the thorough tier, chosen by the commit, rides along in the default run:
 """
 
 import os
-import shutil
-import tempfile
 
 # Before jax is imported: the number of devices is read once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,12 +14,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Compiling is most of what the tests do, and takes half as long without LLVM's expensive passes; XLA's own are those of
 # every user. JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest has all of them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# What this process compiled, it and those that it starts read again: after its programs were dropped for memory, and where a
-# test starts one run several times. A folder for each worker: JAX writes a program's file in place, and another could read
-# half of it.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jlora-tests-programs-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from collections.abc import Iterator
 
@@ -56,10 +48,6 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "endless: runs for half an hour, and only where -m names it")
     config.stash[tiers.SHARE] = tiers.Share.parse(config.getoption("--share"))
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "compare_methods.py"
-RUNS = {"text": ["full", "lora", "prompt"], "digits": ["full", "lora", "eva", "houlsby"]}
+RUNS = {"text": ["full", "lora", "adalora"], "digits": ["full", "lora", "eva", "houlsby"]}
 
 
 def start(*arguments: str) -> str:
@@ -83,7 +83,7 @@ def test_the_tables_hold_what_was_measured(whole):
                 assert forgotten == pytest.approx(sign * (task["start"]["old"][metric] - result["old"][metric]))
             assert plan["optimizer_bytes"] >= 8 * plan["trainable"]  # two float32 moments of AdamW
             assert price["adapter_bytes"] > 4 * plan["trainable"] and plan["flops"] > 0 and price["milliseconds"] > 0
-            assert (price["merged"] is None) == (outcome["name"] in ("prompt", "houlsby"))
+            assert (price["merged"] is None) == (outcome["name"] == "houlsby")
             assert set(price["relative_time"]) == {"lora", "full"}
         of = {outcome["name"]: outcome for outcome in task["outcomes"]}
         assert of["full"]["plan"]["trainable"] == task["start"]["parameters"]
