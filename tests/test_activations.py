@@ -18,6 +18,7 @@ from jlora.methods.houlsby import ATTENTION_OUT, MLP_OUT
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.vit import ViT, ViTConfig
 from tests.conformance import close, normal, randomised
+from tests.tiers import thorough
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 11, 8, 2, 2, 5
 CONFIG = GPT2Config(vocab_size=VOCABULARY, context=12, width=WIDTH, layers=LAYERS, heads=HEADS)
@@ -154,7 +155,17 @@ def test_gpt2_by_hand_is_gpt2():
     close(jax.jit(by_hand)(base(), TOKENS, {}), jax.jit(forward)(base(), TOKENS))
 
 
-@pytest.mark.parametrize("name", CASES)
+ONE_PROGRAM = "tests/test_methods.py::test_start_merged_weights_and_gradients_in_one_program"
+OWN = (
+    "houlsby",
+    "houlsby, with a norm",
+    "pfeiffer",
+    "MAM",
+    "p_tuning",
+)  # rows that tests/test_methods.py has not, and two more
+
+
+@pytest.mark.parametrize("name", thorough(CASES, ONE_PROGRAM, OWN))
 def test_values_and_gradients_are_those_of_the_function_by_hand(name):
     method, reference = CASES[name]
     params = base()

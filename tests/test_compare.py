@@ -110,6 +110,7 @@ def test_the_best_rate_is_that_of_the_validation_split(whole):
             assert all(result["test"] is None for result in outcome["sweep"])
 
 
+@pytest.mark.thorough("test_the_tables_hold_what_was_measured")  # tests/test_experiment.py resumes by default
 def test_resume_repeats_what_is_missing_alone_and_gives_the_same_numbers(whole):
     folder, _ = whole
     before = tasks(folder)

@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora.checkpoint import fingerprint
 from tests.conformance import close, measured, normal
-from tests.tiers import thorough
 
 D, F, B, L = 16, 8, 12, 2
 # One kernel for each way to lie on the mesh. The stacked one is (layers, outputs, inputs).
@@ -30,7 +29,7 @@ PLACES = {
 }
 METHODS = {
     "lora": jlora.lora(3, alpha=6.0),
-    "rslora of dora": jlora.dora(jlora.rslora(2)),
+    "dora of rslora": jlora.dora(jlora.rslora(2)),
     "adalora": jlora.adalora(4, 2, total_steps=8),
     "pissa": jlora.pissa(3, alpha=2.0),
     "pissa, fast": jlora.pissa(2, iterations=2),
@@ -83,8 +82,9 @@ SITES = jlora.sites(loss_of, params(), batch())
 
 
 @functools.cache
-def on_one_device(name: str) -> jlora.Adapted:
-    return trained(adapt(name, params(), batch()), batch())
+def on_one_device(name: str) -> tuple[jlora.Adapted, jlora.Adapted]:
+    start = adapt(name, params(), batch())
+    return start, trained(start, batch())
 
 
 def placed(mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
@@ -93,50 +93,37 @@ def placed(mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
     return base, {n: put(x, P("model") if n == "layers" else P()) for n, x in batch().items()}
 
 
-START = "test_the_start_on_a_mesh_is_that_of_one_device"
+ONE_PROGRAM = "tests/test_methods.py::test_start_merged_weights_and_gradients_in_one_program"  # on one device
 ROWS = [
     *((name, AxisType.Explicit, False) for name in METHODS),
     *((name, AxisType.Explicit, True) for name in ("corda", "oft")),
     *((name, AxisType.Auto, False) for name in ("eva", "oft")),
 ]
-TRAINED = [row for row in ROWS if row[0] in ("lora", "pissa", "adalora") or row == ("oft", AxisType.Explicit, True)]
+DEFAULT = [
+    ("lora", AxisType.Explicit, False),
+    ("pissa", AxisType.Explicit, False),
+    ("oft", AxisType.Explicit, True),
+    ("eva", AxisType.Auto, False),
+]
 
 
-def context_of(mesh: jax.sharding.Mesh, context: bool) -> contextlib.AbstractContextManager:
-    return jax.set_mesh(mesh) if context else contextlib.nullcontext()
-
-
-def label(row: tuple[str, AxisType, bool]) -> str:
-    name, kind, context = row
-    return f"{name}-{kind.name}{'-set_mesh' if context else ''}"
-
-
-@pytest.mark.parametrize("row", ROWS, ids=label)
-def test_the_start_on_a_mesh_is_that_of_one_device(row):
-    name, kind, context = row
-    start = adapt(name, params(), batch())
+@pytest.mark.parametrize(
+    ("name", "kind", "context"),
+    [pytest.param(*row, marks=() if row in DEFAULT else pytest.mark.thorough(ONE_PROGRAM)) for row in ROWS],
+)
+def test_a_base_on_a_mesh_gives_the_numbers_of_one_device(name, kind, context):
+    start, after = on_one_device(name)
     mesh = mesh_of(kind)
     base, x = placed(mesh)
-    with context_of(mesh, context):
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
         theirs = adapt(name, base, x)
         assert all(theirs.base[path] is base[path] for path in base)
         close(jax.device_get((theirs.factors, theirs.buffers)), jax.device_get((start.factors, start.buffers)), 1e-4)
-        merged = jlora.merge(theirs)
-        close(jax.device_get(merged), jax.device_get(jlora.merge(start)), 1e-5)
-        assert all(w.sharding.is_equivalent_to(base[path].sharding, w.ndim) for path, w in merged.items())
-
-
-@pytest.mark.parametrize("row", thorough(ROWS, START, TRAINED), ids=label)
-def test_a_step_on_a_mesh_is_that_of_one_device(row):
-    name, kind, context = row
-    after = on_one_device(name)
-    mesh = mesh_of(kind)
-    base, x = placed(mesh)
-    with context_of(mesh, context):
-        moved = trained(adapt(name, base, x), x)
+        moved = trained(theirs, x)
         close(jax.device_get(moved.factors), jax.device_get(after.factors), 1e-4)
         merged = jlora.merge(moved)
         close(jax.device_get(merged), jax.device_get(jlora.merge(after)), 1e-5)
+        assert all(w.sharding.is_equivalent_to(base[path].sharding, w.ndim) for path, w in merged.items())
         if name == "pissa":
             chex.assert_trees_all_equal(jlora.unmerge(merged, moved).base, base)
             assert fingerprint(base) == fingerprint(params())

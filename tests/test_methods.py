@@ -269,7 +269,7 @@ def test_what_acts_on_activations_is_not_merged(name):
             refused(trained)
 
 
-@pytest.mark.parametrize("name", ON_WEIGHTS)
+@pytest.mark.parametrize("name", thorough(ON_WEIGHTS, ONE, ("lora", "dora", "pissa", "ia3", "oft", "vera")))
 def test_unmerge_restores_the_base(name):
     trained = randomised(adapted(name), 0.2)
     chex.assert_trees_all_equal(jlora.unmerge(jlora.merge(trained), trained), trained)
@@ -427,7 +427,7 @@ def test_a_bf16_base_keeps_float32_factors_of_activations(name):
     close(jlora.lift(predict_linen)(trained, IDS).astype(jnp.float32), wide, 2**-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.thorough(ONE)), "float64"])
 def test_factors_are_float32_in_a_program_of_64_bits(name, dtype):
     """Shapes and dtypes alone: the arithmetic of each method, of its start and of a step, under strict promotion."""
     method, (fn, params) = METHODS[name].make(), model(name)

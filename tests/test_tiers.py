@@ -27,8 +27,8 @@ def without_stand_in(items: list[pytest.Item]) -> list[str]:
     missing = []
     for item in items:
         for mark in item.iter_markers("thorough"):
-            file, _ = function(item)
-            rows = default.get((file, *mark.args), []) if len(mark.args) == 1 else []
+            file, _, name = "".join(mark.args).rpartition("::")
+            rows = default.get((file or function(item)[0], name), [])
             if not any(row(item) <= other or other <= row(item) for other in rows):
                 missing.append(f"{item.nodeid}: {mark.args}")
     return missing
@@ -68,6 +68,7 @@ def long(stand_in: str) -> pytest.Mark:
         ([Item("f.py::a[x]", row="x"), Item("f.py::b[x-1]", long("a"), row="x", device="1")], []),
         ([Item("f.py::a[x]", row="x"), Item("f.py::b[y]", long("a"), row="y")], ["f.py::b[y]"]),
         ([Item("g.py::a[x]", row="x"), Item("f.py::b[x]", long("a"), row="x")], ["f.py::b[x]"]),
+        ([Item("g.py::a[x]", row="x"), Item("f.py::b[x]", long("g.py::a"), row="x")], []),
         (
             [Item("f.py::a[x]", long("c"), row="x"), Item("f.py::b[x]", long("a"), row="x")],
             ["f.py::a[x]", "f.py::b[x]"],

@@ -75,7 +75,7 @@ def thorough(rows: Iterable[Any], stand_in: str, default: Collection[Any] = ()) 
 
     Args:
       rows: of a table.
-      stand_in: the test of the same file that the default run has for the others.
+      stand_in: the test that the default run has for the others: of the same file, or as "tests/test_methods.py::test_of_all".
       default: rows of the table; one that is not there is an error.
     """
     rows = list(rows)
