@@ -66,6 +66,9 @@ def tasks(folder: Path) -> dict:
     return found
 
 
+@pytest.mark.thorough(
+    "test_every_run_of_the_whole_comparison_can_be"
+)  # tests/test_experiment.py ends a study by default
 def test_the_tables_hold_what_was_measured(whole):
     folder, out = whole
     found = tasks(folder)
@@ -99,6 +102,7 @@ def test_the_tables_hold_what_was_measured(whole):
             assert min(image.shape[:2]) > 350 and f"({kind}.png)" in written
 
 
+@pytest.mark.thorough("test_the_best_rate_by_the_metric_and_then_by_the_loss")
 def test_the_best_rate_is_that_of_the_validation_split(whole):
     for task in tasks(whole[0]).values():
         metric, better, *_ = task["selection_metric"]
@@ -110,7 +114,7 @@ def test_the_best_rate_is_that_of_the_validation_split(whole):
             assert all(result["test"] is None for result in outcome["sweep"])
 
 
-@pytest.mark.thorough("test_the_tables_hold_what_was_measured")  # tests/test_experiment.py resumes by default
+@pytest.mark.thorough("test_every_run_of_the_whole_comparison_can_be")  # tests/test_experiment.py resumes by default
 def test_resume_repeats_what_is_missing_alone_and_gives_the_same_numbers(whole):
     folder, _ = whole
     before = tasks(folder)

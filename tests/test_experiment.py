@@ -120,7 +120,7 @@ def test_a_folder_of_another_config_is_refused(whole):
     assert "belongs to another config: config.train.steps is 8 there and 9 here" in " ".join(out.split())
 
 
-@pytest.mark.thorough("test_the_table_holds_what_was_measured")  # and tests/test_compare.py chooses a rate by default
+@pytest.mark.thorough("test_the_table_holds_what_was_measured")
 def test_the_sweep_names_the_best_learning_rate(whole):
     folder = whole[0].parent / "sweep"
     out = finish(

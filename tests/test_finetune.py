@@ -34,6 +34,7 @@ from experiments.trainer import Shared, Trainer
 from jlora import models
 from jlora.models import bert, deberta, gpt2, llama, roberta, vit
 from jlora.models.llama import llama2c
+from tests.tiers import thorough
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 OTHER = ("compare_methods", "own_data", "quickstart", "quickstart_sweep")
@@ -127,7 +128,11 @@ def test_every_small_form_trains_what_it_promises(tmp_path):
         assert found == expected, name
 
 
-@pytest.fixture(scope="module", params=ENDED)
+PLANNED = "test_every_small_form_trains_what_it_promises"
+BY_DEFAULT = ("gpt2_medium_e2e_lora", "minilm_trec")  # a task with texts, one without
+
+
+@pytest.fixture(scope="module", params=thorough(ENDED, PLANNED, BY_DEFAULT))
 def ended(request, finished):
     """A config's name, the folder that its small form filled, and what it printed."""
     return request.param, *finished(request.param)
@@ -181,6 +186,7 @@ def test_the_first_lines_say_what_will_be_trained(ended):
 
 
 LEARNS = ("gpt2_medium_e2e_lora", "stories_shakespeare")  # enough in four steps for the loss to fall; both write texts
+WITHOUT_TEXTS = [name for name in ENDED if name not in LEARNS]
 
 
 @pytest.mark.once
@@ -192,7 +198,7 @@ def test_a_seed_gives_other_numbers(ended):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("ended", LEARNS, indirect=True)
+@pytest.mark.parametrize("ended", thorough(LEARNS, PLANNED, BY_DEFAULT[:1]), indirect=True)
 def test_the_loss_falls(ended):
     for run in numbers(ended[1]).values():
         first, *_, last = (point["scores"]["loss"] for point in run["results"][0]["points"])
@@ -200,13 +206,13 @@ def test_the_loss_falls(ended):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("ended", [name for name in ENDED if name not in LEARNS], indirect=True)
+@pytest.mark.parametrize("ended", thorough(WITHOUT_TEXTS, PLANNED, BY_DEFAULT[1:]), indirect=True)
 def test_a_task_without_texts_leaves_no_samples(ended):
     assert not (ended[1] / "samples.txt").exists()
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("ended", LEARNS, indirect=True)
+@pytest.mark.parametrize("ended", thorough(LEARNS, PLANNED, BY_DEFAULT[:1]), indirect=True)
 def test_samples_are_shown_before_and_after(ended):
     _, folder, out = ended
     text = (folder / "samples.txt").read_text()
