@@ -183,7 +183,14 @@ class Trainer:
             loss = lambda params, batch: opened.loss(params, batch, jax.random.key(seed))
             some = [batches(i) for i in range(self.shared.statistics)]
             options["statistics"] = jlora.measure(loss, params, some, sites, statistic, targets=run.targets)
-        return jlora.apply(params, method=run.method, targets=run.targets, key=seed, **options)
+            return jlora.apply(params, method=run.method, targets=run.targets, key=seed, **options)
+
+        @jax.jit  # one program in place of one for every shape of a factor; the base is not copied
+        def without_base(params: Params) -> jlora.Adapted:
+            adapted = jlora.apply(params, method=run.method, targets=run.targets, key=seed, **options)
+            return adapted.replace(base=None)
+
+        return without_base(params).replace(base=params)
 
     def start(self, seed: int, params: Params, learning_rate: float | None = None) -> TrainState:
         """The state before the first step."""
