@@ -174,24 +174,26 @@ class Trainer:
 
     def adapted(self, seed: int, params: Params) -> jlora.Adapted:
         """The base with initial factors."""
-        run, opened = self.run, self.opened
-        extras = "|".join(f"(?:{pattern})" for pattern in (opened.head, run.extras) if pattern)
-        options: dict[str, Any] = {"sites": self.shared.sites} | ({"extras": extras} if extras else {})
-        statistic = run.method.acts.statistic
-        if statistic:
-            batches, sites = self.batches(seed), self.shared.sites
-            loss = lambda params, batch: opened.loss(params, batch, jax.random.key(seed))
-            some = [batches(i) for i in range(self.shared.statistics)]
-            options["statistics"] = jlora.measure(loss, params, some, sites, statistic, targets=run.targets)
-            return jlora.apply(params, method=run.method, targets=run.targets, key=seed, **options)
+        run, opened, statistic = self.run, self.opened, self.run.method.acts.statistic
+        if not statistic:
+            return self._beside(params, jax.random.key(seed)).replace(base=params)
+        batches, sites = self.batches(seed), self.shared.sites
+        loss = lambda params, batch: opened.loss(params, batch, jax.random.key(seed))
+        some = [batches(i) for i in range(self.shared.statistics)]
+        found = jlora.measure(loss, params, some, sites, statistic, targets=run.targets)
+        return self._apply(params, jax.random.key(seed), statistics=found)
 
-        @jax.jit  # one program in place of one for every shape of a factor; the base is not copied
-        def without_base(params: Params) -> jlora.Adapted:
-            adapted = jlora.apply(params, method=run.method, targets=run.targets, key=seed, **options)
-            return adapted.replace(base=None)
+    def _apply(self, params: Params, key: jax.Array, **statistics: Any) -> jlora.Adapted:
+        run = self.run
+        extras = "|".join(f"(?:{pattern})" for pattern in (self.opened.head, run.extras) if pattern)
+        options = statistics | ({"extras": extras} if extras else {})
+        return jlora.apply(params, method=run.method, targets=run.targets, sites=self.shared.sites, key=key, **options)
 
-        return without_base(params).replace(base=params)
-
+    @functools.cached_property
+    def _beside(self) -> Callable[[Params, jax.Array], jlora.Adapted]:
+        """All of an adapter but its base, which is not copied: one program for every shape of a factor and every seed."""
+        return jax.jit(lambda params, key: self._apply(params, key).replace(base=None))
+        """All of an adapter but its base, which is not copied. One program for all shapes of factors and all seeds."""
     def start(self, seed: int, params: Params, learning_rate: float | None = None) -> TrainState:
         """The state before the first step."""
         rate = self.first_rate if learning_rate is None else learning_rate

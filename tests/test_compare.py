@@ -66,9 +66,8 @@ def tasks(folder: Path) -> dict:
     return found
 
 
-@pytest.mark.thorough(
-    "test_every_run_of_the_whole_comparison_can_be"
-)  # tests/test_experiment.py ends a study by default
+# tests/test_experiment.py ends a study by default.
+@pytest.mark.thorough("test_every_run_of_the_whole_comparison_can_be")
 def test_the_tables_hold_what_was_measured(whole):
     folder, out = whole
     found = tasks(folder)
@@ -281,6 +280,19 @@ def test_one_compiled_step_trains_at_every_rate():
     for rate in (1e-3, 1e-1):
         assert ends[rate] == pytest.approx(1 + 3 * rate, abs=0.05 * rate)
     assert trainer.step.compiled(trainer.step.arguments(state, Repeated()(0)))._cache_size() == 1
+
+
+def test_one_program_draws_the_factors_of_every_seed_beside_the_base():
+    opened = line()
+    params = opened.params(0)
+    sites = jlora.sites(opened.loss, params, Repeated()(0), jax.random.key(0))
+    trainer = Trainer(Run("lora", "LoRA", jlora.lora(1), 1e-3), Shared(opened, sites, 1), HOW, 1e-3)
+    drawn = jax.jit(lambda params: jlora.apply(params, 1, sites=sites, key=1).factors)(params)  # the results' bits
+    one, other = trainer.adapted(1, params), trainer.adapted(2, params)
+    jax.tree.map(np.testing.assert_array_equal, one.factors, drawn)
+    assert np.any(one.factors["kernel"]["A"] != other.factors["kernel"]["A"])
+    assert one.base["kernel"] is other.base["kernel"] is params["kernel"]
+    assert trainer._beside._cache_size() == 1
 
 
 @pytest.mark.loose_promotion  # Optax's bias correction
