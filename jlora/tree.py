@@ -3,7 +3,7 @@
 import collections
 import numbers
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -70,6 +70,18 @@ def name(keys: tuple[Any, ...]) -> str:
     if len(parts) > 1 and isinstance(keys[-1], GetAttrKey | FlattenedIndexKey) and parts[-1] in _BOXES:
         parts = parts[:-1]
     return "/".join(parts)
+
+
+def split(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of a tree, and the function that makes the tree of others: what is no array (a function) stays."""
+    leaves, structure = jax.tree.flatten(tree)
+    at = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+
+    def fill(arrays: Sequence[Any]) -> Any:
+        full = dict(enumerate(leaves)) | dict(zip(at, arrays, strict=True))
+        return jax.tree.unflatten(structure, full.values())
+
+    return [leaves[i] for i in at], fill
 
 
 def fold_path(key: jax.Array, path: str) -> jax.Array:

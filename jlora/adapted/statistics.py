@@ -145,16 +145,8 @@ def _means(
 
 def _compiled(fn: Callable[[Any, Any], Any], params: Any) -> Callable[[Any], Any]:
     """`fn(params, batch)`, compiled, as a function of the batch. Leaves that are no arrays (functions) are static."""
-    leaves, structure = jax.tree.flatten(params)
-    at = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
-
-    def of_arrays(arrays: list[Any], batch: Any) -> Any:
-        full = list(leaves)
-        for i, array in zip(at, arrays, strict=True):
-            full[i] = array
-        return fn(jax.tree.unflatten(structure, full), batch)
-
-    return functools.partial(jax.jit(of_arrays), [leaves[i] for i in at])
+    arrays, fill = tree.split(params)
+    return functools.partial(jax.jit(lambda arrays, batch: fn(fill(arrays), batch)), arrays)
 
 
 def _zero(sums: dict[str, jax.Array]) -> frozenset[str]:

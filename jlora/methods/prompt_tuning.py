@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora import tree
 from jlora.methods.acts import Arrays, Factors, OnActivations
 from jlora.methods.checks import check_integers, check_rank
 from jlora.methods.method import Config, Method
@@ -213,18 +214,17 @@ def _plain_shapes(context: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Results of the model without a prompt, arrays as shapes."""
     module, variables = context.module, context.module.variables
     rngs = {stream: jax.random.key(0) for stream in module.scope.rngs}
-    others: list[Any] = []
+    fills: list[Any] = []
 
     def plain() -> Any:
         unbound = module.clone(parent=None)
         out, _ = unbound.apply(variables, *args, rngs=rngs, mutable=True, method=context.method_name, **kwargs)
-        leaves, structure = jax.tree.flatten(out)
-        others.append((structure, [None if hasattr(x, "dtype") else x for x in leaves]))
-        return [x for x in leaves if hasattr(x, "dtype")]
+        arrays, fill = tree.split(out)
+        fills.append(fill)
+        return arrays
 
-    arrays = iter(jax.eval_shape(plain))
-    structure, leaves = others[-1]
-    return jax.tree.unflatten(structure, [next(arrays) if x is None else x for x in leaves])
+    shapes = jax.eval_shape(plain)
+    return fills[-1](shapes)
 
 
 def _prompted(adapter: Adapter, out: jax.Array, whole: int, looked_up: list[str]) -> jax.Array:
