@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jlora.methods.acts import Arrays, Factors, OnWeights, linear_in
-from jlora.methods.checks import check_alpha, check_number, check_rank, whole
+from jlora.methods.checks import check_alpha, check_number, check_rank, check_whole
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_matrix, b_matrix, sizes
 from jlora.methods.method import Config, Method, Training, Transformation
@@ -149,7 +149,7 @@ def check_schedule(total_steps: Any, warmup: Any, final: Any, interval: Any) -> 
       ValueError: if a number is no integer of its range, or no step is left for pruning.
     """
     total_steps, interval = check_rank(total_steps, "total_steps"), check_rank(interval, "interval")
-    warmup, final = _steps(warmup, "warmup"), _steps(final, "final")
+    warmup, final = check_whole(warmup, "warmup"), check_whole(final, "final")
     if warmup + final >= total_steps:
         raise ValueError(
             f"adalora: a schedule longer than the run: warmup={warmup} and final={final} leave none of "
@@ -161,13 +161,6 @@ def check_schedule(total_steps: Any, warmup: Any, final: Any, interval: Any) -> 
             f"warmup={warmup} and final={final} of total_steps={total_steps}"
         )
     return Schedule(total_steps, warmup, final, interval)
-
-
-def _steps(steps: Any, where: str) -> int:
-    number = whole(steps)
-    if number is None or number < 0:
-        raise ValueError(f"{where} must be an integer of at least 0, not {steps!r}")
-    return number
 
 
 def check_betas(betas: Any) -> tuple[float, float]:

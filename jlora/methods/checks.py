@@ -35,6 +35,18 @@ def whole(value: Any) -> int | None:
     return int(value)
 
 
+def check_whole(value: Any, where: str) -> int:
+    """Returns an integer of at least 0.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    number = whole(value)
+    if number is None or number < 0:
+        raise ValueError(f"{where} must be an integer of at least 0, not {value!r}")
+    return number
+
+
 def check_number(value: Any, where: str) -> float:
     """Returns a finite number of float32's range, as Python has it (a JAX or NumPy scalar is not hashable, nor JSON).
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods.acts import Arrays, OnWeights, linear_in
-from jlora.methods.checks import check_number, check_rank, whole
+from jlora.methods.checks import check_number, check_rank, check_whole
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import a_form, b_form, sizes, without_stack
 from jlora.methods.method import Config, Method
@@ -35,12 +35,9 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:
     Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454, eq. 2 and section 3.3.
     """
     rank, start = check_rank(rank), check_number(start, "start")
-    number = whole(seed)
-    if number is None or number < 0:
-        raise ValueError(f"seed must be an integer of at least 0, not {seed!r}")
-    if number >= 2**63:
-        raise ValueError(f"seed must be below 2**63, not {number}")
-    seed = number
+    seed = check_whole(seed, "seed")
+    if seed >= 2**63:
+        raise ValueError(f"seed must be below 2**63, not {seed}")
     if start == 0:
         raise ValueError("start must not be 0: b starts there, too, and neither d nor b would have a gradient")
     config: Config = (("name", "vera"), ("rank", rank), ("seed", seed), ("start", start))
