@@ -434,11 +434,12 @@ def test_at_least_one_checkpoint_is_kept(keep, tmp_path):
 
 def test_a_checkpoint_is_of_a_state(tmp_path):
     adapted = jlora.apply({"kernel": jnp.ones((3, 2))}, 1)
-    with (
-        Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(TypeError, match=r"; jlora\.save writes an Adapted alone$"),
-    ):
-        checkpoints.save(adapted)
+    message = r"^a checkpoint holds a TrainState, got {}; jlora\.save writes an Adapted alone$"
+    with Checkpoints(tmp_path) as checkpoints:
+        for use in (checkpoints.save, checkpoints.restore):
+            for other in (adapted, adapted.factors):
+                with pytest.raises(TypeError, match=message.format(type(other).__name__)):
+                    use(other)
 
 
 def test_closed_checkpoints_do_not_lose_what_they_are_given(tmp_path):

@@ -21,6 +21,7 @@ from jlora.checkpoint.place import folder_of
 from jlora.checkpoint.resume import DamagedCheckpoint, Plan, key_like, key_of, kind_of
 from jlora.checkpoint.seal import SealedPath
 from jlora.methods.checks import check_rank
+from jlora.state import TrainState
 
 Position = Any
 
@@ -101,9 +102,7 @@ class Checkpoints:
             if something that is no checkpoint of jlora stands in its place, or would be taken for a later one; after
             `close`.
         """
-        self._check_open()
-        if isinstance(state, Adapted):
-            raise TypeError("a checkpoint holds a TrainState, got an Adapted; jlora.save writes an Adapted alone")
+        self._check_usable(state)
         state.check()
         step = int(state.step)
         try:
@@ -156,7 +155,7 @@ class Checkpoints:
           ValueError: if it belongs to another base, another adapter or another optimizer; it names the first
             difference.
         """
-        self._check_open()
+        self._check_usable(state)
         _check_choice("optimizer", optimizer, ("all", "matching", "none"))
         _check_choice("hyperparams", hyperparams, ("state", "checkpoint"))
         self.wait()
@@ -191,8 +190,12 @@ class Checkpoints:
         finally:
             self._unlock()
 
-    def _check_open(self) -> None:
-        """Orbax takes what comes after `close`, and writes nothing of it."""
+    def _check_usable(self, state: Any) -> None:
+        """Refuses all but a state, and one after `close`, which Orbax takes and writes nothing of."""
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"a checkpoint holds a TrainState, got {type(state).__name__}; jlora.save writes an Adapted alone"
+            )
         if self._closed:
             raise ValueError(f"these Checkpoints of '{self._folder}' are closed: make others for the folder")
 
