@@ -566,10 +566,14 @@ def test_a_site_by_hand_is_as_one_that_was_found(dtype, tmp_path):
     assert jax.jit(jlora.lift(predict))(adapted, X).shape == (5, 6)
 
 
-def test_sites_of_an_adapted_are_known():
-    adapted = jlora.apply({"kernel": jnp.ones((3, 2))}, 1)
+@pytest.mark.parametrize("around", [lambda adapted: adapted, lambda adapted: {"part": adapted}], ids=["all", "a part"])
+def test_what_is_adapted_already_is_not_adapted_again(around):
+    """As a part of a tree its base and its factors would be leaves like others."""
+    tree = around(jlora.apply({"kernel": jnp.ones((3, 2))}, 1))
     with pytest.raises(TypeError, match="^sites: the parameters are adapted already: `adapted.sites` are theirs"):
-        jlora.sites(lambda p, x: x @ p["kernel"], adapted, jnp.ones((1, 3)))
+        jlora.sites(lambda p, x: x, tree, jnp.ones((1, 3)))
+    with pytest.raises(TypeError, match=r"^apply: the parameters are adapted already; merge\(adapted\) first"):
+        jlora.apply(tree, 1)
 
 
 def test_sites_are_of_the_dtype_of_the_tree():

@@ -170,10 +170,10 @@ def start(
 
 def _check_params(params: Any) -> None:
     """An NNX module as the parameters would lose the updates of its other state inside the trace."""
-    if isinstance(params, Adapted):
+    whole = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Module | Adapted))
+    if any(isinstance(x, Adapted) for x in whole):
         raise TypeError("apply: the parameters are adapted already; merge(adapted) first, or apply to adapted.base")
-    modules = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Module))
-    for module in (m for m in modules if isinstance(m, nnx.Module)):
+    for module in (x for x in whole if isinstance(x, nnx.Module)):
         kinds = {type(leaf).__name__ for _, leaf in nnx.iter_graph(module) if isinstance(leaf, nnx.Variable)}
         other = sorted(kinds - {"Param"})
         if other:

@@ -164,7 +164,8 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tup
       >>> [(site.path, site.kind, site.in_axes, site.out_axes) for site in found]
       [('bias', 'other', (), ()), ('w', 'linear', (1,), (0,))]
     """
-    if isinstance(params, Lazy):
+    is_lazy = lambda x: isinstance(x, Lazy)
+    if any(map(is_lazy, jax.tree.leaves(params, is_leaf=is_lazy))):
         raise TypeError("sites: the parameters are adapted already: `adapted.sites` are theirs; or give `adapted.base`")
     named, structure = tree.leaves(params)
     followed = [path for path, leaf in named.items() if _is_float(leaf)]
