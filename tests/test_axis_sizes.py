@@ -54,6 +54,7 @@ def compare(cases: dict[Any, tuple[Form, Case]]) -> None:
         assert both[0][1].shape == both[1][1].shape, (name, both[0][1].shape, both[1][1].shape)
         return both
 
+    assert cases
     every = jax.jit(lambda: [sides(name) for name in cases])()
     for name, both in zip(cases, every, strict=True):
         jax.tree.map(functools.partial(np.testing.assert_array_equal, err_msg=str(name)), *both)

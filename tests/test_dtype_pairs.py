@@ -78,6 +78,7 @@ def compare(cases: dict[Any, Case], forward_mode: bool = False) -> None:
             (value, jax.grad(loss, argnums)(of, parts, x)) for value, of in zip(values, (lazy, merged), strict=True)
         ]
 
+    assert cases
     every = jax.jit(lambda: [sides(name) for name in cases])()
     as_wide = lambda x: np.asarray(x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 16 else x)
     for name, both in zip(cases, every, strict=True):

@@ -427,7 +427,7 @@ def test_a_bf16_base_keeps_float32_factors_of_activations(name):
     close(jlora.lift(predict_linen)(trained, IDS).astype(jnp.float32), wide, 2**-4)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.thorough(ONE)), "float64"])
+@pytest.mark.parametrize("dtype", thorough(["float32", "float64"], ONE, ["float64"]))
 def test_factors_are_float32_in_a_program_of_64_bits(name, dtype):
     """Shapes and dtypes alone: the arithmetic of each method, of its start and of a step, under strict promotion."""
     method, (fn, params) = METHODS[name].make(), model(name)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from jlora import models
 from jlora.models.catalogue import ARCHITECTURES
+from tests.tiers import thorough
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
@@ -55,7 +56,7 @@ def loaded(name, scan=False):
 SAVED = "test_saving_writes_the_checkpoint_again"  # of scanned parameters too, bit for bit
 
 
-@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.thorough(SAVED))], ids=["", "scanned"])
+@pytest.mark.parametrize("scan", thorough([False, True], SAVED, [False]), ids=["", "scanned"])
 @pytest.mark.parametrize("name", WITH_OUTPUTS)
 def test_outputs_are_those_of_transformers(name, scan):
     pretrained = loaded(name, scan)

@@ -16,6 +16,7 @@ from jax import lax
 from jlora.transform.product import ADAPTED, PLAIN
 from jlora.transform.weight import NotSeparable, Place, Weight, drop
 from tests.conformance import close
+from tests.tiers import thorough
 
 R = 3
 
@@ -515,24 +516,22 @@ SPANS = [
 FOUR = "test_dot_of_four_axes"
 
 
-@pytest.mark.parametrize(
-    "gain", [None, *(pytest.param(gain, marks=pytest.mark.thorough(FOUR)) for gain in ((0,), (1,))), (0, 1)]
-)
+@pytest.mark.parametrize("gain", thorough([None, (0,), (1,), (0, 1)], FOUR, [None, (0, 1)]))
 @pytest.mark.parametrize("form", SPANS)
 def test_dot_of_a_matrix_in_every_arrangement(form, gain):
     check_dots(form._replace(gain=gain), list(itertools.product(ROLES, repeat=2)))
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        STACKED._replace(gain=(0, 2)),
-        *(
-            pytest.param(form, marks=pytest.mark.thorough(FOUR))
-            for form in (HEADS, OUT._replace(gain=(2,)), STACKED._replace(gain=(1,)), Form((4, 2, 3), (1,), (2,)))
-        ),
-    ],
-)
+THREE = [
+    HEADS,
+    OUT._replace(gain=(2,)),
+    STACKED._replace(gain=(0, 2)),
+    STACKED._replace(gain=(1,)),
+    Form((4, 2, 3), (1,), (2,)),
+]
+
+
+@pytest.mark.parametrize("form", thorough(THREE, FOUR, [STACKED._replace(gain=(0, 2))]))
 def test_dot_of_three_axes_in_every_arrangement(form):
     check_dots(form, list(itertools.product(ROLES, repeat=3)))
 
