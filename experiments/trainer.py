@@ -191,9 +191,9 @@ class Trainer:
 
     @functools.cached_property
     def _beside(self) -> Callable[[Params, jax.Array], jlora.Adapted]:
-        """All of an adapter but its base, which is not copied: one program for every shape of a factor and every seed."""
-        return jax.jit(lambda params, key: self._apply(params, key).replace(base=None))
         """All of an adapter but its base, which is not copied. One program for all shapes of factors and all seeds."""
+        return jax.jit(lambda params, key: self._apply(params, key).replace(base=None))
+
     def start(self, seed: int, params: Params, learning_rate: float | None = None) -> TrainState:
         """The state before the first step."""
         rate = self.first_rate if learning_rate is None else learning_rate
