@@ -171,6 +171,8 @@ def _still_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any
 def extra_shapes(extra: Extra, leaf: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of what is trained of a leaf that is trained as it is."""
     shape = tuple(np.shape(leaf))
+    if extra.added is not None:
+        return {"added": shape}
     return {"value": shape} if extra.rows is None else {"rows": (len(extra.rows), *shape[1:])}
 
 
@@ -179,6 +181,8 @@ def initial_extra(leaf: Any, extra: Extra) -> Arrays:
     if tree.is_abstract(leaf):
         return jax.eval_shape(lambda leaf: initial_extra(leaf, extra), leaf)
     value = jnp.asarray(tree.dense(leaf)).astype(jnp.float32)
+    if extra.added is not None:
+        return {"added": jnp.zeros_like(value)}
     if extra.rows is not None:
         return {"rows": on_auto_axes(lambda value: value[jnp.asarray(extra.rows)], value)}
     # A copy, even of a float32 leaf: the factors are donated to the train step, the base never is.
@@ -313,7 +317,8 @@ def count(adapted: Adapted) -> Count:
     """
     check_adapted(adapted, "count")
     trainable = size_of(adapted.factors)
-    extra = sum(size_of(adapted.factors[e.path]) for e in adapted.extras if e.path in adapted.factors)
+    inside = [e.path for e in adapted.extras if e.added is None]  # what is added to a leaf is no part of it
+    extra = sum(size_of(adapted.factors[path]) for path in inside if path in adapted.factors)
     return Count(trainable, size_of(adapted.base) + trainable - extra)
 
 
@@ -331,6 +336,9 @@ def _check_same_scale(mine: Method, other: Method) -> None:
 
 
 def _with_extra(leaf: Any, extra: Extra, factors: Arrays) -> jax.Array:
+    if extra.added is not None:
+        leaf = jnp.asarray(tree.dense(leaf))
+        return (leaf.astype(jnp.float32) + np.float32(extra.added) * factors["added"]).astype(leaf.dtype)
     if extra.rows is None:
         return factors["value"].astype(leaf.dtype)
     put = lambda leaf, rows: leaf.at[jnp.asarray(extra.rows)].set(rows.astype(leaf.dtype))

@@ -108,10 +108,9 @@ def summary(adapted: Adapted) -> str:
         size = size_of(adapted.factors.get(site.path, {}))
         rows.append((site.path, str(site.shape), axes, str(site.rank), f"{size:,}"))
     for extra in adapted.extras:
-        what = "whole" if extra.rows is None else f"{len(extra.rows)} rows"
-        rows.append(
-            (extra.path, "", f"trained as it is: {what}", "", f"{size_of(adapted.factors.get(extra.path, {})):,}")
-        )
+        what = f"trained as it is: {'whole' if extra.rows is None else f'{len(extra.rows)} rows'}"
+        what = what if extra.added is None else f"{extra.added:g} times what is trained is added to it"
+        rows.append((extra.path, "", what, "", f"{size_of(adapted.factors.get(extra.path, {})):,}"))
     if SHARED in adapted.factors:
         rows.append((SHARED, "", "shared by all of them", "", f"{size_of(adapted.factors[SHARED]):,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]

@@ -20,10 +20,18 @@ Pattern = str | Sequence[str] | Callable[[Site], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Extra:
-    """A leaf that is trained as it is, beside the factors: wholly, or some of its rows."""
+    """A leaf that is trained as it is, beside the factors: wholly, or some of its rows.
+
+    Attributes:
+      path: of the leaf.
+      rows: the rows that are trained; None for all of it.
+      added: None where the trained value stands in the leaf's place; else the number s of `leaf + s * trained`, whose
+        start is zero: the bias of a low-rank branch.
+    """
 
     path: str
     rows: tuple[int, ...] | None = None
+    added: float | None = None
 
 
 def known_sites(params: Any, named: Mapping[str, Any], sites: Iterable[Site | Target] | None) -> tuple[Site, ...]:

@@ -160,7 +160,7 @@ def describe(adapted: Adapted, base: str | None = None) -> dict[str, Any]:
 
 def _replaced(extras: tuple[Extra, ...]) -> set[str]:
     """The leaves of which nothing of the base is left: a new head may have any initial values."""
-    return {extra.path for extra in extras if extra.rows is None}
+    return {extra.path for extra in extras if extra.rows is None and extra.added is None}
 
 
 def _with_dtypes(sites: tuple[Target, ...], named: Mapping[str, Any]) -> tuple[Target, ...]:

@@ -234,6 +234,10 @@ def _rows(value: Any, where: str) -> tuple[int, ...] | None:
     return None if value is None else _naturals(LARGEST)(value, where)
 
 
+def _scale(value: Any, where: str) -> float | None:
+    return None if value is None else float(_number(value, where))
+
+
 def _kind(value: Any, where: str) -> str:
     if not isinstance(value, str) or value not in ADAPTABLE:
         raise _refused(where, f"one of {', '.join(ADAPTABLE)}", value)
@@ -250,7 +254,7 @@ SITE: dict[str, Check] = {
     "kind": _kind, "uses": _texts, "rank": _whole, "alpha": _number, "part": _part,
     "materialised": _text,
 }  # fmt: skip
-EXTRA: dict[str, Check] = {"path": _text, "rows": _rows}
+EXTRA: dict[str, Check] = {"path": _text, "rows": _rows, "added": _scale}
 _TENSORS: dict[str, Check] = {
     "file": _tensors_name, "sha256": _of_pattern(r"[0-9a-f]{64}", "64 hexadecimal digits"),
 }  # fmt: skip

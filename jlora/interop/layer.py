@@ -23,6 +23,7 @@ class Layer(NamedTuple):
       tensors: by the names of `KINDS`, in the file's shapes and dtypes.
       scale: what the update is multiplied by, dimensionless: alpha / r, alpha / sqrt(r).
       parameter: name of the parameter in the module.
+      optional: no error where the base has no such parameter: (IA)^3 multiplies a bias where there is one.
     """
 
     module: str
@@ -30,6 +31,7 @@ class Layer(NamedTuple):
     tensors: Tensors
     scale: float = 1.0
     parameter: str = "weight"
+    optional: bool = False
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ from jlora.methods.method import Config, Method, Training, Transformation
 from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
-_EPSILON = 1e-5  # of the divisor of the scale, as in the paper's code
+SCALE_EPSILON = 1e-5  # of the divisor of the scale, as in the paper's code
 _DEVIATION = 0.02  # of P and Q at the start, as in the paper's code
 
 
@@ -120,7 +120,7 @@ def adalora(
 
     def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
         return low_rank(
-            w, target, factors["A"] * (factors["E"] * (target.alpha / (target.rank + _EPSILON))), factors["B"]
+            w, target, factors["A"] * (factors["E"] * (target.alpha / (target.rank + SCALE_EPSILON))), factors["B"]
         )
 
     def regulariser(factors: Factors, targets: Sequence[Target]) -> jax.Array:

@@ -4,15 +4,17 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods.acts import Arrays, OnWeights
-from jlora.methods.checks import check_rank
+from jlora.methods.checks import check_rank, check_whole
 from jlora.methods.lora import low_rank
 from jlora.methods.matrix import matrices, restore, sizes
 from jlora.methods.method import Config, Method
 from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
+_MOST = 100  # terms, each of which is a product of the program
 
-def oft(block_size: int) -> Method:
+
+def oft(block_size: int, *, terms: int = 0) -> Method:
     """OFT: `R W`, R block-diagonal and orthogonal over the inputs.
 
     Each block is the Cayley transform of a skew-symmetric Q whose upper triangle is trained: `R = (I - Q) (I + Q)^-1`.
@@ -21,16 +23,23 @@ def oft(block_size: int) -> Method:
 
     Args:
       block_size: the side of a block; it divides the number of inputs of every weight.
+      terms: 0 for the transform itself; else of its Neumann series, `I - 2 Q + 2 Q^2 - ...`, whose last term counts
+        half and which is orthogonal for small Q alone. PEFT trains with 5, with the sign of Q turned round, and its 3
+        are 4.
 
     Raises:
-      ValueError: if `block_size` is no integer of at least 2, or does not divide the inputs of a weight.
+      ValueError: if `block_size` is no integer of at least 2, or does not divide the inputs of a weight; if `terms` is
+        no integer from 0 to 100.
 
     Source: Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv 2306.07280, section 3.
     """
     block_size = check_rank(block_size, "block_size")
     if block_size < 2:
         raise ValueError("block_size must be at least 2: a block of 1 does not rotate")
-    config: Config = (("name", "oft"), ("block_size", block_size))
+    terms = check_whole(terms, "terms")
+    if terms > _MOST:
+        raise ValueError(f"terms must be at most {_MOST}, not {terms}; 0 for the transform itself")
+    config: Config = (("name", "oft"), ("block_size", block_size), ("terms", terms))
 
     def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
         stack, inputs, _ = sizes(target)
@@ -39,7 +48,7 @@ def oft(block_size: int) -> Method:
         return {"Q": jnp.zeros((stack, inputs // block_size, block_size * (block_size - 1) // 2), jnp.float32)}
 
     def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
-        rotation = cayley(factors["Q"], block_size)  # (stack, blocks, block, block)
+        rotation = cayley(factors["Q"], block_size, terms)  # (stack, blocks, block, block)
         stack, inputs, outputs = sizes(target)
         blocks = matrices(w, target).astype(jnp.float32).reshape(stack, inputs // block_size, block_size, outputs)
         turned = jnp.einsum("nbij,nbjo->nbio", rotation, blocks, precision="highest").reshape(stack, inputs, outputs)
@@ -48,11 +57,26 @@ def oft(block_size: int) -> Method:
     return Method(config, None, None, OnWeights(init, weight))
 
 
-def cayley(triangle: jax.Array, side: int) -> jax.Array:
-    """Orthogonal matrices (..., side, side) from the upper triangles of skew-symmetric ones."""
+def cayley(triangle: jax.Array, side: int, terms: int = 0) -> jax.Array:
+    """Orthogonal matrices (..., side, side) from the upper triangles of skew-symmetric ones, or nearly: see `oft`."""
     upper = jnp.zeros((*triangle.shape[:-1], side, side), triangle.dtype)
     upper = upper.at[..., *jnp.triu_indices(side, 1)].set(triangle)
-    return rotation(upper - jnp.swapaxes(upper, -1, -2))
+    skew = upper - jnp.swapaxes(upper, -1, -2)
+    return series(skew, terms) if terms else rotation(skew)
+
+
+def series(skew: jax.Array, terms: int) -> jax.Array:
+    """The first terms of `(I - Q) (I + Q)^-1 = I - 2 Q + 2 Q^2 - ...`; the last one, from the third on, counts half."""
+    turned = -skew
+    total, power = jnp.broadcast_to(jnp.eye(skew.shape[-1], dtype=skew.dtype), skew.shape), turned
+    if terms > 1:
+        total = total + 2.0 * turned
+    if terms > 2:
+        for _ in range(2, max(terms, 4) - 1):
+            power = jnp.matmul(power, turned, precision="highest")
+            total = total + 2.0 * power
+        total = total + jnp.matmul(power, turned, precision="highest")
+    return total
 
 
 @jax.custom_jvp

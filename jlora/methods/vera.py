@@ -14,7 +14,7 @@ from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
 
-def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:
+def vera(rank: int, *, seed: int = 0, start: float = 0.1, stored: bool = False) -> Method:
     """VeRA: `W + (A diag(d)) (B diag(b))`, with A and B random, frozen and shared, and the vectors d and b trained.
 
     A and B are drawn from the seed row by row, so that weights of any two shapes share the rows (A's per input, B's per
@@ -27,6 +27,8 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:
       rank: r, the number of columns of A: some hundreds, since the trained parameters are r plus the outputs.
       seed: of the projections.
       start: the initial value of every entry of d.
+      stored: keep A and B in the adapter's file, slice by slice, for projections that no seed here gives: those of a
+        file that PEFT made.
 
     Raises:
       ValueError: if `rank` < 1 or is no integer, `seed` is no integer from 0 to 2**63 - 1, or `start` is no finite
@@ -40,14 +42,15 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:
         raise ValueError(f"seed must be below 2**63, not {seed}")
     if start == 0:
         raise ValueError("start must not be 0: b starts there, too, and neither d nor b would have a gradient")
-    config: Config = (("name", "vera"), ("rank", rank), ("seed", seed), ("start", start))
+    config: Config = (("name", "vera"), ("rank", rank), ("seed", seed), ("start", start), ("stored", bool(stored)))
 
     def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
         stack = [n if i in target.stack_axes else 1 for i, n in enumerate(target.shape)]
         _, b_shape = target.factor_shapes(1)
-        return {"d": jnp.full((*stack, target.rank), start, jnp.float32), "b": jnp.zeros(b_shape, jnp.float32)}
+        vectors = {"d": jnp.full((*stack, target.rank), start, jnp.float32), "b": jnp.zeros(b_shape, jnp.float32)}
+        return vectors | projections(w, target) if stored else vectors
 
-    def buffers(w: jax.Array, target: Target) -> Arrays:
+    def projections(w: jax.Array, target: Target) -> Arrays:
         _, inputs, outputs = sizes(target)
         one = without_stack(target.site)
         a_key, b_key = jax.random.split(jax.random.key(seed))
@@ -59,7 +62,12 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1) -> Method:
     def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
         return low_rank(w, target, buffers["A"] * factors["d"], buffers["B"] * factors["b"])
 
-    return Method(config, rank, None, OnWeights(init, weight, buffers, rescale=linear_in("b")))
+    acts = (
+        OnWeights(init, weight, frozen=("A", "B"), rescale=linear_in("b"))
+        if stored
+        else OnWeights(init, weight, projections, rescale=linear_in("b"))
+    )
+    return Method(config, rank, None, acts)
 
 
 def rows(key: jax.Array, count: int, rank: int, fan_in: int) -> jax.Array:

@@ -1,0 +1,137 @@
+"""Between a tensor of torch's and a factor in broadcast form: which axis is where, as data, in both directions.
+
+Torch keeps A as (r, in, *window) and B as (out, r, 1, ...); a factor has the parameter's axes, size 1 where it does not
+span them, and the rank last. Between them lie the key table's order of axes, and a split of one axis into several
+(attention kernels of three axes).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from jlora.interop.layer import Layout
+from jlora.models.tensors import Leaf
+from jlora.transform.sites import Site
+
+Shape = tuple[int, ...]
+
+
+class Form(NamedTuple):
+    """How one parameter lies in a checkpoint.
+
+    Attributes:
+      layout: of the torch tensor.
+      order: the torch tensor's axes in the parameter's order.
+      shape: of the torch tensor, or of the part of it that is the parameter.
+      site: of the parameter without an axis of stacked layers.
+    """
+
+    layout: Layout
+    order: tuple[int, ...]
+    shape: Shape
+    site: Site
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs."""
+        return self.shape[_OUT[self.layout]]
+
+    @property
+    def window(self) -> int:
+        """Number of axes of a convolution's window."""
+        return len(self.shape) - 2
+
+
+_OUT = {"out_in": 0, "in_out": 1, "table": 1}  # the axis of the outputs in a torch tensor
+
+
+def form_of(row: Leaf, shape: Shape) -> Form:
+    """How a parameter of this shape, without an axis of stacked layers, lies in the checkpoint.
+
+    Raises:
+      ValueError: for a parameter that is no matrix, convolution or table.
+
+    >>> from jlora.models.tensors import LINEAR, leaf
+    >>> form_of(leaf("query/kernel", "q.weight", LINEAR), (8, 2, 4)).shape
+    (8, 8)
+    """
+    name = row.path.rpartition("/")[2]
+    layout: Layout = "out_in" if row.order else "table" if name == "embedding" else "in_out"
+    order = row.order or (0, 1)
+    if len(order) == len(shape):
+        lengths = [0] * len(shape)
+        for axis, origin in enumerate(order):
+            lengths[origin] = shape[axis]
+        inputs: tuple[int, ...] = tuple(i for i, origin in enumerate(order) if origin != _OUT[layout])
+    elif len(order) == 2 and len(shape) == 3:
+        split = 2 if name_of_module(row.path) in ("out", "o_proj", "out_proj") else 1
+        first, second = math.prod(shape[:split]), math.prod(shape[split:])  # inputs and outputs: kernels are (in, out)
+        lengths = [second, first] if layout == "out_in" else [first, second]
+        inputs = tuple(range(split))
+    else:
+        raise ValueError(f"{row.path!r} of shape {shape} is no matrix, no convolution and no table")
+    outputs = tuple(i for i in range(len(shape)) if i not in inputs)
+    kind = "embedding" if layout == "table" else "conv" if len(order) > 2 else "linear"
+    return Form(layout, order, tuple(lengths), Site(row.path, shape, "float32", inputs, outputs, (), kind))
+
+
+def name_of_module(path: str) -> str:
+    """The module that holds a parameter.
+
+    >>> name_of_module("h_0/attn/out/kernel")
+    'out'
+    """
+    return path.split("/")[-2] if "/" in path else ""
+
+
+# -- to the parameter's axes -------------------------------------------------------------------------------------------
+
+
+def a_to_factor(a: np.ndarray, form: Form) -> np.ndarray:
+    """A (r, in, *window) in broadcast form."""
+    rank = a.shape[0]
+    whole = np.moveaxis(a.reshape(rank, *_inputs(form)), 0, -1)  # (in, *window, r)
+    placed = whole[None] if _OUT[form.layout] == 0 else whole[:, None]
+    return _ordered(placed, form).reshape(form.site.factor_shapes(rank)[0])
+
+
+def b_to_factor(b: np.ndarray, form: Form) -> np.ndarray:
+    """B (out, r), or (out, r, 1, ...), in broadcast form."""
+    outputs, rank = b.shape[:2]
+    whole = b.reshape(outputs, rank)
+    placed = whole.reshape(outputs, *[1] * (len(form.shape) - 1), rank) if _OUT[form.layout] == 0 else whole[None]
+    return _ordered(placed, form).reshape(form.site.factor_shapes(rank)[1])
+
+
+def _inputs(form: Form) -> Shape:
+    out = _OUT[form.layout]
+    return tuple(n for i, n in enumerate(form.shape) if i != out)
+
+
+def _ordered(x: np.ndarray, form: Form) -> np.ndarray:
+    return x.transpose(*form.order, x.ndim - 1)
+
+
+# -- and back ----------------------------------------------------------------------------------------------------------
+
+
+def a_from_factor(a: np.ndarray, form: Form) -> np.ndarray:
+    """The inverse of `a_to_factor`: (r, in, *window)."""
+    out = _OUT[form.layout]
+    whole = _unordered(a, form, lambda axis, n: 1 if axis == out else n)
+    return np.ascontiguousarray(np.moveaxis(np.take(whole, 0, axis=out), -1, 0))
+
+
+def b_from_factor(b: np.ndarray, form: Form) -> np.ndarray:
+    """The inverse of `b_to_factor`: (out, r), and (out, r, 1, ...) of a convolution."""
+    out, rank = _OUT[form.layout], b.shape[-1]
+    whole = _unordered(b, form, lambda axis, n: n if axis == out else 1)
+    return np.ascontiguousarray(whole.reshape(form.outputs, rank, *[1] * form.window))
+
+
+def _unordered(x: np.ndarray, form: Form, length: Callable[[int, int], int]) -> np.ndarray:
+    dims = [length(origin, form.shape[origin]) for origin in form.order]
+    back = [*(int(i) for i in np.argsort(form.order)), len(dims)]
+    return x.reshape(*dims, x.shape[-1]).transpose(back)
