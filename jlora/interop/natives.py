@@ -94,6 +94,11 @@ def _lora(layer: Layer, form: Form) -> Arrays:
     return _with_magnitude(layer, form, {"A": a_to_factor(a, form), "B": b_to_factor(b, form)})
 
 
+def _from_initial(layer: Layer, form: Form) -> Arrays:
+    t = layer.tensors
+    return _lora(layer, form) | {"A0": a_to_factor(t["A0"], form), "B0": b_to_factor(t["B0"], form)}
+
+
 def _adalora(layer: Layer, form: Form) -> Arrays:
     return _lora(layer, form) | {"E": _per_rank(layer.tensors["E"], form)}
 
@@ -168,16 +173,16 @@ def _method_of_ia3(targets: Sequence[Target], layers: Sequence[Layer]) -> Method
 
 
 def _method_of_oft(targets: Sequence[Target], layers: Sequence[Layer]) -> Method:
-    """One size of blocks, and one number of terms.
-
-    Raises:
-      ValueError: if the layers have several.
-    """
-    found = {(_side(layer.tensors["R"]), int(layer.tensors.get("terms", 0))) for layer in layers}
-    if len(found) > 1:
-        raise ValueError(f"oft: the layers have blocks of several sizes, {sorted(side for side, _ in found)}")
-    ((side, terms),) = found
+    _, side, terms = group(layers[0])
     return methods.oft(side, terms=terms)
+
+
+def group(layer: Layer) -> tuple[Any, ...]:
+    """Layers that one method trains have the same: its kind first."""
+    kind = "lora" if layer.kind == "table" else layer.kind
+    if kind == "oft":
+        return kind, _side(layer.tensors["R"]), int(layer.tensors.get("terms", 0))
+    return kind, "magnitude" in layer.tensors
 
 
 def _side(triangles: np.ndarray) -> int:
@@ -189,6 +194,16 @@ def nothing() -> Method:
     return methods.full()
 
 
+def layer_number(path: str) -> int:
+    """The number of the layer that a parameter belongs to; 0 where the path has none.
+
+    >>> layer_number("h_11/attn/key/kernel")
+    11
+    """
+    found = re.search(r"_(\d+)(/|$)", path)
+    return int(found[1]) if found else 0
+
+
 def escaped(path: str) -> str:
     """A path as a regular expression."""
     return re.escape(path).replace("\\-", "-")
@@ -197,6 +212,8 @@ def escaped(path: str) -> str:
 NATIVE: dict[str, Native] = {
     "lora": Native(low_rank_method, _lora, _alpha),
     "table": Native(low_rank_method, _lora, _alpha),
+    "pissa": Native(lambda targets, layers: low_rank_method(targets, layers, of=methods.pissa), _from_initial, _alpha),
+    "olora": Native(lambda targets, layers: low_rank_method(targets, layers, of=methods.olora), _from_initial, _alpha),
     "adalora": Native(
         lambda targets, layers: methods.adalora(_largest(targets), 1, _common_alpha(targets), total_steps=1),
         _adalora,
@@ -342,7 +359,7 @@ def scale_of(method: Method, target: Target) -> float:
         return target.alpha / math.sqrt(target.rank)
     if name == "adalora":
         return target.alpha / (target.rank + SCALE_EPSILON)
-    if name in ("lora", "loraplus", "lora_fa", "dylora", "eva", "loha", "lokr"):
+    if name in ("lora", "loraplus", "lora_fa", "dylora", "eva", "loha", "lokr", "pissa", "olora"):
         return target.alpha / target.rank
     if name in ("ia3", "oft", "vera"):
         return 1.0
@@ -404,8 +421,9 @@ def layer_of(
             "A": a_from_factor(arrays["A"], form), "B": b_from_factor(arrays["B"], form),
         }  # fmt: skip
     else:
-        kind = "adalora" if name == "adalora" else "table" if form.layout == "table" else "lora"
-        tensors = {"A": _factor("A", arrays["A"], form), "B": _factor("B", arrays["B"], form)}
+        own = name if name in ("adalora", "pissa", "olora") else "lora"
+        kind = "table" if form.layout == "table" else own
+        tensors = {ours: _factor(ours, x, form) for ours, x in arrays.items() if ours in ("A", "B", "A0", "B0")}
         if kind == "adalora":
             tensors["E"] = arrays["E"].reshape(-1, 1)
     if "magnitude" in arrays:
