@@ -9,7 +9,7 @@ import numpy as np
 
 from jlora import methods
 from jlora.interop.forms import Form, a_from_factor, a_to_factor, b_from_factor, b_to_factor
-from jlora.interop.layer import Layer, Tensors
+from jlora.interop.layer import INITIAL, Layer, Tensors, rank_doubled
 from jlora.methods import Method
 from jlora.methods.adalora import SCALE_EPSILON
 from jlora.methods.lokr import small_side
@@ -300,7 +300,7 @@ def _lokr_as_lora(layer: Layer, shape: tuple[int, ...]) -> Layer:
 
 # -- parts of a torch tensor -------------------------------------------------------------------------------------------
 
-_OUTPUTS = {"B": 0, "w1_a": 0, "w2_a": 0, "b": 0, "value": 0, "added": 0}  # tensors with an axis of outputs
+_OUTPUTS = {"B": 0, "B0": 0, "w1_a": 0, "w2_a": 0, "b": 0, "value": 0, "added": 0}  # tensors with an axis of outputs
 
 
 def part_of(layer: Layer, row: Leaf, form: Form) -> Layer:
@@ -429,7 +429,8 @@ def layer_of(
     if "magnitude" in arrays:
         m = _from_output(arrays["magnitude"], form)
         tensors["magnitude"] = m.reshape(1, -1, *[1] * form.window) if form.window else m
-    return Layer(module, kind, {key: np.ascontiguousarray(x) for key, x in tensors.items()}, scale, parameter)
+    whole = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
+    return Layer(module, kind, whole, scale, parameter, declared=target.rank if kind == "lokr" else 0)
 
 
 def _factor(name: str, x: np.ndarray, form: Form) -> np.ndarray:
@@ -454,6 +455,14 @@ def fused(key: str, parts: Sequence[tuple[Leaf, Layer]]) -> Layer:
         raise ValueError(f"the parts of {key!r} are adapted in several ways or with several scales")
     whole = len(own) == count
     tensors: Tensors
+    if first.kind in INITIAL:
+        if whole and all(_share(own, name) for name in ("A", "A0")):
+            tensors = {name: first.tensors[name] for name in ("A", "A0")} | {
+                name: np.concatenate([own[i].tensors[name] for i in range(count)]) for name in ("B", "B0")
+            }
+            return first._replace(tensors=tensors)
+        own = {i: without_initial(layer) for i, layer in own.items()}
+        first = own[min(own)]
     if first.kind in ("lora", "adalora") and ("magnitude" not in first.tensors or whole):
         tensors = _stacked_low_rank(own, count)
     elif whole and first.kind in ("ia3", "vera", "loha", "oft"):
@@ -472,13 +481,21 @@ def fused(key: str, parts: Sequence[tuple[Leaf, Layer]]) -> Layer:
     return first._replace(tensors=tensors)
 
 
+def _share(own: Mapping[int, Layer], name: str) -> bool:
+    some = next(iter(own.values()))
+    return all(np.array_equal(layer.tensors[name], some.tensors[name]) for layer in own.values())
+
+
+def without_initial(layer: Layer) -> Layer:
+    """PiSSA or OLoRA as plain LoRA of twice the rank, on the base as it is; others as they are."""
+    return layer._replace(kind="lora", tensors=rank_doubled(layer.tensors)) if layer.kind in INITIAL else layer
+
+
 def _stacked_low_rank(own: Mapping[int, Layer], count: int) -> Tensors:
     some = next(iter(own.values()))
     outputs = len(some.tensors["B"])
     tail = [name for name in ("A", "E") if name in some.tensors]
-    if len(own) == count and all(
-        np.array_equal(layer.tensors[name], some.tensors[name]) for layer in own.values() for name in tail
-    ):
+    if len(own) == count and all(_share(own, name) for name in tail):
         tensors = {name: some.tensors[name] for name in tail}
         tensors["B"] = np.concatenate([own[i].tensors["B"] for i in range(count)])
     else:

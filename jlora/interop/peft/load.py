@@ -17,7 +17,7 @@ from jlora import methods, tree
 from jlora.adapted.adapted import Adapted
 from jlora.adapted.apply import apply
 from jlora.interop import natives, onto
-from jlora.interop.layer import INITIAL, Layer, rank_doubled
+from jlora.interop.layer import INITIAL, Layer
 from jlora.interop.names import Names, modules_of, names_of
 from jlora.interop.natives import NATIVE, Native
 from jlora.interop.peft.patterns import targeted
@@ -165,7 +165,7 @@ def _with_saved(found: Folder, params: Any, layers: Sequence[Layer], names: Name
 
 
 def _from_the_base(layers: Sequence[Layer], params: Any, names: Names) -> list[Layer]:
-    """PiSSA and OLoRA with the factors that they began with, computed from the base: those of a split tensor doubled."""
+    """PiSSA and OLoRA with the factors that they began with, computed from the base."""
     wanted = {layer.key for layer in layers if layer.kind in INITIAL}
     if not wanted:
         return list(layers)
@@ -188,8 +188,6 @@ def _from_the_base(layers: Sequence[Layer], params: Any, names: Names) -> list[L
             weight = tensors[layer.key] if row.order else tensors[layer.key].T
             a, b = INITIAL[layer.kind](weight, layer)
             layer = layer._replace(tensors={**layer.tensors, "A0": a, "B0": b})
-            if row.part is not None:
-                layer = layer._replace(kind="lora", tensors=rank_doubled(layer.tensors))
         result.append(layer)
     return result
 

@@ -18,9 +18,10 @@ from jlora.interop import natives, onto, tensor_file
 from jlora.interop.layer import Layer
 from jlora.interop.names import Module, Names, modules_of, names_of
 from jlora.interop.peft import engine
-from jlora.interop.peft.config import CONFIG, DEFAULTS, TENSORS, completed
+from jlora.interop.peft.config import CONFIG, DEFAULTS, PROMPTS, TENSORS, completed
 from jlora.interop.peft.patterns import targeted, value_for
 from jlora.interop.peft.read import EMBEDDINGS, PREFIX
+from jlora.methods.acts import SHARED
 from jlora.methods.adalora import SCALE_EPSILON
 from jlora.methods.prefix_tuning import KEY
 from jlora.models import place
@@ -101,14 +102,17 @@ def save(
     known = names_of(model, names, "peft.save")
     modules = modules_of(known, adapted.base)
     if for_engine:
-        layers = engine.layers(adapted, known, None if for_engine is True else float(for_engine))
+        adapted = engine.prepared(adapted, known, 0.0 if for_engine is True else float(for_engine))
+    if adapted.method.name in ("prefix_tuning", "prompt_tuning"):
+        tensors, written = _prompt(adapted, known, config)
     else:
         layers = _layers(adapted, known, tied)
-    if adapted.method.name in ("prefix_tuning", "prompt_tuning"):
-        tensors, written = _prompt(adapted, known)
-    else:
-        tensors = _tensors(layers)
+        if for_engine:
+            layers = engine.uniform(layers)
+        layers = _started(layers, modules)
         written = _config(layers, adapted, known, modules, config)
+        norms = {layer.module for layer in layers if _is_norm(layer, modules)}
+        tensors = _tensors(layers, norms if written["peft_type"] == "LN_TUNING" else set())
         if save_embedding_layers:
             tensors |= _embeddings(adapted, known, layers)
     if base is not None:
@@ -147,7 +151,7 @@ def _layers(adapted: Adapted, names: Names, tied: bool) -> list[Layer]:
             raise ValueError(
                 f"{layer.key!r} was trained beside (IA)^3, which in PEFT scales it: merge first, or train it by LoRA"
             )
-        if layer.key == names.tied and layer.kind == "full":
+        if layer.key == names.tied and (layer.kind == "full" or (layer.kind == "rows" and len(layers) == 1)):
             kept.append(layer._replace(module="lm_head"))
         elif layer.key == names.tied and layer.kind != "rows" and not tied:
             raise ValueError(
@@ -158,20 +162,27 @@ def _layers(adapted: Adapted, names: Names, tied: bool) -> list[Layer]:
     return [layer._replace(module=names.written(layer.key).rpartition(".")[0]) for layer in kept]
 
 
-def _tensors(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
-    """PEFT's tensors of the layers."""
+def _started(layers: Sequence[Layer], modules: Mapping[str, Module]) -> list[Layer]:
+    """PiSSA and OLoRA as they are where PEFT starts all layers so, and as plain LoRA of twice the rank where not."""
+    kinds = {layer.kind for layer in layers if layer.kind not in onto.AS_THEY_ARE}
+    wrong = any(layer.kind == "olora" and modules[layer.module].kind == "conv1d" for layer in layers)  # PEFT's fault
+    return list(map(natives.without_initial, layers)) if len(kinds) > 1 or wrong else list(layers)
+
+
+def _tensors(layers: Sequence[Layer], norms: set[str]) -> dict[str, np.ndarray]:
+    """PEFT's tensors of the layers; `norms` are the modules that LN tuning trains."""
     tensors: dict[str, np.ndarray] = {}
     adapted = {layer.module for layer in layers if layer.kind not in onto.AS_THEY_ARE}
     for layer in layers:
         start = f"{PREFIX}{layer.module}"
         t = layer.tensors
         if layer.kind == "full":
-            inner = ".base_layer" if layer.module in adapted else ""
+            inner = ".base_layer" if layer.module in adapted else ".ln_tuning_layers" if layer.module in norms else ""
             tensors[f"{start}{inner}.{layer.parameter}"] = t["value"]
         elif layer.kind == "diff":
             tensors[f"{start}.lora_B.bias"] = t["added"]
         elif layer.kind == "rows":
-            tensors[f"{start}.token_adapter.trainable_tokens_delta"] = t["values"]
+            tensors[f"{start}.{'token_adapter.' if adapted else ''}trainable_tokens_delta"] = t["values"]
         else:
             for name, end in _NAMES[layer.kind].items():
                 if name in t:
@@ -237,17 +248,25 @@ def _config(
     config: dict[str, Any] = DEFAULTS[kind] | {"peft_type": kind, "peft_version": VERSION}
     if kind == "TRAINABLE_TOKENS":
         config["token_indices"] = rows[0].tensors["rows"].tolist()
-        config["target_modules"] = sorted(layer.module for layer in rows)
-        return config
+        config["target_modules"] = [name.rpartition(".")[2] for name in sorted(layer.module for layer in rows)][:1]
+        config["task_type"] = _task(names, config)
+        return config if given is None else _taken_over(config, given, layers, modules)
     if kind == "LN_TUNING":
-        config["target_modules"] = _suffixes(sorted({layer.module for layer in layers}), modules, {})
-        return config
+        norms = {layer.module for layer in layers if _is_norm(layer, modules)}
+        config |= _trained_as_they_are([layer for layer in layers if layer.module not in norms], [], names, kind)
+        config["target_modules"] = _suffixes(sorted(norms), modules, config)
+        config["task_type"] = _task(names, config)
+        return config if given is None else _taken_over(config, given, layers, modules)
     own = sorted({layer.module for layer in low})
     config |= _trained_as_they_are(layers, own, names, kind)
     config["task_type"] = _task(names, config)
     config["target_modules"] = _suffixes(own, modules, config)
     config |= _METHODS[kind](low, adapted, modules)
     return config if given is None else _taken_over(config, given, layers, modules)
+
+
+def _is_norm(layer: Layer, modules: Mapping[str, Module]) -> bool:
+    return layer.module in modules and modules[layer.module].kind == "other"
 
 
 def _task(names: Names, config: Mapping[str, Any]) -> str | None:
@@ -278,7 +297,7 @@ def _trained_as_they_are(layers: Sequence[Layer], adapted: Sequence[str], names:
     rest = whole - {key for module in saved for key in parameters[module]}
     if rest:
         if rest == {f"{module}.bias" for module in adapted} & biases:
-            fields["bias"] = "lora_only"
+            fields["bias"] = f"{kind.lower()}_only"
         elif rest == biases - {key for module in saved for key in parameters[module]}:
             fields["bias"] = "all"
         else:
@@ -356,8 +375,6 @@ def _lora(low: Sequence[Layer], adapted: Adapted, modules: Mapping[str, Module])
     if len(with_magnitude) > 1:
         raise ValueError("PEFT's DoRA is of all adapted modules or of none")
     started = {layer.kind for layer in products} & {"pissa", "olora"}
-    if started and len({layer.kind for layer in products}) > 1:
-        raise ValueError(f"PEFT starts all modules by {started.pop()}, or none: convert it first, with jlora.to_lora")
     rank, alpha = _common(ranks.values()), _common(alphas.values())
     inner = natives.inner_of(adapted.method.parts[0][0])
     return {
@@ -426,10 +443,16 @@ def _ia3(low: Sequence[Layer], adapted: Adapted, modules: Mapping[str, Module]) 
 
 
 def _oft(low: Sequence[Layer], adapted: Adapted, modules: Mapping[str, Module]) -> dict[str, Any]:
-    config = dict(adapted.method.config)
-    terms = config["terms"]
-    fields = {"oft_block_size": config["block_size"], "r": 0, "use_cayley_neumann": bool(terms)}
-    return fields | ({"num_cayley_neumann_terms": terms} if terms else {}) | {"fan_in_fan_out": _fan_in(low, modules)}
+    sides = {natives.group(layer)[1] for layer in low}
+    terms = {natives.group(layer)[2] for layer in low}
+    blocks = {len(layer.tensors["R"]) for layer in low}
+    if len(terms) > 1 or (len(sides) > 1 and len(blocks) > 1):
+        raise ValueError("PEFT's OFT has one size or one number of blocks, and one number of terms")
+    (term,) = terms
+    fields: dict[str, Any] = {"oft_block_size": sides.pop(), "r": 0} if len(sides) == 1 else {
+        "oft_block_size": 0, "r": blocks.pop()}  # fmt: skip
+    fields |= {"use_cayley_neumann": bool(term), "fan_in_fan_out": _fan_in(low, modules)}
+    return fields | ({"num_cayley_neumann_terms": term} if term else {})
 
 
 _METHODS: dict[str, Any] = {
@@ -467,15 +490,16 @@ def _taken_over(
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def _prompt(adapted: Adapted, names: Names) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _prompt(
+    adapted: Adapted, names: Names, given: Mapping[str, Any] | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The one tensor of a prompt method, and its config."""
-    if any("prompt" not in x and "prefix" not in x for x in adapted.factors.values()) or adapted.extras:
-        raise ValueError(
-            "peft.save: a network makes this prompt, or leaves are trained beside it: jlora.bake_prompt first"
-        )
+    prompts = {site.path: adapted.factors[site.path] for site in adapted.sites}
+    if SHARED in adapted.factors or any(set(own) not in ({"prompt"}, {"prefix"}) for own in prompts.values()):
+        raise ValueError("peft.save: a network makes this prompt: jlora.bake_prompt first")
     config: dict[str, Any]
     if adapted.method.name == "prompt_tuning":
-        ((_, own),) = adapted.factors.items()
+        (own,) = prompts.values()
         value = np.asarray(own["prompt"])
         config = DEFAULTS["PROMPT_TUNING"] | {"peft_type": "PROMPT_TUNING", "token_dim": value.shape[1]}
     else:
@@ -491,4 +515,18 @@ def _prompt(adapted: Adapted, names: Names) -> tuple[dict[str, np.ndarray], dict
             "peft_type": "PREFIX_TUNING", "num_layers": len(parts[True]), "token_dim": parts[True][0].shape[1],
         }  # fmt: skip
     config |= {"num_virtual_tokens": len(value), "task_type": TASKS.get(names.head), "peft_version": VERSION}
-    return {"prompt_embeddings": value}, config | {"num_transformer_submodules": 1}
+    extras = onto.layers_of(
+        adapted.replace(sites=(), factors={e.path: adapted.factors[e.path] for e in adapted.extras}), names.rows
+    )
+    heads = [layer._replace(module=names.written(layer.key).rpartition(".")[0]) for layer in extras]
+    if heads:
+        config |= {n: x for n, x in _trained_as_they_are(heads, [], names, "PROMPT").items() if n == "modules_to_save"}
+        config["task_type"] = _task(names, config)
+    tensors = {f"base_model.{layer.key}": layer.tensors["value"] for layer in heads} | {"prompt_embeddings": value}
+    config["num_transformer_submodules"] = 1
+    if given is None:
+        return tensors, config
+    whole = completed(given, "config=")
+    if whole["peft_type"] not in PROMPTS or whole["num_virtual_tokens"] != len(value):
+        raise ValueError("config= says otherwise than the adapter in peft_type or num_virtual_tokens")
+    return tensors, whole
