@@ -189,6 +189,14 @@ def _side(triangles: np.ndarray) -> int:
     return round((1 + math.sqrt(1 + 8 * triangles.shape[-1])) / 2)
 
 
+def shared(method: Method) -> tuple[str, ...]:
+    """Names of the factors that the parts of one torch tensor have in common."""
+    return _SHARED.get(inner_of(method).name, ("A",))
+
+
+_SHARED = {"loha": ("A1", "A2"), "adalora": ("A", "E"), "ia3": (), "vera": ("d",), "oft": ("Q",)}
+
+
 def nothing() -> Method:
     """The method of an adapter that only trains leaves as they are."""
     return methods.full()
@@ -348,7 +356,7 @@ def part_of_tensors(layer: Layer, row: Leaf, shape: tuple[int, ...]) -> Layer:
 def inner_of(method: Method) -> Method:
     """The method within a `dora`, else itself."""
     inner = dict(method.config).get("inner")
-    return inner if isinstance(inner, Method) else method
+    return inner_of(inner) if isinstance(inner, Method) else method
 
 
 def scale_of(method: Method, target: Target) -> float:

@@ -16,7 +16,7 @@ from jlora.interop import natives
 from jlora.interop.forms import Form, form_of
 from jlora.interop.layer import Layer, merged
 from jlora.interop.natives import NATIVE, Native
-from jlora.methods import Method, together
+from jlora.methods import Method, tied, together
 from jlora.models.tensors import Leaf, to_tensor, to_tensors
 from jlora.transform.sites import Site, Target
 
@@ -75,7 +75,11 @@ def place(
     if wrong:
         listed = "\n  ".join([*wrong[:SHOWN], *([f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else [])])
         raise ValueError(f"{origin} does not fit the model:\n  {listed}")
-    method, sites = _method(targets, kinds)
+    parted: dict[str, list[str]] = defaultdict(list)
+    for path, own in pieces.items():
+        if own[0].row.part is not None:
+            parted[own[0].layer.key].append(path)
+    method, sites = _method(targets, kinds, list(parted.values()))
     order = {path: i for i, path in enumerate(named)}
     sites = tuple(sorted(sites, key=lambda site: order[site.path]))
     extras.sort(key=lambda extra: order[extra.path])
@@ -199,15 +203,21 @@ def _extra(path: str, own: Sequence[Piece], leaf: Any) -> tuple[Extra, dict[str,
     return Extra(path), {"value": np.stack(values) if row.stacked else values[0]}
 
 
-def _method(targets: Sequence[tuple[Target, Layer]], kinds: Mapping[str, Native]) -> tuple[Method, Sequence[Target]]:
-    """One method, or several together, and the targets with their numbers."""
+def _method(
+    targets: Sequence[tuple[Target, Layer]], kinds: Mapping[str, Native], parted: Sequence[Sequence[str]]
+) -> tuple[Method, Sequence[Target]]:
+    """One method, or several together, and the targets with their numbers; parts of one torch tensor share their A."""
     groups: dict[Any, list[tuple[Target, Layer]]] = defaultdict(list)
     for target, layer in targets:
         groups[natives.group(layer)].append((target, layer))
     methods: list[tuple[Method, list[Target]]] = []
     for (kind, *_), members in groups.items():
         chosen = [target for target, _ in members]
-        methods.append((kinds[kind].method(chosen, [layer for _, layer in members]), chosen))
+        method = kinds[kind].method(chosen, [layer for _, layer in members])
+        own = {target.path for target in chosen}
+        groups = [group for group in parted if len(group) > 1 and own.issuperset(group)]
+        names = natives.shared(method)
+        methods.append((tied(method, groups, names) if groups and names else method, chosen))
     if not methods:
         return natives.nothing(), []
     if len(methods) == 1:
