@@ -318,7 +318,7 @@ def _common(values: Iterable[float]) -> str:
 
 
 def hashes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Two hashes that kohya's files have: of all behind the header; of 64 KiB of a file that says only `ss_` of itself."""
+    """Both hashes of kohya's files: of all behind the header; of 64 KiB of a file that says only `ss_` of itself."""
     content = serialise(dict(tensors), {key: x for key, x in metadata.items() if key.startswith("ss_")})
     behind = int.from_bytes(content[:8], "little") + 8
     some = io.BytesIO(content)
