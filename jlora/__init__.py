@@ -29,6 +29,9 @@ from jlora.checkpoint import save as save
 from jlora.deprecated import rounding as rounding
 from jlora.deprecated import to_plain as to_plain
 from jlora.deprecated import with_key as with_key
+from jlora.interop import diffusers as diffusers
+from jlora.interop import kohya as kohya
+from jlora.interop import peft as peft
 from jlora.methods import Method as Method
 from jlora.methods import adalora as adalora
 from jlora.methods import bitfit as bitfit
@@ -56,6 +59,7 @@ from jlora.methods import pissa as pissa
 from jlora.methods import prefix_tuning as prefix_tuning
 from jlora.methods import prompt_tuning as prompt_tuning
 from jlora.methods import rslora as rslora
+from jlora.methods import tied as tied
 from jlora.methods import together as together
 from jlora.methods import top_layers as top_layers
 from jlora.methods import vera as vera
