@@ -17,7 +17,7 @@ Scale: TypeAlias = Callable[[Name, int, float | None], float]  # (of which modul
 
 
 class Role(NamedTuple):
-    """What a tensor is in its module.
+    """Part that a tensor plays in its module.
 
     Attributes:
       kind: of the layer that it is a part of, a row of `KINDS`; "any" for a part that several kinds have, "bias" for
@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """What a key stands for."""
+    """Module and role that a key stands for."""
 
     name: Name
     role: Role
@@ -189,7 +189,7 @@ def _of_module(
 
 
 def _incomplete(kind: str, own: Sequence[Found], parts: Mapping[str, Found], name: Name) -> dict[str, str]:
-    """What has not all of its parts."""
+    """Faults of a kind that has not all of its parts, or has them twice."""
     absent = [names for names in NEEDED[kind] if not any(part in parts for part in names)]
     if kind == "loha":
         absent += [(TOGETHER[part],) for part in TOGETHER if part in parts and TOGETHER[part] not in parts]

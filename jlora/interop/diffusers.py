@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save as serialise
 
 from jlora.adapted.adapted import Adapted
-from jlora.interop import assemble, modules, natives, pipeline
+from jlora.interop import assemble, modules, natives, pipeline, tensor_file
 from jlora.interop.assemble import Placed, Role
 from jlora.interop.layer import Layer
 from jlora.interop.modules import COMPONENTS, Name, Shape, Shapes
@@ -46,14 +45,16 @@ def load(
     names: Mapping[str, Sequence[Leaf]],
     *,
     without: str | None = None,
+    pickled: bool = False,
 ) -> dict[str, Adapted]:
     """An `Adapted` of each component that the file adapts. All of the file is placed, or nothing.
 
     Args:
-      file: a safetensors file.
+      file: a safetensors file; with `pickled`, or one of `torch.save` (.bin, .pt).
       params: of each component of the pipeline, "unet", "text_encoder", "text_encoder_2".
       names: their key tables, see `jlora.interop.modules.table`.
       without: regular expression of the keys to leave out on purpose: "^text_encoder" loads the UNet's part alone.
+      pickled: read a pickle, without running what it says.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -63,7 +64,7 @@ def load(
     Example:
       adapted = jlora.diffusers.load("pytorch_lora_weights.safetensors", {"unet": params}, {"unet": table})["unet"]
     """
-    found = read(file, pipeline.models_of(params, names), without=without)
+    found = read(file, pipeline.models_of(params, names), without=without, pickled=pickled)
     return pipeline.placed(found, params, names, origin=f"'{file}'")
 
 
@@ -76,8 +77,9 @@ def save(
     fold_alpha: bool = False,
     metadata: Mapping[str, str] | None = None,
     dtype: Any = None,
+    force: bool = False,
 ) -> None:
-    """Writes the adapters of a pipeline's components as one file, which replaces one that is there.
+    """Writes the adapters of a pipeline's components as one file.
 
     Diffusers' files have no alphas among their tensors. Ranks and alphas stand in `lora_adapter_metadata`, which
     diffusers reads since the middle of 2025; older versions, and other programs, take alpha = rank. For those
@@ -91,28 +93,37 @@ def save(
       fold_alpha: whether B is multiplied by alpha / rank.
       metadata: added to what the file says of itself, or in its place.
       dtype: of the tensors; None leaves them in the factors' float32.
+      force: replace a file that is there.
 
     Raises:
+      FileExistsError: if there is such a file, without `force`.
       ValueError: for a method that such files have no form for; `jlora.kohya.save` has more of them.
     """
     bases = {component: own.base for component, own in adapted.items()}
     models = pipeline.models_of(bases, names)
     layers = {component: pipeline.layers_of(own, names[component]) for component, own in adapted.items()}
-    write(file, layers, models, style=style, fold_alpha=fold_alpha, metadata=metadata, dtype=dtype)
+    write(file, layers, models, style=style, fold_alpha=fold_alpha, metadata=metadata, dtype=dtype, force=force)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read(file: str | os.PathLike[str], models: Mapping[str, Shapes], *, without: str | None = None) -> File:
+def read(
+    file: str | os.PathLike[str],
+    models: Mapping[str, Shapes],
+    *,
+    without: str | None = None,
+    pickled: bool = False,
+) -> File:
     """The layers of a file; see `load`.
 
     Args:
       file: a safetensors file.
       models: shapes of the tensors of each component, by key in torch's checkpoints.
       without: regular expression of the keys to leave out.
+      pickled: read a pickle, without running what it says.
     """
-    tensors, metadata = pipeline.read_tensors(file, without)
+    tensors, metadata = pipeline.read_tensors(file, without=without, pickled=pickled)
     return layers_of(tensors, metadata, models, origin=f"'{file}'")
 
 
@@ -262,10 +273,11 @@ def write(
     fold_alpha: bool = False,
     metadata: Mapping[str, str] | None = None,
     dtype: Any = None,
+    force: bool = False,
 ) -> None:
     """Writes layers; see `save`. What `read` gave comes out bit for bit, unless alphas are folded in."""
     tensors, said = tensors_of(layers, models, style=style, fold_alpha=fold_alpha)
-    pipeline.replace(file, serialise(pipeline.cast(tensors, dtype), said | dict(metadata or {})))
+    tensor_file.write(file, pipeline.cast(tensors, dtype), said | dict(metadata or {}), force=force)
 
 
 def tensors_of(

@@ -7,7 +7,6 @@ is absent or 0.
 """
 
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -15,10 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save as serialise
 
 from jlora.adapted.adapted import Adapted
-from jlora.interop import assemble, cloneofsimo, modules, pipeline
+from jlora.interop import assemble, cloneofsimo, modules, pipeline, tensor_file
 from jlora.interop.assemble import Placed, Role
 from jlora.interop.layer import Layer
 from jlora.interop.modules import Name, Shape, Shapes
@@ -59,14 +57,16 @@ def load(
     names: Mapping[str, Sequence[Leaf]],
     *,
     without: str | None = None,
+    pickled: bool = False,
 ) -> dict[str, Adapted]:
     """An `Adapted` of each component that the file adapts. All of the file is placed, or nothing.
 
     Args:
-      file: a safetensors file.
+      file: a safetensors file; with `pickled`, or one of `torch.save` (.bin, .pt).
       params: of each component of the pipeline, "unet", "text_encoder", "text_encoder_2".
       names: their key tables, see `jlora.interop.modules.table`.
       without: regular expression of the keys to leave out on purpose: "^lora_te" loads the UNet's part alone.
+      pickled: read a pickle, without running what it says.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -76,7 +76,7 @@ def load(
     Example:
       adapted = jlora.kohya.load("style.safetensors", {"unet": params}, {"unet": table}, without="^lora_te")["unet"]
     """
-    found = read(file, pipeline.models_of(params, names), without=without)
+    found = read(file, pipeline.models_of(params, names), without=without, pickled=pickled)
     return pipeline.placed(found, params, names, origin=f"'{file}'")
 
 
@@ -87,8 +87,9 @@ def save(
     *,
     metadata: Mapping[str, str] | None = None,
     dtype: Any = None,
+    force: bool = False,
 ) -> None:
-    """Writes the adapters of a pipeline's components as one file, which replaces one that is there.
+    """Writes the adapters of a pipeline's components as one file.
 
     Alpha is a tensor of each module, and holds whatever the method's scale is: rsLoRA's alpha / sqrt(r) is an alpha of
     alpha sqrt(r).
@@ -99,28 +100,37 @@ def save(
       names: their key tables.
       metadata: added to what the file says of itself, or in its place: {"modelspec.title": "sks dog"}.
       dtype: of the tensors; None leaves them in the factors' float32.
+      force: replace a file that is there.
 
     Raises:
+      FileExistsError: if there is such a file, without `force`.
       ValueError: for a method that such files have no form for.
     """
     bases = {component: own.base for component, own in adapted.items()}
     models = pipeline.models_of(bases, names)
     layers = {component: pipeline.layers_of(own, names[component]) for component, own in adapted.items()}
-    write(file, layers, models, metadata=metadata, dtype=dtype)
+    write(file, layers, models, metadata=metadata, dtype=dtype, force=force)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read(file: str | os.PathLike[str], models: Mapping[str, Shapes], *, without: str | None = None) -> File:
+def read(
+    file: str | os.PathLike[str],
+    models: Mapping[str, Shapes],
+    *,
+    without: str | None = None,
+    pickled: bool = False,
+) -> File:
     """The layers of a file; see `load`.
 
     Args:
       file: a safetensors file.
       models: shapes of the tensors of each component, by key in torch's checkpoints.
       without: regular expression of the keys to leave out.
+      pickled: read a pickle, without running what it says.
     """
-    tensors, metadata = pipeline.read_tensors(file, without)
+    tensors, metadata = pipeline.read_tensors(file, without=without, pickled=pickled)
     return layers_of(tensors, metadata, models, origin=f"'{file}'")
 
 
@@ -194,6 +204,7 @@ def write(
     *,
     metadata: Mapping[str, str] | None = None,
     dtype: Any = None,
+    force: bool = False,
 ) -> None:
     """Writes layers; see `save`. What `read` gave comes out bit for bit.
 
@@ -201,8 +212,8 @@ def write(
     whole matrices has none.
     """
     tensors = pipeline.cast(tensors_of(layers, models), dtype)
-    said = described(layers, models) | dict(metadata or {})
-    pipeline.replace(file, serialise(tensors, said | hashes(tensors, said)))
+    said = described(layers, models) | {"sshs_model_hash": model_hash(tensors)}
+    tensor_file.write(file, tensors, said | dict(metadata or {}), force=force)
 
 
 def tensors_of(layers: Mapping[str, Sequence[Layer]], models: Mapping[str, Shapes]) -> dict[str, np.ndarray]:
@@ -317,13 +328,9 @@ def _common(values: Iterable[float]) -> str:
     return "Dynamic" if len(found) > 1 else f"{next(iter(found)):g}"
 
 
-def hashes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Two hashes that kohya's files have: of all behind the header; of 64 KiB of a file that says only `ss_` of itself."""
-    content = serialise(dict(tensors), {key: x for key, x in metadata.items() if key.startswith("ss_")})
-    behind = int.from_bytes(content[:8], "little") + 8
-    some = io.BytesIO(content)
-    some.seek(0x100000)
-    return {
-        "sshs_model_hash": hashlib.sha256(content[behind:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(some.read(0x10000)).hexdigest()[:8],
-    }
+def model_hash(tensors: Mapping[str, np.ndarray]) -> str:
+    """The sha256 of all behind the header, the tensors in the order in which they are written."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()

@@ -42,7 +42,7 @@ BASES = (
 
 
 class Name(NamedTuple):
-    """What a name in a file stands for."""
+    """A module of a component: what a name in a file stands for."""
 
     component: str
     module: str

@@ -3,16 +3,14 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors import safe_open
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted
-from jlora.interop import modules, onto
+from jlora.interop import modules, onto, tensor_file
 from jlora.interop.layer import Layer
 from jlora.models.tensors import Leaf, to_tensors
 
@@ -37,24 +35,19 @@ class File(NamedTuple):
 
 
 def read_tensors(
-    file: str | os.PathLike[str], without: str | None = None
+    file: str | os.PathLike[str], *, without: str | None = None, pickled: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors whose keys `without` does not match, and the metadata."""
-    with safe_open(file, framework="numpy") as opened:
-        metadata = dict(opened.metadata() or {})
-        keys = [key for key in opened.keys() if without is None or not re.search(without, key)]  # noqa: SIM118
-        return {key: opened.get_tensor(key) for key in keys}, metadata
+    """The tensors whose keys `without` does not match, and the metadata.
 
-
-def replace(file: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file in one step: interrupted, what was there stays."""
-    path = Path(file)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: for a damaged file, a pickle that is not asked for, numbers that are not finite.
+    """
+    with tensor_file.open(file, pickled=pickled) as opened:
+        keys = [key for key in opened.headers if without is None or not re.search(without, key)]
+        found = {key: opened.read(key) for key in keys}
+        tensor_file.check_finite(file, found)
+        return found, dict(opened.metadata)
 
 
 def cast(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
