@@ -11,13 +11,17 @@ from jlora.adapted.adapted import mask as mask
 from jlora.adapted.adapted import partition as partition
 from jlora.adapted.adapted import with_dropout as with_dropout
 from jlora.adapted.apply import apply as apply
+from jlora.adapted.arithmetic import combine_adapters as combine_adapters
 from jlora.adapted.convert import bake_prompt as bake_prompt
+from jlora.adapted.convert import reduce_rank as reduce_rank
 from jlora.adapted.convert import scale as scale
 from jlora.adapted.convert import to_lora as to_lora
 from jlora.adapted.convert import truncate as truncate
+from jlora.adapted.differences import compression_error as compression_error
 from jlora.adapted.explain import Explanation as Explanation
 from jlora.adapted.explain import explain as explain
 from jlora.adapted.explain import summary as summary
+from jlora.adapted.extract import extract_lora as extract_lora
 from jlora.adapted.merge import merge as merge
 from jlora.adapted.merge import merge_error as merge_error
 from jlora.adapted.merge import unmerge as unmerge
