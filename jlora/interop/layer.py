@@ -118,7 +118,8 @@ def _experts(t: Tensors, shape: tuple[int, ...]) -> np.ndarray:
     experts = shape[0]
     a = t["A"].reshape(experts, -1, t["A"].shape[-1])
     b = t["B"].reshape(t["B"].shape[0], -1, experts)
-    return np.einsum("eri,ore->eio", a, b, optimize=True)
+    first_is_in = a.shape[-1] == shape[1] != shape[2] and len(b) == shape[2]  # "is_transposed" in transformers
+    return np.einsum("eri,ore->eio" if first_is_in else "eri,ore->eoi", a, b, optimize=True)
 
 
 def _adalora(t: Tensors, shape: tuple[int, ...]) -> np.ndarray:

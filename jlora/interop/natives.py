@@ -8,7 +8,15 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from jlora import methods
-from jlora.interop.forms import Form, a_from_factor, a_to_factor, b_from_factor, b_to_factor
+from jlora.interop.forms import (
+    Form,
+    a_from_factor,
+    a_to_factor,
+    b_from_factor,
+    b_to_factor,
+    experts_from_factors,
+    experts_to_factors,
+)
 from jlora.interop.layer import INITIAL, Layer, Tensors, rank_doubled
 from jlora.methods import Method
 from jlora.methods.adalora import SCALE_EPSILON
@@ -92,6 +100,11 @@ def _with_magnitude(layer: Layer, form: Form, arrays: Arrays) -> Arrays:
 def _lora(layer: Layer, form: Form) -> Arrays:
     a, b = layer.tensors["A"], layer.tensors["B"]
     return _with_magnitude(layer, form, {"A": a_to_factor(a, form), "B": b_to_factor(b, form)})
+
+
+def _experts(layer: Layer, form: Form) -> Arrays:
+    a, b = experts_to_factors(layer.tensors["A"], layer.tensors["B"], form)
+    return {"A": a, "B": b}
 
 
 def _from_initial(layer: Layer, form: Form) -> Arrays:
@@ -179,7 +192,7 @@ def _method_of_oft(targets: Sequence[Target], layers: Sequence[Layer]) -> Method
 
 def group(layer: Layer) -> tuple[Any, ...]:
     """Layers that one method trains have the same: its kind first."""
-    kind = "lora" if layer.kind == "table" else layer.kind
+    kind = "lora" if layer.kind in ("table", "experts") else layer.kind
     if kind == "oft":
         return kind, _side(layer.tensors["R"]), int(layer.tensors.get("terms", 0))
     return kind, "magnitude" in layer.tensors
@@ -220,6 +233,7 @@ def escaped(path: str) -> str:
 NATIVE: dict[str, Native] = {
     "lora": Native(low_rank_method, _lora, _alpha),
     "table": Native(low_rank_method, _lora, _alpha),
+    "experts": Native(low_rank_method, _experts, _alpha),
     "pissa": Native(lambda targets, layers: low_rank_method(targets, layers, of=methods.pissa), _from_initial, _alpha),
     "olora": Native(lambda targets, layers: low_rank_method(targets, layers, of=methods.olora), _from_initial, _alpha),
     "adalora": Native(
@@ -409,6 +423,11 @@ def layer_of(
     """The layer of one torch tensor, or of the part of it that a parameter is."""
     name = inner_of(method).name
     scale = scale_of(method, target)
+    if form.layout == "stack":
+        if set(arrays) != {"A", "B"}:
+            raise ValueError(f"{target.path!r}: experts' matrices have plain LoRA in torch files, and no {method.name}")
+        a, b = experts_from_factors(arrays["A"], arrays["B"], form)
+        return Layer(module, "experts", {"A": a, "B": b}, scale, parameter, declared=target.rank)
     tensors: dict[str, np.ndarray]
     if name == "loha":
         tensors = {theirs: _factor(ours, arrays[ours], form) for ours, theirs in LOHA.items()}
