@@ -269,6 +269,8 @@ def _tensors_of(layer: Layer, shapes: Mapping[str, Shape]) -> dict[str, np.ndarr
         return {"weight": flat if window else flat.reshape(-1), "on_input": np.asarray(int(on_input), np.int64)}
     if layer.kind not in ("lora", "loha", "lokr"):
         raise ValueError(f"{layer.key!r} is of kind {layer.kind}")
+    if layer.kind == "lokr" and {"w1", "w2"} <= set(t):  # readers know no scale of such a product
+        t["w1"] = t["w1"] if layer.scale == 1 else np.asarray(t["w1"] * np.float32(layer.scale), t["w1"].dtype)
     magnitude = t.pop("magnitude", None)
     of_inputs = t.pop("input_magnitude", None)
     found = {WRITTEN[layer.kind, name]: x for name, x in t.items()}
@@ -277,7 +279,7 @@ def _tensors_of(layer: Layer, shapes: Mapping[str, Shape]) -> dict[str, np.ndarr
         found["dora_scale"] = magnitude if _is_column(magnitude) else magnitude.reshape(-1, 1, *ones)
     if of_inputs is not None:
         found["dora_scale"] = of_inputs
-    if layer.rank:
+    if not (layer.kind == "lokr" and {"w1", "w2"} <= set(t)):
         found["alpha"] = _alpha(layer)
     return found
 
