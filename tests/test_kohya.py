@@ -389,7 +389,7 @@ FAULTS = {
     ),
     "unknown component": (
         {"lora_te2_text_projection.alpha": np.ones(())},
-        "'lora_te2_text_projection.alpha' is of the text_encoder_2, which is not here",
+        "'lora_te2_text_projection.alpha' is of the text_encoder_2, which is not here: without= leaves out what is not wanted",
     ),
     "unknown prefix": (
         {"lora_te3_encoder_block_0.alpha": np.ones(())},
@@ -717,7 +717,7 @@ def test_load_leaves_out_what_it_is_told_to(tmp_path):
     save_file(GOOD | {"lora_te_nothing.alpha": np.ones((), np.float32)}, file)
     expected = (
         f"'{file}': 1 of 3 tensors cannot be placed, so none is:\n"
-        "  'lora_te_nothing.alpha' is of the text_encoder, which is not here"
+        "  'lora_te_nothing.alpha' is of the text_encoder, which is not here: without= leaves out what is not wanted"
     )
     with pytest.raises(ValueError, match=exactly(expected)):
         kohya.load(file, {"unet": params["unet"]}, {"unet": names["unet"]})

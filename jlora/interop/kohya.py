@@ -17,7 +17,7 @@ import numpy as np
 
 from jlora.adapted.adapted import Adapted
 from jlora.interop import assemble, cloneofsimo, modules, pipeline, tensor_file
-from jlora.interop.assemble import Placed, Role
+from jlora.interop.assemble import Absent, Placed, Resolved, Role
 from jlora.interop.layer import Layer
 from jlora.interop.modules import Name, Shape, Shapes
 from jlora.interop.pipeline import File
@@ -153,11 +153,11 @@ def scale_of(name: Name, rank: int, alpha: float | None) -> float:
     return alpha / rank if alpha else 1.0
 
 
-def resolver(models: Mapping[str, Shapes]) -> Callable[[str], Placed | str]:
+def resolver(models: Mapping[str, Shapes]) -> Callable[[str], Resolved]:
     """Key -> what it stands for, or why it stands for nothing."""
     known = names_of(models)
 
-    def resolve(key: str) -> Placed | str:
+    def resolve(key: str) -> Resolved:
         stem, _, suffix = key.partition(".")
         name = known.get(stem)
         if name is None:
@@ -185,13 +185,11 @@ def names_of(models: Mapping[str, Shapes]) -> dict[str, Name]:
     )
 
 
-def _unknown(stem: str, models: Mapping[str, Shapes]) -> str:
+def _unknown(stem: str, models: Mapping[str, Shapes]) -> Resolved:
     owner = next((c for c, prefixes in PREFIXES.items() if stem.startswith(prefixes)), None)
     if owner is None:
         return "is no key of a kohya file for a UNet or its text encoders"
-    return (
-        f"is of the {owner}, which has no such module" if owner in models else f"is of the {owner}, which is not here"
-    )
+    return f"is of the {owner}, which has no such module" if owner in models else Absent(owner)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
