@@ -5,11 +5,14 @@ import json
 import zlib
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jlora.interop import diffusers, kohya
+import jlora
+from jlora import tree
+from jlora.interop import diffusers, kohya, modules
 from jlora.interop.layer import merged
 from jlora.interop.pipeline import File
 
@@ -134,3 +137,32 @@ def test_a_file_of_sdxl_is_not_one_of_sd1():
         "not here: without= leaves out what is not wanted"
     )
     assert lines[2] == "  'unet.add_embedding.linear_1.lora_A.weight' is of the unet, which has no such module"
+
+
+def parameters(style: str) -> tuple[dict, dict]:
+    """The base of a style as trees, and its key tables."""
+    names = {component: modules.table(shapes) for component, shapes in models(style).items()}
+    trees: dict = {}
+    for component, rows in names.items():
+        for row in rows:
+            tensor = base(component, row.keys[0], models(style)[component][row.keys[0]])
+            *path, last = [component, *row.path.split("/")]
+            at = trees
+            for part in path:
+                at = at.setdefault(part, {})
+            at[last] = jnp.asarray(tensor.transpose(row.order) if row.order else tensor)
+    return trees, names
+
+
+@pytest.mark.parametrize("name", ["locon_tucker", "loha", "lokr_factor", "lokr_dora_out", "lokr_whole", "full"])
+def test_they_are_trained_as_what_they_are(name):
+    params, names = parameters("sd1")
+    found = kohya.load(GOLDEN / "sd1" / f"{name}.safetensors", params, names)
+    golden = np.load(GOLDEN / "sd1" / "outputs.npz")
+    for component, adapted in found.items():
+        result = tree.leaves(jlora.merge(adapted))[0]
+        for row in names[component]:
+            key = f"{name}/merged/{component}.{row.keys[0].removesuffix('.weight')}"
+            if key in golden.files:
+                weight = np.asarray(result[row.path]).transpose(np.argsort(row.order))
+                np.testing.assert_allclose(weight, golden[key], rtol=1e-5, atol=2e-6, err_msg=key)
