@@ -707,8 +707,9 @@ def test_new_tokens_are_no_adapter():
         "the file has embeddings of the new tokens '<s1>', which are no adapter: take them from `read`, and leave them "
         "out here by `without`"
     )
-    with pytest.raises(ValueError, match=exactly(expected)):
-        pipeline.placed(found, params, names, origin="the file")
+    for use in (pipeline.placed, pipeline.merged):
+        with pytest.raises(ValueError, match=exactly(expected)):
+            use(found, params, names, origin="the file")
 
 
 def test_load_leaves_out_what_it_is_told_to(tmp_path):

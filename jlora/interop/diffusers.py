@@ -68,6 +68,22 @@ def load(
     return pipeline.placed(found, params, names, origin=f"'{file}'")
 
 
+def merge(
+    file: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    names: Mapping[str, Sequence[Leaf]],
+    *,
+    without: str | None = None,
+    pickled: bool = False,
+) -> dict[str, Any]:
+    """The parameters of each component with the file merged into them, of kinds that jlora does not train, too.
+
+    Arguments and errors are those of `load`. The sum is taken in float32 and rounded to the parameter's dtype.
+    """
+    found = read(file, pipeline.models_of(params, names), without=without, pickled=pickled)
+    return pipeline.merged(found, params, names, origin=f"'{file}'")
+
+
 def save(
     file: str | os.PathLike[str],
     adapted: Mapping[str, Adapted],
