@@ -228,7 +228,7 @@ FAULTS = {
     ),
     "unknown component": (
         {"text_encoder_2.text_projection.lora_A.weight": np.ones((1, 8))},
-        "'text_encoder_2.text_projection.lora_A.weight' is of the text_encoder_2, which is not here",
+        "'text_encoder_2.text_projection.lora_A.weight' is of the text_encoder_2, which is not here: without= leaves out what is not wanted",
     ),
     "transformer": (
         {"transformer.blocks.0.attn.to_q.lora_A.weight": np.ones((1, 8))},

@@ -129,7 +129,8 @@ LOHA = {"A1": "w1_b", "B1": "w1_a", "A2": "w2_b", "B2": "w2_a"}
 
 
 def _lokr(layer: Layer, form: Form) -> Arrays:
-    return {name: layer.tensors[theirs].T[None] for name, theirs in LOKR.items() if theirs in layer.tensors}
+    arrays = {name: layer.tensors[theirs].T[None] for name, theirs in LOKR.items() if theirs in layer.tensors}
+    return _with_magnitude(layer, form, arrays)
 
 
 def _ia3(layer: Layer, form: Form) -> Arrays:
@@ -293,11 +294,25 @@ def plain(layer: Layer, shape: tuple[int, ...]) -> Layer:
     if layer.kind == "lokr":
         if len(shape) > 2:
             return _lokr_as_lora(layer, shape)
-        if "w1" not in t:
-            t["w1"] = t.pop("w1_a").astype(np.float32) @ t.pop("w1_b").astype(np.float32)
+        return _lokr_of_pair(layer)
     if layer.kind == "oft" and len(shape) > 2:
         raise ValueError(f"{layer.key!r} is a convolution: OFT turns the inputs of linear layers alone")
     return layer._replace(tensors=t)
+
+
+def _lokr_of_pair(layer: Layer) -> Layer:
+    """The Kronecker product with the first matrix whole, and the second, too, where jlora's `lokr` has it whole."""
+    t = dict(layer.tensors)
+    if "w1" not in t:
+        t["w1"] = t.pop("w1_a").astype(np.float32) @ t.pop("w1_b").astype(np.float32)
+    if "w2" not in t:
+        rank, side = t["w2_b"].shape[0], max(t["w2_a"].shape[0], t["w2_b"].shape[1])
+        if rank < side / 2:
+            return layer._replace(tensors=t)
+        t["w2"] = t.pop("w2_a").astype(np.float32) @ t.pop("w2_b").astype(np.float32)
+        return layer._replace(tensors=t, declared=rank)
+    # A rank that no tensor shows is half of the larger side or more, else `lokr` would have the matrix as a product.
+    return layer._replace(tensors=t, declared=max(layer.rank, -(-max(t["w2"].shape) // 2)))
 
 
 def _lokr_as_lora(layer: Layer, shape: tuple[int, ...]) -> Layer:
