@@ -16,6 +16,7 @@ READMES = (
     "README.md",
     "jlora/README.md",
     "jlora/methods/README.md",
+    "jlora/interop/README.md",
     "jlora/models/README.md",
     "experiments/README.md",
     "tests/README.md",
