@@ -339,7 +339,8 @@ def tensors_of(
         for layer in written.values():
             found |= _tensors_of(component, layer, style)
         for layer in biases:
-            factor = layer.scale if fold_alpha else layer.scale / written[layer.module].scale
+            own_scale = 1.0 if fold_alpha else written[layer.module].scale
+            factor = 1.0 if layer.scale == own_scale else layer.scale / own_scale
             key = f"{_stem(component, layer.module)}.lora_B.bias"
             found[key] = _times(layer.tensors["added"], factor)
         configs |= {f"{component}.{name}": x for name, x in _config_of(component, written, bool(biases)).items()}
