@@ -833,3 +833,29 @@ def test_real_files_are_placed_whole(name, rank, tokens):
     np.testing.assert_allclose(merged(first, np.zeros((320, 768), np.float32)), up @ down, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match=r"texts have width 768 \(SD 1.x\), and the model's have 1024 \(SD 2.x\)"):
         kohya.read(file, whole("sd21"))
+
+
+@pytest.mark.skipif("JLORA_WEIGHTS" not in os.environ, reason="JLORA_WEIGHTS names no folder of weights")
+def test_a_real_file_is_loaded_onto_parameters():
+    shapes = {
+        component: {
+            key: shape for key, shape in own.items() if len(shape) == 2 and ("attn" in key or "ff.net.0" in key)
+        }
+        for component, own in whole("sd15").items()
+    }
+    names = {component: modules.table(own) for component, own in shapes.items()}
+    params: dict = {}
+    for component, rows in names.items():
+        for row in rows:
+            *path, last = [component, *row.path.split("/")]
+            at = params
+            for part in path:
+                at = at.setdefault(part, {})
+            at[last] = np.zeros(
+                shapes[component][row.keys[0]][::-1], np.float32
+            )  # pages that nobody touches cost nothing
+    found = kohya.load(REAL / "cloneofsimo_lora_disney.safetensors", params, names, without="^<s[12]>$")
+    assert {component: len(adapted.sites) for component, adapted in found.items()} == {"unet": 144, "text_encoder": 48}
+    tensors = load_file(REAL / "cloneofsimo_lora_disney.safetensors")
+    numbers = sum(x.size for key, x in tensors.items() if not key.startswith("<"))
+    assert sum(jlora.count(adapted).trainable for adapted in found.values()) == numbers == 385_344

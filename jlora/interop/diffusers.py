@@ -21,6 +21,7 @@ from jlora.interop import assemble, modules, natives, pipeline, tensor_file
 from jlora.interop.assemble import Absent, Placed, Resolved, Role
 from jlora.interop.layer import Layer
 from jlora.interop.modules import COMPONENTS, Name, Shape, Shapes
+from jlora.interop.peft.patterns import check_expression
 from jlora.interop.pipeline import File
 from jlora.models.tensors import Leaf
 
@@ -265,9 +266,7 @@ def configs_of(metadata: Mapping[str, str], origin: str) -> dict[str, Config]:
 def _config(component: str, fields: Mapping[str, Any], origin: str) -> Config:
     ranks, alphas = (dict(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
     for pattern in (*ranks, *alphas):
-        if re.search(r"\)[*+{]", pattern):  # a repeated group can take as good as forever to match
-            raise ValueError(f"a pattern repeats a group: {pattern!r:.80}")
-        re.compile(pattern)
+        check_expression(pattern, "a pattern")
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     for name, number in [("r", rank), ("lora_alpha", alpha), *ranks.items(), *alphas.items()]:
         if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
@@ -339,7 +338,8 @@ def tensors_of(
         for layer in written.values():
             found |= _tensors_of(component, layer, style)
         for layer in biases:
-            factor = layer.scale if fold_alpha else layer.scale / written[layer.module].scale
+            own_scale = 1.0 if fold_alpha else written[layer.module].scale
+            factor = 1.0 if layer.scale == own_scale else layer.scale / own_scale
             key = f"{_stem(component, layer.module)}.lora_B.bias"
             found[key] = _times(layer.tensors["added"], factor)
         configs |= {f"{component}.{name}": x for name, x in _config_of(component, written, bool(biases)).items()}
