@@ -258,7 +258,7 @@ def test_the_start_is_the_base_bit_for_bit(name):
         assert lifted.shape == plain.shape and not (lifted == plain).all()
 
 
-@pytest.mark.parametrize("name", thorough(ON_WEIGHTS, ONE, ("lora", "dora")))
+@pytest.mark.parametrize("name", thorough(ON_WEIGHTS, ONE, ("lora",)))
 def test_merged_equals_lifted(name):
     trained, (fn, _) = randomised(adapted(name), 0.2), model(name)
     close(jlora.lift(fn)(trained, IDS), fn(jlora.merge(trained), IDS))
@@ -349,7 +349,7 @@ def test_saved_and_loaded(name, tmp_path):
     assert back.method == trained.method and back.sites == trained.sites
 
 
-@pytest.mark.parametrize("name", thorough(METHODS, ONE, ("lora", "adalora", "full")))
+@pytest.mark.parametrize("name", thorough(METHODS, ONE, ("lora", "adalora")))
 def test_trains_what_is_trained_and_compiles_once(name, caplog):
     """Optimizer state and updates for the factors alone; the base and what is frozen are the same objects after."""
     start = adapted(name)
@@ -376,7 +376,7 @@ SHARDED = ("lora", "dora", "adalora", "pissa", "vera", "lokr", "ia3", "oft", "fu
 
 
 @pytest.mark.parametrize("name", thorough(SHARDED, ONE, ("lora",)))
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", thorough([2, 4, 8], ONE, [8]))
 def test_the_same_numbers_on_several_devices(name, devices):
     # Explicit axes are in tests/test_explicit.py: this model looks its table up by plain indexing, which JAX refuses there.
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
@@ -389,7 +389,7 @@ def test_the_same_numbers_on_several_devices(name, devices):
     assert float(their_metrics["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", thorough(PLAIN, ONE, ("lora", "adalora", "pissa", "loha", "vera")))
+@pytest.mark.parametrize("name", thorough(PLAIN, ONE, ("adalora", "pissa", "vera")))
 def test_as_plain_lora(name):
     trained = randomised(adapted(name), 0.2)
     plain = jlora.to_lora(trained)
