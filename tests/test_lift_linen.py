@@ -20,8 +20,8 @@ from tests.conformance import (
     Case,
     adapt,
     check,
-    check_uses,
     check_found,
+    check_uses,
     check_values,
     close,
     merged_by_hand,
@@ -414,7 +414,7 @@ FOUND = (
     "3-D, SAME", "3-D, stride, dilation, VALID", "transpose 1-D, transposed kernel", "transpose 2-D",
     "transpose 2-D, stride, VALID", "transpose 2-D, CIRCULAR", "transpose 2-D, dilated kernel", "transpose 2-D, transposed kernel",
     "transpose 3-D", "local 2-D", "MGUCell", "SimpleCell", "RNN", "RNN of ConvLSTMCell", "transformer block", "scan, unrolled",
-    "scan of a scan", "remat, nothing saved", "remat of scan", "vmap of a scan", "jit of a block", "GPT-2, scan of remat",
+    "scan of a scan", "remat, nothing saved", "remat of scan", "vmap of a scan", "jit of a block", "GPT-2, scan",
 )  # fmt: skip
 VALUES, READ = "test_values_are_those_of_the_merged_weights", "test_weights_are_found_and_stay_factored"
 
