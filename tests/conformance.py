@@ -1,6 +1,7 @@
 """The checks behind every `test_lift_*`: a lifted function against weights merged by hand, and nothing silent.
 
 `check` is the whole of it, in six programs; `check_values` compiles one, for rows of which the default run has no more.
+`check_found` traces alone, for rows whose products others of the table have by value.
 """
 
 from collections.abc import Callable, Mapping

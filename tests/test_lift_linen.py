@@ -401,7 +401,7 @@ GPT2S = {
 CASES = {**LAYERS, **CONVS, **RECURRENT, **TRANSFORMS, **BOXES, **GPT2S}
 
 
-CLASSES = ("Bidirectional", "scan, stacked on axis 1", "GPT-2, remat")  # whose gradients the default run compares too
+CLASSES = ("Bidirectional", "scan, stacked on axis 1")  # whose gradients the default run compares too
 
 
 # Windows, paddings and layers that come to the same products as others of the table: their numbers are in the thorough tier.
