@@ -46,7 +46,7 @@ _SHARED = {
 }  # fmt: skip
 _TARGETS = {"target_modules": None, "exclude_modules": None}
 _LAYERS = {"layers_pattern": None, "layers_to_transform": None}
-_PATTERNS = {"alpha_pattern": {}, "rank_pattern": {}}
+_PATTERNS: dict[str, Any] = {"alpha_pattern": {}, "rank_pattern": {}}
 _PROMPT = {
     name: value for name, value in _SHARED.items() if name not in ("modules_to_save",)
 } | {

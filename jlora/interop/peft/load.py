@@ -119,7 +119,7 @@ def _same(one: Layer, other: Layer) -> bool:
 
 
 def _check_targets(found: Folder, names: Names, params: Any, strict: bool) -> None:
-    """What the config names and the file has nothing of: PEFT leaves that untrained in silence.
+    """Refuses modules that the config names and the file has nothing of: PEFT leaves them untrained in silence.
 
     Raises:
       ValueError: if there is some, unless not strict.

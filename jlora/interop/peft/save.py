@@ -481,7 +481,7 @@ def _taken_over(
       ValueError: for the fields that say something else.
     """
     whole = completed(given, "config=")
-    wrong = [
+    wrong: list[str] = [
         name for name in ("peft_type", "use_dora", "use_rslora", "bias", "lora_bias", "init_r", "target_r")
         if name in config and whole.get(name) != config[name]
     ]  # fmt: skip
