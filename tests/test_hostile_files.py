@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -501,12 +502,20 @@ def test_tensors_of_a_pickle(tmp_path):
 
 
 def test_a_pickle_is_read_only_when_asked_for(tmp_path):
-    for content in (TINY.read_bytes(), torch_file.LEGACY):
+    for content in (TINY.read_bytes(), torch_file.LEGACY, pickle.dumps({"a": 1}), pickle.dumps([b"x" * 99], 2)):
         (tmp_path / "x.bin").write_bytes(content)
         with pytest.raises(
             ValueError, match="x.bin' is a pickle, .*: pickled=True reads it, without running what it says"
         ):
             tensor_file.open(tmp_path / "x.bin")
+        if not content.startswith(torch_file.ZIP):
+            with pytest.raises(
+                ValueError, match="x.bin' is no file of tensors by torch.save, or is damaged: it is (no zip|a pickle)"
+            ):
+                tensor_file.open(tmp_path / "x.bin", pickled=True)
+    header = '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "x").write_bytes(hostile.with_header(header.ljust(0x280), b"\1"))  # its length looks like a pickle
+    assert loaded(tmp_path / "x") == {"a": [1]}
 
 
 def test_what_is_asked_of_a_file(file):
