@@ -173,7 +173,7 @@ _SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 
 
 def _whole(key: str, value: np.ndarray, config: Mapping[str, Any]) -> tuple[Layer | None, bool]:
-    """A tensor that replaces a parameter, and whether it is one of the base's that `save_embedding_layers` put there."""
+    """A tensor that replaces a parameter, and whether `save_embedding_layers` put it there, as one of the base's."""
     name = key.removeprefix(PREFIX)
     if ".original_module." in name:  # PEFT writes a few of those with bias="all": nothing reads them
         return None, False
