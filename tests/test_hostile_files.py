@@ -25,6 +25,7 @@ import jlora
 from jlora import models
 from jlora.interop import loralib, tensor_file, torch_file, unpickle
 from jlora.interop.tensor_file import Header
+from jlora.models.tensors import leaf, linear
 from tests import hostile
 from tests.hostile import Loader
 
@@ -123,6 +124,27 @@ def roberta():
     )
 
 
+def gpt2_of_peft(path: Path, pickled: bool = False):
+    """`jlora.peft.load` onto the kernels that its goods adapt, one (8, 24) per layer as GPT-2 keeps them."""
+    params = {f"h_{layer}": {"kernel": np.ones((8, 24), np.float32)} for layer in range(2)}
+    names = [leaf(f"h_{layer}/kernel", f"transformer.h.{layer}.attn.c_attn.weight") for layer in range(2)]
+    return jlora.peft.load(path, params, names=names, pickled=pickled).factors
+
+
+def unet(load, layers: tuple[str, ...]):
+    """A loader of diffusion's files onto the projections that its goods adapt."""
+    rows = [row for name in layers for row in linear(name, f"{ATTENTION}.{name}", bias=False)]
+    params = {name: {"kernel": np.ones((8, 8), np.float32)} for name in layers}
+    return lambda file: load(file, {"unet": params}, {"unet": rows})["unet"].factors
+
+
+def pickled_folder(folder: Path) -> Path:
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(CONFIG))
+    pickled(folder / "adapter")
+    return folder / "adapter"
+
+
 LOADERS = {
     row.name: row
     for row in (
@@ -132,6 +154,16 @@ LOADERS = {
         Loader("pickle", pickled, lambda file: loaded(file, pickled=True)),
         Loader("config", config, tensor_file.read_config),
         Loader("PEFT's folder", peft_folder, folder),
+        Loader("jlora.peft's folder", peft_folder, gpt2_of_peft),
+        Loader("jlora.peft's folder with a pickle", pickled_folder, lambda path: gpt2_of_peft(path, pickled=True)),
+        Loader(
+            "jlora.kohya", written("kohya.safetensors", KOHYA, ss_network_dim="2"), unet(jlora.kohya.load, ("to_q",))
+        ),
+        Loader(
+            "jlora.diffusers",
+            written("pytorch_lora_weights.safetensors", DIFFUSERS, format="pt"),
+            unet(jlora.diffusers.load, ("to_q", "to_out.0")),
+        ),
         Loader("loralib", tiny, lambda file: loralib.load(file, *roberta(), pickled=True).factors),
     )
 }

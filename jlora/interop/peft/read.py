@@ -213,10 +213,17 @@ def _indices(module: str, config: Mapping[str, Any]) -> list[int]:
     return found
 
 
+_VECTORS = ("b", "d", "bias", "magnitude")  # parts that may have one axis
+
+
 def _need(module: str, own: Mapping[str, np.ndarray], *names: str) -> None:
+    """Raises ValueError unless the parts are there, and have the axes of matrices where they are."""
     missing = [name for name in names if name not in own]
     if missing:
         raise ValueError(f"{module!r} has {', '.join(sorted(own))}, and no {', '.join(missing)}")
+    flat = [name for name, x in own.items() if x.ndim < (1 if name in _VECTORS else 2)]
+    if flat:
+        raise ValueError(f"{module!r} has {flat[0]} of shape {own[flat[0]].shape}, expected a matrix")
 
 
 def _rank_and_alpha(module: str, config: Mapping[str, Any], alpha: str) -> tuple[int, float]:

@@ -88,7 +88,8 @@ def save(
     Raises:
       FileExistsError: if there is an adapter in the folder, unless `force`.
       ValueError: for a method that PEFT does not have, such as bottleneck adapters; several methods at once; leaves
-        that no field of the config can name; a `config` that says otherwise than the adapter; factors that are not finite.
+        that no field of the config can name; a `config` that says otherwise than the adapter; factors that are not
+        finite.
       TypeError: unless one of model= and names= is given.
 
     Source: PEFT 0.21, whose file format this is; see the README of `jlora/interop`.
