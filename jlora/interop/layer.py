@@ -167,6 +167,8 @@ def _added(layer: Layer, weight: np.ndarray, layout: Layout) -> np.ndarray:
     v = w + delta(layer, w.shape)
     if "magnitude" in layer.tensors:
         v = _of_magnitude(layer, v)
+    if "input_magnitude" in layer.tensors:
+        v = _of_input_magnitude(layer, v)
     return outputs_first(v, layout)
 
 
@@ -187,6 +189,16 @@ def _of_magnitude(layer: Layer, v: np.ndarray) -> np.ndarray:
         raise ValueError(f"{layer.key!r} has a magnitude of shape {m.shape} for a weight of shape {v.shape}")
     axes = tuple(i for i, n in enumerate(m.shape) if n == 1)
     return v * _ratio(m, np.sqrt(np.sum(np.square(v), axis=axes, keepdims=True)))
+
+
+def _of_input_magnitude(layer: Layer, v: np.ndarray) -> np.ndarray:
+    """LyCORIS' older DoRA, a number per input: of a square weight its shape alone would not say so."""
+    m = np.asarray(layer.tensors["input_magnitude"], np.float32)
+    if v.ndim < 2 or m.size != v.shape[1]:
+        raise ValueError(f"{layer.key!r} has {m.size} magnitudes of inputs for a weight of shape {v.shape}")
+    axes = tuple(i for i in range(v.ndim) if i != 1)
+    norm = np.sqrt(np.sum(np.square(v), axis=axes, keepdims=True))
+    return v * _ratio(m.reshape(norm.shape), norm)
 
 
 def _ratio(m: np.ndarray, norm: np.ndarray) -> np.ndarray:
@@ -270,13 +282,13 @@ def _rank_of_lokr(t: Tensors) -> int:
 
 
 KINDS: dict[str, Kind] = {
-    "lora": Kind("A B [mid] [magnitude]", _added, _first("A")),
+    "lora": Kind("A B [mid] [magnitude | input_magnitude]", _added, _first("A")),
     "table": Kind("A B [magnitude]", _added_to_table, _first("A")),
     "experts": Kind("A B", _added),
     "adalora": Kind("A B E", _added, _first("A")),
     "vera": Kind("A B d b", _added, _first("A")),
-    "loha": Kind("w1_a w1_b w2_a w2_b [t1] [t2] [magnitude]", _added, _first("w1_b")),
-    "lokr": Kind("w1 | w1_a w1_b, w2 | w2_a w2_b [t2] [magnitude]", _added, _rank_of_lokr),
+    "loha": Kind("w1_a w1_b w2_a w2_b [t1] [t2] [magnitude | input_magnitude]", _added, _first("w1_b")),
+    "lokr": Kind("w1 | w1_a w1_b, w2 | w2_a w2_b [t2] [magnitude | input_magnitude]", _added, _rank_of_lokr),
     "ia3": Kind("l", _scaled),
     "oft": Kind("R [terms]", _rotated),
     "full": Kind("value", _replaced),

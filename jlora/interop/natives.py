@@ -229,9 +229,12 @@ def plain(layer: Layer, shape: tuple[int, ...]) -> Layer:
       ValueError: for a form that no method has: DoRA's magnitudes of inputs, a grouped convolution, OFT of a window.
     """
     t = dict(layer.tensors)
+    of_inputs = t.get("input_magnitude")
     if "magnitude" in t and t["magnitude"].size != shape[0] and layer.kind != "table":
+        of_inputs = t["magnitude"]
+    if of_inputs is not None:
         raise ValueError(
-            f"{layer.key!r} has DoRA's magnitudes for its inputs (shape {t['magnitude'].shape}): jlora merges those, "
+            f"{layer.key!r} has DoRA's magnitudes for its inputs (shape {of_inputs.shape}): jlora merges those, "
             "and trains magnitudes of outputs"
         )
     if layer.kind == "lora":
