@@ -11,13 +11,17 @@ from jlora.adapted.adapted import mask as mask
 from jlora.adapted.adapted import partition as partition
 from jlora.adapted.adapted import with_dropout as with_dropout
 from jlora.adapted.apply import apply as apply
+from jlora.adapted.arithmetic import combine_adapters as combine_adapters
 from jlora.adapted.convert import bake_prompt as bake_prompt
+from jlora.adapted.convert import reduce_rank as reduce_rank
 from jlora.adapted.convert import scale as scale
 from jlora.adapted.convert import to_lora as to_lora
 from jlora.adapted.convert import truncate as truncate
+from jlora.adapted.differences import compression_error as compression_error
 from jlora.adapted.explain import Explanation as Explanation
 from jlora.adapted.explain import explain as explain
 from jlora.adapted.explain import summary as summary
+from jlora.adapted.extract import extract_lora as extract_lora
 from jlora.adapted.merge import merge as merge
 from jlora.adapted.merge import merge_error as merge_error
 from jlora.adapted.merge import unmerge as unmerge
@@ -29,6 +33,9 @@ from jlora.checkpoint import save as save
 from jlora.deprecated import rounding as rounding
 from jlora.deprecated import to_plain as to_plain
 from jlora.deprecated import with_key as with_key
+from jlora.interop import diffusers as diffusers
+from jlora.interop import kohya as kohya
+from jlora.interop import peft as peft
 from jlora.methods import Method as Method
 from jlora.methods import adalora as adalora
 from jlora.methods import bitfit as bitfit
@@ -56,6 +63,7 @@ from jlora.methods import pissa as pissa
 from jlora.methods import prefix_tuning as prefix_tuning
 from jlora.methods import prompt_tuning as prompt_tuning
 from jlora.methods import rslora as rslora
+from jlora.methods import tied as tied
 from jlora.methods import together as together
 from jlora.methods import top_layers as top_layers
 from jlora.methods import vera as vera

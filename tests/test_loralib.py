@@ -19,7 +19,7 @@ import pytest
 
 import jlora
 from jlora import models
-from jlora.interop import loralib, torch_file
+from jlora.interop import loralib, tensor_file, torch_file
 from jlora.models.roberta import PRESETS, Roberta
 
 pytestmark = pytest.mark.once
@@ -48,7 +48,7 @@ def test_logits_are_those_of_transformers_with_the_adapter_merged(scan):
         return model.apply({"params": params}, jnp.asarray(golden["tokens"]), mask=jnp.asarray(golden["mask"] == 1))
 
     sites = jlora.sites(forward, params) if scan else None
-    adapted = loralib.load(TINY, model, adapt(params, sites=sites))
+    adapted = loralib.load(TINY, model, adapt(params, sites=sites), pickled=True)
     assert len(adapted.extras) == 4
     out = jax.jit(jlora.lift(forward, strict=True))(adapted)
     np.testing.assert_allclose(out, golden["out"], rtol=2e-5, atol=2e-5)
@@ -61,7 +61,7 @@ def test_the_mnli_adapter_of_the_paper_is_placed_whole():
     base = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)  # pages that nobody touches cost nothing
     own = np.random.default_rng(0).normal(size=(768, 768)).astype(np.float32)
     base["h_3"]["attn"]["query"]["kernel"] = own
-    adapted = loralib.load(MNLI, model, adapt(base, rank=8, alpha=16))
+    adapted = loralib.load(MNLI, model, adapt(base, rank=8, alpha=16), pickled=True)
     head = 768 * 768 + 768 + 768 * 3 + 3
     assert jlora.count(adapted).trainable == 294_912 + head
     tensors = torch_file.read(MNLI)
@@ -111,14 +111,28 @@ def test_all_that_does_not_fit_is_in_one_error():
 )
 def test_another_adapter_than_the_files_is_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        loralib.load(TINY, tiny().model, adapt(tiny().params, **changes))
+        loralib.load(TINY, tiny().model, adapt(tiny().params, **changes), pickled=True)
     assert str(TINY) in str(error.value)
+
+
+def test_a_pickle_is_read_only_when_asked_for():
+    with pytest.raises(ValueError, match="is a pickle, .*: pickled=True reads it, without running what it says"):
+        loralib.load(TINY, tiny().model, adapt(tiny().params))
+
+
+def test_the_same_tensors_as_safetensors(tmp_path):
+    tensor_file.write(tmp_path / "x.safetensors", torch_file.read(TINY), {"format": "pt"})
+    ours, theirs = (
+        loralib.load(file, tiny().model, adapt(tiny().params), pickled=file == TINY)
+        for file in (tmp_path / "x.safetensors", TINY)
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours.factors, theirs.factors)
 
 
 def test_other_methods_are_refused():
     adapted = jlora.apply(tiny().params, method=jlora.dora(3), targets="attn/query")
     with pytest.raises(ValueError, match="loralib has no A and B of 'h_0/attn/query/kernel'"):
-        loralib.load(TINY, tiny().model, adapted)
+        loralib.load(TINY, tiny().model, adapted, pickled=True)
 
 
 # -- files of torch.save -----------------------------------------------------------------------------------------------

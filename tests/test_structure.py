@@ -26,7 +26,13 @@ TRANSFORM = (
     ("sites",),
     ("intercept",),
 )
-ADAPTED = (("select",), ("statistics", "adapted"), ("apply", "merge", "convert", "explain"))
+ADAPTED = (
+    ("select",),
+    ("statistics", "adapted"),
+    ("compress",),
+    ("apply", "merge", "convert", "explain", "differences", "thin"),
+    ("arithmetic", "extract"),
+)
 LAYERS = (
     ("tree",),
     *(tuple(f"transform.{name}" for name in row) for row in TRANSFORM),

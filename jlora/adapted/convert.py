@@ -1,6 +1,7 @@
 """One adapter as another: scaled, as plain LoRA, with fewer ranks, without the network that made a prefix."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,44 +9,87 @@ import numpy as np
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted, check_adapted, from_arrays, initial_extra
+from jlora.adapted.compress import (
+    Size,
+    Update,
+    check_concrete,
+    compress,
+    difference,
+    is_product,
+    plain_lora,
+    update_of,
+    value_on,
+    weight_of,
+)
+from jlora.adapted.select import check_axes_known, known_sites
 from jlora.methods import lora
 from jlora.methods.acts import Arrays, Factors
 from jlora.methods.checks import check_number, check_rank
-from jlora.transform.sites import Target
+from jlora.transform.sites import Site, Target
 
 
-def to_lora(adapted: Adapted) -> Adapted:
-    """The same function as a plain LoRA: `W + A B` with the scale, and all that the method trains, folded into A and B.
+def to_lora(
+    adapted: Adapted,
+    rank: int | None = None,
+    energy: float | None = None,
+    *,
+    sites: Iterable[Site | Target] | None = None,
+) -> Adapted:
+    """The same function as a plain LoRA, or, at a given rank or energy, the closest one to any method that merges.
 
-    PiSSA, OLoRA, CorDA and LoRA-GA double their rank, on the base as it was (`[A, -A0]` and `[B, B0]`); AdaLoRA drops
-    the triplets that did not survive; VeRA and LoHa are written out. Ranks whose column of A or row of B is zero are
-    dropped, and weights without any left are no longer adapted.
+    Without `rank` and `energy` it is exact: `W + A B` with the scale, and all that the method trains, folded into A and
+    B. PiSSA, OLoRA, CorDA and LoRA-GA double their rank, on the base as it was (`[A, -A0]` and `[B, B0]`); AdaLoRA
+    drops the triplets that did not survive; VeRA and LoHa are written out. Ranks whose column of A or row of B is zero
+    are dropped, and weights without any left are no longer adapted.
+
+    With one of them each weight's update is `A B = U_r S_r V_r^T`, S being the singular values of `merged - base`: of
+    DoRA, (IA)^3 and OFT, too, and of the linear layers and convolutions that `full` or `top_layers` trains (their other
+    leaves, and all `extras=` of `apply`, stay as they are). `jlora.compression_error(adapted, plain)` has the error.
 
     Args:
       adapted: with concrete factors.
+      rank: the most that a weight gets; those whose update has a lower rank get that.
+      energy: the share of each update's squared Frobenius norm that is kept at least, above 0 and at most 1: the error
+        is at most `sqrt(1 - energy)`. With `rank=`, too, the smaller of both.
+      sites: the axes of leaves that the method trains as they are, as in `apply`.
 
     Raises:
-      ValueError: if a weight is not the base plus a low-rank product (DoRA's and (IA)^3's gains, OFT's rotation).
+      ValueError: without rank and energy if a weight is not the base plus a low-rank product (DoRA's and (IA)^3's
+        gains, OFT's rotation); for a method on activations, for a rank or an energy out of its range, and for factors
+        that are not finite.
+
+    Source: Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1 (1936).
 
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> adapted = jlora.apply({"kernel": jnp.eye(6)}, method=jlora.pissa(2))
       >>> jlora.to_lora(adapted).sites[0].rank
       4
+      >>> adapted = jlora.apply({"kernel": jnp.eye(6)}, method=jlora.ia3())
+      >>> trained = jlora.combine({"kernel": {"scale": jnp.array([[1.0, 3, 1, 0, 1, 1]])}}, adapted)
+      >>> plain = jlora.to_lora(trained, rank=1)
+      >>> {path: round(error, 4) for path, error in jlora.compression_error(trained, plain).items()}
+      {'kernel': 0.4472}
     """
     check_adapted(adapted, "to_lora")
     for method, _ in adapted.method.parts:
         if method.acts.unmergeable:
             raise ValueError(f"to_lora: {method.name} acts on activations and is no product that is added to a weight")
+    size = Size.parse(rank, energy, "to_lora")
+    if size != Size():
+        return _approximated(adapted, size, sites)
+    if sites is not None:
+        raise ValueError("to_lora: sites= are for rank= or energy=: without them it is exact, and leaves stay leaves")
     named, _ = tree.leaves(adapted.base)
     factors: Factors = {e.path: adapted.factors[e.path] for e in adapted.extras}
     chosen = []
     weights = adapted.method.acts.weights(named, adapted.sites, adapted.factors, adapted.buffers)
     for site in adapted.sites:
         w, weight = named[site.path], weights[site.path]
-        if weight.gain is not None or weight.w is not w:
+        if not is_product(weight, w):
             raise ValueError(
-                f"to_lora: {adapted.method.of(site).name} is not W plus a low-rank product at {site.path!r}"
+                f"to_lora: {adapted.method.of(site).name} is not W plus a low-rank product at {site.path!r}; with "
+                "rank= or energy= it is approximated by one"
             )
         assert weight.a is not None and weight.b is not None
         axes = tuple(range(len(site.shape)))
@@ -53,10 +97,84 @@ def to_lora(adapted: Adapted) -> Adapted:
         if not alive.any():
             continue
         factors[site.path] = {"A": weight.a[..., alive], "B": weight.b[..., alive]}
-        rank = int(alive.sum())
-        chosen.append(dataclasses.replace(site, rank=rank, alpha=float(rank), part=0))
+        left = int(alive.sum())
+        chosen.append(dataclasses.replace(site, rank=left, alpha=float(left), part=0))
     method = lora(max((site.rank for site in chosen), default=1))
     return from_arrays(adapted.base, factors, method, tuple(chosen), adapted.extras)
+
+
+def _approximated(adapted: Adapted, size: Size, sites: Iterable[Site | Target] | None) -> Adapted:
+    """`to_lora` within `size`: of the adapted weights, and of the leaves that the method itself trains as they are."""
+    check_concrete(adapted, "to_lora")
+    named, _ = tree.leaves(adapted.base)
+    known = known_sites(adapted.base, named, sites)
+    own = adapted.method.acts.trained(named, known)
+    whole = {extra.path: extra for extra in adapted.extras if own.get(extra.path, ()) == extra.rows}
+    if sites is None:
+        check_axes_known(known, whole, "to_lora")
+    updates = {}
+    for site in (site for site in known if site.path in whole and site.kind in ("linear", "conv")):
+        value = value_on(named[site.path], whole[site.path], adapted.factors[site.path])
+        target = Target(site, 0, 0.0)
+        updates[site.path] = target, difference(tree.dense(named[site.path]), value, target)
+    return _within(adapted, size, "to_lora", updates)
+
+
+def _within(
+    adapted: Adapted, size: Size, caller: str, leaves: Mapping[str, tuple[Target, Update]] | None = None
+) -> Adapted:
+    """A plain LoRA of the adapted weights, and of the updates of `leaves`; the other extras as they are."""
+    named, _ = tree.leaves(adapted.base)
+    updates = dict(leaves or {})
+    extras = {extra.path: extra for extra in adapted.extras if extra.path not in updates}
+    factors: dict[str, Arrays | None] = {path: adapted.factors[path] for path in extras}
+    for site in adapted.sites:
+        factors[site.path] = compress(update_of(adapted, named, site), site, size, caller)
+    factors |= {path: compress(update, target, size, caller) for path, (target, update) in updates.items()}
+    targets = {site.path: site for site in adapted.sites} | {path: target for path, (target, _) in updates.items()}
+    return plain_lora(adapted.base, factors, targets, extras)
+
+
+def reduce_rank(adapted: Adapted, rank: int | None = None, energy: float | None = None) -> Adapted:
+    """The closest plain LoRA of a lower rank: `A B = U_r S_r V_r^T`, S being the singular values of the update.
+
+    By a QR decomposition of A and of B^T and the SVD of the r x r product of their triangles: nothing of the weight's
+    size is formed. The error is that of the best approximation, and `jlora.compression_error(adapted, reduced)` has it.
+    The columns of a LoRA are in no order: to cut them off, as `truncate` does for DyLoRA, is not this.
+
+    Args:
+      adapted: of a method whose weight is the base plus a product: LoRA, rsLoRA, PiSSA, VeRA, ...
+      rank: the most that a weight gets; those whose update has a lower rank get that.
+      energy: the share of each update's squared Frobenius norm that is kept at least, above 0 and at most 1.
+
+    Returns:
+      A plain LoRA of scale 1. Extras stay as they are.
+
+    Raises:
+      ValueError: without a rank or an energy, or if one is out of its range; for a method whose weight is no such sum
+        (`to_lora` with a rank takes it), and for factors that are not finite.
+
+    Source: Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1 (1936).
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> adapted = jlora.apply({"kernel": jnp.zeros((9, 8))}, rank=6)
+      >>> trained = adapted.replace(factors={"kernel": {"A": jnp.ones((9, 1, 6)), "B": jnp.ones((1, 8, 6))}})
+      >>> reduced = jlora.reduce_rank(trained, energy=0.99)
+      >>> reduced.sites[0].rank, jlora.compression_error(trained, reduced)["kernel"] < 1e-6
+      (1, True)
+    """
+    check_adapted(adapted, "reduce_rank")
+    size = Size.parse(rank, energy, "reduce_rank").required("reduce_rank")
+    check_concrete(adapted, "reduce_rank")
+    named, _ = tree.leaves(adapted.base)
+    for site in adapted.sites:
+        if not is_product(weight_of(adapted, named, site), named[site.path]):
+            raise ValueError(
+                f"reduce_rank: {adapted.method.of(site).name} is not W plus a low-rank product at {site.path!r}; "
+                "jlora.to_lora(adapted, rank=, energy=) approximates the merged weight"
+            )
+    return _within(adapted, size, "reduce_rank")
 
 
 def scale(adapted: Adapted, s: float | jax.Array) -> Adapted:

@@ -152,7 +152,7 @@ def warn_of_left_out(known: Sequence[Site], trained: Collection[str], *, read_fr
 
     Tables of embeddings, biases and norms are no default targets, by the names of Flax's conventions.
     """
-    left = [site for site in known if _is_left_out(site, trained)]
+    left = [site for site in known if is_left_out(site, trained)]
     if not left:
         return
     if read_from_program:
@@ -168,7 +168,18 @@ def warn_of_left_out(known: Sequence[Site], trained: Collection[str], *, read_fr
     )
 
 
-def _is_left_out(site: Site, trained: Collection[str]) -> bool:
+def check_axes_known(known: Sequence[Site], paths: Collection[str], caller: str) -> None:
+    """Raises ValueError for leaves, of these paths, that may be layers and whose names do not tell their axes."""
+    odd = [s for s in known if s.path in paths and (s.kind == "unknown" or is_left_out(s, ()))]
+    if odd:
+        raise ValueError(
+            f"{caller}: the names of {len(odd)} leaves do not tell their axes: pass sites=jlora.sites(fn, params, "
+            f"*args). Leaves: {listing(odd)}"
+        )
+
+
+def is_left_out(site: Site, trained: Collection[str]) -> bool:
+    """Whether a leaf is no target and may be a layer: two axes or more, and by its name no bias and no scale."""
     floating = site.dtype.startswith(("float", "bfloat"))
     if site.path in trained or site.kind != "other" or len(site.shape) < 2 or not floating:
         return False
@@ -312,6 +323,17 @@ def select_extras(named: Mapping[str, Any], extras: Any) -> tuple[Extra, ...]:
                 raise ValueError(f"contradicting rules: extras= matches {path!r} twice, with different rows")
             chosen[path] = extra
     return tuple(chosen[path] for path in named if path in chosen)
+
+
+def matching(paths: Collection[str], patterns: str | Sequence[str], argument: str) -> set[str]:
+    """The paths in which one of the patterns is found, each of which matches something."""
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str | re.Pattern) else patterns:
+        mine = {path for path in paths if _search(pattern, path, argument)}
+        if not mine:
+            raise ValueError(_no_match(pattern, list(paths), argument))
+        found |= mine
+    return found
 
 
 def is_trainable(leaf: Any) -> bool:

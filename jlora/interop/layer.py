@@ -23,6 +23,7 @@ class Layer(NamedTuple):
       tensors: by the names of `KINDS`, in the file's shapes and dtypes.
       scale: what the update is multiplied by, dimensionless: alpha / r, alpha / sqrt(r).
       parameter: name of the parameter in the module.
+      declared: rank that the file declares; it counts where no tensor shows one (a LoKr that is kept whole).
       optional: no error where the base has no such parameter: (IA)^3 multiplies a bias where there is one.
     """
 
@@ -31,6 +32,7 @@ class Layer(NamedTuple):
     tensors: Tensors
     scale: float = 1.0
     parameter: str = "weight"
+    declared: int = 0
     optional: bool = False
 
     @property
@@ -42,7 +44,7 @@ class Layer(NamedTuple):
     def rank(self) -> int:
         """The rank of a low-rank kind; 0 of others."""
         rank = KINDS[self.kind].rank
-        return rank(self.tensors) if rank else 0
+        return (rank(self.tensors) if rank else 0) or self.declared
 
 
 class Kind(NamedTuple):
@@ -82,7 +84,7 @@ def delta(layer: Layer, shape: tuple[int, ...]) -> np.ndarray:
     """What a kind that adds to the parameter adds: float32, (out, in, *window), or (rows, width) of a table.
 
     Args:
-      layer: of kind lora, adalora, loha, lokr, vera, table or experts.
+      layer: of a kind in `DELTAS`.
       shape: of the parameter, outputs first.
     """
     make = DELTAS[layer.kind]
@@ -170,6 +172,44 @@ def _added(layer: Layer, weight: np.ndarray, layout: Layout) -> np.ndarray:
     if "input_magnitude" in layer.tensors:
         v = _of_input_magnitude(layer, v)
     return outputs_first(v, layout)
+
+
+def _instead_of_initial(layer: Layer, weight: np.ndarray, layout: Layout) -> np.ndarray:
+    """PiSSA, OLoRA: `W - s B0 A0 + s B A`, B0 and A0 being those that the training began with."""
+    t = layer.tensors
+    if "A0" not in t:
+        a, b = INITIAL[layer.kind](outputs_first(weight, layout), layer)
+        layer = layer._replace(tensors={**t, "A0": a, "B0": b})
+    return _added(layer._replace(kind="lora", tensors=rank_doubled(layer.tensors)), weight, layout)
+
+
+def rank_doubled(t: Tensors) -> dict[str, np.ndarray]:
+    """A and B of `A B - A0 B0`: [A; A0] and [B, -B0]."""
+    kept = {name: x for name, x in t.items() if name not in ("A0", "B0")}
+    return kept | {
+        "A": np.concatenate([np.asarray(t["A"], np.float32), t["A0"]]),
+        "B": np.concatenate([np.asarray(t["B"], np.float32), -t["B0"]], axis=1),
+    }
+
+
+def _principal(w: np.ndarray, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
+    """PiSSA's A0 (r, in) and B0 (out, r): s B0 A0 is the best approximation of W (out, in) of rank r."""
+    rank = layer.rank
+    u, values, vt = np.linalg.svd(w, full_matrices=False)
+    root = np.sqrt(values[:rank] / np.float32(layer.scale))
+    return root[:, None] * vt[:rank], u[:, :rank] * root
+
+
+def _orthogonal(w: np.ndarray, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
+    """OLoRA's: of W = Q R, the first rows of R and the first columns of Q."""
+    rank = layer.rank
+    q, r = np.linalg.qr(w)
+    return r[:rank], q[:, :rank]
+
+
+INITIAL: dict[str, Callable[[np.ndarray, Layer], tuple[np.ndarray, np.ndarray]]] = {
+    "pissa": _principal, "olora": _orthogonal,
+}  # fmt: skip
 
 
 def _added_to_table(layer: Layer, weight: np.ndarray, layout: Layout) -> np.ndarray:
@@ -285,6 +325,8 @@ KINDS: dict[str, Kind] = {
     "lora": Kind("A B [mid] [magnitude | input_magnitude]", _added, _first("A")),
     "table": Kind("A B [magnitude]", _added_to_table, _first("A")),
     "experts": Kind("A B", _added),
+    "pissa": Kind("A B [A0 B0]", _instead_of_initial, _first("A")),
+    "olora": Kind("A B [A0 B0]", _instead_of_initial, _first("A")),
     "adalora": Kind("A B E", _added, _first("A")),
     "vera": Kind("A B d b", _added, _first("A")),
     "loha": Kind("w1_a w1_b w2_a w2_b [t1] [t2] [magnitude | input_magnitude]", _added, _first("w1_b")),

@@ -14,29 +14,32 @@ import numpy as np
 from flax import linen as nn
 
 from jlora.adapted.adapted import Adapted
-from jlora.interop import torch_file
+from jlora.interop import tensor_file
 from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.tensors import LINEAR, Leaf, tensor_shape
 
 
-def load(file: str | os.PathLike[str], model: nn.Module, adapted: Adapted) -> Adapted:
+def load(file: str | os.PathLike[str], model: nn.Module, adapted: Adapted, *, pickled: bool = False) -> Adapted:
     """`adapted` with the factors, and the leaves trained whole, of a file by `torch.save(lora_state_dict(model))`.
 
     Args:
-      file: read without torch, see `torch_file`.
+      file: a pickle by torch, or the same tensors as safetensors; see `tensor_file`.
       model: one of jlora's; its key table says which layer is which weight.
       adapted: of the model's parameters, by the rank and alpha that the file was trained with.
+      pickled: read a pickle, without running what it says.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a file that holds no tensors; and for tensors that are missing, unexpected or misshaped: all of
-        them in one error.
+      ValueError: for a file that holds no tensors, or values that are not finite; a pickle, where `pickled` is False; and
+        for tensors that are missing, unexpected or misshaped: all of them in one error.
 
     Example:
       adapted = jlora.apply(params, rank=8, alpha=16, targets="attn/(query|value)", extras="classifier")
-      adapted = load("roberta_base_lora_mnli.bin", model, adapted)
+      adapted = load("roberta_base_lora_mnli.bin", model, adapted, pickled=True)
     """
-    tensors = torch_file.read(file)
+    with tensor_file.open(file, pickled=pickled) as opened:
+        tensors = opened.read_all()
+    tensor_file.check_finite(file, tensors)
     try:
         return placed(tensors, model, adapted)
     except ValueError as error:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jlora import methods
 from jlora.interop.forms import Form, a_from_factor, a_to_factor, b_from_factor, b_to_factor
-from jlora.interop.layer import Layer, Tensors
+from jlora.interop.layer import INITIAL, Layer, Tensors, rank_doubled
 from jlora.methods import Method
 from jlora.methods.adalora import SCALE_EPSILON
 from jlora.methods.lokr import small_side
@@ -94,6 +94,11 @@ def _lora(layer: Layer, form: Form) -> Arrays:
     return _with_magnitude(layer, form, {"A": a_to_factor(a, form), "B": b_to_factor(b, form)})
 
 
+def _from_initial(layer: Layer, form: Form) -> Arrays:
+    t = layer.tensors
+    return _lora(layer, form) | {"A0": a_to_factor(t["A0"], form), "B0": b_to_factor(t["B0"], form)}
+
+
 def _adalora(layer: Layer, form: Form) -> Arrays:
     return _lora(layer, form) | {"E": _per_rank(layer.tensors["E"], form)}
 
@@ -168,25 +173,43 @@ def _method_of_ia3(targets: Sequence[Target], layers: Sequence[Layer]) -> Method
 
 
 def _method_of_oft(targets: Sequence[Target], layers: Sequence[Layer]) -> Method:
-    """One size of blocks, and one number of terms.
-
-    Raises:
-      ValueError: if the layers have several.
-    """
-    found = {(_side(layer.tensors["R"]), int(layer.tensors.get("terms", 0))) for layer in layers}
-    if len(found) > 1:
-        raise ValueError(f"oft: the layers have blocks of several sizes, {sorted(side for side, _ in found)}")
-    ((side, terms),) = found
+    _, side, terms = group(layers[0])
     return methods.oft(side, terms=terms)
+
+
+def group(layer: Layer) -> tuple[Any, ...]:
+    """Layers that one method trains have the same: its kind first."""
+    kind = "lora" if layer.kind == "table" else layer.kind
+    if kind == "oft":
+        return kind, _side(layer.tensors["R"]), int(layer.tensors.get("terms", 0))
+    return kind, "magnitude" in layer.tensors
 
 
 def _side(triangles: np.ndarray) -> int:
     return round((1 + math.sqrt(1 + 8 * triangles.shape[-1])) / 2)
 
 
+def shared(method: Method) -> tuple[str, ...]:
+    """Names of the factors that the parts of one torch tensor have in common."""
+    return _SHARED.get(inner_of(method).name, ("A",))
+
+
+_SHARED = {"loha": ("A1", "A2"), "adalora": ("A", "E"), "ia3": (), "vera": ("d",), "oft": ("Q",)}
+
+
 def nothing() -> Method:
     """The method of an adapter that only trains leaves as they are."""
     return methods.full()
+
+
+def layer_number(path: str) -> int:
+    """The number of the layer that a parameter belongs to; 0 where the path has none.
+
+    >>> layer_number("h_11/attn/key/kernel")
+    11
+    """
+    found = re.search(r"_(\d+)(/|$)", path)
+    return int(found[1]) if found else 0
 
 
 def escaped(path: str) -> str:
@@ -197,6 +220,8 @@ def escaped(path: str) -> str:
 NATIVE: dict[str, Native] = {
     "lora": Native(low_rank_method, _lora, _alpha),
     "table": Native(low_rank_method, _lora, _alpha),
+    "pissa": Native(lambda targets, layers: low_rank_method(targets, layers, of=methods.pissa), _from_initial, _alpha),
+    "olora": Native(lambda targets, layers: low_rank_method(targets, layers, of=methods.olora), _from_initial, _alpha),
     "adalora": Native(
         lambda targets, layers: methods.adalora(_largest(targets), 1, _common_alpha(targets), total_steps=1),
         _adalora,
@@ -286,7 +311,7 @@ def _lokr_as_lora(layer: Layer, shape: tuple[int, ...]) -> Layer:
 
 # -- parts of a torch tensor -------------------------------------------------------------------------------------------
 
-_OUTPUTS = {"B": 0, "w1_a": 0, "w2_a": 0, "b": 0, "value": 0, "added": 0}  # tensors with an axis of outputs
+_OUTPUTS = {"B": 0, "B0": 0, "w1_a": 0, "w2_a": 0, "b": 0, "value": 0, "added": 0}  # tensors with an axis of outputs
 
 
 def part_of(layer: Layer, row: Leaf, form: Form) -> Layer:
@@ -331,7 +356,7 @@ def part_of_tensors(layer: Layer, row: Leaf, shape: tuple[int, ...]) -> Layer:
 def inner_of(method: Method) -> Method:
     """The method within a `dora`, else itself."""
     inner = dict(method.config).get("inner")
-    return inner if isinstance(inner, Method) else method
+    return inner_of(inner) if isinstance(inner, Method) else method
 
 
 def scale_of(method: Method, target: Target) -> float:
@@ -345,7 +370,7 @@ def scale_of(method: Method, target: Target) -> float:
         return target.alpha / math.sqrt(target.rank)
     if name == "adalora":
         return target.alpha / (target.rank + SCALE_EPSILON)
-    if name in ("lora", "loraplus", "lora_fa", "dylora", "eva", "loha", "lokr"):
+    if name in ("lora", "loraplus", "lora_fa", "dylora", "eva", "loha", "lokr", "pissa", "olora"):
         return target.alpha / target.rank
     if name in ("ia3", "oft", "vera"):
         return 1.0
@@ -407,14 +432,16 @@ def layer_of(
             "A": a_from_factor(arrays["A"], form), "B": b_from_factor(arrays["B"], form),
         }  # fmt: skip
     else:
-        kind = "adalora" if name == "adalora" else "table" if form.layout == "table" else "lora"
-        tensors = {"A": _factor("A", arrays["A"], form), "B": _factor("B", arrays["B"], form)}
+        own = name if name in ("adalora", "pissa", "olora") else "lora"
+        kind = "table" if form.layout == "table" else own
+        tensors = {ours: _factor(ours, x, form) for ours, x in arrays.items() if ours in ("A", "B", "A0", "B0")}
         if kind == "adalora":
             tensors["E"] = arrays["E"].reshape(-1, 1)
     if "magnitude" in arrays:
         m = _from_output(arrays["magnitude"], form)
         tensors["magnitude"] = m.reshape(1, -1, *[1] * form.window) if form.window else m
-    return Layer(module, kind, {key: np.ascontiguousarray(x) for key, x in tensors.items()}, scale, parameter)
+    whole = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
+    return Layer(module, kind, whole, scale, parameter, declared=target.rank if kind == "lokr" else 0)
 
 
 def _factor(name: str, x: np.ndarray, form: Form) -> np.ndarray:
@@ -439,6 +466,14 @@ def fused(key: str, parts: Sequence[tuple[Leaf, Layer]]) -> Layer:
         raise ValueError(f"the parts of {key!r} are adapted in several ways or with several scales")
     whole = len(own) == count
     tensors: Tensors
+    if first.kind in INITIAL:
+        if whole and all(_share(own, name) for name in ("A", "A0")):
+            tensors = {name: first.tensors[name] for name in ("A", "A0")} | {
+                name: np.concatenate([own[i].tensors[name] for i in range(count)]) for name in ("B", "B0")
+            }
+            return first._replace(tensors=tensors)
+        own = {i: without_initial(layer) for i, layer in own.items()}
+        first = own[min(own)]
     if first.kind in ("lora", "adalora") and ("magnitude" not in first.tensors or whole):
         tensors = _stacked_low_rank(own, count)
     elif whole and first.kind in ("ia3", "vera", "loha", "oft"):
@@ -457,13 +492,21 @@ def fused(key: str, parts: Sequence[tuple[Leaf, Layer]]) -> Layer:
     return first._replace(tensors=tensors)
 
 
+def _share(own: Mapping[int, Layer], name: str) -> bool:
+    some = next(iter(own.values()))
+    return all(np.array_equal(layer.tensors[name], some.tensors[name]) for layer in own.values())
+
+
+def without_initial(layer: Layer) -> Layer:
+    """PiSSA or OLoRA as plain LoRA of twice the rank, on the base as it is; others as they are."""
+    return layer._replace(kind="lora", tensors=rank_doubled(layer.tensors)) if layer.kind in INITIAL else layer
+
+
 def _stacked_low_rank(own: Mapping[int, Layer], count: int) -> Tensors:
     some = next(iter(own.values()))
     outputs = len(some.tensors["B"])
     tail = [name for name in ("A", "E") if name in some.tensors]
-    if len(own) == count and all(
-        np.array_equal(layer.tensors[name], some.tensors[name]) for layer in own.values() for name in tail
-    ):
+    if len(own) == count and all(_share(own, name) for name in tail):
         tensors = {name: some.tensors[name] for name in tail}
         tensors["B"] = np.concatenate([own[i].tensors["B"] for i in range(count)])
     else:

@@ -16,8 +16,8 @@ from jlora.interop import natives
 from jlora.interop.forms import Form, form_of
 from jlora.interop.layer import Layer, merged
 from jlora.interop.natives import NATIVE, Native
-from jlora.methods import Method, together
-from jlora.models.tensors import Leaf, to_tensor
+from jlora.methods import Method, tied, together
+from jlora.models.tensors import Leaf, to_tensor, to_tensors
 from jlora.transform.sites import Site, Target
 
 AS_THEY_ARE = ("full", "diff", "rows")  # kinds that become leaves trained as they are
@@ -57,7 +57,7 @@ def place(
     named, _ = tree.leaves(params)
     pieces, wrong = _found(layers, named, rows)
     factors: dict[str, dict[str, Any]] = {}
-    targets: dict[str, list[tuple[Target, list[Layer]]]] = defaultdict(list)
+    targets: list[tuple[Target, Layer]] = []
     extras: list[Extra] = []
     for path, own in pieces.items():
         try:
@@ -66,15 +66,20 @@ def place(
                 extras.append(extra)
                 factors[path] = arrays
                 continue
-            target, arrays = _target(path, own, named[path], kinds)
-            targets[own[0].layer.kind].append((target, [piece.layer for piece in own]))
+            target, layer, arrays = _target(path, own, named[path], kinds)
+            targets.append((target, layer))
             factors[path] = arrays
         except ValueError as error:
             wrong.append(str(error))
+    wrong = list(dict.fromkeys(wrong))
     if wrong:
         listed = "\n  ".join([*wrong[:SHOWN], *([f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else [])])
         raise ValueError(f"{origin} does not fit the model:\n  {listed}")
-    method, sites = _method(targets, kinds)
+    parted: dict[str, list[str]] = defaultdict(list)
+    for path, own in pieces.items():
+        if own[0].row.part is not None:
+            parted[own[0].layer.key].append(path)
+    method, sites = _method(targets, kinds, list(parted.values()))
     order = {path: i for i, path in enumerate(named)}
     sites = tuple(sorted(sites, key=lambda site: order[site.path]))
     extras.sort(key=lambda extra: order[extra.path])
@@ -135,26 +140,26 @@ def _uneven(path: str, own: Sequence[Piece], length: int) -> list[str]:
 
 def _target(
     path: str, own: Sequence[Piece], leaf: Any, kinds: Mapping[str, Native]
-) -> tuple[Target, dict[str, np.ndarray]]:
+) -> tuple[Target, Layer, dict[str, np.ndarray]]:
     row, stacked = own[0].row, own[0].row.stacked
     shape = tuple(leaf.shape)
     form = form_of(row, shape[1:] if stacked else shape)
-    layers = [natives.plain(piece.layer, _whole_shape(form, row)) for piece in own]
+    layers = [natives.plain(piece.layer, _outputs_first(form, row)) for piece in own]
     native = _native(layers[0], kinds)
     parts = [native.arrays(natives.part_of(layer, row, form), form) for layer in layers]
     arrays = natives.of_layers(parts, native) if stacked else parts[0]
     arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
     site = stacked_site(form.site, shape[0] if stacked else None, str(leaf.dtype))
     rank = layers[0].rank
-    return Target(site, rank, native.alpha(layers[0])), arrays
+    return Target(site, rank, native.alpha(layers[0])), layers[0], arrays
 
 
-def _whole_shape(form: Form, row: Leaf) -> tuple[int, ...]:
-    """The torch tensor's shape, with all of its parts."""
+def _outputs_first(form: Form, row: Leaf) -> tuple[int, ...]:
+    """The torch tensor's shape, with all of its parts and the outputs first."""
     lengths = list(form.shape)
     if row.part:
         lengths[row.part.axis] *= row.part.parts
-    return tuple(lengths)
+    return tuple(reversed(lengths)) if form.layout == "in_out" else tuple(lengths)
 
 
 def _native(layer: Layer, kinds: Mapping[str, Native]) -> Native:
@@ -176,15 +181,18 @@ def _extra(path: str, own: Sequence[Piece], leaf: Any) -> tuple[Extra, dict[str,
     row, layer = own[0].row, own[0].layer
     base = np.asarray(jax.device_get(tree.dense(leaf)), np.float32)
     if layer.kind == "rows":
-        if row.stacked or row.part:
-            raise ValueError(f"{path!r}: rows of stacked or split tables are not trained alone")
+        if row.stacked or row.part or row.order:
+            raise ValueError(f"{path!r}: {layer.key!r} is trained in rows, which here are no rows of one table")
         rows = tuple(int(i) for i in layer.tensors["rows"])
         if any(not 0 <= i < len(base) for i in rows):
             raise ValueError(f"{path!r} has {len(base)} rows, and the adapter trained row {max(rows)}")
         return Extra(path, rows), {"rows": np.asarray(layer.tensors["values"], np.float32)}
-    if layer.kind == "diff" and not row.stacked and row.part is None and row.order is None:
-        added = np.asarray(layer.tensors["added"], np.float32).reshape(base.shape)
-        return Extra(path, added=layer.scale), {"added": added}
+    if layer.kind == "diff":
+        shape = base.shape[1:] if row.stacked else base.shape
+        parts = [natives.part_of_tensors(piece.layer, row, shape).tensors["added"] for piece in own]
+        order = row.order or tuple(range(len(shape)))
+        added = [np.asarray(part, np.float32).transpose(order).reshape(shape) for part in parts]
+        return Extra(path, added=layer.scale), {"added": np.stack(added) if row.stacked else added[0]}
     values = []
     for piece in own:
         start = base[piece.number] if row.stacked else base
@@ -196,18 +204,20 @@ def _extra(path: str, own: Sequence[Piece], leaf: Any) -> tuple[Extra, dict[str,
 
 
 def _method(
-    targets: Mapping[str, list[tuple[Target, list[Layer]]]], kinds: Mapping[str, Native]
-) -> tuple[Method, list[Target]]:
-    """One method, or several together, and the targets with their numbers."""
+    targets: Sequence[tuple[Target, Layer]], kinds: Mapping[str, Native], parted: Sequence[Sequence[str]]
+) -> tuple[Method, Sequence[Target]]:
+    """One method, or several together, and the targets with their numbers; parts of one torch tensor share their A."""
+    groups: dict[Any, list[tuple[Target, Layer]]] = defaultdict(list)
+    for target, layer in targets:
+        groups[natives.group(layer)].append((target, layer))
     methods: list[tuple[Method, list[Target]]] = []
-    for kind, found in targets.items():
-        plain = [target for target, _ in found]
-        groups: dict[bool, list[int]] = defaultdict(list)
-        for i, (_, layers) in enumerate(found):
-            groups["magnitude" in layers[0].tensors].append(i)
-        for members in groups.values():
-            chosen, layers = [plain[i] for i in members], [found[i][1][0] for i in members]
-            methods.append((kinds[kind].method(chosen, layers), chosen))
+    for (kind, *_), members in groups.items():
+        chosen = [target for target, _ in members]
+        method = kinds[kind].method(chosen, [layer for _, layer in members])
+        own = {target.path for target in chosen}
+        groups = [group for group in parted if len(group) > 1 and own.issuperset(group)]
+        names = natives.shared(method)
+        methods.append((tied(method, groups, names) if groups and names else method, chosen))
     if not methods:
         return natives.nothing(), []
     if len(methods) == 1:
@@ -256,6 +266,17 @@ def layers_of(adapted: Adapted, rows: Iterable[Leaf]) -> list[Layer]:
         for layer in _layers_of_extra(extra, adapted.factors[extra.path], row):
             whole[layer.key][row.part.number if row.part else 0] = layer
     return layers + [_joined(key, parts, table, named) for key, parts in whole.items()]
+
+
+def base_tensor(params: Any, key: str, rows: Iterable[Leaf]) -> np.ndarray:
+    """A tensor of the base's checkpoint, float32: from all parameters that are its parts."""
+    named, _ = tree.leaves(params)
+    own = [row for row in rows if key in row.keys]
+    parts = {}
+    for row in own:
+        leaf = np.asarray(jax.device_get(tree.dense(named[row.path])), np.float32)
+        parts[row.path] = leaf[row.keys.index(key)] if row.stacked else leaf
+    return to_tensors([row._replace(keys=(key,), stacked=False) for row in own], parts)[key]
 
 
 def _row(table: Mapping[str, Leaf], path: str) -> Leaf:

@@ -1,24 +1,47 @@
 """Tensors out of a file of `torch.save`, without torch, and without doing what a pickle says.
 
-Such a file is a zip: a pickle, and beside it each storage as raw numbers. A pickle may call any function that it names.
-This one may name those that make a dict and a tensor, which are replaced by what is here; every other name is refused.
+Such a file is a zip: a pickle, and beside it each storage as raw numbers. The pickle alone says what is in it.
 """
 
-import collections
+import math
 import os
-import pickle
-import zipfile
-from collections.abc import Callable
-from typing import IO, Any
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-STORAGES = {
-    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": jnp.bfloat16,
-    "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
-    "ByteStorage": np.uint8, "BoolStorage": np.bool_,
-}  # fmt: skip
+from jlora.checkpoint.folder import open_file
+from jlora.interop import unpickle, zipped
+from jlora.interop.headers import check_name, elements, read_bytes, shown
+
+ZIP = b"PK\3\4"
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch before 1.6 begin
+ROOM = 2**26  # bytes that tensors which share their storage may take beyond the file's size
+READS = 8  # times the file's size that they may lie apart in it
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: elements of a storage, `strides` counted in them."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    storage: zipped.Entry
+
+    @property
+    def extent(self) -> int:
+        """Elements from its first to its last."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+
+
+def is_pickle(start: bytes) -> bool:
+    """Whether a file that begins so is one of `torch.save`."""
+    return start.startswith((ZIP, LEGACY))
 
 
 def read(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -29,56 +52,98 @@ def read(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       ValueError: for what is no such file, is damaged, holds something else than a dict of tensors, or names a
         function.
     """
+    path = Path(file)
+    with open_file(path) as opened:
+        return {name: read_tensor(opened, path, name, tensor) for name, tensor in tensors(opened, path).items()}
+
+
+def tensors(opened: BinaryIO, file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by name. None of them is read. Raises what `read` does."""
+    size = os.fstat(opened.fileno()).st_size
     try:
-        with zipfile.ZipFile(file) as archive:
-            (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            folder = name.removesuffix("data.pkl")
-            storage = lambda key, dtype: np.frombuffer(archive.read(f"{folder}data/{key}"), dtype)
-            with archive.open(name) as opened:
-                found = _Unpickler(opened, storage).load()
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+        opened.seek(0)
+        if opened.read(len(LEGACY)) == LEGACY:
+            raise ValueError("it is a pickle of torch before 1.6; torch.load it, and torch.save it again")
+        entries = zipped.entries(opened, size)
+        content, folder = _pickle(opened, file, entries)
+        described = unpickle.load(content)
+        if type(described) is not dict or not all(isinstance(view, unpickle.View) for view in described.values()):
+            raise _Other
+        found = {name: _tensor(name, view, entries, folder) for name, view in described.items()}
+        _check_sharing(found, size)
+    except _Other:
+        raise ValueError(f"'{file}' holds something else than a dict of tensors") from None
+    except ValueError as error:
         raise ValueError(f"'{file}' is no file of tensors by torch.save, or is damaged: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
-        raise ValueError(f"'{file}' holds something else than a dict of tensors")
-    return dict(found)
+    return found
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes], storage: Callable[[str, np.dtype], np.ndarray]) -> None:
-        super().__init__(file)
-        self._storage = storage
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in STORAGES:
-            return np.dtype(STORAGES[name])
-        known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-            ("torch._utils", "_rebuild_parameter"): _parameter,
-        }
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor needs")
-        return known[module, name]
-
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        _, dtype, key, _, _ = pid  # "storage", its type, its file, the device, the number of elements
-        return self._storage(str(key), dtype)
+class _Other(ValueError):
+    """A pickle of something else."""
 
 
-def _tensor(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> np.ndarray:
-    """A copy of the elements; strides count elements. Nothing outside of the storage is read."""
+def _pickle(opened: BinaryIO, file: Path, entries: Mapping[str, zipped.Entry]) -> tuple[bytes, str]:
+    """The pickle, and the folder that the storages are in."""
+    names = [name for name in entries if name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise ValueError(f"it has {len(names)} entries data.pkl, expected one")
+    folder = names[0].removesuffix("data.pkl")
+    order = entries.get(f"{folder}byteorder")
+    if order and order.size <= 16 and read_bytes(opened, file, order.start, order.size).tobytes() != b"little":
+        raise ValueError("its numbers are in big-endian order; torch.load it on a machine of today, and save it again")
+    entry = entries[names[0]]
+    if entry.size > unpickle.LARGEST:
+        raise ValueError(f"its pickle has {entry.size} bytes, more than the {unpickle.LARGEST} that are read")
+    content = read_bytes(opened, file, entry.start, entry.size).tobytes()
+    if zlib.crc32(content) != entry.crc:
+        raise ValueError("its pickle is not the one that was written (CRC-32)")
+    return content, folder
+
+
+def _tensor(name: str, view: unpickle.View, entries: Mapping[str, zipped.Entry], folder: str) -> Tensor:
+    storage, offset, shape, strides = view
+    check_name(name)
     if min((offset, *shape, *strides)) < 0 or len(shape) != len(strides):
-        raise ValueError(f"offset {offset}, shape {shape} and strides {strides} are no tensor's")
-    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if 0 in shape:
-        return np.zeros(shape, storage.dtype)
-    if last >= storage.size:
-        raise ValueError(f"a tensor ends at element {last} of a storage of {storage.size}")
-    size = storage.dtype.itemsize
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, [size * stride for stride in strides]).copy()
+        raise ValueError(
+            f"gives {shown(name)} offset {offset}, shape {shape} and strides {strides}, which no tensor has"
+        )
+    count = elements(name, shape)
+    entry = entries.get(f"{folder}data/{storage.key}")
+    if entry is None:
+        raise ValueError(f"keeps {shown(name)} in the storage {shown(storage.key)}, which is not there")
+    if entry.size != storage.length * storage.dtype.itemsize:
+        raise ValueError(f"has a storage of {storage.length} {storage.dtype} in {entry.size} bytes, for {shown(name)}")
+    tensor = Tensor(storage.dtype, shape, strides, offset, entry)
+    if count and (offset + tensor.extent > storage.length or count > storage.length):
+        last = offset + tensor.extent - 1
+        raise ValueError(f"has {count} elements of {shown(name)}, to element {last}, in a storage of {storage.length}")
+    return tensor
 
 
-def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
-    return data
+def _check_sharing(found: Mapping[str, Tensor], size: int) -> None:
+    """Tensors may share a storage, but not so that a small file takes much memory, or is read again and again."""
+    taken = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in found.values())
+    apart = sum(tensor.extent * tensor.dtype.itemsize for tensor in found.values())
+    if taken > size + ROOM or apart > READS * size + ROOM:
+        raise ValueError(
+            f"its tensors take {taken} bytes, out of {apart}, in a file of {size}: they share their storages"
+        )
+
+
+def read_tensor(opened: BinaryIO, file: Path, name: str, tensor: Tensor) -> np.ndarray:
+    """A tensor, in memory of its own."""
+    itemsize = tensor.dtype.itemsize
+    start = tensor.storage.start + tensor.offset * itemsize
+    content = read_bytes(opened, file, start, tensor.extent * itemsize)
+    if content.size == tensor.storage.size and zlib.crc32(content.data) != tensor.storage.crc:
+        raise ValueError(f"'{file}' is damaged: the numbers of {shown(name)} are not those that were written (CRC-32)")
+    if tensor.dtype == np.bool_ and content.size and content.max() > 1:
+        raise ValueError(f"'{file}' has bytes in {shown(name)}, a BOOL, that are neither 0 nor 1")
+    flat = content.view(tensor.dtype)
+    if 0 in tensor.shape:
+        return flat.reshape(tensor.shape)
+    strides = [itemsize * stride if n > 1 else 0 for n, stride in zip(tensor.shape, tensor.strides, strict=True)]
+    view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides)
+    if view.flags.c_contiguous and view.size == flat.size:
+        return flat.reshape(tensor.shape)
+    return view.copy()

@@ -32,6 +32,7 @@ from jlora.methods.prefix_tuning import prefix_tuning
 from jlora.methods.prompt_tuning import prompt_tuning
 from jlora.methods.rslora import rslora
 from jlora.methods.selective import bitfit, full, norms, top_layers
+from jlora.methods.tied import tied
 from jlora.methods.together import together
 from jlora.methods.vera import vera
 
@@ -40,7 +41,7 @@ METHODS = {
     for constructor in (
         lora, rslora, loraplus, lora_fa, dora, adalora, pissa, olora, eva, lora_ga, corda, vera, loha, lokr, ia3, oft,
         dylora, bitfit, norms, full, top_layers, houlsby, pfeiffer, parallel_adapter, prefix_tuning, prompt_tuning,
-        p_tuning, lora_xs, together,
+        p_tuning, lora_xs, together, tied,
     )
 }  # fmt: skip
 
@@ -84,6 +85,7 @@ __all__ = [
     "prefix_tuning",
     "prompt_tuning",
     "rslora",
+    "tied",
     "to_json",
     "together",
     "top_layers",

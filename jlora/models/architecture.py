@@ -1,5 +1,6 @@
 """Description of a model: all that reading and writing its checkpoints takes."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -37,6 +38,8 @@ class Architecture(NamedTuple):
       bare: the class without a head has the keys without the prefix.
       ignored: a regex: keys that are no parameters, such as buffers.
       renamed: (regex, replacement) of keys in older checkpoints.
+      modules: (regex, replacement) from keys of checkpoints to the names that transformers 5 has for the parameters in
+        memory, which adapters' files go by.
       layers: (path before the layers' own, such as "text/"; key of config.json that says how many there are).
       fits: config -> whether it is this architecture's; for those that share a dataclass.
     """
@@ -53,6 +56,7 @@ class Architecture(NamedTuple):
     bare: bool = True
     ignored: str = r"(?!)"
     renamed: tuple[tuple[str, str], ...] = ()
+    modules: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = ()
     layers: tuple[tuple[str, str], ...] = (("", "num_hidden_layers"),)
     fits: Callable[[Any], bool] = lambda config: True
 

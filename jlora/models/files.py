@@ -51,6 +51,11 @@ def folder_of(name: str | os.PathLike[str], revision: str | None = None, wanted:
         return folder
     if folder.is_absolute() or len(folder.parts) > 2 or str(name).startswith("."):
         raise FileNotFoundError(f"'{folder}' is no checkpoint: there is no such folder")
+    return snapshot(name, revision, wanted)
+
+
+def snapshot(name: str | os.PathLike[str], revision: str | None, wanted: tuple[str, ...]) -> Path:
+    """The hub's snapshot of a repository, of which the `wanted` files are downloaded: errors as of `folder_of`."""
     try:
         import huggingface_hub
     except ImportError as error:

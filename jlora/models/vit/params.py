@@ -81,5 +81,12 @@ ARCHITECTURE = Architecture(
     table=table,
     prefix="vit.",
     ignored=r"^vit\.pooler\.",  # where none is asked for
+    modules=(
+        (r"\bencoder\.layer\.(\d+)\.", r"layers.\1."),
+        (r"\battention\.attention\.(query|key|value)\b", lambda m: f"attention.{m[1][0]}_proj"),
+        (r"\battention\.output\.dense\b", "attention.o_proj"),
+        (r"\bintermediate\.dense\b", "mlp.fc1"),
+        (r"(layers\.\d+)\.output\.dense\b", r"\1.mlp.fc2"),
+    ),
     renamed=((r"^pooler\.", "vit.pooler."),),  # by its full name in all classes, so that `ignored` knows it
 )

@@ -1,0 +1,41 @@
+"""Plain LoRA as the serving engines read it: one rank, alpha = r, no field of the config that they do not heed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jlora.adapted.adapted import Adapted
+from jlora.adapted.convert import to_lora
+from jlora.interop.layer import Layer
+from jlora.interop.names import Names
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's `max_lora_rank` may be
+
+
+def prepared(adapted: Adapted, names: Names, error: float) -> Adapted:
+    """The adapter as plain LoRA, without anything beside its factors.
+
+    Raises:
+      ValueError: for leaves that are trained as they are, which the engines leave out in silence; and for a method that
+        is no product of factors, unless its best one is no further off than `error`.
+    """
+    if adapted.extras:
+        paths = [extra.path for extra in adapted.extras]
+        raise ValueError(
+            f"for_engine: {len(paths)} leaves are trained as they are, first {paths[0]!r}, and the engines would serve "
+            "the base's: merge the adapter instead"
+        )
+    return to_lora(adapted)
+
+
+def uniform(layers: Sequence[Layer]) -> list[Layer]:
+    """All of the largest rank, padded with zeros, and of scale 1: the scale is in B."""
+    rank = max(layer.rank for layer in layers)
+    result = []
+    for layer in layers:
+        a, b = layer.tensors["A"], layer.tensors["B"]
+        more = rank - len(a)
+        a = np.pad(a, [(0, more), *[(0, 0)] * (a.ndim - 1)])
+        b = np.pad(b * np.float32(layer.scale), [(0, 0), (0, more), *[(0, 0)] * (b.ndim - 2)])
+        result.append(layer._replace(tensors={"A": a, "B": b}, scale=1.0))
+    return result

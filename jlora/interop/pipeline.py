@@ -1,0 +1,135 @@
+"""Adapters of a pipeline's components: from a file's layers to parameters and back, and the file on disk."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jlora import tree
+from jlora.adapted.adapted import Adapted
+from jlora.interop import modules, onto, tensor_file
+from jlora.interop.layer import Layer
+from jlora.models.tensors import Leaf, to_tensors
+
+SHOWN = 20  # lines of an error
+
+
+class File(NamedTuple):
+    """A file of adapters.
+
+    Attributes:
+      layers: of each component that the file adapts, "unet", "text_encoder", "text_encoder_2".
+      metadata: what the file says of itself, all strings: `ss_tag_frequency`, `modelspec.title`.
+      tokens: embeddings of new tokens by their text, (width,) or (tokens, width).
+    """
+
+    layers: dict[str, list[Layer]]
+    metadata: dict[str, str]
+    tokens: dict[str, np.ndarray]
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(
+    file: str | os.PathLike[str], *, without: str | None = None, pickled: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors whose keys `without` does not match, and the metadata.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: for a damaged file, a pickle that is not asked for, numbers that are not finite.
+    """
+    with tensor_file.open(file, pickled=pickled) as opened:
+        keys = [key for key in opened.headers if without is None or not re.search(without, key)]
+        found = {key: opened.read(key) for key in keys}
+        tensor_file.check_finite(file, found)
+        return found, dict(opened.metadata)
+
+
+def cast(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+    """Contiguous tensors, the floating-point ones in a dtype; in their own where it is None.
+
+    Raises:
+      ValueError: if a number is too large for the dtype.
+    """
+    found = {key: np.asarray(x, order="C") for key, x in tensors.items()}
+    if dtype is None:
+        return found
+    for key, x in found.items():
+        if np.issubdtype(x.dtype, np.integer):
+            continue
+        with np.errstate(over="ignore"):
+            found[key] = x.astype(dtype)
+        if not np.isfinite(found[key].astype(np.float32)).all() and np.isfinite(x.astype(np.float32)).all():
+            raise ValueError(
+                f"{key!r} reaches {np.abs(x).max():g}, more than {np.dtype(dtype)} holds: choose another dtype"
+            )
+    return found
+
+
+def raise_all(wrong: Sequence[str], head: str) -> None:
+    """One ValueError of all lines, if there are any."""
+    if wrong:
+        more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+        raise ValueError("\n  ".join([f"{head} {len(wrong)} of the layers:", *wrong[:SHOWN], *more]))
+
+
+# -- the parameters ----------------------------------------------------------------------------------------------------
+
+
+def models_of(params: Mapping[str, Any], names: Mapping[str, Sequence[Leaf]]) -> dict[str, dict[str, modules.Shape]]:
+    """The shapes of each component's tensors.
+
+    Raises:
+      ValueError: if the two do not have the same components, or others than a pipeline has.
+    """
+    modules.check_components(params)
+    if set(params) != set(names):
+        raise ValueError(f"params has the components {sorted(params)}, and names {sorted(names)}: expected the same")
+    return {component: modules.shapes_of(params[component], names[component]) for component in params}
+
+
+def placed(
+    found: File, params: Mapping[str, Any], names: Mapping[str, Sequence[Leaf]], *, origin: str
+) -> dict[str, Adapted]:
+    """The layers of each component on its parameters.
+
+    Raises:
+      ValueError: for embeddings of new tokens, and layers that jlora does not train.
+    """
+    if found.tokens:
+        raise ValueError(
+            f"{origin} has embeddings of the new tokens {', '.join(map(repr, found.tokens))}, which are no adapter: "
+            "take them from `read`, and leave them out here by `without`"
+        )
+    result, wrong = {}, []
+    for component, layers in found.layers.items():
+        try:
+            result[component] = onto.place(
+                layers, params[component], names[component], origin=f"{origin}, {component},"
+            )
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return result
+
+
+def layers_of(adapted: Adapted, names: Sequence[Leaf]) -> list[Layer]:
+    """The layers of an adapter; of a leaf that was trained whole, what was added to the base."""
+    return [
+        _difference(layer, adapted, names) if layer.kind == "full" else layer
+        for layer in onto.layers_of(adapted, names)
+    ]
+
+
+def _difference(layer: Layer, adapted: Adapted, names: Sequence[Leaf]) -> Layer:
+    leaves, _ = tree.leaves(adapted.base)
+    rows = [row for row in names if layer.key in row.keys]
+    base = to_tensors(rows, {row.path: np.asarray(jax.device_get(tree.dense(leaves[row.path]))) for row in rows})
+    added = np.asarray(layer.tensors["value"], np.float32) - np.asarray(base[layer.key], np.float32)
+    return layer._replace(kind="diff", tensors={"added": added})
