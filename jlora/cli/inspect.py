@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jlora.cli import show
 from jlora.cli.options import BaseOption, Json
-from jlora.interop import formats, shards, torch_file
+from jlora.interop import formats, shards
 from jlora.interop.layer import Layer
 from jlora.interop.spectra import spectrum
 from jlora.models import reading
@@ -126,7 +126,7 @@ def _model_report(found: formats.Found) -> dict[str, Any]:
         entries, files = {entry.key: entry for entry in shard.entries}, [path]
         report["metadata"] = dict(shard.metadata)
     else:
-        arrays = torch_file.read(path)
+        arrays = formats.pickled(path)
         files = [path]
         entries = {key: shards.Entry(key, str(x.dtype), x.shape, 0, x.nbytes) for key, x in arrays.items()}
     count = Counter[str]()

@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(EXTRA)
     command = next((word for word in given if not word.startswith("-")), "")
-    prefix = f"jlora {command}: " if command in {row.name for row in app.registered_commands} else "jlora: "
+    known = command in {row.name for row in app.registered_commands}
+    prefix = f"jlora {command}: " if known else "jlora: "
     try:
         status = app(args=given, prog_name="jlora", standalone_mode=False)
     except KeyboardInterrupt:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(prefix + told(error))
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer's, wherever its class is defined
-            return _fail(f"{prefix}{_one_line(error.format_message())} (see jlora {command} --help)")
+            return _fail(f"{prefix}{_one_line(error.format_message())} (see {prefix[:-2]} --help)")
         if type(error).__name__ == "Abort":
             return STOPPED
         traceback.print_exc()

@@ -22,7 +22,8 @@ def show(report: Report, as_json: bool, text: Callable[[Console], None]) -> None
     if as_json:
         print(json.dumps(plain(report), indent=1, ensure_ascii=False))
     else:
-        text(Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty()))
+        wide = None if sys.stdout.isatty() else 1000  # a file's lines are not cut
+        text(Console(file=sys.stdout, highlight=False, soft_wrap=True, width=wide))
 
 
 def plain(value: Any) -> Any:
@@ -40,7 +41,7 @@ def table(console: Console, header: Sequence[str], rows: Iterable[Sequence[Any]]
     """Prints a table; the columns after the first `left` are numbers."""
     made = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for i, name in enumerate(header):
-        made.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+        made.add_column(name, justify="left" if i < left else "right", no_wrap=i > 0, overflow="fold")
     for row in rows:
         made.add_row(*(_cell(value) for value in row))
     console.print(made)

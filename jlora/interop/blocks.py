@@ -26,7 +26,7 @@ def _sliced(layer: Layer, tensors: Mapping[str, np.ndarray]) -> Layer:
 
 def _lora(layer: Layer, start: int, stop: int) -> Layer | None:
     t = layer.tensors
-    if "mid" in t:
+    if "mid" in t or "input_magnitude" in t:
         return None
     found = {"B": t["B"][start:stop]}
     if "magnitude" in t:

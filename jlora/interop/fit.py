@@ -106,7 +106,7 @@ def sides(layer: Layer) -> tuple[int | None, int | None]:
     """Outputs and inputs of the matrix that a layer is made for; None where its tensors do not say."""
     t = {name: x.shape for name, x in layer.tensors.items()}
     match layer.kind:
-        case "lora" | "adalora":
+        case "lora" | "adalora" | "pissa" | "olora":
             return t["B"][0], math.prod(t["A"][1:])
         case "vera":
             return t["b"][0], None

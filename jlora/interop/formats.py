@@ -9,7 +9,7 @@ import numpy as np
 
 from jlora.checkpoint.folder import NAME as JLORA
 from jlora.checkpoint.record import read_record
-from jlora.interop import shards, torch_file
+from jlora.interop import shards, tensor_file
 from jlora.interop.layer import Layer
 from jlora.models import place, reading
 
@@ -56,7 +56,7 @@ def recognise(path: Path) -> Found:
     if path.name in (PEFT, JLORA, "adapter_model.safetensors", "config.json"):
         return _of_folder(path.parent)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        keys = torch_file.read(path)
+        keys = pickled(path)
         return Found("loralib" if any(key.endswith(".lora_A") for key in keys) else "tensors", path)
     if path.suffix != ".safetensors":
         raise ValueError(
@@ -222,8 +222,14 @@ def _pipeline(file: Path, base: Path | None) -> Opened:
 
 
 def _loralib(file: Path, base: Path | None) -> Opened:
-    layers = _grouped(torch_file.read(file))
+    layers = _grouped(pickled(file))
     return Opened("loralib", file, {"": layers}, "LoRA", fan_in_fan_out=False)
+
+
+def pickled(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a pickle, which is followed step by step and does not run."""
+    with tensor_file.open(file, pickled=True) as opened:
+        return opened.read_all()
 
 
 def _method_of(layer: Layer) -> str:

@@ -33,6 +33,7 @@ LARGEST_HEADER = 2**27  # bytes; the safetensors library has a limit of 100 MB
 LARGEST_INDEX = 2**26
 CHUNK = 2**20  # bytes that are copied at a time
 ALIGNED = 8  # bytes: the data begin at a multiple
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 INDEX = ".safetensors.index.json"
 
 
@@ -102,6 +103,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise FileNotFoundError(f"'{folder}' is no checkpoint: there is no *.safetensors in it{hint}")
     if "adapter_config.json" in {path.name for path in folder.glob("*.json")}:
         raise ValueError(f"'{folder}' is an adapter of PEFT, expected the folder of a whole checkpoint")
+    usual = [name for name in names if name in SINGLE]
+    if len(names) > 1 and len(usual) == 1:
+        names = usual
     if len(names) > 1:
         raise ValueError(f"'{folder}' holds {len(names)} files of tensors ({_some(names)}) and no *{INDEX}")
     return Checkpoint(folder, (open_shard(folder / names[0]),))

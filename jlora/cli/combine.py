@@ -1,0 +1,3 @@
+"""wip."""
+def combine() -> None:
+    """wip."""

@@ -1,0 +1,3 @@
+"""wip."""
+def convert() -> None:
+    """wip."""

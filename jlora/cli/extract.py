@@ -1,0 +1,3 @@
+"""wip."""
+def extract() -> None:
+    """wip."""
