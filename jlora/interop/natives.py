@@ -440,7 +440,7 @@ def layer_of(
     if "magnitude" in arrays:
         m = _from_output(arrays["magnitude"], form)
         tensors["magnitude"] = m.reshape(1, -1, *[1] * form.window) if form.window else m
-    whole = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
+    whole = {key: np.asarray(x, order="C") for key, x in tensors.items()}
     return Layer(module, kind, whole, scale, parameter, declared=target.rank if kind == "lokr" else 0)
 
 

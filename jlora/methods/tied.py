@@ -1,4 +1,4 @@
-"""Factors that several weights share, and that stay the same in training: for weights that are parts of one elsewhere."""
+"""Factors that several weights share in training: for weights that are parts of one matrix elsewhere."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +15,10 @@ def tied(inner: Method, groups: Sequence[Sequence[str]], names: Sequence[str] = 
     """`inner`, with some of its factors shared by the weights of each group: one A for the query, key and value.
 
     A checkpoint of PyTorch's may have as one matrix what are several weights here, and an adapter of that matrix one A
-    for all of them: `[W_q W_k W_v] + A [B_q B_k B_v]`. Every weight holds its own copy. The gradient of each copy is the
-    sum over its group, which is the gradient of the one A, so that copies that start the same stay the same, bit for bit,
-    under every optimizer that does not draw at random. A norm of all gradients counts a shared one once per copy.
+    for all of them: `[W_q W_k W_v] + A [B_q B_k B_v]`. Every weight holds its own copy. The gradient of each copy is
+    the sum over its group, which is the gradient of the one A, so that copies that start the same stay the same, bit
+    for bit, under every optimizer that does not draw at random. A norm of all gradients counts a shared one once per
+    copy.
 
     Args:
       inner: the method. Its start draws each copy apart: `jlora.peft.load` fills in the shared ones.

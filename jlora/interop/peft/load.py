@@ -125,7 +125,7 @@ def _check_targets(found: Folder, names: Names, params: Any, strict: bool) -> No
       ValueError: if there is some, unless not strict.
     """
     config = found.config
-    keys = {key for row in names.rows for key in row.keys}
+    keys = {key for row in names.rows for key in row.keys if names.written(key) != key}
     older = any(layer.key in keys for layer in found.layers)  # by the names of checkpoints, as before transformers 5
     modules = modules_of(dataclasses.replace(names, modules=()) if older else names, params)
     if config["peft_type"] in ("LN_TUNING", "TRAINABLE_TOKENS") or not config.get("target_modules"):

@@ -248,7 +248,7 @@ def _config(
     config: dict[str, Any] = DEFAULTS[kind] | {"peft_type": kind, "peft_version": VERSION}
     if kind == "TRAINABLE_TOKENS":
         config["token_indices"] = rows[0].tensors["rows"].tolist()
-        config["target_modules"] = [name.rpartition(".")[2] for name in sorted(layer.module for layer in rows)][:1]
+        config["target_modules"] = sorted({layer.module.rpartition(".")[2] for layer in rows if layer.module in modules})
         config["task_type"] = _task(names, config)
         return config if given is None else _taken_over(config, given, layers, modules)
     if kind == "LN_TUNING":
@@ -286,6 +286,8 @@ def _trained_as_they_are(layers: Sequence[Layer], adapted: Sequence[str], names:
     """The fields `bias`, `lora_bias`, `modules_to_save` and `trainable_token_indices`."""
     fields: dict[str, Any] = {}
     whole = {layer.key for layer in layers if layer.kind == "full"}
+    if names.tied:
+        whole.discard("lm_head.weight")  # which is written beside the embedding that it is
     parameters: dict[str, set[str]] = {}
     for row in names.rows:
         for key in map(names.written, row.keys):
@@ -427,7 +429,7 @@ def _by_rank(low: Sequence[Layer], adapted: Adapted, modules: Mapping[str, Modul
 
 
 def _vera(low: Sequence[Layer], adapted: Adapted, modules: Mapping[str, Module]) -> dict[str, Any]:
-    config = dict(adapted.method.config)
+    config = dict(natives.inner_of(adapted.method).config)
     return {
         "r": low[0].rank, "projection_prng_key": config["seed"], "d_initial": config["start"], "save_projection": True,
         "fan_in_fan_out": _fan_in(low, modules),

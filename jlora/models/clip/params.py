@@ -167,6 +167,7 @@ TEXT_ARCHITECTURE = Architecture(
     inputs=lambda c: (TOKENS,),
     table=text_table,
     prefix="text_model.",
+    modules=((r"^text_model\.", ""),),
     bare=False,  # transformers 4 knows no others; 5 reads both
     ignored=IGNORED,
 )
@@ -180,6 +181,7 @@ VISION_ARCHITECTURE = Architecture(
     inputs=lambda c: (_images(c),),
     table=vision_table,
     prefix="vision_model.",
+    modules=((r"^vision_model\.", ""),),
     bare=False,  # transformers 4 knows no others; 5 reads both
     ignored=IGNORED,
 )
