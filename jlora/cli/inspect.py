@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from jlora.cli import show
-from jlora.cli.options import BaseOption, Json
+from jlora.cli.options import BaseOption, Json, Pickled
 from jlora.interop import formats, shards
 from jlora.interop.layer import Layer
 from jlora.interop.spectra import spectrum
@@ -26,6 +26,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Of an adapter, a checkpoint or a file of tensors.")],
     every: Annotated[bool, typer.Option("--all", help="A row for each layer or tensor, not for each kind.")] = False,
     base: BaseOption = None,
+    pickled: Pickled = False,
     as_json: Json = False,
 ) -> None:
     """Shows what is in an adapter, a checkpoint or a model file.
@@ -35,7 +36,7 @@ def inspect(
     """
     found = formats.recognise(path)
     if found.format in formats.ADAPTERS:
-        opened = formats.open_adapter(path, base)
+        opened = formats.open_adapter(path, base, pickled=pickled)
         report = adapter_report(opened)
         show.show(report, as_json, lambda console: _adapter(console, report, every))
     else:

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from jlora.cli import show
-from jlora.cli.options import Adapter, Base, DryRun, Force, Json
+from jlora.cli.options import Adapter, Base, DryRun, Force, Json, Pickled
 from jlora.interop import formats
 from jlora.interop.merge_folder import Merged, Report, merge_folder
 
@@ -24,6 +24,10 @@ def merge(
     component: Annotated[
         str | None, typer.Option("--component", help="Of a pipeline's adapter: unet, text_encoder or text_encoder_2.")
     ] = None,
+    tied: Annotated[
+        bool, typer.Option("--tied", help="Merge the head's layer into the embedding, where they are one tensor.")
+    ] = False,
+    pickled: Pickled = False,
     every: Annotated[bool, typer.Option("--all", help="A row for each tensor.")] = False,
     force: Force = False,
     dry_run: DryRun = False,
@@ -34,12 +38,12 @@ def merge(
     The sum is taken in float32 and cast once; what the cast rounds away of each update is said. A large model needs no
     more memory than one file of it. An interrupted run goes on where it was: run it again. BASE is never written.
     """
-    opened = formats.open_adapter(adapter, base)
+    opened = formats.open_adapter(adapter, base, pickled=pickled)
     layers = _chosen(opened, component)
     with show.bar("merging", as_json) as progress:
         report = merge_folder(
-            base, layers, out, dtype=dtype, fan_in_fan_out=opened.fan_in_fan_out, force=force, dry_run=dry_run,
-            progress=progress,
+            base, layers, out, dtype=dtype, fan_in_fan_out=opened.fan_in_fan_out, tied=tied, force=force,
+            dry_run=dry_run, progress=progress,
         )  # fmt: skip
     told = {"command": "merge", "method": opened.method, "dry_run": dry_run, **report.to_json()}
     show.show(told, as_json, lambda console: _text(console, report, dry_run, every))
@@ -70,6 +74,8 @@ def _text(console: Console, report: Report, dry_run: bool, every: bool) -> None:
     files = f"{report.shards} file{'s' if report.shards > 1 else ''}, {show.size(report.size)}"
     resumed = f", {report.resumed} from an interrupted run" if report.resumed else ""
     added = f", {len(report.added)} added" if report.added else ""
+    for note in report.notes:
+        console.print(note, markup=False)
     console.print(
         f"{verb} {len(report.merged)} of {len(report.merged) + report.kept} tensors{added} into {report.out} ({files}{resumed})",
         markup=False,

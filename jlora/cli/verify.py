@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from jlora.cli import show
-from jlora.cli.options import Adapter, Base, Json
+from jlora.cli.options import Adapter, Base, Json, Pickled
 from jlora.interop import fit, formats, shards
 from jlora.interop.layer import KINDS, Layer, merged
 
@@ -15,13 +15,13 @@ LARGEST = 2**24  # elements of a tensor whose merge is tried
 SHOWN = 20
 
 
-def verify(adapter: Adapter, base: Base, as_json: Json = False) -> None:
+def verify(adapter: Adapter, base: Base, pickled: Pickled = False, as_json: Json = False) -> None:
     """Checks every tensor of an adapter against a base: names, shapes, ranks, dtypes, that all values are finite.
 
     The exit code is 0 if it fits and 1 if not. Neither is loaded as a whole.
     """
     checkpoint = shards.open_checkpoint(base)
-    opened = formats.open_adapter(adapter, base)
+    opened = formats.open_adapter(adapter, base, pickled=pickled)
     faults = [fault for own in opened.components.values() for fault in _faults(own, checkpoint, opened.fan_in_fan_out)]
     report = {
         "command": "verify", "adapter": str(adapter), "base": str(base), "method": opened.method,
@@ -42,7 +42,7 @@ def _faults(layers: tuple[Layer, ...], checkpoint: shards.Checkpoint, flag: bool
     entries = checkpoint.entries
     shapes = {key: entry.shape for key, entry in entries.items()}
     try:
-        placed, _ = fit.fitted(layers, shapes)
+        placed, _ = fit.fitted(layers, shapes, fit.aliases(checkpoint.folder, shapes), tied=True)
     except ValueError as error:
         return [*faults, str(error)]
     for key, own in placed.items():

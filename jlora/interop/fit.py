@@ -2,12 +2,18 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from jlora.interop.layer import Layer, Layout
+from jlora.models import reading
+from jlora.models.catalogue import ARCHITECTURES
 
 Shapes = Mapping[str, tuple[int, ...]]
+CONFIG = "config.json"
+TABLES = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
 SHOWN = 5  # names in an error
 
 
@@ -25,7 +31,9 @@ class Renaming(NamedTuple):
         return bool(self.drop or self.add)
 
 
-def fitted(layers: Sequence[Layer], shapes: Shapes) -> tuple[dict[str, list[Layer]], list[Layer]]:
+def fitted(
+    layers: Sequence[Layer], shapes: Shapes, aliases: Mapping[str, str] | None = None, *, tied: bool = False
+) -> tuple[dict[str, list[Layer]], list[Layer]]:
     """The layers by the key of the tensor that they change, and those that bring a tensor that the base does not have.
 
     The path of a module depends on the class that the adapter was trained on: one prefix may be dropped or added, or
@@ -34,24 +42,74 @@ def fitted(layers: Sequence[Layer], shapes: Shapes) -> tuple[dict[str, list[Laye
     Args:
       layers: of the adapter.
       shapes: of the base's tensors.
+      aliases: other names of theirs, see `aliases`.
+      tied: whether a layer of the head may change the embedding, where they are one tensor.
 
     Raises:
       ValueError: if a layer has no tensor under any such change, or two changes lead to different tensors.
     """
     if not layers:
         raise ValueError("the adapter holds nothing to merge")
+    aliases = aliases or {}
+    names = {alias: shapes[key] for alias, key in aliases.items()} | dict(shapes)
+    layers = _of_one_table(layers, names, tied)
     needed = sorted({layer.key for layer in layers if not (layer.optional or layer.kind == "full")})
     needed = needed or sorted({layer.key for layer in layers if not layer.optional})
-    renaming = _renaming(needed, shapes)
+    renaming = _renaming(needed, names)
     placed: dict[str, list[Layer]] = {}
     added: list[Layer] = []
     for layer in layers:
         key = renaming(layer.key)
+        key = aliases.get(key, key) if key not in shapes else key
         if key in shapes:
             placed.setdefault(key, []).append(layer)
+            placed[key].sort(key=lambda own: own.kind != "full")  # PEFT writes the embedding that is adapted beside it
         elif layer.kind == "full":
             added.append(layer)
     return placed, added
+
+
+def aliases(folder: Path, keys: Iterable[str]) -> dict[str, str]:
+    """The names that transformers has for tensors in memory, where they are not those in its files, with the latter.
+
+    Only of architectures that jlora has, as config.json says; that is not needed otherwise.
+    """
+    record = reading.read_json(folder / CONFIG) if reading.has(folder / CONFIG) else {}
+    found: dict[str, str] = {}
+    for architecture in ARCHITECTURES:
+        if architecture.model_type == record.get("model_type"):
+            for key in keys:
+                name = key
+                for pattern, replacement in architecture.modules:
+                    name = re.sub(pattern, replacement, name)
+                if name != key:
+                    found[name] = key
+    return found
+
+
+def embedding_of(shapes: Shapes) -> str:
+    """The table of tokens of a language model whose file has no head: its head, too. "" of others."""
+    tables = [key for key in shapes if key.split(".")[-2:-1] and key.split(".")[-2] in TABLES and key.endswith("weight")]
+    has_head = any(key.split(".")[-2:] in (["lm_head", "weight"], ["embed_out", "weight"]) for key in shapes)
+    return tables[0] if len(tables) == 1 and not has_head else ""
+
+
+def _of_one_table(layers: Sequence[Layer], shapes: Shapes, tied: bool) -> list[Layer]:
+    """The layers, those of a head that is the embedding being the embedding's."""
+    table = embedding_of(shapes)
+    found = []
+    for layer in layers:
+        if layer.key == "lm_head.weight" and table and layer.kind != "full":
+            if not tied:
+                raise ValueError(
+                    f"'lm_head.weight' is not in the base, whose head is its embedding {table!r}: --tied (tied=True) merges "
+                    "into that, and changes both, as PEFT's merge does"
+                )
+            layer = layer._replace(module=table.rpartition(".")[0])
+        elif layer.key == "lm_head.weight" and table and tied:
+            continue  # the embedding's own values, beside the adapter
+        found.append(layer)
+    return found
 
 
 def _renaming(keys: Sequence[str], shapes: Shapes) -> Renaming:

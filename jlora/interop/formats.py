@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,13 +133,14 @@ class Opened(NamedTuple):
         return tuple(layer for own in self.components.values() for layer in own)
 
 
-def open_adapter(path: Path, base: Path | None = None) -> Opened:
+def open_adapter(path: Path, base: Path | None = None, *, pickled: bool = False) -> Opened:
     """Reads an adapter.
 
     Args:
       path: of any format in `ADAPTERS`.
       base: the folder of its base, which tells the modules of kohya's and Diffusers' files, and the parameters of
         jlora's adapters. Without it the layers have the names that the file has.
+      pickled: read a pickle, without running what it says.
 
     Raises:
       FileNotFoundError: if there is nothing at the path.
@@ -148,7 +150,7 @@ def open_adapter(path: Path, base: Path | None = None) -> Opened:
     if found.format not in ADAPTERS:
         raise ValueError(f"'{path}' is a {found.format}, expected an adapter: one of {', '.join(ADAPTERS)}")
     readers: dict[str, Callable[[Path, Path | None], Opened]] = {
-        "peft": _peft, "jlora": _jlora, "diffusers": _pipeline, "kohya": _pipeline, "loralib": _loralib,
+        "peft": partial(_peft, pickled=pickled), "jlora": _jlora, "diffusers": _pipeline, "kohya": _pipeline, "loralib": _loralib,
     }  # fmt: skip
     return readers[found.format](found.path, base)
 
@@ -161,10 +163,10 @@ def shapes_of(base: Path | None) -> dict[str, tuple[int, ...]] | None:
 NAMES = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "IA3": "(IA)^3"}
 
 
-def _peft(folder: Path, base: Path | None) -> Opened:
+def _peft(folder: Path, base: Path | None, *, pickled: bool) -> Opened:
     from jlora.interop import peft
 
-    read = peft.read(folder, shapes=shapes_of(base))
+    read = peft.read(folder, shapes=shapes_of(base), pickled=pickled)
     config = read.config
     kind = str(config.get("peft_type"))
     init = config.get("init_lora_weights")
@@ -174,7 +176,7 @@ def _peft(folder: Path, base: Path | None) -> Opened:
         *([str(init)] if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal") else []),
     ]
     named = config.get("base_model_name_or_path") or ""
-    flag = config.get("fan_in_fan_out")
+    flag = bool(config.get("fan_in_fan_out"))  # methods without the field have Linear layers alone
     return Opened("peft", folder, {"": tuple(read.layers)}, " + ".join(parts), str(named), config, {}, flag)
 
 

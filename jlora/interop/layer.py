@@ -114,11 +114,15 @@ def _table(t: Tensors, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _experts(t: Tensors, shape: tuple[int, ...]) -> np.ndarray:
-    """One matrix per expert: A (experts r, in) with the expert outside, B (out, r experts) with the expert inside."""
-    experts = shape[0]
+    """One matrix per expert: A (experts r, in) with the expert outside, B (out, r experts) with the expert inside.
+
+    The parameter is (experts, out, in), or (experts, in, out) where only that fits.
+    """
+    experts, outputs, inputs = shape[0], t["B"].shape[0], t["A"].shape[-1]
     a = t["A"].reshape(experts, -1, t["A"].shape[-1])
     b = t["B"].reshape(t["B"].shape[0], -1, experts)
-    return np.einsum("eri,ore->eio", a, b, optimize=True)
+    form = "eri,ore->eoi" if tuple(shape[1:]) == (outputs, inputs) else "eri,ore->eio"
+    return np.einsum(form, a, b, optimize=True)
 
 
 def _adalora(t: Tensors, shape: tuple[int, ...]) -> np.ndarray:

@@ -61,6 +61,7 @@ class Report(NamedTuple):
       resumed: how many of them an interrupted run had left.
       copied: other files of the base that were copied.
       size: bytes of all tensors.
+      notes: what to know of it.
     """
 
     out: Path
@@ -71,6 +72,7 @@ class Report(NamedTuple):
     resumed: int
     copied: tuple[str, ...]
     size: int
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON's types."""
@@ -117,6 +119,7 @@ def merge_folder(
     *,
     dtype: str | None = None,
     fan_in_fan_out: bool | None = None,
+    tied: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -134,6 +137,7 @@ def merge_folder(
       out: the folder to write.
       dtype: "float32", "bfloat16" or "float16" of all tensors of floats; that of each tensor when None.
       fan_in_fan_out: what the adapter's config says of matrices whose shape does not tell their layout.
+      tied: merge a layer of the head into the embedding, where the base has one tensor for both.
       force: replace a checkpoint that is at `out`.
       dry_run: check all and write nothing.
       progress: called before each tensor, and at the end.
@@ -145,7 +149,7 @@ def merge_folder(
         finite, or not in the dtype's range; `out` that is the base, or in use by another process.
       OSError: if the disk is full: `out` is as it was, and the same call goes on from there.
     """
-    plan = _planned(Path(base), layers, Path(out), dtype, fan_in_fan_out)
+    plan = _planned(Path(base), layers, Path(out), dtype, fan_in_fan_out, tied)
     _check_out(plan, force)
     if dry_run:
         changed = [
@@ -190,20 +194,22 @@ def _report(plan: _Plan, changed: Sequence[Merged], resumed: int) -> Report:
     size = sum(map(plan.size, plan.base.shards))
     copied = tuple(path.name for path in plan.others)
     added = tuple(layer.key for layer in plan.added)
-    return Report(plan.out, tuple(changed), kept, added, len(plan.base.shards), resumed, copied, size)
+    table = fit.embedding_of({key: entry.shape for key, entry in plan.base.entries.items()})
+    notes = (f"{table!r} is the head, too: both change",) if table in plan.placed else ()
+    return Report(plan.out, tuple(changed), kept, added, len(plan.base.shards), resumed, copied, size, notes)
 
 
 # -- before anything is written ----------------------------------------------------------------------------------------
 
 
-def _planned(folder: Path, layers: Sequence[Layer], out: Path, dtype: str | None, fan_in_fan_out: bool | None) -> _Plan:
+def _planned(folder: Path, layers: Sequence[Layer], out: Path, dtype: str | None, fan_in_fan_out: bool | None, tied: bool) -> _Plan:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     base = shards.open_checkpoint(folder)
     _check_quantised(folder)
     entries = base.entries
     shapes = {key: entry.shape for key, entry in entries.items()}
-    placed, added = fit.fitted(layers, shapes)
+    placed, added = fit.fitted(layers, shapes, fit.aliases(folder, shapes), tied=tied)
     for key in placed:
         if entries[key].dtype not in FLOATS:
             raise ValueError(

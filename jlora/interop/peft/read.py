@@ -281,6 +281,10 @@ def _parameter(
     if shapes is not None:  # in the base's order, by what fits
         known = [key.rpartition(".")[2] for key in shapes if key.rpartition(".")[0] == module]
         names = [name for name in known if name in names] or names
+        sides = sorted((own["B"].shape[0], own["A"].shape[-1]))
+        fits = [name for name in names if sorted(shapes[f"{module}.{name}"][1:]) == sides]
+        if len(fits) == 1:
+            return module, fits[0]
     if depth >= len(names):
         raise ValueError(f"{module!r} has more layers than target_parameters names of its parameters")
     return module, names[len(names) - 1 - depth]
