@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jlora.interop import blocks, fit, layer, merge_folder, shards
+from jlora.interop import blocks, fit, formats, layer, merge_folder, shards
 from jlora.interop.layer import Layer
 from jlora.interop.merge_folder import merge_folder as merge
 
@@ -488,8 +488,8 @@ print(memory("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
 def test_it_takes_the_memory_of_a_shard(tmp_path: Path):
-    """16 files of 8 tensors and 8 MB, holes but for their headers."""
-    count, rows = 16, 1024
+    """10 files of 8 tensors and 8 MB, holes but for their headers."""
+    count, rows = 10, 1024
     shard = 8 * 2 * rows * 512
     base = tmp_path / "base"
     base.mkdir()
@@ -505,3 +505,48 @@ def test_it_takes_the_memory_of_a_shard(tmp_path: Path):
     assert grown < 2 * shard, grown
     first = load_file(tmp_path / "out" / "model-3.safetensors")["m.3.7.weight"]
     assert first.dtype == BF16 and (first == 4).all()
+
+
+# -- PEFT's numbers ----------------------------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden"
+REFUSED = {
+    "oft_coft": "coft",
+    "oft_shared": "block_share",
+    "oft_embedding": "OFT turns",
+    "vera_drawn": "VeRA without its projections",
+}
+
+
+def merged_rows() -> list[Path]:
+    found = [file.parent for file in sorted((GOLDEN / "peft").glob("*/outputs.npz"))]
+    return [row for row in found if any(name.startswith("merged/") for name in np.load(row / "outputs.npz").files)]
+
+
+@pytest.mark.parametrize("row", merged_rows(), ids=lambda row: row.name)
+def test_the_numbers_of_peft(row: Path, tmp_path: Path):
+    """Every adapter that PEFT merged, against the arrays that it had afterwards; float32, so within some roundings."""
+    name = (json.loads((row / "adapter_config.json").read_text()).get("base_model_name_or_path") or "net").split("/")[
+        -1
+    ]
+    base = next(f for f in (GOLDEN / "peft" / "bases" / name, GOLDEN / "models" / name) if f.exists())
+    if row.name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[row.name]):
+            formats.open_adapter(row, base)
+        return
+    opened = formats.open_adapter(row, base, pickled=True)
+    merge(base, opened.layers, tmp_path / "out", fan_in_fan_out=opened.fan_in_fan_out, tied=True)
+    merged, outputs = read(tmp_path / "out"), np.load(row / "outputs.npz")
+    aliases, table = fit.aliases(base, merged), fit.embedding_of({key: x.shape for key, x in merged.items()})
+    for key in (name.removeprefix("merged/") for name in outputs.files if name.startswith("merged/")):
+        names = {key, aliases.get(key, key), table if key == "lm_head.weight" else key}
+        (found,) = [
+            x
+            for there, x in merged.items()
+            if any(there == n or there.endswith(f".{n}") or n.endswith(f".{there}") for n in names)
+        ]
+        np.testing.assert_allclose(found, outputs[f"merged/{key}"], rtol=1e-5, atol=2e-5)
+
+
+def test_there_are_many():
+    assert len(merged_rows()) > 100

@@ -1,5 +1,7 @@
 """The commands, and the help of all of them."""
 
+from collections.abc import Callable
+
 import typer
 
 import jlora
@@ -16,12 +18,12 @@ from jlora.cli.verify import verify
 app = typer.Typer(
     name="jlora",
     help="LoRA adapters as files: look at them, merge, convert and combine them.",
-    epilog="Exit codes: 0 done, 1 verify says no, 2 bad input, 130 interrupted. `jlora COMMAND --help` has an example each.",
+    epilog="Exit codes: 0 done, 1 verify says no, 2 bad input, 130 interrupted. `jlora COMMAND --help` has an example.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-COMMANDS = {
+COMMANDS: dict[Callable[..., None], str] = {
     inspect: "jlora inspect adapter/",
     merge: "jlora merge Llama-3.1-8B/ adapter/ merged/ --dtype bfloat16",
     convert: "jlora convert adapter/ adapter-kohya.safetensors --to kohya --base stable-diffusion/",

@@ -13,7 +13,8 @@ from jlora.interop import formats
 
 TASKS = {
     "CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
-    "SEQ_2_SEQ_LM": "text2text-generation", "QUESTION_ANS": "question-answering", "FEATURE_EXTRACTION": "feature-extraction",
+    "SEQ_2_SEQ_LM": "text2text-generation", "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
 }  # fmt: skip
 
 
@@ -23,8 +24,12 @@ def card(
         str | None, typer.Option("--base-model", help="The base's name on the hub; the adapter's own by default.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="README.md beside the adapter by default.")] = None,
-    licence: Annotated[str | None, typer.Option("--license", help="As the hub names it: apache-2.0, mit, llama3.1.")] = None,
-    language: Annotated[list[str] | None, typer.Option("--language", help="en, de, ...; several times for several.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="As the hub names it: apache-2.0, mit, llama3.1.")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option("--language", help="en, de, ...; several times for several.")
+    ] = None,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -54,7 +59,7 @@ def card_text(opened: formats.Opened, base: str, licence: str | None, languages:
     front |= {"pipeline_tag": pipeline} if pipeline else {}
     front |= {"license": licence} if licence else {}
     front |= {"language": languages} if languages else {}
-    front |= {"tags": [f"base_model:adapter:{base}", "lora", *(["peft"] if library != "peft" else []), "jlora"][: None]}
+    front |= {"tags": [f"base_model:adapter:{base}", "lora", *(["peft"] if library != "peft" else []), "jlora"][:None]}
     ranks = ", ".join(f"{n} of rank {r}" for r, n in report["ranks"].items()) or "none has a rank"
     name = opened.path.name if opened.path.is_dir() else opened.path.stem
     return "\n".join([
@@ -102,6 +107,12 @@ def _yaml(front: dict[str, Any]) -> list[str]:
 def _scalar(text: str) -> str:
     plain = text.replace("-", "").replace("/", "").replace(".", "").replace("_", "").replace(":", "")
     words = ("no", "yes", "on", "off", "true", "false", "null", "n", "y")
-    if plain.isalnum() and not plain.isdigit() and text.lower() not in words and ": " not in text and text[0] not in "-:":
+    if (
+        plain.isalnum()
+        and not plain.isdigit()
+        and text.lower() not in words
+        and ": " not in text
+        and text[0] not in "-:"
+    ):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

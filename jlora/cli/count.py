@@ -6,7 +6,6 @@ import jax
 import typer
 from rich.console import Console
 
-from jlora import tree
 from jlora.adapted.adapted import count as counted
 from jlora.adapted.apply import apply
 from jlora.cli import show
@@ -19,12 +18,16 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def count(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"A size, {', '.join(list(PRESETS)[:3])}, ..., or a config.json.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help=f"A size, {', '.join(list(PRESETS)[:3])}, ..., or a config.json.")
+    ],
     method: Annotated[str, typer.Argument(metavar="METHOD", help="Such as lora(8), dora(16), lora(8, alpha=16).")],
     targets: Annotated[
         list[str] | None, typer.Option("--targets", help="Pattern of weights to adapt; several times for several.")
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the base's parameters: float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the base's parameters: float32, bfloat16 or float16.")
+    ] = "bfloat16",
     as_json: Json = False,
 ) -> None:
     """Counts what a method trains of a model, and the memory that training takes beside activations.
@@ -35,7 +38,7 @@ def count(
     if dtype not in SIZES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(SIZES)}")
     made = expression.parse(method, "METHOD")
-    module, inputs = model_of(model, scan=True, param_dtype=dtype)
+    module, inputs = model_of(model, scan=True, param_dtype=dtype, dtype=dtype)
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     places = found_sites(lambda params, *inputs: module.apply({"params": params}, *inputs), params, *inputs)
     adapted = jax.eval_shape(lambda: apply(params_of(params), method=made, sites=places, targets=targets or None))
@@ -52,7 +55,7 @@ def _report(adapted: Any, params: Any) -> dict[str, Any]:
     numbers = counted(adapted)
     base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     factors = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(adapted.factors))
-    whole = tree.size_of(params) if hasattr(tree, "size_of") else sum(leaf.size for leaf in jax.tree.leaves(params))
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
     return {
         "trainable": numbers.trainable, "total": numbers.total, "percent": 100 * numbers.trainable / numbers.total,
         "sites": len(adapted.sites),
@@ -65,13 +68,14 @@ def _report(adapted: Any, params: Any) -> dict[str, Any]:
 
 def _text(console: Console, report: dict[str, Any]) -> None:
     b = report["bytes"]
+    of = f"{report['trainable']:,} of {report['total']:,} parameters are trained, {report['percent']:.3g} %"
     console.print(
-        f"{report['model']}, {report['method']}: {report['trainable']:,} of {report['total']:,} parameters are trained, "
-        f"{report['percent']:.3g} %",
+        f"{report['model']}, {report['method']}: {of}",
         markup=False,
     )
     rows = [
-        ("base", b["parameters"]), ("factors", b["factors"]), ("gradients", b["gradients"]), ("Adam's moments", b["adam"]),
+        ("base", b["parameters"]), ("factors", b["factors"]), ("gradients", b["gradients"]),
+        ("Adam's moments", b["adam"]),
         ("together, beside activations", b["all"]), ("full fine-tuning, beside activations", b["full_fine_tuning"]),
         ("the adapter's file", b["file"]),
     ]  # fmt: skip

@@ -63,7 +63,9 @@ def pull(
     api = _api()
     names = sorted(name for name in api.list_repo_files(repo, revision=revision) if _wanted(name))
     if not any(name in ("adapter_config.json", "adapter.json") or name.endswith(".safetensors") for name in names):
-        raise ValueError(f"'{repo}' holds no adapter: neither adapter_config.json nor adapter.json, and no *.safetensors")
+        raise ValueError(
+            f"'{repo}' holds no adapter: neither adapter_config.json nor adapter.json, and no *.safetensors"
+        )
     if not dry_run:
         with show.staged(out, force) as folder:
             for name in names:

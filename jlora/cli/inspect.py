@@ -80,7 +80,8 @@ def _adapter(console: Console, report: dict[str, Any], every: bool) -> None:
     base = f", base {report['base']}" if report["base"] else ""
     dtypes = ", ".join(report["dtypes"])
     console.print(
-        f"{report['parameters']:,} parameters in {report['layers']} layers, {show.size(report['bytes'])}, {dtypes}{base}",
+        f"{report['parameters']:,} parameters in {report['layers']} layers, {show.size(report['bytes'])}, "
+        f"{dtypes}{base}",
         markup=False,
     )
     if not report["finite"]:
@@ -103,7 +104,9 @@ def _groups(rows: Sequence[dict[str, Any]], every: bool) -> dict[str, list[dict[
 
 
 def _group_row(name: str, rows: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
-    mean = lambda field: float(np.mean([row[field] for row in rows])) if all(row[field] is not None for row in rows) else math.nan
+    mean = lambda field: (
+        float(np.mean([row[field] for row in rows])) if all(row[field] is not None for row in rows) else math.nan
+    )
     ranks = sorted({row["rank"] for row in rows if row["rank"]})
     kinds = "+".join(dict.fromkeys(row["kind"] for row in rows))
     rank = "" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
@@ -161,7 +164,13 @@ def _model(console: Console, report: dict[str, Any], every: bool) -> None:
     for row in report["shapes"]:
         groups[row["key"] if every else re.sub(r"(?<![^.])\d+(?![^.])", "*", row["key"])].append(row)
     rows = [
-        (name, len(own), own[0]["dtype"], " x ".join(map(str, own[0]["shape"])), sum(math.prod(r["shape"]) for r in own))
+        (
+            name,
+            len(own),
+            own[0]["dtype"],
+            " x ".join(map(str, own[0]["shape"])),
+            sum(math.prod(r["shape"]) for r in own),
+        )
         for name, own in groups.items()
     ]
     show.table(console, ("tensor", "number", "dtype", "shape", "parameters"), rows)

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from jlora.cli import show
+from jlora.cli.convert import one_of
 from jlora.cli.options import Adapter, Base, DryRun, Force, Json, Pickled
 from jlora.interop import formats
 from jlora.interop.merge_folder import Merged, Report, merge_folder
@@ -19,7 +20,8 @@ def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 of all tensors; the base's own by default.")
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16 of all tensors; the base's own by default."),
     ] = None,
     component: Annotated[
         str | None, typer.Option("--component", help="Of a pipeline's adapter: unet, text_encoder or text_encoder_2.")
@@ -39,7 +41,7 @@ def merge(
     more memory than one file of it. An interrupted run goes on where it was: run it again. BASE is never written.
     """
     opened = formats.open_adapter(adapter, base, pickled=pickled)
-    layers = _chosen(opened, component)
+    layers = one_of(opened, component)
     with show.bar("merging", as_json) as progress:
         report = merge_folder(
             base, layers, out, dtype=dtype, fan_in_fan_out=opened.fan_in_fan_out, tied=tied, force=force,
@@ -47,16 +49,6 @@ def merge(
         )  # fmt: skip
     told = {"command": "merge", "method": opened.method, "dry_run": dry_run, **report.to_json()}
     show.show(told, as_json, lambda console: _text(console, report, dry_run, every))
-
-
-def _chosen(opened: formats.Opened, component: str | None):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    names = [name for name, own in opened.components.items() if own]
-    if component is None and len(names) == 1:
-        return opened.components[names[0]]
-    if component not in names:
-        asked = f"--component {component} is not" if component else "name with --component the one that BASE is:"
-        raise ValueError(f"'{opened.path}' adapts {', '.join(filter(None, names)) or 'one model'}; {asked} one of them")
-    return opened.components[component]
 
 
 def _text(console: Console, report: Report, dry_run: bool, every: bool) -> None:
@@ -76,8 +68,9 @@ def _text(console: Console, report: Report, dry_run: bool, every: bool) -> None:
     added = f", {len(report.added)} added" if report.added else ""
     for note in report.notes:
         console.print(note, markup=False)
+    tensors = f"{len(report.merged)} of {len(report.merged) + report.kept} tensors{added}"
     console.print(
-        f"{verb} {len(report.merged)} of {len(report.merged) + report.kept} tensors{added} into {report.out} ({files}{resumed})",
+        f"{verb} {tensors} into {report.out} ({files}{resumed})",
         markup=False,
     )
 

@@ -42,11 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer's, wherever its class is defined
             return _fail(f"{prefix}{_one_line(error.format_message())} (see {prefix[:-2]} --help)")
-        if type(error).__name__ == "Abort":
+        if type(error).__name__ == "Abort":  # and others of its versions
+            _fail(f"{prefix}stopped")
             return STOPPED
         traceback.print_exc()
         _fail(f"{prefix}this is an error in jlora: report it, with the lines above")
         return BUG
+    if status == STOPPED:  # what typer makes of a KeyboardInterrupt
+        _fail(f"{prefix}stopped")
     return status if isinstance(status, int) else DONE
 
 

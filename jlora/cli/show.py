@@ -80,7 +80,13 @@ def bar(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | N
     if quiet or not console.is_terminal:
         yield None
         return
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=None, note="")
         yield lambda done, whole, note: progress.update(task, completed=done, total=whole, note=note[-60:])

@@ -34,7 +34,7 @@ def verify(adapter: Adapter, base: Base, pickled: Pickled = False, as_json: Json
 
 def _faults(layers: tuple[Layer, ...], checkpoint: shards.Checkpoint, flag: bool | None) -> list[str]:
     faults = [
-        f"{layer.key!r}: {name} has {np.size(x) - int(np.isfinite(np.asarray(x, np.float32)).sum())} values that are not finite"
+        f"{layer.key!r}: {name} has values that are not finite"
         for layer in layers
         for name, x in layer.tensors.items()
         if not np.isfinite(np.asarray(x, np.float32)).all()
@@ -69,7 +69,9 @@ def _try(layers: list[Layer], shape: tuple[int, ...], layout: Any) -> None:
 
 def _text(console: Console, report: dict[str, Any]) -> None:
     if report["fits"]:
-        console.print(f"{report['adapter']} ({report['method']}, {report['layers']} layers) fits {report['base']}", markup=False)
+        console.print(
+            f"{report['adapter']} ({report['method']}, {report['layers']} layers) fits {report['base']}", markup=False
+        )
         return
     console.print(f"{report['adapter']} does not fit {report['base']}:", markup=False)
     for fault in report["faults"][:SHOWN]:

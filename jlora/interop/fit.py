@@ -89,7 +89,9 @@ def aliases(folder: Path, keys: Iterable[str]) -> dict[str, str]:
 
 def embedding_of(shapes: Shapes) -> str:
     """The table of tokens of a language model whose file has no head: its head, too. "" of others."""
-    tables = [key for key in shapes if key.split(".")[-2:-1] and key.split(".")[-2] in TABLES and key.endswith("weight")]
+    tables = [
+        key for key in shapes if key.split(".")[-2:-1] and key.split(".")[-2] in TABLES and key.endswith("weight")
+    ]
     has_head = any(key.split(".")[-2:] in (["lm_head", "weight"], ["embed_out", "weight"]) for key in shapes)
     return tables[0] if len(tables) == 1 and not has_head else ""
 
@@ -102,8 +104,8 @@ def _of_one_table(layers: Sequence[Layer], shapes: Shapes, tied: bool) -> list[L
         if layer.key == "lm_head.weight" and table and layer.kind != "full":
             if not tied:
                 raise ValueError(
-                    f"'lm_head.weight' is not in the base, whose head is its embedding {table!r}: --tied (tied=True) merges "
-                    "into that, and changes both, as PEFT's merge does"
+                    f"'lm_head.weight' is not in the base, whose head is its embedding {table!r}: --tied (tied=True) "
+                    "merges into that, and changes both, as PEFT's merge does"
                 )
             layer = layer._replace(module=table.rpartition(".")[0])
         elif layer.key == "lm_head.weight" and table and tied:
@@ -234,6 +236,18 @@ def layouts(
         evidence = _of_biases(shapes) | {key: layout for key, layout in own.items() if shapes[key][0] != shapes[key][1]}
         for key in squares:
             found[key] = _of_square(key, evidence, fan_in_fan_out)
+    return found
+
+
+def layouts_of(shapes: Shapes) -> dict[str, Layout]:
+    """The layouts of a base's matrices by its biases alone; those that none tells are (out, in)."""
+    evidence = _of_biases(shapes)
+    matrices = [key for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")]
+    found: dict[str, Layout] = {}
+    for key in matrices:
+        told = evidence.get(key) or _of_square(key, evidence, False)
+        bias = shapes.get(f"{key.removesuffix('.weight')}.bias")
+        found[key] = told if bias is not None or told == "out_in" else "out_in"
     return found
 
 

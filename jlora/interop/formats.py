@@ -19,8 +19,10 @@ ADAPTERS = ("peft", "jlora", "diffusers", "kohya", "loralib")
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ENDS = {
-    "lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "mid", "lora_A.weight": "A", "lora_B.weight": "B",
-    "lora.down.weight": "A", "lora.up.weight": "B", "lora_linear_layer.down.weight": "A", "lora_A": "A", "lora_B": "B",
+    "lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "mid",
+    "lora_A.weight": "A", "lora_B.weight": "B",
+    "lora.down.weight": "A", "lora.up.weight": "B", "lora_linear_layer.down.weight": "A",
+    "lora_A": "A", "lora_B": "B",
     "lora_linear_layer.up.weight": "B", "_lora.down.weight": "A", "_lora.up.weight": "B", "alpha": "alpha",
     "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude", "diff": "added",
     **{f"hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
@@ -150,14 +152,17 @@ def open_adapter(path: Path, base: Path | None = None, *, pickled: bool = False)
     if found.format not in ADAPTERS:
         raise ValueError(f"'{path}' is a {found.format}, expected an adapter: one of {', '.join(ADAPTERS)}")
     readers: dict[str, Callable[[Path, Path | None], Opened]] = {
-        "peft": partial(_peft, pickled=pickled), "jlora": _jlora, "diffusers": _pipeline, "kohya": _pipeline, "loralib": _loralib,
+        "peft": partial(_peft, pickled=pickled), "jlora": _jlora, "diffusers": _pipeline, "kohya": _pipeline,
+        "loralib": _loralib,
     }  # fmt: skip
     return readers[found.format](found.path, base)
 
 
 def shapes_of(base: Path | None) -> dict[str, tuple[int, ...]] | None:
     """Shapes of a checkpoint's tensors."""
-    return base and {key: entry.shape for key, entry in shards.open_checkpoint(base).entries.items()}
+    if base is None or (base.is_dir() and reading.has(base / PIPELINE)):
+        return None
+    return {key: entry.shape for key, entry in shards.open_checkpoint(base).entries.items()}
 
 
 NAMES = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "IA3": "(IA)^3"}
@@ -182,15 +187,29 @@ def _peft(folder: Path, base: Path | None, *, pickled: bool) -> Opened:
 
 def _jlora(folder: Path, base: Path | None) -> Opened:
     record = read_record(folder / JLORA)
-    method = record["method"]
-    name = str(method.get("name")) if isinstance(method, Mapping) else "?"
-    if base is None:
-        tensors = _arrays(folder / record["tensors"]["file"])[0]
-        layers = tuple(_of_factors(path, own) for path, own in _by_site(tensors).items())
-        return Opened("jlora", folder, {"": layers}, name, "", record, {}, None, resolved=False)
-    from jlora.interop import native_folder
+    name = _called(record["method"])
+    if base is not None:
+        from jlora.interop import native_folder
 
-    return Opened("jlora", folder, {"": native_folder.layers(folder, base)}, name, "", record)
+        layers, flag = native_folder.layers(folder, base)
+        return Opened("jlora", folder, {"": layers}, name, "", record, {}, flag)
+    tensors = _arrays(folder / record["tensors"]["file"])[0]
+    alphas = {site["path"]: site.get("alpha") for site in record["sites"] if isinstance(site, Mapping)}
+    layers = tuple(_of_factors(path, own, alphas.get(path), name) for path, own in _by_site(tensors).items())
+    return Opened("jlora", folder, {"": layers}, name, "", record, {}, None, resolved=False)
+
+
+def _called(method: Any) -> str:
+    """A method's name, with those inside it: "dora(rslora)"."""
+    if not isinstance(method, Mapping):
+        return "?"
+    inner = [
+        _called(x)
+        for value in method.values()
+        for x in (value if isinstance(value, list) else [value])
+        if isinstance(x, Mapping) and "name" in x
+    ]
+    return f"{method.get('name')}({', '.join(inner)})" if inner else str(method.get("name"))
 
 
 def _by_site(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -201,12 +220,13 @@ def _by_site(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarra
     return found
 
 
-def _of_factors(path: str, own: Mapping[str, np.ndarray]) -> Layer:
+def _of_factors(path: str, own: Mapping[str, np.ndarray], alpha: Any, method: str) -> Layer:
     """A layer to look at: factors keep the parameter's axes, A the rank last, and are made matrices here."""
     if {"A", "B"} <= set(own) and own["A"].shape[-1] == own["B"].shape[-1]:
         rank = own["A"].shape[-1]
         a, b = own["A"].reshape(-1, rank).T, own["B"].reshape(-1, rank)
-        return Layer(path, "lora", {**own, "A": a, "B": b})
+        scale = float(alpha) / (math.sqrt(rank) if "rslora" in method else rank) if alpha else 1.0
+        return Layer(path, "lora", {**own, "A": a, "B": b}, scale)
     return Layer(path, "full" if "value" in own else "other", dict(own))
 
 
@@ -267,9 +287,10 @@ def _grouped(tensors: Mapping[str, np.ndarray]) -> tuple[Layer, ...]:
 def _layer(module: str, parts: dict[str, np.ndarray]) -> Layer:
     alpha = parts.pop("alpha", None)
     names = set(parts)
-    kind = "lora" if {"A", "B"} <= names else "loha" if "w1_a" in names and "w2_a" in names and "w1_b" in names else ""
+    kind = "lora" if {"A", "B"} <= names else "loha" if {"w1_a", "w1_b", "w2_a", "w2_b"} <= names else ""
     kind = kind or ("diff" if "added" in names else "lokr" if names & {"w1", "w1_a"} else "other")
     layer = Layer(module, kind, parts)
     rank = layer.rank if kind in ("lora", "loha", "lokr") else 0
-    scale = float(alpha.reshape(-1)[0]) / rank if alpha is not None and rank and math.isfinite(alpha.reshape(-1)[0]) else 1.0
+    number = float(alpha.reshape(-1)[0]) if alpha is not None else 0.0
+    scale = number / rank if rank and number and math.isfinite(number) else 1.0
     return layer._replace(scale=scale)

@@ -202,7 +202,9 @@ def _report(plan: _Plan, changed: Sequence[Merged], resumed: int) -> Report:
 # -- before anything is written ----------------------------------------------------------------------------------------
 
 
-def _planned(folder: Path, layers: Sequence[Layer], out: Path, dtype: str | None, fan_in_fan_out: bool | None, tied: bool) -> _Plan:
+def _planned(
+    folder: Path, layers: Sequence[Layer], out: Path, dtype: str | None, fan_in_fan_out: bool | None, tied: bool
+) -> _Plan:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     base = shards.open_checkpoint(folder)

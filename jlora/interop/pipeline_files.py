@@ -8,7 +8,11 @@ from jlora.interop.layer import Layer
 from jlora.interop.modules import COMPONENTS
 from jlora.models import reading
 
-CLASSES = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
+CLASSES = {
+    "UNet2DConditionModel": "unet",
+    "CLIPTextModel": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder_2",
+}
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -1,4 +1,4 @@
-"""Size and spectrum of an update, from its factors where it has some: nothing of the weight's size is built for them."""
+"""Size and spectrum of an update, from its factors where it has some: nothing of the weight's size is built then."""
 
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ def _singular(layer: Layer) -> np.ndarray | None:
             return None  # a grouped convolution
         if "E" in t:
             a = a * t["E"].reshape(-1, 1)
-        small = np.linalg.qr(b, mode="r") @ np.linalg.qr(a.T, mode="r").T
+        small = np.asarray(np.linalg.qr(b, mode="r")) @ np.asarray(np.linalg.qr(a.T, mode="r")).T
         return np.linalg.svd(small, compute_uv=False) * abs(layer.scale)
     if layer.kind not in DELTAS or layer.kind in ("experts", "table"):
         return None

@@ -14,7 +14,9 @@ from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.checkpoint import described
 
 PRESETS: dict[str, Any] = {
-    name: config for package in (gpt2, llama, bert, roberta, deberta, vit, clip) for name, config in package.PRESETS.items()
+    name: config
+    for package in (gpt2, llama, bert, roberta, deberta, vit, clip)
+    for name, config in package.PRESETS.items()
 }
 
 
