@@ -10,11 +10,11 @@ import numpy as np
 
 from jlora.checkpoint.folder import NAME as JLORA
 from jlora.checkpoint.record import read_record
-from jlora.interop import shards, tensor_file
+from jlora.interop import native_folder, peft, pipeline_files, shards, tensor_file
 from jlora.interop.layer import Layer
 from jlora.models import place, reading
 
-PEFT, PIPELINE, DIFFUSERS_FILE = "adapter_config.json", "model_index.json", "pytorch_lora_weights.safetensors"
+PEFT, DIFFUSERS_FILE = "adapter_config.json", "pytorch_lora_weights.safetensors"
 ADAPTERS = ("peft", "jlora", "diffusers", "kohya", "loralib")
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -31,7 +31,7 @@ _ENDS = {
 
 
 class Found(NamedTuple):
-    """What lies at a path.
+    """A path and the format of what lies there.
 
     Attributes:
       format: "peft", "jlora", "diffusers", "kohya" and "loralib" of adapters; "checkpoint", a folder of a model;
@@ -74,7 +74,7 @@ def _of_folder(folder: Path) -> Found:
         return Found("peft", folder)
     if reading.has(folder / JLORA):
         return Found("jlora", folder)
-    if reading.has(folder / PIPELINE):
+    if reading.has(folder / pipeline_files.PIPELINE):
         return Found("pipeline", folder)
     if reading.has(folder / DIFFUSERS_FILE):
         return Found("diffusers", folder / DIFFUSERS_FILE)
@@ -160,7 +160,7 @@ def open_adapter(path: Path, base: Path | None = None, *, pickled: bool = False)
 
 def shapes_of(base: Path | None) -> dict[str, tuple[int, ...]] | None:
     """Shapes of a checkpoint's tensors."""
-    if base is None or (base.is_dir() and reading.has(base / PIPELINE)):
+    if base is None or (base.is_dir() and reading.has(base / pipeline_files.PIPELINE)):
         return None
     return {key: entry.shape for key, entry in shards.open_checkpoint(base).entries.items()}
 
@@ -169,8 +169,6 @@ NAMES = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "
 
 
 def _peft(folder: Path, base: Path | None, *, pickled: bool) -> Opened:
-    from jlora.interop import peft
-
     read = peft.read(folder, shapes=shapes_of(base), pickled=pickled)
     config = read.config
     kind = str(config.get("peft_type"))
@@ -189,8 +187,6 @@ def _jlora(folder: Path, base: Path | None) -> Opened:
     record = read_record(folder / JLORA)
     name = _called(record["method"])
     if base is not None:
-        from jlora.interop import native_folder
-
         layers, flag = native_folder.layers(folder, base)
         return Opened("jlora", folder, {"": layers}, name, "", record, {}, flag)
     tensors = _arrays(folder / record["tensors"]["file"])[0]
@@ -238,8 +234,6 @@ def _pipeline(file: Path, base: Path | None) -> Opened:
     named = metadata.get("ss_sd_model_name") or metadata.get("ss_base_model_version") or ""
     if base is None:
         return Opened(kind, file, {"": groups}, method, named, {}, metadata, False, resolved=False)
-    from jlora.interop import pipeline_files
-
     return Opened(kind, file, pipeline_files.components(kind, file, base), method, named, {}, metadata, False)
 
 

@@ -50,7 +50,7 @@ class Merged(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a merge did, or, of a dry run, would do.
+    """Account of a merge, or of a dry run.
 
     Attributes:
       out: the folder.
@@ -102,7 +102,7 @@ class _Plan(NamedTuple):
         return self.dtype or entry.dtype if entry.dtype in FLOATS else entry.dtype
 
     def rows(self, shard: Shard) -> list[tuple[str, str, tuple[int, ...]]]:
-        """What the file holds that is made of a shard."""
+        """Tensors of the file that is made of a shard: key, dtype, shape."""
         rows = [(entry.key, self.written(entry), entry.shape) for entry in shard.entries]
         if shard is self.base.shards[-1]:
             rows += [(layer.key, self.default, layer.tensors["value"].shape) for layer in self.added]

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from jlora.interop import diffusers, formats, kohya, shards
+from jlora.interop import diffusers, kohya, shards
 from jlora.interop.layer import Layer
 from jlora.interop.modules import COMPONENTS
 from jlora.models import reading
 
+PIPELINE = "model_index.json"
 CLASSES = {
     "UNet2DConditionModel": "unet",
     "CLIPTextModel": "text_encoder",
@@ -22,7 +23,7 @@ def models_of(base: Path) -> dict[str, Shapes]:
     Raises:
       ValueError: for a model that is none of a pipeline's, as its config.json or the folder's name says.
     """
-    if reading.has(base / formats.PIPELINE):
+    if reading.has(base / PIPELINE):
         inner = {name: base / name for name in COMPONENTS if (base / name).is_dir()}
     else:
         inner = {component_of(base): base}
