@@ -1,6 +1,7 @@
 """The checks behind every `test_lift_*`: a lifted function against weights merged by hand, and nothing silent.
 
 `check` is the whole of it, in six programs; `check_values` compiles one, for rows of which the default run has no more.
+`check_found` traces alone, for rows whose products others of the table have by value.
 """
 
 from collections.abc import Callable, Mapping
@@ -124,8 +125,11 @@ def check(case: Case) -> None:
     check_uses(case, adapted)
 
 
-def check_values(case: Case) -> None:
-    """The values of the base while B is zero, then those of the merged weights; every weight factored that can be."""
+def check_values(case: Case) -> set[str]:
+    """The values of the base while B is zero, then those of the merged weights; every weight factored that can be.
+
+    Returns the paths that were adapted.
+    """
     adapted = randomised(adapt(case._replace(params=jax.eval_shape(lambda: case.params)))).replace(base=case.params)
     first = {"embedding": "A"}  # the factor that is zero at the start, as `jlora.lora` has it
     start = {site.path: {**adapted.factors[site.path]} for site in adapted.sites}
@@ -147,6 +151,17 @@ def check_values(case: Case) -> None:
     ]
     assert any(changed[: len(jax.tree.leaves(merged[0]))]), "the results do not depend on the factors"
     check_explained(case, adapted)
+    return set(adapted.factors)
+
+
+def check_found(case: Case) -> set[str]:
+    """Without a number: the weights are found, all of them that can be stay factored, and `strict` takes it.
+
+    Returns the paths that were adapted.
+    """
+    adapted = adapt(case._replace(params=jax.eval_shape(lambda: case.params)))
+    check_uses(case, adapted)
+    return set(adapted.factors)
 
 
 def check_explained(case: Case, adapted: jlora.Adapted) -> jlora.Explanation:

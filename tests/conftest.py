@@ -1,8 +1,9 @@
 """Every test runs on eight fake CPU devices, under strict promotion, with most XLA optimisations off, in one of two tiers.
 
-The default run has every row of every table with a numeric test that costs little. `-m thorough` has what proves more about the same
-rows: its mark names the test of the default run that stands for it, and tests/test_tiers.py looks whether it does. A
-part of the thorough tier, chosen by the commit, rides along in the default run: `--share` and the header say which.
+The default run has every row of every table with a test that costs little, a numeric one for every function, method,
+model, library and kind of mesh. `-m thorough` has what proves more about the same rows: its mark names the test of the
+default run that stands for it, and tests/test_tiers.py looks whether it does. A part of the thorough tier, chosen by the
+commit, rides along in the default run: `--share` and the header say which.
 """
 
 import os

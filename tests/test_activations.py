@@ -156,8 +156,8 @@ def test_gpt2_by_hand_is_gpt2():
 
 
 ONE_PROGRAM = "tests/test_methods.py::test_start_merged_weights_and_gradients_in_one_program"
-# Rows that tests/test_methods.py has not, and two more.
-OWN = ("houlsby", "houlsby, with a norm", "pfeiffer", "MAM", "p_tuning")
+# Rows that tests/test_methods.py has not.
+OWN = ("houlsby, with a norm", "pfeiffer", "MAM", "p_tuning")
 
 
 @pytest.mark.parametrize("name", thorough(CASES, ONE_PROGRAM, OWN))

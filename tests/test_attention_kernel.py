@@ -20,6 +20,7 @@ from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.roberta import Roberta, RobertaConfig
 from jlora.models.vit import ViT, ViTConfig
 from tests.conformance import close
+from tests.tiers import thorough
 
 PLAIN, HAS_FLASH = jax.nn.dot_product_attention, attention._has_flash
 
@@ -89,7 +90,7 @@ def test_without_cudnn_the_plain_form_is_compiled_and_asking_for_the_other_is_an
 
 @pytest.mark.usefixtures("cudnn")
 @pytest.mark.loose_promotion  # Flax's norms of bfloat16
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", thorough([False, True], "test_the_platform_that_is_compiled_for_chooses", [True]))
 def test_a_lifted_training_step_has_the_kernel_of_its_target(scan, monkeypatch):
     """The kernel comes through lift, grad, scan and remat; the program for the CPU has the plain form's operations and numbers."""
     model = GPT2(

@@ -236,7 +236,18 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize(("mode", "batch"), [*((mode, 1) for mode in MODES), ("seven", 0)])
+FILLED = "test_an_index_of_few_bits_is_compared_as_it_is"  # the rule of "nan" and "seven"
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch"),
+    [
+        pytest.param(
+            mode, batch, marks=pytest.mark.thorough(FILLED) if (mode, batch) in [("nan", 1), ("seven", 0)] else ()
+        )
+        for mode, batch in [*((mode, 1) for mode in MODES), ("seven", 0)]
+    ],
+)
 def test_windows_of_a_raw_gather(mode, batch):
     """Slices that are narrower than their axis, wherever the indices point."""
     cases = {}

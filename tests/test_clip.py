@@ -18,6 +18,7 @@ from jlora import models
 from jlora.models.clip import CLIP, PRESETS, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from jlora.models.clip.params import read, read_text, read_vision
 from tests.conformance import normal, randomised
+from tests.tiers import thorough
 
 pytestmark = pytest.mark.once
 
@@ -120,7 +121,10 @@ def test_a_tower_alone_is_the_one_in_the_model():
 # -- adapters, and forms of the same model -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["", "scanned"])
+LIFTED = "tests/test_bert.py::test_lora_is_lifted_without_building_a_weight"  # scanned, as all models are, by stack.py
+
+
+@pytest.mark.parametrize("scan", thorough([False, True], LIFTED, [False]), ids=["", "scanned"])
 def test_lora_is_lifted_without_building_a_weight(scan):
     config = dataclasses.replace(SMALL, scan=scan)
     fn = lambda params: function(config)(params)["out"]
@@ -162,6 +166,7 @@ def test_bfloat16_is_close_to_float32():
         np.testing.assert_allclose(half[name], full[name], atol=0.03)  # of length 1, at 8 bits, after 2 layers
 
 
+@pytest.mark.thorough("tests/test_bert.py::test_remat_changes_no_gradient")  # all go through jlora/models/stack.py
 def test_remat_changes_no_gradient():
     def gradient(remat):
         config = dataclasses.replace(SMALL, scan=True, remat=remat, text=dataclasses.replace(TEXT, layers=1))

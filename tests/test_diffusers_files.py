@@ -164,7 +164,10 @@ def test_mixed_ranks_without_alpha_have_scale_one_each():
         ('{"unet.r": "8"}', "r is '8'"),
         ('{"unet.lora_alpha": true}', "lora_alpha is True"),
         ('{"unet.lora_alpha": Infinity}', "lora_alpha is inf"),
-        ('{"unet.alpha_pattern": {"(a+)+": 1}}', "a pattern repeats a group: '(a+)+'"),
+        (
+            '{"unet.alpha_pattern": {"(a+)+": 1}}',
+            "a pattern: '(a+)+' repeats what is repeated, and could take forever on some names",
+        ),
     ],
 )
 def test_damaged_metadata(text, reason):
@@ -228,7 +231,7 @@ FAULTS = {
     ),
     "unknown component": (
         {"text_encoder_2.text_projection.lora_A.weight": np.ones((1, 8))},
-        "'text_encoder_2.text_projection.lora_A.weight' is of the text_encoder_2, which is not here",
+        "'text_encoder_2.text_projection.lora_A.weight' is of the text_encoder_2, which is not here: without= leaves out what is not wanted",
     ),
     "transformer": (
         {"transformer.blocks.0.attn.to_q.lora_A.weight": np.ones((1, 8))},

@@ -702,6 +702,7 @@ def test_images_of_other_classes_are_refused(checkpoints):
 
 
 @pytest.mark.once
+@pytest.mark.thorough("tests/test_compare.py::test_a_rate_that_diverges_is_noted_and_the_others_go_on")
 @pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
 def test_a_run_that_diverges_does_not_take_the_report_along(tmp_path):
     overrides = ("runs.full.learning_rate=1e38", "train.evaluate_every=3")

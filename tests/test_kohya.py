@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.interop import cloneofsimo, kohya, modules
+from jlora.interop import cloneofsimo, kohya, modules, pipeline
 from jlora.interop.layer import Layer, merged
 from jlora.interop.modules import Name
 from tests.pipelines import exactly, low_rank, normal, small, weights, whole
@@ -278,12 +278,15 @@ def kinds():
         "hada_w1_a": e1, "hada_w1_b": f1, "hada_t1": t1, "hada_w2_a": e2, "hada_w2_b": f2, "hada_t2": t2, "alpha": scale,
     }  # fmt: skip
     yield "loha_tucker", CONV, hada, lambda w: w + 2 * core(t1, e1, f1) * core(t2, e2, f2)
-    one, two = n(2, 4), n(4, 2)
+    one, two = n(2, 2), n(4, 4)
     yield "lokr_whole", Q, {"lokr_w1": one, "lokr_w2": two}, lambda w: w + np.kron(one, two)
-    ra, rb = n(4, 2), n(2, 2)
+    ra, rb = n(4, 2), n(2, 4)
     lokr = {"lokr_w1": one, "lokr_w2_a": ra, "lokr_w2_b": rb, "alpha": scale}
     yield "lokr", Q, lokr, lambda w: w + 2 * np.kron(one, ra @ rb)
-    oa, ob = n(2, 2), n(2, 4)
+    wide, la, lb = n(16, 4), n(16, 2), n(2, 8)
+    lokr = {"lokr_w1": wide, "lokr_w2_a": la, "lokr_w2_b": lb, "alpha": scale}
+    yield "lokr_low_rank", FF, lokr, lambda w: w + 2 * np.kron(wide, la @ lb)
+    oa, ob = n(2, 2), n(2, 2) + 1
     lokr = {"lokr_w1_a": oa, "lokr_w1_b": ob, "lokr_w2": two, "alpha": scale}
     yield "lokr_factored", Q, lokr, lambda w: w + 2 * np.kron(oa @ ob, two)
     k1, ka, kb, kt = n(4, 2), n(2, 4), n(2, 4) + 1, n(2, 2, 3, 3)
@@ -297,6 +300,9 @@ def kinds():
         parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": scale, "dora_scale": m}
         v = lambda w: w + 2 * up @ down
         yield f"dora_{side}", Q, parts, lambda w, v=v, m=m, axis=axis: m * v(w) / norm_of(v(w), axis)
+        parts = {"lokr_w1": one, "lokr_w2_a": ra, "lokr_w2_b": rb, "alpha": scale, "dora_scale": m}
+        v = lambda w: w + 2 * np.kron(one, ra @ rb)
+        yield f"dora_lokr_{side}", Q, parts, lambda w, v=v, m=m, axis=axis: m * v(w) / norm_of(v(w), axis)
         m4 = np.abs(n(*((16, 1, 1, 1) if side == "out" else (1, 8, 1, 1)))) + 1
         parts = hada | {"dora_scale": m4}
         v = lambda w: w + 2 * core(t1, e1, f1) * core(t2, e2, f2)
@@ -314,9 +320,10 @@ def kinds():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "parts", "expected"), list(kinds()), ids=lambda x: x if isinstance(x, str) else ""
-)
+KINDS = list(kinds())
+
+
+@pytest.mark.parametrize(("name", "module", "parts", "expected"), KINDS, ids=lambda x: x if isinstance(x, str) else "")
 def test_kinds_by_their_formulas_and_back_bit_for_bit(name, module, parts, expected):
     models = small("sd15")
     tensors = {f"{stem(module)}.{suffix}": x for suffix, x in parts.items()}
@@ -333,6 +340,14 @@ def test_lokr_of_whole_matrices_has_no_scale():
     """The tensor of alpha in such files is a number that nobody reads."""
     tensors = {f"{stem(Q)}.lokr_w1": normal((2, 4)), f"{stem(Q)}.lokr_w2": normal((4, 2))}
     assert only(tensors | {f"{stem(Q)}.alpha": np.asarray(1e10, np.float32)}, small("sd15")).scale == 1
+
+
+def test_the_scale_of_whole_matrices_is_multiplied_in():
+    layer = Layer(Q, "lokr", {"w1": normal((2, 2)), "w2": normal((4, 4), 1)}, 3.0, declared=4)
+    tensors = kohya.tensors_of({"unet": [layer]}, small("sd15"))
+    assert set(tensors) == {f"{X}.lokr_w1", f"{X}.lokr_w2"}
+    w = normal((8, 8), 2)
+    np.testing.assert_allclose(merged(only(tensors, small("sd15")), w), merged(layer, w), rtol=1e-5, atol=1e-5)
 
 
 def test_biases_and_norms_are_added_to():
@@ -374,7 +389,7 @@ FAULTS = {
     ),
     "unknown component": (
         {"lora_te2_text_projection.alpha": np.ones(())},
-        "'lora_te2_text_projection.alpha' is of the text_encoder_2, which is not here",
+        "'lora_te2_text_projection.alpha' is of the text_encoder_2, which is not here: without= leaves out what is not wanted",
     ),
     "unknown prefix": (
         {"lora_te3_encoder_block_0.alpha": np.ones(())},
@@ -650,13 +665,60 @@ def test_load_and_save(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before, params)
 
 
+def leaf_of(tree, module: str):
+    for part in [*module.split("."), "kernel"]:
+        tree = tree[part]
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "parts", "expected"),
+    [row for row in KINDS if not row[0].endswith("_in") or row[0] == "ia3_in"],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_kinds_are_trained_as_what_they_are(name, module, parts, expected):
+    models, params, names = few()
+    tensors = {f"{stem(module)}.{suffix}": x for suffix, x in parts.items()}
+    adapted = pipeline.placed(read(tensors, models), params, names, origin="the file")["unet"]
+    order = (3, 2, 0, 1) if module == CONV else (1, 0)
+    start, end = (np.asarray(leaf_of(tree, module)).transpose(order) for tree in (params["unet"], jlora.merge(adapted)))
+    np.testing.assert_allclose(end, expected(start), rtol=2e-5, atol=2e-5)
+    assert jlora.count(adapted).trainable > 0
+    saved = kohya.tensors_of({"unet": pipeline.layers_of(adapted, names["unet"])}, models)
+    (again,) = read(saved, models).layers["unet"]
+    np.testing.assert_allclose(merged(again, start), expected(start), rtol=2e-5, atol=2e-5)
+
+
+def test_magnitudes_of_inputs_are_refused_by_name():
+    models, params, names = few()
+    found = read(GOOD | {f"{X}.dora_scale": np.ones((1, 8))}, models)
+    expected = (
+        f"the file, unet, does not fit the model:\n  '{Q}.weight' has DoRA's magnitudes for its inputs (shape (1, 8)): "
+        "jlora merges those, and trains magnitudes of outputs"
+    )
+    with pytest.raises(ValueError, match=exactly(expected)):
+        pipeline.placed(found, params, names, origin="the file")
+
+
+def test_new_tokens_are_no_adapter():
+    models, params, names = few()
+    found = read(GOOD, models)._replace(tokens={"<s1>": np.ones(19)})
+    expected = (
+        "the file has embeddings of the new tokens '<s1>', which are no adapter: take them from `read`, and leave them "
+        "out here by `without`"
+    )
+    for use in (pipeline.placed, pipeline.merged):
+        with pytest.raises(ValueError, match=exactly(expected)):
+            use(found, params, names, origin="the file")
+
+
 def test_load_leaves_out_what_it_is_told_to(tmp_path):
     _, params, names = few()
     file = tmp_path / "file.safetensors"
     save_file(GOOD | {"lora_te_nothing.alpha": np.ones((), np.float32)}, file)
     expected = (
         f"'{file}': 1 of 3 tensors cannot be placed, so none is:\n"
-        "  'lora_te_nothing.alpha' is of the text_encoder, which is not here"
+        "  'lora_te_nothing.alpha' is of the text_encoder, which is not here: without= leaves out what is not wanted"
     )
     with pytest.raises(ValueError, match=exactly(expected)):
         kohya.load(file, {"unet": params["unet"]}, {"unet": names["unet"]})
@@ -771,3 +833,29 @@ def test_real_files_are_placed_whole(name, rank, tokens):
     np.testing.assert_allclose(merged(first, np.zeros((320, 768), np.float32)), up @ down, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match=r"texts have width 768 \(SD 1.x\), and the model's have 1024 \(SD 2.x\)"):
         kohya.read(file, whole("sd21"))
+
+
+@pytest.mark.skipif("JLORA_WEIGHTS" not in os.environ, reason="JLORA_WEIGHTS names no folder of weights")
+def test_a_real_file_is_loaded_onto_parameters():
+    shapes = {
+        component: {
+            key: shape for key, shape in own.items() if len(shape) == 2 and ("attn" in key or "ff.net.0" in key)
+        }
+        for component, own in whole("sd15").items()
+    }
+    names = {component: modules.table(own) for component, own in shapes.items()}
+    params: dict = {}
+    for component, rows in names.items():
+        for row in rows:
+            *path, last = [component, *row.path.split("/")]
+            at = params
+            for part in path:
+                at = at.setdefault(part, {})
+            at[last] = np.zeros(
+                shapes[component][row.keys[0]][::-1], np.float32
+            )  # pages that nobody touches cost nothing
+    found = kohya.load(REAL / "cloneofsimo_lora_disney.safetensors", params, names, without="^<s[12]>$")
+    assert {component: len(adapted.sites) for component, adapted in found.items()} == {"unet": 144, "text_encoder": 48}
+    tensors = load_file(REAL / "cloneofsimo_lora_disney.safetensors")
+    numbers = sum(x.size for key, x in tensors.items() if not key.startswith("<"))
+    assert sum(jlora.count(adapted).trainable for adapted in found.values()) == numbers == 385_344

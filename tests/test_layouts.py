@@ -1127,12 +1127,31 @@ CLASSES = (
 )
 
 
-@pytest.mark.parametrize("name", others(AGREEING, CLASSES))
+# Others have the same products over other axes, which `test_sites_are_those_of_the_program` has for each.
+BY_VALUE = (
+    *STORED_OUT_IN,
+    "linen attention", "linen DenseGeneral, two inputs", "gemma mlp, bare arrays", "nnx gemma q_einsum", "T5X wi, fused",
+    "five axes, two of them inputs",
+    "experts, one of each token", "experts, one by one", "experts, vmapped", "experts of (out, in)", "linen experts, nn.vmap",
+    "linen layers on axis 0", "layers (L, out, in)", "layers (in, L, out)", "layers of q (D, L, N, H)",
+    "layers by a python loop on axis 1", "norms and biases (L, D)",
+    "conv 2-D with bias", "conv 1-D, depthwise", "conv in groups", "conv, transposed", "conv of patches, no bias", "conv 3-D",
+    "BiT's standardised kernel", "Equinox's conv, (out, in, h, w)",
+    "tied head, weight", "one-hot look-up, tied", "positions that are added", "ALBERT by a fori_loop", "one weight, both ways",
+    "a table of matrices, per layer",
+    "RMSNorm's weight", "RMSNorm's scale, one vector", "a vector per layer that multiplies (LayerScale)", "CLIP's logit_scale ()",
+    "dotted keys", "integer keys", "a bare array", "None leaves", "an attribute called value", "nn.LogicallyPartitioned",
+    "nnx.Variable",
+)  # fmt: skip
+READ = "test_sites_are_those_of_the_program"
+
+
+@pytest.mark.parametrize("name", thorough(others(AGREEING, CLASSES), READ, BY_VALUE))
 def test_values_are_those_of_the_merged_weights(name):
     check_values(AGREEING[name].case)
 
 
-@pytest.mark.parametrize("name", thorough(AGREEING, "test_values_are_those_of_the_merged_weights", CLASSES))
+@pytest.mark.parametrize("name", thorough(AGREEING, READ, CLASSES))
 def test_agrees_with_the_merged_weights(name):
     check(AGREEING[name].case)
 

@@ -422,11 +422,8 @@ CASES = {**PRODUCTS, **SHAPED, **CONTROL, **INSIDE, **DENSE}
 
 # One row per class of rules, by primitive and by the role of the axis that it moves.
 CLASSES = (
-    "x @ w", "w.T @ x", "einsum heads to out, out first", "einsum bilinear form", "grouped linear", "index rows",
-    "tied embedding", "flattened heads", "reshaped and indexed qkv", "dynamic_slice of rows", "both scales", "used twice, once transposed",
-    "with_sharding_constraint", "checkpoint, dots_saveable", "cond", "fori_loop over w[i]", "scan in reverse, unrolled",
-    "scan with the weight in its carry", "scan over axis 1", "hessian of the input", "vmap over the last axis", "shard_map over a scan",
-    "expert of each token", "ragged_dot", "custom_vjp", "cond that picks a weight",
+    "x @ w", "einsum bilinear form", "index rows", "tied embedding", "flattened heads", "both scales", "checkpoint, dots_saveable",
+    "cond", "fori_loop over w[i]", "scan in reverse, unrolled", "shard_map over a scan", "ragged_dot", "custom_vjp",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from jlora.models.llama import PRESETS, Llama, LlamaConfig
 from jlora.models.llama.params import read_rope, write_rope
 from jlora.models.llama.rope import Default, Dynamic, Linear, Llama3, Yarn, turn, turned
 from tests.conformance import filled, randomised
+from tests.tiers import thorough
 
 pytestmark = pytest.mark.once
 
@@ -132,7 +133,10 @@ def presets_shapes(name):
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["", "scanned"])
+LIFTED = "tests/test_bert.py::test_lora_is_lifted_without_building_a_weight"  # scanned, as all models are, by stack.py
+
+
+@pytest.mark.parametrize("scan", thorough([False, True], LIFTED, [False]), ids=["", "scanned"])
 def test_lora_is_lifted_without_building_a_weight(scan):
     model = changed(WINDOWS, scan=scan)
     params = parameters(model)
@@ -153,7 +157,10 @@ def test_every_linear_layer_is_adapted_without_building_a_weight(head, of_head):
     assert len(adapted.sites) == 7 * model.config.layers + of_head
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["", "scanned"])
+PREFIXES = "tests/test_bert.py::test_prefixes_are_seen_and_padding_is_not"  # of a scanned model
+
+
+@pytest.mark.parametrize("scan", thorough([False, True], PREFIXES, [False]), ids=["", "scanned"])
 def test_prefixes_are_seen_and_padding_is_not(scan):
     model = changed(WINDOWS, scan=scan, head="token_classification")
     sites = jlora.sites(function(model), parameters(model)) if scan else None
@@ -183,6 +190,7 @@ def gradient(scan, remat):
     return jax.jit(jax.grad(loss))(stacked(params) if scan else params)
 
 
+@pytest.mark.thorough("tests/test_bert.py::test_remat_changes_no_gradient")  # all go through jlora/models/stack.py
 @pytest.mark.parametrize(("scan", "remat"), [(False, True), (True, "dots_with_no_batch_dims_saveable")])
 def test_remat_changes_no_gradient(scan, remat):
     """Windows of single layers are numbers while tracing, unless layers are scanned or remat'ed: gradients are the same."""

@@ -192,30 +192,38 @@ PLAIN = [name for name, row in METHODS.items() if row.is_lora]
 ONE = "test_start_merged_weights_and_gradients_in_one_program"
 
 
+@functools.cache
+def of_weights(fn: Callable) -> Callable:
+    """The outputs of a model, its loss and the gradient of the weights: compiled once for all methods."""
+    loss = lambda params, ids: (jnp.mean((out := fn(params, ids)) ** 2), out)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
 def test_start_merged_weights_and_gradients_in_one_program(name):
-    """The law of laws, in one compilation: the laws of the thorough tier say each part of it more exactly."""
+    """The law of laws, in one compilation: the laws of the thorough tier say each part of it more exactly.
+
+    The merged weights' side goes through the model's own gradient and that of `merge`, so that no method compiles the
+    model a second time.
+    """
     start, trained, row, (fn, base) = adapted(name), randomised(adapted(name), 0.2), METHODS[name], model(name)
-    loss_fn, (factors, frozen) = loss_of(name), jlora.partition(trained)
-    lifted_loss = lambda factors: jlora.lift(loss_fn)(jlora.combine(factors, frozen), IDS)
-    merged_loss = lambda factors: loss_fn(jlora.merge(jlora.combine(factors, frozen)), IDS)
+    initial, (factors, frozen) = jlora.partition(start)[0], jlora.partition(trained)
+    chex.assert_trees_all_equal(frozen, jlora.partition(start)[1])
 
     @jax.jit
-    def program(initial, factors):
-        found = {
-            "start": jlora.lift(fn)(initial, IDS),
-            "base": fn(base, IDS),
-            "lifted": jax.value_and_grad(lifted_loss)(factors),
-        }
-        return found if row.linen else found | {"merged": jax.value_and_grad(merged_loss)(factors)}
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def lifted(factors):
+        out = jlora.lift(fn)(jlora.combine(factors, frozen), IDS)
+        return jnp.mean(out**2), out
 
-    found = program(start, factors)
     if row.exact is not None:
-        close(found["start"], found["base"], 2e-6)
-    gradients = found["lifted"][1]
+        close(lifted(initial)[0][1], of_weights(fn)(base, IDS)[0][1], 2e-6)
+    found, gradients = lifted(factors)
     chex.assert_trees_all_equal_shapes_and_dtypes(gradients, factors)
     assert [part for part in jax.tree.leaves(gradients) if not jnp.any(part != 0)] == []
     if not row.linen:  # tests/test_activations.py has those of functions written out by hand
-        close(found["lifted"], found["merged"], 2e-5)
+        weights, back = jax.vjp(jax.jit(lambda factors: jlora.merge(jlora.combine(factors, frozen))), factors)
+        merged, of_merged = of_weights(fn)(weights, IDS)
+        close((found, gradients), (merged, *back(of_merged)), 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +258,7 @@ def test_the_start_is_the_base_bit_for_bit(name):
         assert lifted.shape == plain.shape and not (lifted == plain).all()
 
 
-@pytest.mark.parametrize("name", thorough(ON_WEIGHTS, ONE, ("lora", "dora")))
+@pytest.mark.parametrize("name", thorough(ON_WEIGHTS, ONE, ("lora",)))
 def test_merged_equals_lifted(name):
     trained, (fn, _) = randomised(adapted(name), 0.2), model(name)
     close(jlora.lift(fn)(trained, IDS), fn(jlora.merge(trained), IDS))
@@ -269,7 +277,7 @@ def test_what_acts_on_activations_is_not_merged(name):
             refused(trained)
 
 
-@pytest.mark.parametrize("name", thorough(ON_WEIGHTS, ONE, ("lora", "dora", "pissa", "ia3", "oft", "vera")))
+@pytest.mark.parametrize("name", thorough(ON_WEIGHTS, ONE, ("dora", "pissa", "ia3", "oft")))
 def test_unmerge_restores_the_base(name):
     trained = randomised(adapted(name), 0.2)
     chex.assert_trees_all_equal(jlora.unmerge(jlora.merge(trained), trained), trained)
@@ -305,8 +313,8 @@ def test_a_method_made_anew_is_the_same_and_compiles_nothing_again(name):
         traced.append(1)
         return jlora.lift(fn)(adapted, ids)
 
-    forward(adapted(name), IDS)
-    forward(randomised(adapted(name)).replace(method=make()), IDS)
+    forward.trace(adapted(name), IDS)  # what is traced anew is compiled anew
+    forward.trace(randomised(adapted(name)).replace(method=make()), IDS)
     assert traced == [1]
 
 
@@ -341,7 +349,7 @@ def test_saved_and_loaded(name, tmp_path):
     assert back.method == trained.method and back.sites == trained.sites
 
 
-@pytest.mark.parametrize("name", thorough(METHODS, ONE, ("lora", "adalora", "full")))
+@pytest.mark.parametrize("name", thorough(METHODS, ONE, ("lora", "adalora")))
 def test_trains_what_is_trained_and_compiles_once(name, caplog):
     """Optimizer state and updates for the factors alone; the base and what is frozen are the same objects after."""
     start = adapted(name)
@@ -368,7 +376,7 @@ SHARDED = ("lora", "dora", "adalora", "pissa", "vera", "lokr", "ia3", "oft", "fu
 
 
 @pytest.mark.parametrize("name", thorough(SHARDED, ONE, ("lora",)))
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", thorough([2, 4, 8], ONE, [8]))
 def test_the_same_numbers_on_several_devices(name, devices):
     # Explicit axes are in tests/test_explicit.py: this model looks its table up by plain indexing, which JAX refuses there.
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
@@ -381,7 +389,7 @@ def test_the_same_numbers_on_several_devices(name, devices):
     assert float(their_metrics["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", thorough(PLAIN, ONE, ("lora", "adalora", "pissa", "loha", "vera")))
+@pytest.mark.parametrize("name", thorough(PLAIN, ONE, ("adalora", "pissa", "vera")))
 def test_as_plain_lora(name):
     trained = randomised(adapted(name), 0.2)
     plain = jlora.to_lora(trained)

@@ -60,7 +60,7 @@ SAVED = "test_saving_writes_the_checkpoint_again"  # of scanned parameters too, 
 @pytest.mark.parametrize("name", WITH_OUTPUTS)
 def test_outputs_are_those_of_transformers(name, scan):
     pretrained = loaded(name, scan)
-    apply = jax.jit(pretrained.model.apply)
+    apply = pretrained.model.apply
     for call, arrays in calls(name).items():
         out = outputs(apply({"params": pretrained.params}, **inputs(arrays)))
         compared = [part for part in out if part in arrays]

@@ -32,7 +32,7 @@ MASK = jnp.ones((BATCH, LENGTH), bool).at[1, 4:].set(False)
 def build(name: str, **options):
     head = {"head": "sequence_classification"}
     kinds = {
-        "gpt2": lambda: GPT2(GPT2Config(**SIZES, **options)),
+        "gpt2": lambda: GPT2(GPT2Config(**SIZES | options)),
         "gpt2, a label": lambda: GPT2(GPT2Config(**SIZES, **head, **options)),
         "llama": lambda: Llama(
             LlamaConfig(**SIZES, key_heads=1, window=3, sliding=(True, False), qk_norm=True, **options)
@@ -40,7 +40,7 @@ def build(name: str, **options):
         "bert": lambda: Bert(BertConfig(**SIZES, **options)),
         "bert, a label": lambda: Bert(BertConfig(**SIZES, **head, **options)),
         "roberta": lambda: Roberta(RobertaConfig(**SIZES, head="token_classification", **options)),
-        "deberta": lambda: Deberta(DebertaConfig(**SIZES, buckets=4, convolution=3, **options)),
+        "deberta": lambda: Deberta(DebertaConfig(**SIZES | options, buckets=4, convolution=3)),
         "vit": lambda: ViT(
             ViTConfig(image_size=4, patch_size=2, channels=1, width=8, layers=2, heads=2, labels=3, **options)
         ),
@@ -141,7 +141,7 @@ def test_every_model_is_differentiated_on_a_mesh_of_explicit_axes(name, layout):
     ("name", "layout", "explicit"), [("gpt2", fsdp, True), ("gpt2", tensor, False), ("deberta", tensor, True)]
 )
 def test_numbers_are_those_of_one_device(name, layout, explicit):
-    model, inputs, _ = build(name)
+    model, inputs, _ = build(name, layers=1)
     params, mesh = drawn(model, inputs), make_mesh(explicit)
     value = jax.jit(jax.value_and_grad(lambda p, x: jnp.mean(model.apply({"params": p}, *x) ** 2)))
     expected = value(params, inputs)
@@ -156,7 +156,7 @@ def test_numbers_are_those_of_one_device(name, layout, explicit):
 )
 def test_a_step_of_a_sharded_batch_is_that_of_one_device(method):
     """The loss is differentiated without `jax.set_mesh` around it, which JAX 0.12 by itself cannot do."""
-    model, inputs, _ = build("gpt2")
+    model, inputs, _ = build("gpt2", layers=1)
 
     def loss_fn(params, tokens):
         logits = model.apply({"params": params}, tokens, mask=jnp.ones_like(tokens, bool))
@@ -177,7 +177,7 @@ def test_a_step_of_a_sharded_batch_is_that_of_one_device(method):
 
 @pytest.mark.parametrize("layout", [replicated, tensor], ids=lambda layout: layout.__name__)
 def test_texts_of_sharded_prompts_are_those_of_one_device(layout):
-    model, inputs, _ = build("gpt2")
+    model, inputs, _ = build("gpt2", layers=1)
     params, mesh = drawn(model, inputs), make_mesh()
     mask = jnp.ones((BATCH, LENGTH), bool).at[1, :2].set(False)
     expected = models.generate(model, params, TOKENS, new_tokens=3, mask=mask)

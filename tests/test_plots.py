@@ -29,6 +29,7 @@ from experiments.report.labels import Box, label_points
 from experiments.report.results import Results, as_json, from_json
 from experiments.report.style import looks, short, ticks_within
 from experiments.report.tables import markdown_table, tables
+from tests.tiers import thorough
 
 pytestmark = pytest.mark.once
 
@@ -303,7 +304,12 @@ def results(name: str) -> Results:
     return from_json(read(name))
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+SOME = [folder for folder in FOLDERS if folder.name != "digits"]  # which is drawn as "text" is
+
+
+@pytest.mark.parametrize(
+    "folder", thorough(FOLDERS, "test_few_runs_are_drawn_as_all_of_them_are", SOME), ids=lambda path: path.name
+)
 def test_the_plots_of_the_committed_results(folder, drawn):
     figures = drawn(folder)
     assert set(figures) == {path.name for path in folder.glob("*.png")}

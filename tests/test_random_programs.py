@@ -1,7 +1,7 @@
 """Random programs: a weight of any shape and dtype, a chain of operations, a product; against the merged weight.
 
 A program is drawn from its seed. One that fails is made smaller, step by step, as long as it fails; the message has the
-seed and what is left. The default run has thirty programs, the thorough tier seventy, `pytest -m endless` nine hundred more.
+seed and what is left. The default run has ten programs, the thorough tier ninety, `pytest -m endless` nine hundred more.
 """
 
 import functools
@@ -308,7 +308,7 @@ def check(seed: int) -> None:
 DRAWN = "test_a_hundred_programs_have_every_operation_product_and_method"
 
 
-@pytest.mark.parametrize("ten", thorough(range(10), DRAWN, range(3)))
+@pytest.mark.parametrize("ten", thorough(range(10), DRAWN, range(1)))
 def test_random_programs(ten):
     for seed in range(10 * ten, 10 * ten + 10):
         check(seed)

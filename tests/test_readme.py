@@ -1,10 +1,14 @@
-"""The Python of every README runs: each fenced block on its own, in a process of its own; what they point to is there."""
+"""The Python of every README runs, each fenced block on its own; what they point to is there.
+
+The thorough tier gives each block a process of its own.
+"""
 
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ READMES = (
     "README.md",
     "jlora/README.md",
     "jlora/methods/README.md",
+    "jlora/interop/README.md",
     "jlora/models/README.md",
     "experiments/README.md",
     "tests/README.md",
@@ -46,6 +51,18 @@ EXAMPLES = {
 }
 
 
+@pytest.mark.loose_promotion
+@pytest.mark.filterwarnings("default", "error::DeprecationWarning:__main__")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs_here(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In this process, which has imported everything before: starting another is most of what an example takes."""
+    monkeypatch.chdir(tmp_path)
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)  # where its classes are looked for
+    exec(compile(EXAMPLES[name], name, "exec"), vars(main))
+
+
+@pytest.mark.thorough("test_example_runs_here")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name: str, tmp_path: Path):
     # As a person would: plain promotion, one device, an empty folder. Nothing deprecated is shown.

@@ -13,6 +13,7 @@ import jlora
 from jlora import tree
 from jlora.checkpoint.fingerprint import fingerprint
 from jlora.transform.weight import Weight
+from tests.tiers import thorough
 
 IN, OUT, LAYERS = 6, 4, 3
 
@@ -105,7 +106,10 @@ def test_sites_are_those_of_the_array() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "pissa"])
+TRAINED = "test_a_step_trains_the_factors_and_keeps_the_codes"
+
+
+@pytest.mark.parametrize("name", thorough(["lora", "dora", "pissa"], TRAINED, ["dora"]))
 def test_function_and_gradient_are_those_of_the_dequantised_base(name: str) -> None:
     method = {"lora": jlora.lora(2), "dora": jlora.dora(2), "pissa": jlora.pissa(2)}[name]
     of_stored, of_plain = adapt(STORED, method), adapt(PLAIN, method)

@@ -1,4 +1,4 @@
-"""The tiers themselves: whatever is left to the thorough one has a numeric test of the same row in the default run."""
+"""The tiers themselves: whatever is left to the thorough one has a test of the same row in the default run."""
 
 import collections
 from pathlib import Path

@@ -9,12 +9,12 @@ import pytest
 import jlora
 from jlora.models.gpt2 import GPT2, GPT2Config
 
-LAYERS = 24
+LAYERS = 12
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    """A GPT-2 of 24 layers, not scanned, and its abstract parameters, adapted."""
+    """A GPT-2 of 12 layers, not scanned, and its abstract parameters, adapted."""
     model = GPT2(GPT2Config(vocab_size=64, context=16, width=32, layers=LAYERS, heads=4))
     tokens = jnp.zeros((1, 16), jnp.int32)
     params = model.init(jax.random.key(0), tokens)["params"]

@@ -516,7 +516,7 @@ SPANS = [
 FOUR = "test_dot_of_four_axes"
 
 
-@pytest.mark.parametrize("gain", thorough([None, (0,), (1,), (0, 1)], FOUR, [None, (0, 1)]))
+@pytest.mark.parametrize("gain", thorough([None, (0,), (1,), (0, 1)], FOUR, [(0, 1)]))
 @pytest.mark.parametrize("form", SPANS)
 def test_dot_of_a_matrix_in_every_arrangement(form, gain):
     check_dots(form._replace(gain=gain), list(itertools.product(ROLES, repeat=2)))

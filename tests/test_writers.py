@@ -17,6 +17,7 @@ import pytest
 
 from jlora.checkpoint import adapter, folder
 from jlora.checkpoint.folder import NAME
+from tests.tiers import thorough
 
 RECORD = {"format": "jlora adapter", "version": 1, "base": "0" * 32, "method": {}, "sites": [], "extras": []}
 OPERATIONS = ("open", "close", "listdir", "lstat", "stat", "unlink", "replace", "mkdir")
@@ -230,7 +231,10 @@ def test_random_schedules(case, world):
         world.run(jobs, start, allowed, choose)
 
 
-@pytest.mark.parametrize("case", CASES)
+TWO = [case for case, (jobs, *_) in CASES.items() if len(jobs) == 2]  # three have seven times as many schedules
+
+
+@pytest.mark.parametrize("case", thorough(CASES, "test_random_schedules", TWO))
 def test_every_schedule_with_one_interruption(case, world):
     assert world.explore(*CASES[case], interruptions=1) > 10
 

@@ -1,5 +1,6 @@
 """Adapters of one base added up: weighted sums, negation, interpolation, TIES, DARE."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -62,8 +63,9 @@ def combine_adapters(
       "dare_ties": entries drawn as in "dare", elected and averaged as in "ties".
 
     The last four act on D_i itself, entry by entry, each of stacked weights by itself. The result has no low rank, so
-    they need `rank` or `energy`, and give its best approximation. `jlora.compression_error(exact, combined)` tells how
-    good that is, `exact` being the same call with "cat", or with `energy=1`.
+    they need `rank` or `energy`, and give its best approximation, at the cost of an SVD of every weight.
+    `jlora.compression_error(exact, combined)` tells how good that is, `exact` being the same call with "cat", or with
+    `energy=1`.
 
     Hugging Face PEFT 0.21.2 computes something else: its "linear", "ties", "dare_linear" and "magnitude_prune" treat
     the A's and the B's apart and multiply the results, which adds the cross terms A_i B_j. On random factors its
@@ -120,11 +122,11 @@ def combine_adapters(
     factors: dict[str, Arrays | None] = {}
     for path in (path for path in leaves[0] if path in whole or path in targets):
         each = enumerate(zip(weights, adapteds, leaves, strict=True))
-        mine = [part for i, (w, adapted, named) in each if (part := _part(i, w, adapted, named, path)) is not None]
+        mine = [held for i, (w, adapted, named) in each if (held := _held(i, w, adapted, named, path)) is not None]
         own = tree.fold_path(key, path)
         if path in whole:
             extras[path], factors[path] = _combined_extra(leaves[0][path], path, mine, rule, own)
-        elif active := [part for part in mine if part.w != 0]:
+        elif active := [held for held in mine if held.w != 0]:
             factors[path] = _combined(active, targets[path], rule, size, own)
     return plain_lora(adapteds[0].base, factors, targets, extras)
 
@@ -132,8 +134,8 @@ def combine_adapters(
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """What one adapter has of a leaf: an update of a target, or the values of an extra.
+class Held(NamedTuple):
+    """One adapter's part in a leaf: the update of a target, or the values of an extra.
 
     Attributes:
       place: of the adapter, from 0.
@@ -150,32 +152,32 @@ class Part(NamedTuple):
     arrays: Arrays
 
 
-def _part(place: int, w: float, adapted: Adapted, named: Mapping[str, Any], path: str) -> Part | None:
+def _held(place: int, w: float, adapted: Adapted, named: Mapping[str, Any], path: str) -> Held | None:
     for site in adapted.sites:
         if site.path == path:
-            return Part(place, w, site, update_of(adapted, named, site), {})
+            return Held(place, w, site, update_of(adapted, named, site), {})
     for extra in adapted.extras:
         if extra.path == path:
-            return Part(place, w, extra, None, adapted.factors[path])
+            return Held(place, w, extra, None, adapted.factors[path])
     return None
 
 
-def _combined(parts: Sequence[Part], site: Target, rule: Rule, size: Size, key: jax.Array) -> Arrays | None:
+def _combined(holders: Sequence[Held], site: Target, rule: Rule, size: Size, key: jax.Array) -> Arrays | None:
     """A and B of one weight."""
-    updates = [part.update for part in parts if part.update is not None]
+    updates = [held.update for held in holders if held.update is not None]
     if rule.how in THINNED:
         stack, inputs, _ = updates[0].a.shape
         decompose = ThinnedSVD(rule, triplets(min(inputs, updates[0].b.shape[2]), size))
-        weights = jnp.broadcast_to(_weights(parts)[None], (stack, len(parts)))
-        keys = jnp.stack([jax.random.split(jax.random.fold_in(key, part.place), stack) for part in parts], axis=1)
+        weights = jnp.broadcast_to(_weights(holders)[None], (stack, len(holders)))
+        keys = jnp.stack([jax.random.split(jax.random.fold_in(key, held.place), stack) for held in holders], axis=1)
         found = on_auto_axes(lambda *stacked: one_by_one(decompose, *stacked), updates, weights, keys)
         return truncated(found, site, size, "combine_adapters")
 
-    both = on_auto_axes(_concatenated, updates, _weights(parts))
+    both = on_auto_axes(_concatenated, updates, _weights(holders))
     if rule.how == "cat":
         return on_auto_axes(lambda a, b: as_factors(Axes.of(site), a, b), *both)
     if rule.how == "svd" and size == Size():
-        size = Size(max(part.of.rank for part in parts if isinstance(part.of, Target)) or None)
+        size = Size(max(held.of.rank for held in holders if isinstance(held.of, Target)) or None)
         size.required("combine_adapters", f"'svd': none of the adapters has a rank at {site.path!r}: ")
     return compress(both, site, size, "combine_adapters")
 
@@ -186,42 +188,47 @@ def _concatenated(updates: Sequence[Update], weights: jax.Array) -> Update:
     return Update(jnp.concatenate(a, axis=2), jnp.concatenate([update.b for update in updates], axis=1))
 
 
-def _combined_extra(leaf: Any, path: str, parts: Sequence[Part], rule: Rule, key: jax.Array) -> tuple[Extra, Arrays]:
+def _combined_extra(leaf: Any, path: str, holders: Sequence[Held], rule: Rule, key: jax.Array) -> tuple[Extra, Arrays]:
     """A leaf that is trained as it is: whole if one of the adapters has all of it, else the union of their rows."""
-    of_each = [part.of.rows if isinstance(part.of, Extra) else None for part in parts]
+    of_each = [held.of.rows if isinstance(held.of, Extra) else None for held in holders]
     rows = None if None in of_each else tuple(sorted({row for some in of_each for row in some or ()}))
     extra = Extra(path, rows)
     ((name, start),) = initial_extra(leaf, extra).items()
-    counts = [
-        int(rule.density * (part.arrays[n].size if (n := next(iter(part.arrays), "")) else start.size))
-        for part in parts
-    ]
-    keys = jnp.stack([jax.random.fold_in(key, part.place) for part in parts])
-
-    def combined(start: jax.Array, values: Sequence[jax.Array], weights: jax.Array, keys: jax.Array) -> jax.Array:
-        if rule.how in SUMS:  # not start + sum of w (v - start): that rounds where one adapter has weight 1
-            rest = start * jnp.float32(1 - sum(part.w for part in parts))
-            return sum((part.w * value for part, value in zip(parts, values, strict=True)), rest)
-        deltas = [(value - start).ravel() for value in values]
-        return start + rule.entries(deltas, weights, counts, keys).reshape(start.shape)
-
-    values = [_value(part, leaf, rows, start) for part in parts]
-    place = lambda _: spec_of(start)
-    return extra, {name: on_auto_axes(combined, start, values, _weights(parts), keys, place=place)}
+    own = [next(iter(held.arrays.values()), start).size for held in holders]  # what an adapter trains of it
+    counts = tuple(int(rule.density * size) for size in own)
+    keys = jnp.stack([jax.random.fold_in(key, held.place) for held in holders])
+    values = [_value(held, leaf, rows, start) for held in holders]
+    mixed = lambda *arrays: _mixed(rule, counts, *arrays)
+    return extra, {name: on_auto_axes(mixed, start, values, _weights(holders), keys, place=lambda _: spec_of(start))}
 
 
-def _value(part: Part, leaf: Any, rows: tuple[int, ...] | None, start: jax.Array) -> jax.Array:
-    """What an adapter makes of a leaf, float32."""
-    if isinstance(part.of, Extra):
-        return value_on(leaf, part.of, part.arrays, rows)
-    site, update = part.of, part.update
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mixed(
+    rule: Rule,
+    counts: tuple[int, ...],
+    start: jax.Array,
+    values: Sequence[jax.Array],
+    weights: jax.Array,
+    keys: jax.Array,
+) -> jax.Array:
+    if rule.how in SUMS:  # not start + sum of w (v - start), which is rounded where one adapter has weight 1
+        return sum((value * weights[i] for i, value in enumerate(values)), start * (1 - weights.sum()))
+    deltas = [(value - start).ravel() for value in values]
+    return start + rule.entries(deltas, weights, counts, keys).reshape(start.shape)
+
+
+def _value(held: Held, leaf: Any, rows: tuple[int, ...] | None, start: jax.Array) -> jax.Array:
+    """Value that an adapter gives a leaf, float32."""
+    if isinstance(held.of, Extra):
+        return value_on(leaf, held.of, held.arrays, rows)
+    site, update = held.of, held.update
     assert update is not None
     add = lambda start, update: start + restore(product(update.a, update.b), site)
     return on_auto_axes(add, start, update, place=lambda _: spec_of(start))
 
 
-def _weights(parts: Sequence[Part]) -> jax.Array:
-    return jnp.asarray([part.w for part in parts], jnp.float32)
+def _weights(holders: Sequence[Held]) -> jax.Array:
+    return jnp.asarray([held.w for held in holders], jnp.float32)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def _equal(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _merged(adapted: Adapted, base: Mapping[str, Any], paths: Collection[str] | None = None) -> dict[str, Any]:
-    """What the adapter makes of the leaves that it changes, before a rounding to the base's dtype."""
+    """The leaves that the adapter changes, as it changes them, before a rounding to the base's dtype."""
     full = adapted.replace(key=None)
     leaves, _ = tree.leaves(full.as_weights(), lambda leaf: isinstance(leaf, Weight | Trained))
     found = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Weight | Trained)}

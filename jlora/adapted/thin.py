@@ -17,7 +17,7 @@ SUMS, THINNED, MAJORITIES = ("sum", "cat", "svd"), ("ties", "dare", "dare_ties",
 
 
 class Rule(NamedTuple):
-    """What becomes of the entries of the updates, as `combine_adapters` has it."""
+    """Fate of the entries of the updates, as `combine_adapters` says it."""
 
     how: How
     density: float

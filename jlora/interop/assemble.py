@@ -44,6 +44,14 @@ class Placed(NamedTuple):
     role: Role
 
 
+class Absent(NamedTuple):
+    """Component that a key is of, and that the caller has not given."""
+
+    component: str
+
+
+Resolved: TypeAlias = Placed | Absent | str
+
 NEEDED: dict[str, list[tuple[str, ...]]] = {
     "lora": [("A",), ("B",)],
     "loha": [("w1_a",), ("w1_b",), ("w2_a",), ("w2_b",)],
@@ -57,7 +65,7 @@ TOGETHER = {"t1": "t2", "t2": "t1"}  # of LoHa; LoKr has t2 alone
 def assembled(
     tensors: Mapping[str, np.ndarray],
     models: Mapping[str, Shapes],
-    resolve: Callable[[str], Placed | str],
+    resolve: Callable[[str], Resolved],
     scale: Scale,
     *,
     origin: str,
@@ -77,9 +85,13 @@ def assembled(
     faults: dict[str, str] = {}  # by key, so that each tensor is counted once
     groups: dict[Name, list[Found]] = {}
     widths: set[int] = set()
+    absent: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
         placed = resolve(key)
         widths |= _width_of_texts(key, placed, tensor)
+        if isinstance(placed, Absent):
+            absent.setdefault(placed.component, []).append(key)
+            continue
         if isinstance(placed, str):
             faults[key] = f"{key!r} {placed}"
             continue
@@ -95,11 +107,12 @@ def assembled(
         made, wrong = _of_module(name, own, owned[name.component][name.module], scale)
         faults |= {key: fault for key, fault in wrong.items() if key not in faults}
         layers.setdefault(name.component, []).extend(made)
-    if faults:
+    if faults or absent:
+        count = len(faults) + sum(map(len, absent.values()))
+        lines = [_of_absent(component, keys) for component, keys in absent.items()]
         base = _other_base(widths, models)
-        raise ValueError(
-            f"{origin}: {len(faults)} of {len(tensors)} tensors cannot be placed, so none is{base}:{_lines(faults)}"
-        )
+        head = f"{origin}: {count} of {len(tensors)} tensors cannot be placed, so none is{base}:"
+        raise ValueError("\n  ".join([head, *_first([*lines, *faults.values()])]))
     return {component: layers[component] for component in models if component in layers}
 
 
@@ -108,10 +121,13 @@ def shown(name: Name) -> str:
     return f"{name.component}'s {name.module!r}"
 
 
-def _lines(faults: Mapping[str, str]) -> str:
-    lines = list(faults.values())
-    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "".join(f"\n  {line}" for line in [*lines[:SHOWN], *more])
+def _of_absent(component: str, keys: list[str]) -> str:
+    many = f"and {len(keys) - 1} more are" if keys[1:] else "is"
+    return f"{keys[0]!r} {many} of the {component}, which is not here: without= leaves out what is not wanted"
+
+
+def _first(lines: list[str]) -> list[str]:
+    return [*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])]
 
 
 def _other_base(theirs: set[int], models: Mapping[str, Shapes]) -> str:
@@ -126,15 +142,16 @@ def _other_base(theirs: set[int], models: Mapping[str, Shapes]) -> str:
 
 
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", ".down.weight", ".hada_w1_b")
-_KEYS_OF_TEXTS = ("attn2_to_k", "attn2_processor_to_k_lora")
+_OF_TEXTS = (["attn2", "to_k"], ["attn2", "to_v"])
+_KEYS_OF_TEXTS = tuple(f"attn2_{name}" for name in ("to_k", "to_v", "processor_to_k_lora", "processor_to_v_lora"))
 
 
-def _width_of_texts(key: str, placed: Placed | str, tensor: np.ndarray) -> set[int]:
+def _width_of_texts(key: str, placed: Resolved, tensor: np.ndarray) -> set[int]:
     """The number of inputs of a layer that sees the texts; of a module that is not here, its name alone can say so."""
     if tensor.ndim < 2:
         return set()
     if isinstance(placed, Placed):
-        sees = placed.role.name in ("A", "w1_b") and placed.name.module.split(".")[-2:] == ["attn2", "to_k"]
+        sees = placed.role.name in ("A", "w1_b") and placed.name.module.split(".")[-2:] in _OF_TEXTS
     else:
         stem = next((key.removesuffix(end).replace(".", "_") for end in _DOWN if key.endswith(end)), "")
         sees = stem.endswith(_KEYS_OF_TEXTS)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from jlora.interop import assemble
-from jlora.interop.assemble import Placed, Role
+from jlora.interop.assemble import Absent, Placed, Resolved, Role
 from jlora.interop.modules import Name, Shapes, parameters
 from jlora.interop.pipeline import File
 
@@ -49,13 +49,13 @@ def layers_of(
     }
     tokens = {key: x for key, x in tensors.items() if metadata.get(key) == "<embed>"}
 
-    def resolve(key: str) -> Placed | str:
+    def resolve(key: str) -> Resolved:
         match = _KEY.fullmatch(key)
         if not match:
             return "is neither of a numbered layer nor, by the metadata, a new token's"
         component, number, part = match[1], int(match[2]), match[3]
         if component not in order:
-            return f"is of the {component}, which is not here"
+            return Absent(component)
         if number >= len(order[component]):
             return f"is of the {component}, whose layers of those classes are {len(order[component])}"
         return Placed(Name(component, order[component][number]), _ROLES[part])

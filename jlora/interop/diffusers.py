@@ -18,9 +18,10 @@ import numpy as np
 
 from jlora.adapted.adapted import Adapted
 from jlora.interop import assemble, modules, natives, pipeline, tensor_file
-from jlora.interop.assemble import Placed, Role
+from jlora.interop.assemble import Absent, Placed, Resolved, Role
 from jlora.interop.layer import Layer
 from jlora.interop.modules import COMPONENTS, Name, Shape, Shapes
+from jlora.interop.peft.patterns import check_expression
 from jlora.interop.pipeline import File
 from jlora.models.tensors import Leaf
 
@@ -66,6 +67,22 @@ def load(
     """
     found = read(file, pipeline.models_of(params, names), without=without, pickled=pickled)
     return pipeline.placed(found, params, names, origin=f"'{file}'")
+
+
+def merge(
+    file: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    names: Mapping[str, Sequence[Leaf]],
+    *,
+    without: str | None = None,
+    pickled: bool = False,
+) -> dict[str, Any]:
+    """The parameters of each component with the file merged into them, of kinds that jlora does not train, too.
+
+    Arguments and errors are those of `load`. The sum is taken in float32 and rounded to the parameter's dtype.
+    """
+    found = read(file, pipeline.models_of(params, names), without=without, pickled=pickled)
+    return pipeline.merged(found, params, names, origin=f"'{file}'")
 
 
 def save(
@@ -147,13 +164,13 @@ def layers_of(
     return File(layers, dict(metadata), {})
 
 
-def resolver(models: Mapping[str, Shapes]) -> Callable[[str], Placed | str]:
+def resolver(models: Mapping[str, Shapes]) -> Callable[[str], Resolved]:
     """Key -> what it stands for, or why it stands for nothing."""
     plain = modules.lookup(_names(models, lambda module: (module,)))
     old = modules.lookup(_names(models, modules.processor_spellings))
     tables = ((plain, PEFT | DOWN_UP), (old, PROCESSOR))
 
-    def resolve(key: str) -> Placed | str:
+    def resolve(key: str) -> Resolved:
         for names, roles in tables:
             for suffix, role in roles.items():
                 name = names.get(key.removesuffix(f".{suffix}")) if key.endswith(f".{suffix}") else None
@@ -175,14 +192,14 @@ def _names(models: Mapping[str, Shapes], also: Callable[[str], tuple[str, ...]])
                         yield name, Name(component, module)
 
 
-def _unknown(key: str, models: Mapping[str, Shapes]) -> str:
+def _unknown(key: str, models: Mapping[str, Shapes]) -> Resolved:
     component = key.split(".")[0]
     if key.startswith("lora_"):
         return "is a name of kohya's: read this file by jlora.kohya.load"
     if component in models:
         return f"is of the {component}, which has no such module"
     if component in COMPONENTS:
-        return f"is of the {component}, which is not here"
+        return Absent(component)
     if component == "transformer":
         return "is of a transformer (SD 3, FLUX and others), which jlora does not have"
     return "is no key of a diffusers file for a UNet or its text encoders"
@@ -249,9 +266,7 @@ def configs_of(metadata: Mapping[str, str], origin: str) -> dict[str, Config]:
 def _config(component: str, fields: Mapping[str, Any], origin: str) -> Config:
     ranks, alphas = (dict(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
     for pattern in (*ranks, *alphas):
-        if re.search(r"\)[*+{]", pattern):  # a repeated group can take as good as forever to match
-            raise ValueError(f"a pattern repeats a group: {pattern!r:.80}")
-        re.compile(pattern)
+        check_expression(pattern, "a pattern")
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     for name, number in [("r", rank), ("lora_alpha", alpha), *ranks.items(), *alphas.items()]:
         if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
@@ -323,7 +338,8 @@ def tensors_of(
         for layer in written.values():
             found |= _tensors_of(component, layer, style)
         for layer in biases:
-            factor = layer.scale if fold_alpha else layer.scale / written[layer.module].scale
+            own_scale = 1.0 if fold_alpha else written[layer.module].scale
+            factor = 1.0 if layer.scale == own_scale else layer.scale / own_scale
             key = f"{_stem(component, layer.module)}.lora_B.bias"
             found[key] = _times(layer.tensors["added"], factor)
         configs |= {f"{component}.{name}": x for name, x in _config_of(component, written, bool(biases)).items()}

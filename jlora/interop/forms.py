@@ -77,6 +77,47 @@ def form_of(row: Leaf, shape: Shape) -> Form:
     return Form(layout, order, tuple(lengths), Site(row.path, shape, "float32", inputs, outputs, (), kind))
 
 
+def experts_form(row: Leaf, shape: Shape, a_axis: int = 2) -> Form:
+    """How a parameter of one matrix per expert lies in the checkpoint: (experts, outputs, inputs).
+
+    Args:
+      row: of the table.
+      shape: of the parameter.
+      a_axis: of the torch tensor, which A spans; 1 for (experts, inputs, outputs).
+
+    Raises:
+      ValueError: for a parameter of other axes.
+    """
+    order = row.order or (0, 1, 2)
+    if len(shape) != 3 or len(order) != 3:
+        raise ValueError(f"{row.path!r} of shape {shape} is no stack of experts' matrices")
+    lengths = [0, 0, 0]
+    for axis, origin in enumerate(order):
+        lengths[origin] = shape[axis]
+    stack, inputs, outputs = (order.index(i) for i in (0, a_axis, 3 - a_axis))
+    site = Site(row.path, shape, "float32", (inputs,), (outputs,), (stack,), "linear")
+    return Form("stack", order, tuple(lengths), site)
+
+
+def experts_to_factors(a: np.ndarray, b: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
+    """A (experts r, in) with the expert outside and B (out, r experts) with the expert inside, in broadcast form."""
+    experts, (out,) = form.shape[0], form.site.out_axes
+    whole_a = a.reshape(experts, -1, a.shape[-1]).swapaxes(1, 2)  # (experts, in, r)
+    whole_b = b.reshape(len(b), -1, experts).transpose(2, 0, 1)  # (experts, out, r)
+    a_axis = 3 - form.order[out]
+    return _ordered(np.expand_dims(whole_a, 3 - a_axis), form), _ordered(np.expand_dims(whole_b, a_axis), form)
+
+
+def experts_from_factors(a: np.ndarray, b: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `experts_to_factors`."""
+    back, (out,) = [*(int(i) for i in np.argsort(form.order)), 3], form.site.out_axes
+    a_axis = 3 - form.order[out]
+    whole_a, whole_b = a.transpose(back).squeeze(3 - a_axis), b.transpose(back).squeeze(a_axis)
+    experts, inputs, rank = whole_a.shape
+    flat_a = whole_a.swapaxes(1, 2).reshape(experts * rank, inputs)
+    return np.ascontiguousarray(flat_a), np.ascontiguousarray(whole_b.transpose(1, 2, 0).reshape(-1, rank * experts))
+
+
 def name_of_module(path: str) -> str:
     """The module that holds a parameter.
 

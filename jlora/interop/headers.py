@@ -10,6 +10,9 @@ from typing import BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.checkpoint.folder import open_file
+from jlora.models import reading
+
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16), "F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E5M2": np.dtype(jnp.float8_e5m2),
@@ -51,6 +54,17 @@ def elements(name: str, shape: Sequence[int]) -> int:
     if not all(0 <= n <= MOST_ELEMENTS for n in shape) or math.prod(max(n, 1) for n in shape) > MOST_ELEMENTS:
         raise ValueError(f"gives {shown(name)} the shape {shown(tuple(shape))}, which no tensor has")
     return math.prod(shape)
+
+
+def opened(file: Path) -> BinaryIO:
+    """A regular file that lies in its folder, or in the hub's blobs, open for reading.
+
+    Raises:
+      FileNotFoundError: if there is none, or a link to nothing.
+      ValueError: for a folder, a pipe, a device, or a link that leads out of the folder.
+    """
+    reading.regular(file)  # says what is wrong
+    return open_file(file)  # and waits for nothing, whatever has taken its place by now
 
 
 def read_bytes(opened: BinaryIO, file: Path, start: int, count: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jlora.adapted.adapted import Adapted
 from jlora.interop import assemble, cloneofsimo, modules, pipeline, tensor_file
-from jlora.interop.assemble import Placed, Role
+from jlora.interop.assemble import Absent, Placed, Resolved, Role
 from jlora.interop.layer import Layer
 from jlora.interop.modules import Name, Shape, Shapes
 from jlora.interop.pipeline import File
@@ -78,6 +78,22 @@ def load(
     """
     found = read(file, pipeline.models_of(params, names), without=without, pickled=pickled)
     return pipeline.placed(found, params, names, origin=f"'{file}'")
+
+
+def merge(
+    file: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    names: Mapping[str, Sequence[Leaf]],
+    *,
+    without: str | None = None,
+    pickled: bool = False,
+) -> dict[str, Any]:
+    """The parameters of each component with the file merged into them, of kinds that jlora does not train, too.
+
+    Arguments and errors are those of `load`. The sum is taken in float32 and rounded to the parameter's dtype.
+    """
+    found = read(file, pipeline.models_of(params, names), without=without, pickled=pickled)
+    return pipeline.merged(found, params, names, origin=f"'{file}'")
 
 
 def save(
@@ -153,11 +169,11 @@ def scale_of(name: Name, rank: int, alpha: float | None) -> float:
     return alpha / rank if alpha else 1.0
 
 
-def resolver(models: Mapping[str, Shapes]) -> Callable[[str], Placed | str]:
+def resolver(models: Mapping[str, Shapes]) -> Callable[[str], Resolved]:
     """Key -> what it stands for, or why it stands for nothing."""
     known = names_of(models)
 
-    def resolve(key: str) -> Placed | str:
+    def resolve(key: str) -> Resolved:
         stem, _, suffix = key.partition(".")
         name = known.get(stem)
         if name is None:
@@ -185,13 +201,11 @@ def names_of(models: Mapping[str, Shapes]) -> dict[str, Name]:
     )
 
 
-def _unknown(stem: str, models: Mapping[str, Shapes]) -> str:
+def _unknown(stem: str, models: Mapping[str, Shapes]) -> Resolved:
     owner = next((c for c, prefixes in PREFIXES.items() if stem.startswith(prefixes)), None)
     if owner is None:
         return "is no key of a kohya file for a UNet or its text encoders"
-    return (
-        f"is of the {owner}, which has no such module" if owner in models else f"is of the {owner}, which is not here"
-    )
+    return f"is of the {owner}, which has no such module" if owner in models else Absent(owner)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -269,6 +283,8 @@ def _tensors_of(layer: Layer, shapes: Mapping[str, Shape]) -> dict[str, np.ndarr
         return {"weight": flat if window else flat.reshape(-1), "on_input": np.asarray(int(on_input), np.int64)}
     if layer.kind not in ("lora", "loha", "lokr"):
         raise ValueError(f"{layer.key!r} is of kind {layer.kind}")
+    if layer.kind == "lokr" and {"w1", "w2"} <= set(t):  # readers know no scale of such a product
+        t["w1"] = t["w1"] if layer.scale == 1 else np.asarray(t["w1"] * np.float32(layer.scale), t["w1"].dtype)
     magnitude = t.pop("magnitude", None)
     of_inputs = t.pop("input_magnitude", None)
     found = {WRITTEN[layer.kind, name]: x for name, x in t.items()}
@@ -277,7 +293,7 @@ def _tensors_of(layer: Layer, shapes: Mapping[str, Shape]) -> dict[str, np.ndarr
         found["dora_scale"] = magnitude if _is_column(magnitude) else magnitude.reshape(-1, 1, *ones)
     if of_inputs is not None:
         found["dora_scale"] = of_inputs
-    if layer.rank:
+    if not (layer.kind == "lokr" and {"w1", "w2"} <= set(t)):
         found["alpha"] = _alpha(layer)
     return found
 

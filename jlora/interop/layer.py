@@ -114,15 +114,12 @@ def _table(t: Tensors, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _experts(t: Tensors, shape: tuple[int, ...]) -> np.ndarray:
-    """One matrix per expert: A (experts r, in) with the expert outside, B (out, r experts) with the expert inside.
-
-    The parameter is (experts, out, in), or (experts, in, out) where only that fits.
-    """
-    experts, outputs, inputs = shape[0], t["B"].shape[0], t["A"].shape[-1]
+    """One matrix per expert: A (experts r, in) with the expert outside, B (out, r experts) with the expert inside."""
+    experts = shape[0]
     a = t["A"].reshape(experts, -1, t["A"].shape[-1])
     b = t["B"].reshape(t["B"].shape[0], -1, experts)
-    form = "eri,ore->eoi" if tuple(shape[1:]) == (outputs, inputs) else "eri,ore->eio"
-    return np.einsum(form, a, b, optimize=True)
+    first_is_in = a.shape[-1] == shape[1] != shape[2] and len(b) == shape[2]  # "is_transposed" in transformers
+    return np.einsum("eri,ore->eio" if first_is_in else "eri,ore->eoi", a, b, optimize=True)
 
 
 def _adalora(t: Tensors, shape: tuple[int, ...]) -> np.ndarray:

@@ -30,8 +30,8 @@ def load(file: str | os.PathLike[str], model: nn.Module, adapted: Adapted, *, pi
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a file that holds no tensors, or values that are not finite; a pickle, where `pickled` is False; and
-        for tensors that are missing, unexpected or misshaped: all of them in one error.
+      ValueError: for a file that holds no tensors, or values that are not finite; for a pickle, where `pickled` is
+        False; and for tensors that are missing, unexpected or misshaped: all of them in one error.
 
     Example:
       adapted = jlora.apply(params, rank=8, alpha=16, targets="attn/(query|value)", extras="classifier")

@@ -125,7 +125,7 @@ def check_components(names: Iterable[str]) -> None:
 
 # -- spellings ---------------------------------------------------------------------------------------------------------
 
-ATTENTION = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v"}
+ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v"}
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from jlora import methods
-from jlora.interop.forms import Form, a_from_factor, a_to_factor, b_from_factor, b_to_factor
+from jlora.interop.forms import (
+    Form,
+    a_from_factor,
+    a_to_factor,
+    b_from_factor,
+    b_to_factor,
+    experts_from_factors,
+    experts_to_factors,
+)
 from jlora.interop.layer import INITIAL, Layer, Tensors, rank_doubled
 from jlora.methods import Method
 from jlora.methods.adalora import SCALE_EPSILON
@@ -94,6 +102,11 @@ def _lora(layer: Layer, form: Form) -> Arrays:
     return _with_magnitude(layer, form, {"A": a_to_factor(a, form), "B": b_to_factor(b, form)})
 
 
+def _experts(layer: Layer, form: Form) -> Arrays:
+    a, b = experts_to_factors(layer.tensors["A"], layer.tensors["B"], form)
+    return {"A": a, "B": b}
+
+
 def _from_initial(layer: Layer, form: Form) -> Arrays:
     t = layer.tensors
     return _lora(layer, form) | {"A0": a_to_factor(t["A0"], form), "B0": b_to_factor(t["B0"], form)}
@@ -116,7 +129,8 @@ LOHA = {"A1": "w1_b", "B1": "w1_a", "A2": "w2_b", "B2": "w2_a"}
 
 
 def _lokr(layer: Layer, form: Form) -> Arrays:
-    return {name: layer.tensors[theirs].T[None] for name, theirs in LOKR.items() if theirs in layer.tensors}
+    arrays = {name: layer.tensors[theirs].T[None] for name, theirs in LOKR.items() if theirs in layer.tensors}
+    return _with_magnitude(layer, form, arrays)
 
 
 def _ia3(layer: Layer, form: Form) -> Arrays:
@@ -179,7 +193,7 @@ def _method_of_oft(targets: Sequence[Target], layers: Sequence[Layer]) -> Method
 
 def group(layer: Layer) -> tuple[Any, ...]:
     """Layers that one method trains have the same: its kind first."""
-    kind = "lora" if layer.kind == "table" else layer.kind
+    kind = "lora" if layer.kind in ("table", "experts") else layer.kind
     if kind == "oft":
         return kind, _side(layer.tensors["R"]), int(layer.tensors.get("terms", 0))
     return kind, "magnitude" in layer.tensors
@@ -220,6 +234,7 @@ def escaped(path: str) -> str:
 NATIVE: dict[str, Native] = {
     "lora": Native(low_rank_method, _lora, _alpha),
     "table": Native(low_rank_method, _lora, _alpha),
+    "experts": Native(low_rank_method, _experts, _alpha),
     "pissa": Native(lambda targets, layers: low_rank_method(targets, layers, of=methods.pissa), _from_initial, _alpha),
     "olora": Native(lambda targets, layers: low_rank_method(targets, layers, of=methods.olora), _from_initial, _alpha),
     "adalora": Native(
@@ -279,11 +294,25 @@ def plain(layer: Layer, shape: tuple[int, ...]) -> Layer:
     if layer.kind == "lokr":
         if len(shape) > 2:
             return _lokr_as_lora(layer, shape)
-        if "w1" not in t:
-            t["w1"] = t.pop("w1_a").astype(np.float32) @ t.pop("w1_b").astype(np.float32)
+        return _lokr_of_pair(layer)
     if layer.kind == "oft" and len(shape) > 2:
         raise ValueError(f"{layer.key!r} is a convolution: OFT turns the inputs of linear layers alone")
     return layer._replace(tensors=t)
+
+
+def _lokr_of_pair(layer: Layer) -> Layer:
+    """The Kronecker product with the first matrix whole, and the second, too, where jlora's `lokr` has it whole."""
+    t = dict(layer.tensors)
+    if "w1" not in t:
+        t["w1"] = t.pop("w1_a").astype(np.float32) @ t.pop("w1_b").astype(np.float32)
+    if "w2" not in t:
+        rank, side = t["w2_b"].shape[0], max(t["w2_a"].shape[0], t["w2_b"].shape[1])
+        if rank < side / 2:
+            return layer._replace(tensors=t)
+        t["w2"] = t.pop("w2_a").astype(np.float32) @ t.pop("w2_b").astype(np.float32)
+        return layer._replace(tensors=t, declared=rank)
+    # A rank that no tensor shows is half of the larger side or more, else `lokr` would have the matrix as a product.
+    return layer._replace(tensors=t, declared=max(layer.rank, -(-max(t["w2"].shape) // 2)))
 
 
 def _lokr_as_lora(layer: Layer, shape: tuple[int, ...]) -> Layer:
@@ -409,6 +438,11 @@ def layer_of(
     """The layer of one torch tensor, or of the part of it that a parameter is."""
     name = inner_of(method).name
     scale = scale_of(method, target)
+    if form.layout == "stack":
+        if set(arrays) != {"A", "B"}:
+            raise ValueError(f"{target.path!r}: experts' matrices have plain LoRA in torch files, and no {method.name}")
+        a, b = experts_from_factors(arrays["A"], arrays["B"], form)
+        return Layer(module, "experts", {"A": a, "B": b}, scale, parameter, declared=target.rank)
     tensors: dict[str, np.ndarray]
     if name == "loha":
         tensors = {theirs: _factor(ours, arrays[ours], form) for ours, theirs in LOHA.items()}

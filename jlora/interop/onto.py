@@ -1,5 +1,6 @@
 """Layers of a foreign adapter onto the parameters of a JAX model, and back."""
 
+import dataclasses
 import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from jlora import tree
 from jlora.adapted.adapted import Adapted, check_activations, from_arrays
 from jlora.adapted.select import Extra
 from jlora.interop import natives
-from jlora.interop.forms import Form, form_of
+from jlora.interop.forms import Form, experts_form, form_of
 from jlora.interop.layer import Layer, merged
 from jlora.interop.natives import NATIVE, Native
 from jlora.methods import Method, tied, together
@@ -143,7 +144,10 @@ def _target(
 ) -> tuple[Target, Layer, dict[str, np.ndarray]]:
     row, stacked = own[0].row, own[0].row.stacked
     shape = tuple(leaf.shape)
-    form = form_of(row, shape[1:] if stacked else shape)
+    if own[0].layer.kind == "experts":
+        form = _of_experts(own[0].layer, row, shape)
+    else:
+        form = form_of(row, shape[1:] if stacked else shape)
     layers = [natives.plain(piece.layer, _outputs_first(form, row)) for piece in own]
     native = _native(layers[0], kinds)
     parts = [native.arrays(natives.part_of(layer, row, form), form) for layer in layers]
@@ -152,6 +156,17 @@ def _target(
     site = stacked_site(form.site, shape[0] if stacked else None, str(leaf.dtype))
     rank = layers[0].rank
     return Target(site, rank, native.alpha(layers[0])), layers[0], arrays
+
+
+def _of_experts(layer: Layer, row: Leaf, shape: tuple[int, ...]) -> Form:
+    """(experts, outputs, inputs), or inputs first where only that fits."""
+    inputs, outputs = layer.tensors["A"].shape[-1], len(layer.tensors["B"])
+    form = experts_form(row, shape)
+    if form.shape[1:] == (inputs, outputs) != (outputs, inputs):
+        return experts_form(row, shape, 1)
+    if form.shape[1:] != (outputs, inputs):
+        raise ValueError(f"{layer.key!r} has shape {form.shape}, and the adapter {inputs} inputs and {outputs} outputs")
+    return form
 
 
 def _outputs_first(form: Form, row: Leaf) -> tuple[int, ...]:
@@ -171,7 +186,7 @@ def _native(layer: Layer, kinds: Mapping[str, Native]) -> Native:
 def stacked_site(site: Site, layers: int | None, dtype: str) -> Site:
     """The site with an axis of stacked layers before its own, and the base's dtype."""
     if layers is None:
-        return Site(site.path, site.shape, dtype, site.in_axes, site.out_axes, (), site.kind)
+        return dataclasses.replace(site, dtype=dtype)
     up = lambda axes: tuple(i + 1 for i in axes)
     return Site(site.path, (layers, *site.shape), dtype, up(site.in_axes), up(site.out_axes), (0,), site.kind)
 
@@ -253,7 +268,11 @@ def layers_of(adapted: Adapted, rows: Iterable[Leaf]) -> list[Layer]:
         row = _row(table, site.path)
         arrays = {n: np.asarray(x) for n, x in (adapted.factors[site.path] | buffers.get(site.path, {})).items()}
         method = adapted.method.of(site)
-        form = form_of(row, site.shape[1:] if row.stacked else site.shape)
+        experts = bool(site.stack_axes) and not row.stacked
+        if experts:
+            form = experts_form(row, site.shape, (row.order or (0, 1, 2))[site.in_axes[0]])
+        else:
+            form = form_of(row, site.shape[1:] if row.stacked else site.shape)
         for number, key in enumerate(row.keys):
             own = natives.of_layer(arrays, method, number) if row.stacked else arrays
             module, _, parameter = key.rpartition(".")
@@ -265,7 +284,9 @@ def layers_of(adapted: Adapted, rows: Iterable[Leaf]) -> list[Layer]:
         row = _row(table, extra.path)
         for layer in _layers_of_extra(extra, adapted.factors[extra.path], row):
             whole[layer.key][row.part.number if row.part else 0] = layer
-    return layers + [_joined(key, parts, table, named) for key, parts in whole.items()]
+    layers += [_joined(key, parts, table, named) for key, parts in whole.items()]
+    position = {key: i for i, key in enumerate(key for row in table.values() for key in row.keys)}
+    return sorted(layers, key=lambda layer: position[layer.key])  # of one module, in the order of the table
 
 
 def base_tensor(params: Any, key: str, rows: Iterable[Leaf]) -> np.ndarray:

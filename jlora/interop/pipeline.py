@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted
+from jlora.interop import layer as layer_module
 from jlora.interop import modules, onto, tensor_file
 from jlora.interop.layer import Layer
-from jlora.models.tensors import Leaf, to_tensors
+from jlora.models.tensors import Leaf, tensor_slices, to_tensors
 
 SHOWN = 20  # lines of an error
 
@@ -93,6 +95,15 @@ def models_of(params: Mapping[str, Any], names: Mapping[str, Sequence[Leaf]]) ->
     return {component: modules.shapes_of(params[component], names[component]) for component in params}
 
 
+def check_tokens(found: File, origin: str) -> None:
+    """Raises a ValueError if the file has embeddings of new tokens."""
+    if found.tokens:
+        raise ValueError(
+            f"{origin} has embeddings of the new tokens {', '.join(map(repr, found.tokens))}, which are no adapter: "
+            "take them from `read`, and leave them out here by `without`"
+        )
+
+
 def placed(
     found: File, params: Mapping[str, Any], names: Mapping[str, Sequence[Leaf]], *, origin: str
 ) -> dict[str, Adapted]:
@@ -101,11 +112,7 @@ def placed(
     Raises:
       ValueError: for embeddings of new tokens, and layers that jlora does not train.
     """
-    if found.tokens:
-        raise ValueError(
-            f"{origin} has embeddings of the new tokens {', '.join(map(repr, found.tokens))}, which are no adapter: "
-            "take them from `read`, and leave them out here by `without`"
-        )
+    check_tokens(found, origin)
     result, wrong = {}, []
     for component, layers in found.layers.items():
         try:
@@ -117,6 +124,43 @@ def placed(
     if wrong:
         raise ValueError("\n".join(wrong))
     return result
+
+
+def merged(
+    found: File, params: Mapping[str, Any], names: Mapping[str, Sequence[Leaf]], *, origin: str
+) -> dict[str, Any]:
+    """The parameters of each component with the file's layers in them, in their own dtypes; `params` stays as it is.
+
+    Raises:
+      ValueError: for embeddings of new tokens.
+    """
+    check_tokens(found, origin)
+    result = dict(params)
+    for component, layers in found.layers.items():
+        named, structure = tree.leaves(params[component])
+        leaves = dict(named)
+        by_key: dict[str, list[Leaf]] = {}
+        for row in names[component]:
+            for key in row.keys:
+                by_key.setdefault(key, []).append(row)
+        for layer in layers:
+            rows = by_key[layer.key]
+            own = {row.path: np.asarray(jax.device_get(tree.dense(leaves[row.path]))) for row in rows}
+            tensor = layer_module.merged(layer, to_tensors(rows, own)[layer.key])
+            for row in rows:
+                leaves[row.path] = _with_tensor(row, own[row.path], row.keys.index(layer.key), tensor)
+        result[component] = jax.tree.unflatten(structure, leaves.values())
+    return result
+
+
+def _with_tensor(row: Leaf, leaf: np.ndarray, number: int, tensor: np.ndarray) -> jax.Array:
+    """A parameter with what one of its tensors says, in the place of what it was."""
+    inner = leaf.shape[1:] if row.stacked else leaf.shape
+    whole = [slice(None)] * leaf.ndim
+    part = tensor[tensor_slices(row, leaf.shape, whole)].transpose(row.order or tuple(range(len(inner))))
+    value = leaf.copy()
+    value[number if row.stacked else ...] = part.astype(leaf.dtype)
+    return jnp.asarray(value)
 
 
 def layers_of(adapted: Adapted, names: Sequence[Leaf]) -> list[Layer]:

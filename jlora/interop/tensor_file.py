@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -19,17 +20,17 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
-from jlora.checkpoint.folder import open_file
-from jlora.interop import torch_file
-from jlora.interop.headers import DTYPES, LONGEST_NAME, NAMES, Header, check_name, elements, read_bytes, shown
+from jlora.interop import headers, torch_file
+from jlora.interop.headers import DTYPES, NAMES, Header, check_name, elements, read_bytes, shown
 from jlora.models import place, reading
 
 LARGEST_HEADER = 2**24  # bytes; the names of 100 thousand tensors take fewer
-LARGEST_UNICODE = 2**22  # bytes of a header that is not ASCII: Python takes up to four for each of its bytes
+LARGEST_UNICODE = 2**22  # bytes of a header that is not ASCII: Python may take four for each of them, and again
 LARGEST_CONFIG = 2**20  # bytes
-MOST_TENSORS = 2**17
-MOST_PARTS = {",": 2**20, ":": 2**19 + 2**16, "[": 2**18 + 2**10, "{": 2**17 + 2**10}  # of a header, within names too
+MOST_TENSORS = 90_000
+MOST_PARTS = {",": 10**6, ":": 420_000, "[": 250_000, "{": 150_000}  # of a header, in its texts too: 4 ":" a tensor
 CHUNK = 2**20  # elements
+_WIDE = re.compile(rb"\\u[dD][89abAB]")  # the escape of a character beyond 16 bits
 
 
 class TensorFile:
@@ -61,7 +62,7 @@ class TensorFile:
             been cut short since it was opened.
         """
         if name not in self.headers:
-            near = difflib.get_close_matches(str(name)[:LONGEST_NAME], list(self.headers)[:10000], 3)
+            near = difflib.get_close_matches(str(name)[:200], list(self.headers)[:1000], 3)
             hint = f"; the closest are {', '.join(map(repr, near))}" if near else ""
             raise ValueError(f"'{self.file}' holds no tensor {name!r}, among {len(self.headers)}{hint}")
         if not self._close.alive:
@@ -101,7 +102,7 @@ def open(file: str | os.PathLike[str], *, pickled: bool = False) -> TensorFile: 
           a = opened.read("base_model.model.h.0.attn.c_attn.lora_A.weight")
     """
     path = place.folder_of(file)
-    opened = open_file(path)
+    opened = headers.opened(path)
     with contextlib.ExitStack() as stack:
         stack.callback(opened.close)
         start = opened.read(len(torch_file.LEGACY))
@@ -112,15 +113,15 @@ def open(file: str | os.PathLike[str], *, pickled: bool = False) -> TensorFile: 
                     "running what it says. A safetensors file of the same adapter is the better choice"
                 )
             found = torch_file.tensors(opened, path)
-            headers = {name: Header(tensor.shape, NAMES[tensor.dtype]) for name, tensor in found.items()}
+            described = {name: Header(tensor.shape, NAMES[tensor.dtype]) for name, tensor in found.items()}
             made = TensorFile(
-                path, headers, {}, lambda name: torch_file.read_tensor(opened, path, name, found[name]), opened.close
+                path, described, {}, lambda name: torch_file.read_tensor(opened, path, name, found[name]), opened.close
             )
         else:
             spans, metadata = _spans(opened, path)
-            headers = {name: span.header for name, span in spans.items()}
+            described = {name: span.header for name, span in spans.items()}
             made = TensorFile(
-                path, headers, metadata, lambda name: _read(opened, path, name, spans[name]), opened.close
+                path, described, metadata, lambda name: _read(opened, path, name, spans[name]), opened.close
             )
         stack.pop_all()
         return made
@@ -206,7 +207,7 @@ def _header(opened: BinaryIO, file: Path, size: int) -> tuple[str, int]:
         raise ValueError(f"{wrong}it was cut short while it was read")
     if not content.startswith(b"{"):
         raise ValueError(f"{wrong}its header begins with {content[:8]!r}, expected an object of JSON")
-    if len(content) > LARGEST_UNICODE and not content.isascii():
+    if len(content) > LARGEST_UNICODE and (not content.isascii() or _WIDE.search(content)):
         raise ValueError(f"{wrong}a header of {length} bytes that are not ASCII; at most {LARGEST_UNICODE} are read")
     for part, most in MOST_PARTS.items():
         if content.count(part.encode()) > most:
@@ -286,7 +287,7 @@ def write(
       OSError: for what the system says, such as a full disk; nothing is left of the file then.
     """
     path = place.folder_of(file)
-    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    arrays = {name: _native(np.asarray(tensor)) for name, tensor in tensors.items()}
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))  # each at a multiple of its itemsize
     with _about(path):
         header = _written_header({name: arrays[name] for name in order}, metadata)
@@ -295,8 +296,11 @@ def write(
     with _replacing(path, force) as out:
         out.write(len(header).to_bytes(8, "little") + header)
         for name in order:
-            array = arrays[name].astype(DTYPES[NAMES[arrays[name].dtype]], order="C", copy=False)
-            out.write(array.reshape(-1).view(np.uint8).data)
+            out.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _written_header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

@@ -12,9 +12,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from jlora.checkpoint.folder import open_file
 from jlora.interop import unpickle, zipped
-from jlora.interop.headers import check_name, elements, read_bytes, shown
+from jlora.interop.headers import check_name, elements, opened, read_bytes, shown
 
 ZIP = b"PK\3\4"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch before 1.6 begin
@@ -53,19 +52,19 @@ def read(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         function.
     """
     path = Path(file)
-    with open_file(path) as opened:
-        return {name: read_tensor(opened, path, name, tensor) for name, tensor in tensors(opened, path).items()}
+    with opened(path) as source:
+        return {name: read_tensor(source, path, name, tensor) for name, tensor in tensors(source, path).items()}
 
 
-def tensors(opened: BinaryIO, file: Path) -> dict[str, Tensor]:
+def tensors(source: BinaryIO, file: Path) -> dict[str, Tensor]:
     """The tensors of a file, by name. None of them is read. Raises what `read` does."""
-    size = os.fstat(opened.fileno()).st_size
+    size = os.fstat(source.fileno()).st_size
     try:
-        opened.seek(0)
-        if opened.read(len(LEGACY)) == LEGACY:
+        source.seek(0)
+        if source.read(len(LEGACY)) == LEGACY:
             raise ValueError("it is a pickle of torch before 1.6; torch.load it, and torch.save it again")
-        entries = zipped.entries(opened, size)
-        content, folder = _pickle(opened, file, entries)
+        entries = zipped.entries(source, size)
+        content, folder = _pickle(source, file, entries)
         described = unpickle.load(content)
         if type(described) is not dict or not all(isinstance(view, unpickle.View) for view in described.values()):
             raise _Other
@@ -82,19 +81,19 @@ class _Other(ValueError):
     """A pickle of something else."""
 
 
-def _pickle(opened: BinaryIO, file: Path, entries: Mapping[str, zipped.Entry]) -> tuple[bytes, str]:
+def _pickle(source: BinaryIO, file: Path, entries: Mapping[str, zipped.Entry]) -> tuple[bytes, str]:
     """The pickle, and the folder that the storages are in."""
     names = [name for name in entries if name.endswith("/data.pkl")]
     if len(names) != 1:
         raise ValueError(f"it has {len(names)} entries data.pkl, expected one")
     folder = names[0].removesuffix("data.pkl")
     order = entries.get(f"{folder}byteorder")
-    if order and order.size <= 16 and read_bytes(opened, file, order.start, order.size).tobytes() != b"little":
+    if order and order.size <= 16 and read_bytes(source, file, order.start, order.size).tobytes() != b"little":
         raise ValueError("its numbers are in big-endian order; torch.load it on a machine of today, and save it again")
     entry = entries[names[0]]
     if entry.size > unpickle.LARGEST:
         raise ValueError(f"its pickle has {entry.size} bytes, more than the {unpickle.LARGEST} that are read")
-    content = read_bytes(opened, file, entry.start, entry.size).tobytes()
+    content = read_bytes(source, file, entry.start, entry.size).tobytes()
     if zlib.crc32(content) != entry.crc:
         raise ValueError("its pickle is not the one that was written (CRC-32)")
     return content, folder
@@ -105,7 +104,7 @@ def _tensor(name: str, view: unpickle.View, entries: Mapping[str, zipped.Entry],
     check_name(name)
     if min((offset, *shape, *strides)) < 0 or len(shape) != len(strides):
         raise ValueError(
-            f"gives {shown(name)} offset {offset}, shape {shape} and strides {strides}, which no tensor has"
+            f"gives {shown(name)} offset {offset}, shape {shown(shape)}, strides {shown(strides)}, which no tensor has"
         )
     count = elements(name, shape)
     entry = entries.get(f"{folder}data/{storage.key}")
@@ -130,11 +129,11 @@ def _check_sharing(found: Mapping[str, Tensor], size: int) -> None:
         )
 
 
-def read_tensor(opened: BinaryIO, file: Path, name: str, tensor: Tensor) -> np.ndarray:
+def read_tensor(source: BinaryIO, file: Path, name: str, tensor: Tensor) -> np.ndarray:
     """A tensor, in memory of its own."""
     itemsize = tensor.dtype.itemsize
     start = tensor.storage.start + tensor.offset * itemsize
-    content = read_bytes(opened, file, start, tensor.extent * itemsize)
+    content = read_bytes(source, file, start, tensor.extent * itemsize)
     if content.size == tensor.storage.size and zlib.crc32(content.data) != tensor.storage.crc:
         raise ValueError(f"'{file}' is damaged: the numbers of {shown(name)} are not those that were written (CRC-32)")
     if tensor.dtype == np.bool_ and content.size and content.max() > 1:

@@ -5,6 +5,7 @@ deep. Here a step is one of the 30 that a state dict needs, a name is one of fou
 made takes a few dozen bytes for each step.
 """
 
+import pickle
 import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ STORAGES: Mapping[str, np.dtype] = {
     "BoolStorage": np.dtype(np.bool_),
 }  # fmt: skip
 LARGEST = 2**23  # bytes of a pickle
-MOST_STEPS = 2**19  # 16 thousand tensors
+MOST_STEPS = 2**18  # 8 thousand tensors
 
 
 class Storage(NamedTuple):
@@ -89,6 +90,10 @@ class _Machine:
         if self.below or len(self.stack) != 1:
             raise ValueError("its pickle ends in the middle")
         return self.stack[0]
+
+    def protocol(self, number: int) -> None:
+        if number > pickle.HIGHEST_PROTOCOL:
+            raise ValueError(f"its pickle is of protocol {number}, and {pickle.HIGHEST_PROTOCOL} is the highest")
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -178,7 +183,8 @@ def _whole(numbers: Any) -> bool:
 Step = Callable[[_Machine, Any], None]
 _push: Step = _Machine.push
 _STEPS: Mapping[str, Step] = {
-    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
+    "PROTO": _Machine.protocol,
+    "FRAME": lambda machine, _: None,
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"), _push),
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),

@@ -3,7 +3,8 @@
     pip install torch==2.13.0 peft==0.21.2 transformers==5.24.0 numpy && PYTHONHASHSEED=0 python tests/golden/make_peft.py [row ...]
     pip install transformers==4.57.1 && PYTHONHASHSEED=0 python tests/golden/make_peft.py older_vit older_clip_text
 
-The hash seed is for the files' sake: PEFT writes sets, in the order that they happen to have. Each row of `ROWS` is a folder
+The hash seed is for the files' sake: PEFT writes sets, in the order that they happen to have. With it every run writes the same
+bytes, but for last bits of `lokr_conv_effective`, which depend on where its arrays lie in memory. Each row of `ROWS` is a folder
 with `adapter_config.json` and `adapter_model.safetensors` as `save_pretrained` wrote them. `base_model_name_or_path` is
 `tiny/<base>`, a folder of `models/` or of `peft/bases/`; the network of convolutions has none, and `peft/bases/net` for its
 weights. Every array that is trained was moved from where it started by 0.2 N(0, 1), so that none is zero, and PiSSA's and

@@ -119,6 +119,7 @@ def parsed(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], shapes:
             layers.append(layer)
         if was_base and layer is not None:
             saved.append(layer.key)
+    layers.sort(key=lambda layer: layer.kind != "full")  # what is replaced, then what is added to it
     return Parsed(tuple(_distinct(layers)), None, tuple(saved))
 
 
@@ -250,7 +251,7 @@ def _lora(
     elif kind == "lora" and init in ("pissa", "olora"):
         raise ValueError(f"{module!r}: DoRA on a base that {init} changed is none that jlora has")
     bias = own.pop("bias", None)
-    layers = [Layer(module, kind, own, scale, parameter)]
+    layers = [Layer(module, kind, own, scale, parameter, declared=rank if kind == "experts" else 0)]
     if bias is not None:
         layers.append(Layer(module, "diff", {"added": bias}, scale, "bias"))
     return layers
@@ -265,8 +266,8 @@ def _parameter(
 ) -> tuple[str, str]:
     """The module and the name of the parameter that a layer adapts: "weight", or one of `target_parameters`.
 
-    The key does not say which: those of a module are wrapped one around the other in the order in which they are its,
-    the last one outside.
+    The key does not say which. Those of a module are wrapped one around the other in the order in which the module has
+    them, the last one outside: where the shapes do not tell them apart, the config is taken to name them in that order.
     """
     depth = 0
     while module.endswith(".base_layer"):
@@ -278,13 +279,11 @@ def _parameter(
         if depth:
             raise ValueError(f"{module}.base_layer is adapted, which is a kind of module that jlora does not have")
         return module, "weight"
-    if shapes is not None:  # in the base's order, by what fits
-        known = [key.rpartition(".")[2] for key in shapes if key.rpartition(".")[0] == module]
-        names = [name for name in known if name in names] or names
-        sides = sorted((own["B"].shape[0], own["A"].shape[-1]))
-        fits = [name for name in names if sorted(shapes[f"{module}.{name}"][1:]) == sides]
-        if len(fits) == 1:
-            return module, fits[0]
+    if shapes is not None:
+        ends = {own["A"].shape[-1], own["B"].shape[0]}
+        fitting = [name for name in names if set(shapes.get(f"{module}.{name}", ())[1:]) == ends]
+        if len(fitting) == 1:
+            return module, fitting[0]
     if depth >= len(names):
         raise ValueError(f"{module!r} has more layers than target_parameters names of its parameters")
     return module, names[len(names) - 1 - depth]

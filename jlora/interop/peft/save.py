@@ -173,6 +173,7 @@ def _tensors(layers: Sequence[Layer], norms: set[str]) -> dict[str, np.ndarray]:
     """PEFT's tensors of the layers; `norms` are the modules that LN tuning trains."""
     tensors: dict[str, np.ndarray] = {}
     adapted = {layer.module for layer in layers if layer.kind not in onto.AS_THEY_ARE}
+    beyond = Counter(layer.module for layer in layers if layer.kind == "experts")
     for layer in layers:
         start = f"{PREFIX}{layer.module}"
         t = layer.tensors
@@ -184,6 +185,9 @@ def _tensors(layers: Sequence[Layer], norms: set[str]) -> dict[str, np.ndarray]:
         elif layer.kind == "rows":
             tensors[f"{start}.{'token_adapter.' if adapted else ''}trainable_tokens_delta"] = t["values"]
         else:
+            if layer.kind == "experts":  # one wrapped around the other, a module's last parameter outside
+                beyond[layer.module] -= 1
+                start += ".base_layer" * beyond[layer.module]
             for name, end in _NAMES[layer.kind].items():
                 if name in t:
                     tensors[f"{start}.{end}"] = _as_peft(layer, name, t[name])
@@ -248,7 +252,9 @@ def _config(
     config: dict[str, Any] = DEFAULTS[kind] | {"peft_type": kind, "peft_version": VERSION}
     if kind == "TRAINABLE_TOKENS":
         config["token_indices"] = rows[0].tensors["rows"].tolist()
-        config["target_modules"] = sorted({layer.module.rpartition(".")[2] for layer in rows if layer.module in modules})
+        config["target_modules"] = sorted(
+            {layer.module.rpartition(".")[2] for layer in rows if layer.module in modules}
+        )
         config["task_type"] = _task(names, config)
         return config if given is None else _taken_over(config, given, layers, modules)
     if kind == "LN_TUNING":
@@ -257,10 +263,13 @@ def _config(
         config["target_modules"] = _suffixes(sorted(norms), modules, config)
         config["task_type"] = _task(names, config)
         return config if given is None else _taken_over(config, given, layers, modules)
-    own = sorted({layer.module for layer in low})
+    experts = sorted({layer.key for layer in low if layer.kind == "experts"})
+    if experts:
+        config["target_parameters"] = experts
+    own = sorted({layer.module for layer in low if layer.kind != "experts"})
     config |= _trained_as_they_are(layers, own, names, kind)
     config["task_type"] = _task(names, config)
-    config["target_modules"] = _suffixes(own, modules, config)
+    config["target_modules"] = _suffixes(own, modules, config) if own else None
     config |= _METHODS[kind](low, adapted, modules)
     return config if given is None else _taken_over(config, given, layers, modules)
 
@@ -367,9 +376,10 @@ def _common(values: Iterable[Any]) -> Any:
 def _lora(low: Sequence[Layer], adapted: Adapted, modules: Mapping[str, Module]) -> dict[str, Any]:
     stabilised = all(natives.inner_of(method).name == "rslora" for method, _ in adapted.method.parts)
     products = [layer for layer in low if layer.kind != "diff"]
-    ranks = {layer.module: layer.rank for layer in products}
+    name = lambda layer: layer.key if layer.kind == "experts" else layer.module
+    ranks = {name(layer): layer.rank for layer in products}
     alphas = {
-        layer.module: natives.rounded(layer.scale * (layer.rank**0.5 if stabilised else layer.rank))
+        name(layer): natives.rounded(layer.scale * (layer.rank**0.5 if stabilised else layer.rank))
         for layer in products
     }
     alphas = {name: int(alpha) if float(alpha).is_integer() else alpha for name, alpha in alphas.items()}
