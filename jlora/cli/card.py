@@ -77,7 +77,7 @@ def _use(kind: str, base: str) -> list[str]:
     loads = ["import jlora, jlora.models", "", f'base = jlora.models.load("{base}")']
     jlora = {
         "jlora": [*loads, 'adapted = jlora.load("this-adapter/", base.params)'],
-        "peft": [*loads, f'adapted = jlora.interop.peft.load("{folder}", base.params, model=base.model)'],
+        "peft": [*loads, f'adapted = jlora.peft.load("{folder}", base.params, model=base.model)'],
     }
     theirs = {
         "peft": [
