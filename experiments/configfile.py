@@ -10,7 +10,6 @@ import difflib
 import functools
 import hashlib
 import importlib.util
-import inspect
 import json
 import types
 import typing
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jlora
-from jlora.methods import METHODS, nearest
+from jlora.methods import expression
 
 Kind = TypeVar("Kind")
 
@@ -166,10 +165,7 @@ def _in_words(kind: Any) -> str:
 
 
 def method(path: str, text: str) -> jlora.Method:
-    """The method that a text writes: a call of a constructor in `jlora.methods`, such as `dora(lora(8, alpha=16))`.
-
-    Nothing is evaluated: names are those of `METHODS`, arguments are literals or methods. A wrapper that is given its
-    inner method's rank has LoRA inside: `dora(16)` is `dora(lora(16))`.
+    """The method that a text writes, see `jlora.methods.expression`.
 
     Args:
       path: of the field, for errors.
@@ -179,53 +175,9 @@ def method(path: str, text: str) -> jlora.Method:
       ConfigError: naming the nearest method or argument.
     """
     try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise ConfigError(
-            f"{path} is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got {text!r}"
-        ) from None
-    return _method(path, node, text)
-
-
-def _no_method(path: str, text: str) -> ConfigError:
-    return ConfigError(f"{path} is a method, written as 'lora(8, alpha=16)' or 'dora(lora(8))'; got {text!r}")
-
-
-def _method(path: str, node: ast.expr, text: str) -> jlora.Method:
-    if isinstance(node, ast.Name):
-        raise ConfigError(f"{path} is a method, written as a call: '{nearest(node.id)}(...)'; got {text!r}")
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        raise _no_method(path, text)
-    name = node.func.id
-    if name not in METHODS:
-        raise ConfigError(f"{path}: there is no method {name!r}; the nearest is {nearest(name)!r}")
-    make: Callable[..., jlora.Method] = METHODS[name]
-    known = list(inspect.signature(make).parameters)
-    given = [_argument(path, argument, text) for argument in node.args]
-    options = {str(keyword.arg): _argument(path, keyword.value, text) for keyword in node.keywords}
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, 1, 0.0)
-            raise ConfigError(
-                f"{path}: {name} has no argument {option!r}" + (f"; the nearest is {near[0]!r}" if near else "")
-            )
-    if known[:1] == ["inner"] and given and type(given[0]) is int:
-        given[0] = jlora.lora(given[0])
-    try:
-        return make(*given, **options)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: {name}: {error}") from error
-
-
-def _argument(path: str, node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.Call):
-        return _method(path, node, text)
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        raise ConfigError(
-            f"{path}: {ast.unparse(node)!r} is no number, text or method: an argument is written out"
-        ) from None
+        return expression.parse(text, path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 # -- identity ----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 READMES = (
     "README.md",
     "jlora/README.md",
+    "jlora/cli/README.md",
     "jlora/methods/README.md",
     "jlora/interop/README.md",
     "jlora/models/README.md",

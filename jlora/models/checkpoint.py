@@ -185,6 +185,18 @@ def build(
     return _opened(name, head, labels, revision, options).model
 
 
+def described(file: Path) -> tuple[Architecture, Any]:
+    """The architecture and the config that a config.json describes, with no tensors to compare it with."""
+    record = reading.read_json(file)
+    architecture = _architecture(file.parent, record)
+    head = _saved_head(file.parent, record, architecture, None)
+    with _naming(file.parent):
+        config = architecture.read(record, head)
+    stored = {"param_dtype": record.get("dtype") or record.get("torch_dtype"), "labels": _labels(file.parent, record)}
+    known = [field.name for field in dataclasses.fields(config)]
+    return architecture, dataclasses.replace(config, **{k: v for k, v in stored.items() if v and k in known})
+
+
 # -- what a checkpoint says it is --------------------------------------------------------------------------------------
 
 

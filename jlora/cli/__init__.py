@@ -1,0 +1,3 @@
+"""The command `jlora`."""
+
+from jlora.cli.run import main as main

@@ -1,0 +1,82 @@
+"""`jlora count`: what a method trains of a model, and what that takes, on shapes alone."""
+
+from typing import Annotated, Any
+
+import jax
+import typer
+from rich.console import Console
+
+from jlora.adapted.adapted import count as counted
+from jlora.adapted.apply import apply
+from jlora.cli import show
+from jlora.cli.options import Json
+from jlora.methods import expression
+from jlora.models.sizes import PRESETS, model_of
+from jlora.transform.sites import sites as found_sites
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def count(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help=f"A size, {', '.join(list(PRESETS)[:3])}, ..., or a config.json.")
+    ],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="Such as lora(8), dora(16), lora(8, alpha=16).")],
+    targets: Annotated[
+        list[str] | None, typer.Option("--targets", help="Pattern of weights to adapt; several times for several.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the base's parameters: float32, bfloat16 or float16.")
+    ] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Counts what a method trains of a model, and the memory that training takes beside activations.
+
+    Nothing is allocated: a model of 70 B is counted on any machine. Gradients and Adam's two moments are float32, as
+    the factors are.
+    """
+    if dtype not in SIZES:
+        raise ValueError(f"--dtype {dtype} is not one of {', '.join(SIZES)}")
+    made = expression.parse(method, "METHOD")
+    module, inputs = model_of(model, scan=True, param_dtype=dtype, dtype=dtype)
+    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    places = found_sites(lambda params, *inputs: module.apply({"params": params}, *inputs), params, *inputs)
+    adapted = jax.eval_shape(lambda: apply(params_of(params), method=made, sites=places, targets=targets or None))
+    report = {"command": "count", "model": model, "method": repr(made), **_report(adapted, params)}
+    show.show(report, as_json, lambda console: _text(console, report))
+
+
+def params_of(shapes: Any) -> Any:
+    """Zeros of these shapes, under eval_shape."""
+    return jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _report(adapted: Any, params: Any) -> dict[str, Any]:
+    numbers = counted(adapted)
+    base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    factors = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(adapted.factors))
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {
+        "trainable": numbers.trainable, "total": numbers.total, "percent": 100 * numbers.trainable / numbers.total,
+        "sites": len(adapted.sites),
+        "bytes": {
+            "parameters": base, "factors": factors, "gradients": factors, "adam": 2 * factors,
+            "all": base + 4 * factors, "file": factors, "full_fine_tuning": base + 12 * whole,
+        },
+    }  # fmt: skip
+
+
+def _text(console: Console, report: dict[str, Any]) -> None:
+    b = report["bytes"]
+    of = f"{report['trainable']:,} of {report['total']:,} parameters are trained, {report['percent']:.3g} %"
+    console.print(
+        f"{report['model']}, {report['method']}: {of}",
+        markup=False,
+    )
+    rows = [
+        ("base", b["parameters"]), ("factors", b["factors"]), ("gradients", b["gradients"]),
+        ("Adam's moments", b["adam"]),
+        ("together, beside activations", b["all"]), ("full fine-tuning, beside activations", b["full_fine_tuning"]),
+        ("the adapter's file", b["file"]),
+    ]  # fmt: skip
+    show.table(console, ("memory", ""), [(name, show.size(value)) for name, value in rows])

@@ -1,0 +1,56 @@
+"""Models without their parameters: by the name of a published size, or by a config.json alone."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jlora.models import bert, clip, deberta, files, gpt2, llama, roberta, vit
+from jlora.models.architecture import Architecture
+from jlora.models.catalogue import ARCHITECTURES
+from jlora.models.checkpoint import described
+
+PRESETS: dict[str, Any] = {
+    name: config
+    for package in (gpt2, llama, bert, roberta, deberta, vit, clip)
+    for name, config in package.PRESETS.items()
+}
+
+
+def model_of(name: str, **options: Any) -> tuple[nn.Module, tuple[jax.ShapeDtypeStruct, ...]]:
+    """A model, and shapes of arguments to initialise it with: nothing is allocated, no tensors are read.
+
+    Args:
+      name: of a published size, "llama-3.1-8b"; the path of a config.json, or of a folder with one.
+      options: fields of the model's config.
+
+    Raises:
+      FileNotFoundError: if there is neither.
+      ValueError: for an architecture that jlora has not.
+
+    >>> model_of("gpt2-xl")[0].config.layers
+    48
+    """
+    path = Path(name)
+    if name in PRESETS:
+        config = PRESETS[name]
+        (architecture,) = [a for a in ARCHITECTURES if type(config) is a.config and a.fits(config)]
+        return _built(architecture, config, options)
+    file = path / files.CONFIG if path.is_dir() else path
+    if not file.exists():
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise FileNotFoundError(
+            f"{name!r} is no published size, no folder and no config.json; the nearest size is {near!r}"
+        )
+    return _built(*described(file), options)
+
+
+def _built(
+    architecture: Architecture, config: Any, options: dict[str, Any]
+) -> tuple[nn.Module, tuple[jax.ShapeDtypeStruct, ...]]:
+    known = {field.name for field in dataclasses.fields(config)}
+    config = dataclasses.replace(config, **{name: value for name, value in options.items() if name in known})
+    return architecture.build(config), architecture.inputs(config)
