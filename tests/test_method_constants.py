@@ -449,3 +449,85 @@ def on_x(params, x):
 def test_what_contradicts_itself_is_said(wrong, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         wrong()
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 7])
+def test_oft_by_a_series_is_what_it_says(terms):
+    q = np.zeros((2, 4, 4))
+    q[:, *np.triu_indices(4, 1)] = 0.1 * normal(2, 6)
+    triangle = q[:, *np.triu_indices(4, 1)]
+    q -= q.swapaxes(1, 2)
+    last = max(terms, 4) - 1 if terms > 2 else terms - 1  # three terms are four
+    weights = [1.0] + [2.0] * last
+    if terms > 2:
+        weights[-1] = 1.0  # the last counts half
+    expected = sum(w * np.linalg.matrix_power(-q, k) for k, w in enumerate(weights))
+    np.testing.assert_allclose(cayley(jnp.asarray(triangle, jnp.float32), 4, terms), expected, atol=1e-6)
+
+
+def test_stored_projections_of_vera_are_in_its_file(tmp_path):
+    base = {"kernel": normal(6, 4)}
+    adapted = jlora.apply(base, method=jlora.vera(3, seed=5, stored=True))
+    plain = jlora.apply(base, method=jlora.vera(3, seed=5))
+    for name in ("A", "B"):
+        np.testing.assert_array_equal(adapted.buffers["kernel"][name], plain.buffers["kernel"][name])
+    other = {"kernel": {name: 2 * x for name, x in adapted.buffers["kernel"].items()}}
+    adapted = jlora.combine({"kernel": {"d": normal(1, 1, 3), "b": normal(1, 4, 1)}}, adapted.replace(buffers=other))
+    jlora.save(tmp_path, adapted)
+    close(jlora.merge(jlora.load(tmp_path, base)), jlora.merge(adapted), 1e-6)
+    assert np.abs(np.asarray(jlora.merge(adapted)["kernel"] - base["kernel"])).max() > 0.1
+
+
+def test_tied_factors_have_the_gradient_of_one_and_stay_the_same():
+    """Against one A for both weights, written out."""
+    base, x = {"q": normal(4, 3), "k": normal(4, 3, seed=1)}, normal(5, 4, seed=2)
+    adapted = jlora.apply(base, method=jlora.tied(jlora.lora(2), [("q", "k")]), sites=jlora.sites(heads, base, x))
+    a, b = normal(4, 2, seed=3), {name: normal(2, 3, seed=4 + i) for i, name in enumerate(base)}
+    factors = {name: {"A": a[:, None], "B": b[name].T[None]} for name in base}
+    tx = jlora.optimizer(optax.adam(0.1), adapted)
+    by_hand, state = (a, b), optax.adam(0.1).init((a, b))
+    theirs, mine = lambda p: heads({n: base[n] + p[0] @ p[1][n] for n in base}, x), tx.init(factors)
+    for _ in range(3):
+        gradients = jax.grad(lambda f: jlora.lift(heads)(jlora.combine(f, adapted), x))(factors)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, mine = tx.update(gradients, mine, factors)
+            moved, state = optax.adam(0.1).update(jax.grad(theirs)(by_hand), state)
+        factors, by_hand = optax.apply_updates(factors, updates), optax.apply_updates(by_hand, moved)
+        np.testing.assert_array_equal(factors["q"]["A"], factors["k"]["A"])
+        np.testing.assert_allclose(factors["q"]["A"][:, 0], by_hand[0], atol=1e-5)
+        np.testing.assert_allclose(factors["k"]["B"][0].T, by_hand[1]["k"], atol=1e-5)
+
+
+def heads(params, x):
+    return jnp.sum(jnp.tanh(x @ params["q"]) * (x @ params["k"]))
+
+
+@pytest.mark.parametrize(
+    ("groups", "text"),
+    [
+        ([("q",)], "tied: groups are of two paths or more"),
+        ([("q", "k"), ("k", "v")], "each of which is in one of them"),
+    ],
+)
+def test_tied_refuses_groups_that_say_nothing(groups, text):
+    with pytest.raises(ValueError, match=text):
+        jlora.tied(jlora.lora(2), groups)
+    adapted = jlora.apply({"q": {"kernel": normal(3, 3)}}, method=jlora.tied(jlora.lora(1), [("q/kernel", "v/kernel")]))
+    with pytest.raises(ValueError, match="tied: 'v/kernel' is in a group, and is not adapted"):
+        jlora.optimizer(optax.sgd(0.1), adapted)
+
+
+def test_what_is_added_to_a_leaf_is_times_its_scale(tmp_path):
+    base = {"kernel": normal(3, 2), "bias": normal(2, seed=1)}
+    start = jlora.apply(base, rank=1)
+    extra = jlora.Extra("bias", added=0.5)
+    adapted = start.replace(extras=(extra,), factors=start.factors | {"bias": {"added": normal(2, seed=2)}})
+    np.testing.assert_allclose(jlora.merge(adapted)["bias"], base["bias"] + 0.5 * normal(2, seed=2), rtol=1e-6)
+    assert jlora.count(adapted).total == jlora.count(start).total + 2  # beside the leaf, and not in its place
+    jlora.save(tmp_path, adapted)
+    again = jlora.load(tmp_path, base)
+    assert again.extras == (extra,) and "0.5 times what is trained is added to it" in jlora.summary(again)
+    np.testing.assert_array_equal(again.factors["bias"]["added"], adapted.factors["bias"]["added"])
+    np.testing.assert_allclose(
+        jlora.merge(jlora.scale(again, 2.0))["bias"], base["bias"] + normal(2, seed=2), rtol=1e-6
+    )

@@ -73,6 +73,7 @@ METHODS = {
     "ia3": Row(lambda: jlora.ia3("back"), is_lora=False),
     "oft": Row(lambda: jlora.oft(4), WINDOWED, is_lora=False),
     "together": Row(lambda: jlora.together(jlora.lora(3), (jlora.ia3("back"), "stack|back")), (), is_lora=False),
+    "tied": Row(lambda: jlora.tied(jlora.lora(3, alpha=6.0), [("stack", "conv")])),
     "dylora": Row(lambda: jlora.dylora(4, alpha=2.0)),
     "bitfit": Row(lambda: jlora.bitfit("scale"), ()),
     "norms": Row(lambda: jlora.norms("scale"), ()),

@@ -185,7 +185,7 @@ def test_a_part_draws_for_itself():
 
 def test_it_is_shown_as_it_was_written():
     method = jlora.together(jlora.oft(4), (jlora.ia3(), ["mlp", "out"]))
-    assert repr(method) == "together(oft(block_size=4), (ia3(feedforward=None), ('mlp', 'out')))"
+    assert repr(method) == "together(oft(block_size=4, terms=0), (ia3(feedforward=None), ('mlp', 'out')))"
     assert from_json(json.loads(json.dumps(to_json(method)))) == method
 
 

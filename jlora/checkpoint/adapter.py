@@ -154,8 +154,13 @@ def describe(adapted: Adapted, base: str | None = None) -> dict[str, Any]:
         "base": fingerprint(adapted.base, _replaced(adapted.extras)) if base is None else base,
         "method": to_json(adapted.method),
         "sites": [site.to_json() for site in _with_dtypes(adapted.sites, tree.leaves(adapted.base)[0])],
-        "extras": [dataclasses.asdict(extra) for extra in adapted.extras],
+        "extras": [_extra(extra) for extra in adapted.extras],
     }
+
+
+def _extra(extra: Extra) -> dict[str, Any]:
+    fields = dataclasses.asdict(extra)
+    return fields if extra.added is not None else {name: x for name, x in fields.items() if name != "added"}
 
 
 def _replaced(extras: tuple[Extra, ...]) -> set[str]:
