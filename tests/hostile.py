@@ -263,8 +263,9 @@ def entries(content: bytes) -> Iterator[Case]:
     yield Case("ten terabytes", with_header({**header, last: claimed}, data))
     whole = {**claimed, "dtype": "U8", "shape": [10 * 2**40 - header[last]["data_offsets"][0]]}
     yield Case("ten terabytes in a shape", with_header({**header, last: whole}, data))
-    empty = {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [len(data), len(data)]}
-    yield Case("nothing by much", with_header({**header, "more": empty}, data))
+    for shape in ([0, 2**62], [0, 2**30], [2**20, 0, 2**20]):
+        empty = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data)]}
+        yield Case(f"nothing, of shape {shape}", with_header({**header, "more": empty}, data))
     empty = {"dtype": "F32", "shape": [0, 4], "data_offsets": [1, 1]}
     yield Case("nothing inside of another", with_header({**header, "more": empty}, data))
 

@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import jlora
 from jlora import models
 from jlora.interop import loralib, tensor_file, torch_file, unpickle
 from jlora.interop.tensor_file import Header
+from jlora.models.tensors import leaf, linear
 from tests import hostile
 from tests.hostile import Loader
 
@@ -122,6 +124,27 @@ def roberta():
     )
 
 
+def gpt2_of_peft(path: Path, pickled: bool = False):
+    """`jlora.peft.load` onto the kernels that its goods adapt, one (8, 24) per layer as GPT-2 keeps them."""
+    params = {f"h_{layer}": {"kernel": np.ones((8, 24), np.float32)} for layer in range(2)}
+    names = [leaf(f"h_{layer}/kernel", f"transformer.h.{layer}.attn.c_attn.weight") for layer in range(2)]
+    return jlora.peft.load(path, params, names=names, pickled=pickled).factors
+
+
+def unet(load, layers: tuple[str, ...]):
+    """A loader of diffusion's files onto the projections that its goods adapt."""
+    rows = [row for name in layers for row in linear(name, f"{ATTENTION}.{name}", bias=False)]
+    params = {name: {"kernel": np.ones((8, 8), np.float32)} for name in layers}
+    return lambda file: load(file, {"unet": params}, {"unet": rows})["unet"].factors
+
+
+def pickled_folder(folder: Path) -> Path:
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(CONFIG))
+    pickled(folder / "adapter")
+    return folder / "adapter"
+
+
 LOADERS = {
     row.name: row
     for row in (
@@ -131,6 +154,16 @@ LOADERS = {
         Loader("pickle", pickled, lambda file: loaded(file, pickled=True)),
         Loader("config", config, tensor_file.read_config),
         Loader("PEFT's folder", peft_folder, folder),
+        Loader("jlora.peft's folder", peft_folder, gpt2_of_peft),
+        Loader("jlora.peft's folder with a pickle", pickled_folder, lambda path: gpt2_of_peft(path, pickled=True)),
+        Loader(
+            "jlora.kohya", written("kohya.safetensors", KOHYA, ss_network_dim="2"), unet(jlora.kohya.load, ("to_q",))
+        ),
+        Loader(
+            "jlora.diffusers",
+            written("pytorch_lora_weights.safetensors", DIFFUSERS, format="pt"),
+            unet(jlora.diffusers.load, ("to_q", "to_out.0")),
+        ),
         Loader("loralib", tiny, lambda file: loralib.load(file, *roberta(), pickled=True).factors),
     )
 }
@@ -501,12 +534,20 @@ def test_tensors_of_a_pickle(tmp_path):
 
 
 def test_a_pickle_is_read_only_when_asked_for(tmp_path):
-    for content in (TINY.read_bytes(), torch_file.LEGACY):
+    for content in (TINY.read_bytes(), torch_file.LEGACY, pickle.dumps({"a": 1}), pickle.dumps([b"x" * 99], 2)):
         (tmp_path / "x.bin").write_bytes(content)
         with pytest.raises(
             ValueError, match="x.bin' is a pickle, .*: pickled=True reads it, without running what it says"
         ):
             tensor_file.open(tmp_path / "x.bin")
+        if not content.startswith(torch_file.ZIP):
+            with pytest.raises(
+                ValueError, match="x.bin' is no file of tensors by torch.save, or is damaged: it is (no zip|a pickle)"
+            ):
+                tensor_file.open(tmp_path / "x.bin", pickled=True)
+    header = '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "x").write_bytes(hostile.with_header(header.ljust(0x280), b"\1"))  # its length looks like a pickle
+    assert loaded(tmp_path / "x") == {"a": [1]}
 
 
 def test_what_is_asked_of_a_file(file):

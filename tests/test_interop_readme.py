@@ -8,7 +8,9 @@ import pytest
 from tests.test_peft import READ, REFUSED
 
 README = Path(__file__).resolve().parent.parent / "jlora" / "interop" / "README.md"
-LINES = [line for line in README.read_text().splitlines() if re.fullmatch(r"\|.*\| (yes|no) \| (yes|no) \|.*\w.*\|", line)]
+LINES = [
+    line for line in README.read_text().splitlines() if re.fullmatch(r"\|.*\| (yes|no) \| (yes|no) \|.*\w.*\|", line)
+]
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("|")[1].strip())

@@ -22,6 +22,7 @@ DTYPES: Mapping[str, np.dtype] = {
 }  # fmt: skip
 NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 AXES, MOST_ELEMENTS = 32, 2**48
+MOST_EMPTY = 2**24  # along the other axes of a tensor without elements: it costs its file nothing, and readers much
 LONGEST_NAME = 1024
 
 
@@ -51,7 +52,8 @@ def elements(name: str, shape: Sequence[int]) -> int:
         raise ValueError(f"gives {shown(name)} the shape {shown(shape)}, expected whole numbers")
     if len(shape) > AXES:
         raise ValueError(f"gives {shown(name)} {len(shape)} axes, more than {AXES}")
-    if not all(0 <= n <= MOST_ELEMENTS for n in shape) or math.prod(max(n, 1) for n in shape) > MOST_ELEMENTS:
+    most = MOST_EMPTY if 0 in shape else MOST_ELEMENTS
+    if not all(0 <= n <= most for n in shape) or math.prod(max(n, 1) for n in shape) > most:
         raise ValueError(f"gives {shown(name)} the shape {shown(tuple(shape))}, which no tensor has")
     return math.prod(shape)
 

@@ -1,4 +1,4 @@
-"""What a file of an adapter says of one parameter of a torch model, whatever format it is in, and the merged parameter.
+"""Layers: an adapter's part of one parameter of a torch model, whatever format the file has, and the merged parameter.
 
 Every reader gives `Layer`s and every writer takes them, so that n formats need n readers and not n^2 converters. All is
 NumPy: nothing of the model need be known beside its tensors.
@@ -81,7 +81,7 @@ def merged(layer: Layer, parameter: np.ndarray, layout: Layout = "out_in") -> np
 
 
 def delta(layer: Layer, shape: tuple[int, ...]) -> np.ndarray:
-    """What a kind that adds to the parameter adds: float32, (out, in, *window), or (rows, width) of a table.
+    """The update of a kind that adds to the parameter: float32, (out, in, *window), or (rows, width) of a table.
 
     Args:
       layer: of a kind in `DELTAS`.

@@ -17,7 +17,7 @@ from jlora.models.tensors import Leaf, tensor_shape
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What a torch model of these parameters calls them.
+    """Names of these parameters in a torch model.
 
     Attributes:
       rows: the key table.

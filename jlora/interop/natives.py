@@ -344,7 +344,7 @@ _OUTPUTS = {"B": 0, "B0": 0, "w1_a": 0, "w2_a": 0, "b": 0, "value": 0, "added": 
 
 
 def part_of(layer: Layer, row: Leaf, form: Form) -> Layer:
-    """What a layer says of a parameter that is a part of its torch tensor: the outputs of that part.
+    """A layer cut to a parameter that is a part of its torch tensor: the outputs of that part.
 
     Raises:
       ValueError: for a part of the inputs, or a Kronecker product.
@@ -368,7 +368,7 @@ def _cut(name: str, x: np.ndarray, cut: slice, layer: Layer) -> np.ndarray:
 
 
 def part_of_tensors(layer: Layer, row: Leaf, shape: tuple[int, ...]) -> Layer:
-    """What a layer that replaces, adds to or multiplies a parameter says of a part of it."""
+    """A layer that replaces, adds to or multiplies a parameter, cut to a part of it."""
     if row.part is None:
         return layer
     axis, n = row.part.axis, shape[row.part.axis]
@@ -389,7 +389,7 @@ def inner_of(method: Method) -> Method:
 
 
 def scale_of(method: Method, target: Target) -> float:
-    """What multiplies the product of the factors.
+    """The number that multiplies the product of the factors.
 
     Raises:
       ValueError: for a method that is no plain product with a scale.

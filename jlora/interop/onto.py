@@ -230,9 +230,9 @@ def _method(
         chosen = [target for target, _ in members]
         method = kinds[kind].method(chosen, [layer for _, layer in members])
         own = {target.path for target in chosen}
-        groups = [group for group in parted if len(group) > 1 and own.issuperset(group)]
+        shared = [group for group in parted if len(group) > 1 and own.issuperset(group)]
         names = natives.shared(method)
-        methods.append((tied(method, groups, names) if groups and names else method, chosen))
+        methods.append((tied(method, shared, names) if shared and names else method, chosen))
     if not methods:
         return natives.nothing(), []
     if len(methods) == 1:

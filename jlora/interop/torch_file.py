@@ -39,8 +39,8 @@ class Tensor(NamedTuple):
 
 
 def is_pickle(start: bytes) -> bool:
-    """Whether a file that begins so is one of `torch.save`."""
-    return start.startswith((ZIP, LEGACY))
+    """Whether a file that begins so is one of `torch.save`, or another pickle, and no safetensors file."""
+    return start.startswith(ZIP) or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and start[8:9] != b"{")
 
 
 def read(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -41,7 +41,7 @@ class View(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What a pickle may name: a function that is never called."""
+    """One of the functions that a pickle may name; it is never called."""
 
     name: str
 
@@ -113,7 +113,7 @@ class _Machine:
         self.stack = []
 
     def marked(self) -> list[Any]:
-        """What lies above the last mark, which is taken."""
+        """Takes the last mark, and the values above it."""
         if not self.below:
             raise ValueError("its pickle takes what it has not made")
         values, self.stack = self.stack, self.below.pop()

@@ -46,7 +46,7 @@ _SHARED = {
 }  # fmt: skip
 _TARGETS = {"target_modules": None, "exclude_modules": None}
 _LAYERS = {"layers_pattern": None, "layers_to_transform": None}
-_PATTERNS = {"alpha_pattern": {}, "rank_pattern": {}}
+_PATTERNS: dict[str, Any] = {"alpha_pattern": {}, "rank_pattern": {}}
 _PROMPT = {
     name: value for name, value in _SHARED.items() if name not in ("modules_to_save",)
 } | {
@@ -141,9 +141,31 @@ def _check_types(config: Mapping[str, Any], where: str) -> None:
         value = config.get(name)
         if value is not None and not (isinstance(value, str) or _are_texts(value)):
             raise wrong(name, "a string or a list of strings")
-    for name in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "use_cayley_neumann", "save_projection"):
-        if name in config and not isinstance(config[name], bool):
+    for name, default in DEFAULTS[config["peft_type"]].items():
+        value = config[name]
+        if isinstance(default, bool) and name not in _LOOSE and not isinstance(value, bool):
             raise wrong(name, "true or false")
+        if isinstance(default, int | float) and not isinstance(default, bool) and not _is_number(value):
+            raise wrong(name, "a finite number")
+        if isinstance(default, int) and not isinstance(default, bool) and name not in _REAL and value != int(value):
+            raise wrong(name, "an integer")
+    if not 0 <= config.get("lora_dropout", 0) < 1:
+        raise wrong("lora_dropout", "a number from 0 to 1")
+    layers = config.get("layers_to_transform")
+    if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
+        raise wrong("layers_to_transform", "the number of a layer, or a list of them")
+    pattern = config.get("layers_pattern")
+    for text in [] if pattern is None else pattern if isinstance(pattern, list) else [pattern]:
+        check_expression(text, f"{where}: layers_pattern")
+    for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+        if isinstance(config.get(name), str):
+            check_expression(config[name], f"{where}: {name}")
+    if not isinstance(config.get("bias", "none"), str):
+        raise wrong("bias", "a string")
+
+
+_LOOSE = ("init_lora_weights", "init_weights", "use_bdlora", "init_ia3_weights")  # true, false or a name
+_REAL = ("lora_alpha", "alpha")  # integers by default, and numbers in files
 
 
 def _are_texts(value: Any) -> bool:

@@ -30,7 +30,7 @@ def prepared(adapted: Adapted, names: Names, error: float) -> Adapted:
     except ValueError as wrong:
         if error <= 0:
             raise ValueError(
-                f"for_engine: {wrong}. for_engine=0.02 takes the best product that is at most 2 % off; or merge the adapter"
+                f"for_engine: {wrong}. for_engine=0.02 takes the best product that is at most 2 % off; or merge it"
             ) from wrong
     return to_lora(adapted, energy=1 - error**2)
 

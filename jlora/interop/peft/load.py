@@ -44,7 +44,8 @@ def load(
     The factors are those of the file bit for bit, in float32, and train on: the same methods, ranks and scales. Nothing
     of the base is changed, where PEFT changes it too (PiSSA and OLoRA: what was taken out of the weight is computed
     again, and taken out of the product). A matrix that is one tensor in torch and several here (GPT-2's c_attn) has A
-    in each of its parts, which train apart from there on. (IA)^3's scaled biases are leaves that are trained as they are.
+    in each of its parts, which stay the same in training (`jlora.tied`). (IA)^3's scaled biases are leaves that are
+    trained as they are.
 
     Args:
       folder: of `save_pretrained`, or the hub's name of the adapter.
@@ -108,8 +109,8 @@ def _of_table(found: Folder, names: Names, tied: bool) -> list[Layer]:
     which = "the head" if head else "the embedding"
     hint = "" if head or table[0].kind == "full" else "; tied=True changes both, as PEFT's merged model has it"
     raise ValueError(
-        f"the adapter changes {which} alone of an embedding that is tied to the head: PEFT keeps the two apart, and here "
-        f"they are one parameter{hint}"
+        f"the adapter changes {which} alone of an embedding that is tied to the head: PEFT keeps the two apart, and "
+        f"here they are one parameter{hint}"
     )
 
 
@@ -119,7 +120,7 @@ def _same(one: Layer, other: Layer) -> bool:
 
 
 def _check_targets(found: Folder, names: Names, params: Any, strict: bool) -> None:
-    """What the config names and the file has nothing of: PEFT leaves that untrained in silence.
+    """Refuses modules that the config names and the file has nothing of: PEFT leaves them untrained in silence.
 
     Raises:
       ValueError: if there is some, unless not strict.
@@ -182,7 +183,7 @@ def _from_the_base(layers: Sequence[Layer], params: Any, names: Names) -> list[L
                 raise ValueError(f"{layer.key!r} is no tensor of the model")
             if row.order is None and layer.kind == "olora":
                 raise ValueError(
-                    f"{layer.key!r}: PEFT's OLoRA on GPT-2's Conv1D takes the wrong matrix out of the base; save it there "
+                    f"{layer.key!r}: PEFT's OLoRA takes the wrong matrix out of GPT-2's Conv1D; save it there "
                     "with path_initial_model_for_weight_conversion"
                 )
             weight = tensors[layer.key] if row.order else tensors[layer.key].T

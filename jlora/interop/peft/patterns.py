@@ -1,4 +1,4 @@
-"""PEFT's ways to name modules: suffixes, regular expressions, patterns of ranks, numbers of layers; as PEFT 0.21 does it.
+"""PEFT's ways to name modules: suffixes, regular expressions, patterns of ranks, numbers of layers.
 
 A config may come from a stranger. An expression that could be slow on some name is refused: Python's has no time limit.
 """

@@ -173,7 +173,7 @@ _SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 
 
 def _whole(key: str, value: np.ndarray, config: Mapping[str, Any]) -> tuple[Layer | None, bool]:
-    """A tensor that replaces a parameter, and whether it is one of the base's that `save_embedding_layers` put there."""
+    """A tensor that replaces a parameter, and whether `save_embedding_layers` put it there, as one of the base's."""
     name = key.removeprefix(PREFIX)
     if ".original_module." in name:  # PEFT writes a few of those with bias="all": nothing reads them
         return None, False
@@ -213,10 +213,17 @@ def _indices(module: str, config: Mapping[str, Any]) -> list[int]:
     return found
 
 
+_VECTORS = ("b", "d", "bias", "magnitude")  # parts that may have one axis
+
+
 def _need(module: str, own: Mapping[str, np.ndarray], *names: str) -> None:
+    """Raises ValueError unless the parts are there, and have the axes of matrices where they are."""
     missing = [name for name in names if name not in own]
     if missing:
         raise ValueError(f"{module!r} has {', '.join(sorted(own))}, and no {', '.join(missing)}")
+    flat = [name for name, x in own.items() if x.ndim < (1 if name in _VECTORS else 2)]
+    if flat:
+        raise ValueError(f"{module!r} has {flat[0]} of shape {own[flat[0]].shape}, expected a matrix")
 
 
 def _rank_and_alpha(module: str, config: Mapping[str, Any], alpha: str) -> tuple[int, float]:

@@ -74,21 +74,22 @@ def save(
       adapted: of the parameters of `model`.
       model, names: as in `load`.
       base: the hub's name of the base model, for `base_model_name_or_path`.
-      config: an `adapter_config.json` whose fields are taken over where they say of this adapter what it is: that of the
-        folder that it came from.
+      config: an `adapter_config.json` whose fields are taken over, where they say of this adapter what it is: that of
+        the folder that it came from.
       dtype: of the tensors, such as "bfloat16"; None for float32.
       save_embedding_layers: write the base's embedding beside the adapter, as PEFT does for a grown vocabulary.
       tied: write factors of an embedding that is the head, too, which PEFT applies to the embedding alone until it
         merges.
       for_engine: a folder that vLLM, SGLang and TGI read right, which heed neither patterns nor rsLoRA nor DoRA: plain
-        LoRA of one rank, padded with zeros, with alpha = r and the scale in B. What is no product of factors is refused;
-        a number is the relative error up to which it is replaced by its best product (see `jlora.to_lora`).
+        LoRA of one rank, padded with zeros, with alpha = r and the scale in B. A method that is no product of factors
+        is refused; a number is the relative error up to which its best product stands for it (see `jlora.to_lora`).
       force: replace an adapter that is there.
 
     Raises:
       FileExistsError: if there is an adapter in the folder, unless `force`.
-      ValueError: for a method that PEFT does not have, such as bottleneck adapters; several methods at once; leaves that
-        no field of the config can name; a `config` that says otherwise than the adapter; factors that are not finite.
+      ValueError: for a method that PEFT does not have, such as bottleneck adapters; several methods at once; leaves
+        that no field of the config can name; a `config` that says otherwise than the adapter; factors that are not
+        finite.
       TypeError: unless one of model= and names= is given.
 
     Source: PEFT 0.21, whose file format this is; see the README of `jlora/interop`.
@@ -216,7 +217,7 @@ def _projections(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
             n = min(known.shape[axis], x.shape[axis])
             if not np.array_equal(known.take(range(n), axis), x.take(range(n), axis)):
                 raise ValueError(
-                    f"{layer.module!r} has projections of its own, and PEFT's VeRA shares them: convert it with jlora.to_lora"
+                    f"{layer.module!r} has projections of its own, and PEFT's VeRA shares them: jlora.to_lora first"
                 )
             found[key] = max(known, x, key=lambda y: y.shape[axis])
     return found
@@ -313,7 +314,7 @@ def _trained_as_they_are(layers: Sequence[Layer], adapted: Sequence[str], names:
             fields["bias"] = "all"
         else:
             raise ValueError(
-                f"PEFT's config cannot name {len(rest)} leaves that are trained as they are, first {sorted(rest)[0]!r}: it "
+                f"PEFT's config cannot name {len(rest)} leaves that are trained as they are, first {min(rest)!r}: it "
                 "has whole modules, all biases, or those of the adapted modules"
             )
     if saved and names.tied and names.written(names.tied) in whole:
@@ -335,7 +336,7 @@ def _trained_as_they_are(layers: Sequence[Layer], adapted: Sequence[str], names:
 
 
 def _modules_to_save(saved: Sequence[str], parameters: Mapping[str, Any]) -> list[str]:
-    """Names of the saved modules: of the module that holds nothing else, where there is one; the last part, if it does."""
+    """Names of the saved modules: of the module above that holds nothing else, and its last part where that does."""
     heads = set()
     for name in saved:
         while "." in name:
@@ -422,7 +423,8 @@ def _adalora(low: Sequence[Layer], adapted: Adapted, modules: Mapping[str, Modul
         "init_r": rank, "target_r": config["target_rank"], "r": DEFAULTS["LORA"]["r"], "lora_alpha": alpha,
         "total_step": config["total_steps"], "tinit": config["warmup"], "tfinal": config["final"],
         "deltaT": config["interval"],
-        "rank_pattern": left if any(layer.rank < rank for layer in low) else None, "beta1": config["betas"][0], "beta2": config["betas"][1],
+        "rank_pattern": left if any(layer.rank < rank for layer in low) else None,
+        "beta1": config["betas"][0], "beta2": config["betas"][1],
         "orth_reg_weight": config["orthogonality"], "fan_in_fan_out": _fan_in(low, modules),
     }  # fmt: skip
 
@@ -481,7 +483,7 @@ def _taken_over(
       ValueError: for the fields that say something else.
     """
     whole = completed(given, "config=")
-    wrong = [
+    wrong: list[str] = [
         name for name in ("peft_type", "use_dora", "use_rslora", "bias", "lora_bias", "init_r", "target_r")
         if name in config and whole.get(name) != config[name]
     ]  # fmt: skip
