@@ -27,8 +27,8 @@ def model_of(name: str, **options: Any) -> tuple[nn.Module, tuple[jax.ShapeDtype
     """A model, and shapes of arguments to initialise it with: nothing is allocated, no tensors are read.
 
     Args:
-      name: of a published size, "llama-3.1-8b"; the path of a config.json, or of a folder with one; or the hub's name of
-        a repository, "owner/name", of which config.json alone is fetched.
+      name: of a published size, "llama-3.1-8b"; the path of a config.json, or of a folder with one; or the hub's name
+        of a repository, "owner/name", of which config.json alone is fetched.
       options: fields of the model's config.
 
     Raises:
