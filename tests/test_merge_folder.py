@@ -317,22 +317,29 @@ def change_adapter(base: Path, left: Path) -> list[Layer]:
 
 def change_base(base: Path, left: Path) -> list[Layer]:
     file = base / "model-00002-of-00002.safetensors"
-    save_file({key: x + 1 for key, x in load_file(file).items()}, file)
+    save_file({key: x + 1 for key, x in load_file(file).items()}, file, metadata={"format": "pt"})
     return ADAPTER
+
+
+def change_factors(base: Path, left: Path) -> list[Layer]:
+    tensors = ADAPTER[1].tensors
+    return [ADAPTER[0], ADAPTER[1]._replace(tensors={**tensors, "A": tensors["A"] + 1})]
 
 
 def spoil(base: Path, left: Path) -> list[Layer]:
     file = left / "model-00001-of-00002.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     return ADAPTER
 
 
 def spoil_state(base: Path, left: Path) -> list[Layer]:
     (left / "merging.json").write_text("{")
+    (left / "stray.safetensors").write_bytes(b"")
     return ADAPTER
 
 
-@pytest.mark.parametrize("change", [change_adapter, change_base, spoil, spoil_state])
+@pytest.mark.parametrize("change", [change_adapter, change_factors, change_base, spoil, spoil_state])
 def test_what_is_left_of_another_merge_is_not_used(base: Path, tmp_path: Path, change):
     with pytest.raises(Stop):
         merge(base, ADAPTER, tmp_path / "out", progress=stop_at("model.layers.1.q.weight"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ PRESETS: dict[str, Any] = {
     for name, config in package.PRESETS.items()
 }
 
+HUB = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)")  # owner/name
+
 
 def model_of(name: str, **options: Any) -> tuple[nn.Module, tuple[jax.ShapeDtypeStruct, ...]]:
     """A model, and shapes of arguments to initialise it with: nothing is allocated, no tensors are read.
 
     Args:
-      name: of a published size, "llama-3.1-8b"; the path of a config.json, or of a folder with one.
+      name: of a published size, "llama-3.1-8b"; the path of a config.json, or of a folder with one; or the hub's name
+        of a repository, "owner/name", of which config.json alone is fetched.
       options: fields of the model's config.
 
     Raises:
@@ -39,6 +43,8 @@ def model_of(name: str, **options: Any) -> tuple[nn.Module, tuple[jax.ShapeDtype
         config = PRESETS[name]
         (architecture,) = [a for a in ARCHITECTURES if type(config) is a.config and a.fits(config)]
         return _built(architecture, config, options)
+    if HUB.fullmatch(name) and not path.exists():
+        path = files.folder_of(name, wanted=(files.CONFIG,))
     file = path / files.CONFIG if path.is_dir() else path
     if not file.exists():
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
