@@ -12,10 +12,14 @@ import warnings
 from pathlib import Path
 
 import jlora
+import jlora.interop.formats
 import jlora.interop.loralib
+import jlora.interop.merge_folder
 
 PACKAGES = (jlora, jlora.methods, jlora.models, jlora.checkpoint)
-MODULES = (jlora.interop.loralib,)
+MODULES = (
+    jlora.peft, jlora.diffusers, jlora.kohya, jlora.interop.formats, jlora.interop.loralib, jlora.interop.merge_folder,
+)  # fmt: skip
 
 
 def public(package: types.ModuleType) -> list[str]:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import jlora
 from jlora import models
-from jlora.interop import loralib, tensor_file, torch_file, unpickle
+from jlora.interop import loralib, shards, tensor_file, torch_file, unpickle
 from jlora.interop.tensor_file import Header
 from jlora.models.tensors import leaf, linear
 from tests import hostile
@@ -138,6 +138,13 @@ def unet(load, layers: tuple[str, ...]):
     return lambda file: load(file, {"unet": params}, {"unet": rows})["unet"].factors
 
 
+def shard(file: Path) -> dict[str, np.ndarray]:
+    """A base's file, as `jlora merge` reads it."""
+    found = shards.open_shard(file)
+    with file.open("rb") as opened:
+        return {entry.key: shards.read(opened, entry) for entry in found.entries}
+
+
 def pickled_folder(folder: Path) -> Path:
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(CONFIG))
@@ -164,6 +171,7 @@ LOADERS = {
             written("pytorch_lora_weights.safetensors", DIFFUSERS, format="pt"),
             unet(jlora.diffusers.load, ("to_q", "to_out.0")),
         ),
+        Loader("shard of a checkpoint", written("model.safetensors", PEFT, format="pt"), shard),
         Loader("loralib", tiny, lambda file: loralib.load(file, *roberta(), pickled=True).factors),
     )
 }

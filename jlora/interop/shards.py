@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.interop import headers
 from jlora.models import reading
 
 FLOATS: dict[str, np.dtype] = {
@@ -156,10 +157,12 @@ def open_shard(file: Path) -> Shard:
             raise ValueError(f"{damaged}its header has {length} bytes, and the file {whole}")
         header = opened.read(length)
     try:
+        if not header.startswith(b"{"):
+            raise ValueError("does not begin with a brace")
         content = reading.parsed(header.decode())
     except ValueError as error:  # UnicodeDecodeError too
         raise ValueError(f"{damaged}its header {error}") from error
-    metadata = content.pop("__metadata__", None) or {}
+    metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError(f"{damaged}its metadata are no texts")
     try:
@@ -179,9 +182,13 @@ def open_shard(file: Path) -> Shard:
 
 
 def _entry(key: str, row: Mapping[str, Any], offset: int) -> Entry:
+    headers.check_name(key)
+    if set(row) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{key!r} has the fields {', '.join(map(str, row))!s:.80}")
     dtype, shape, (start, stop) = str(row["dtype"]), tuple(row["shape"]), row["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or len(shape) > 32:
         raise ValueError(f"{key!r} has shape {shape!r:.80} and offsets {start!r}, {stop!r}")
+    headers.elements(key, shape)
     size = stop - start
     if dtype not in BITS:
         raise ValueError(f"{key!r} is of the unknown dtype {dtype!r:.20}")
@@ -194,9 +201,11 @@ def read(opened: BufferedReader, entry: Entry, start: int = 0, stop: int | None 
     """A tensor of floats from its open file, or its rows from start to stop.
 
     Raises:
-      ValueError: if the file ends before it does.
+      ValueError: for a tensor of other numbers, and if the file ends before it does.
     """
     shape = entry.shape if stop is None else (stop - start, *entry.shape[1:])
+    if entry.dtype not in FLOATS:
+        raise ValueError(f"'{opened.name}' has {entry.key!r} as {entry.dtype}: expected {', '.join(FLOATS)}")
     dtype = FLOATS[entry.dtype]
     out = np.empty(shape, dtype)
     opened.seek(entry.start + start * math.prod(entry.shape[1:]) * dtype.itemsize)
