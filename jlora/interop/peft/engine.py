@@ -6,14 +6,16 @@ import numpy as np
 
 from jlora.adapted.adapted import Adapted
 from jlora.adapted.convert import to_lora
+from jlora.interop import natives
 from jlora.interop.layer import Layer
 from jlora.interop.names import Names
+from jlora.methods import Method
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's `max_lora_rank` may be
+PLAIN = ("lora", "rslora", "loraplus", "lora_fa", "eva")
 
 
 def prepared(adapted: Adapted, names: Names, error: float) -> Adapted:
-    """The adapter as plain LoRA, without anything beside its factors.
+    """The adapter as plain LoRA, without anything beside its factors; itself, if it is that.
 
     Raises:
       ValueError: for leaves that are trained as they are, which the engines leave out in silence; and for a method that
@@ -25,6 +27,8 @@ def prepared(adapted: Adapted, names: Names, error: float) -> Adapted:
             f"for_engine: {len(paths)} leaves are trained as they are, first {paths[0]!r}, and the engines would serve "
             "the base's: merge the adapter instead"
         )
+    if all(natives.inner_of(method).name in PLAIN and not _has_gain(method) for method, _ in adapted.method.parts):
+        return adapted
     try:
         return to_lora(adapted)
     except ValueError as wrong:
@@ -33,6 +37,12 @@ def prepared(adapted: Adapted, names: Names, error: float) -> Adapted:
                 f"for_engine: {wrong}. for_engine=0.02 takes the best product that is at most 2 % off; or merge it"
             ) from wrong
     return to_lora(adapted, energy=1 - error**2)
+
+
+def _has_gain(method: Method) -> bool:
+    return dict(method.config)["name"] == "dora" or any(
+        isinstance(inner, Method) and _has_gain(inner) for inner in dict(method.config).values()
+    )
 
 
 def uniform(layers: Sequence[Layer]) -> list[Layer]:

@@ -1,5 +1,6 @@
 """An adapter as a folder that Hugging Face PEFT reads."""
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from jlora.interop.peft import engine
 from jlora.interop.peft.config import CONFIG, DEFAULTS, PROMPTS, TENSORS, completed
 from jlora.interop.peft.patterns import targeted, value_for
 from jlora.interop.peft.read import EMBEDDINGS, PREFIX
+from jlora.methods import lora
 from jlora.methods.acts import SHARED
 from jlora.methods.adalora import SCALE_EPSILON
 from jlora.methods.prefix_tuning import KEY
@@ -110,6 +112,7 @@ def save(
         layers = _layers(adapted, known, tied)
         if for_engine:
             layers = engine.uniform(layers)
+            adapted = dataclasses.replace(adapted, method=lora(layers[0].rank))
         layers = _started(layers, modules)
         written = _config(layers, adapted, known, modules, config)
         norms = {layer.module for layer in layers if _is_norm(layer, modules)}
