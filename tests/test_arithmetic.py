@@ -349,6 +349,7 @@ MERGEABLE = {
     "corda": lambda: jlora.corda(2),
     "lora_xs": lambda: jlora.lora_xs(2),
     "vera": lambda: jlora.vera(4),
+    "tied": lambda: jlora.tied(jlora.lora(3, alpha=5.0), [("q", "k")]),
     "loha": lambda: jlora.loha(2),
     "lokr": lambda: jlora.lokr(1),
     "ia3": lambda: jlora.ia3(),

@@ -438,6 +438,7 @@ def test_every_field_has_a_check():
 OPTIONS = {
     "adalora": {"total_steps": 9}, "dora": {"inner": {"name": "lora", "rank": 2}}, "top_layers": {"count": 1}, "oft": {"block_size": 2},
     "together": {"*methods": [{"name": "oft", "block_size": 2}, [{"name": "ia3"}, ["mlp", "out"]]]},
+    "tied": {"inner": {"name": "lora", "rank": 2}, "groups": [["q", "k"]]},
     "ia3": {}, "full": {}, "bitfit": {}, "norms": {}, "p_tuning": {"length": 2}, "prefix_tuning": {"length": 2}, "prompt_tuning": {"length": 2},
 }  # fmt: skip
 

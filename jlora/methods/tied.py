@@ -34,10 +34,16 @@ def tied(inner: Method, groups: Sequence[Sequence[str]], names: Sequence[str] = 
       >>> jlora.tied(jlora.lora(4), [["query/kernel", "key/kernel"]]).name
       'tied'
     """
-    groups, names = tuple(tuple(map(str, group)) for group in groups), tuple(map(str, names))
+    if not isinstance(inner, Method):
+        raise ValueError(f"tied(inner): inner must be a method, such as jlora.lora(8), not {inner!r:.200}")
+    if not isinstance(groups, list | tuple) or not all(_are_texts(group) and len(group) > 1 for group in groups):
+        raise ValueError(f"tied: groups are of two paths or more, each of which is in one of them, not {groups!r:.200}")
+    if not _are_texts(names) or not names:
+        raise ValueError(f"tied: names are those of the shared factors, such as ('A',), not {names!r:.200}")
+    groups, names = tuple(map(tuple, groups)), tuple(names)
     paths = [path for group in groups for path in group]
-    if any(len(group) < 2 for group in groups) or len(set(paths)) != len(paths):
-        raise ValueError(f"tied: groups are of two paths or more, each of which is in one of them, not {groups!r:.300}")
+    if len(set(paths)) != len(paths) or not groups:
+        raise ValueError(f"tied: groups are of two paths or more, each of which is in one of them, not {groups!r:.200}")
     config: Config = (("name", "tied"), ("inner", inner), ("groups", groups), ("names", names))
     outer = inner.training
 
@@ -58,6 +64,10 @@ def tied(inner: Method, groups: Sequence[Sequence[str]], names: Sequence[str] = 
         return optax.chain(shared, tx if outer.wrap is None else outer.wrap(tx, targets))
 
     return inner._replace(config=config, training=Training(outer.sample, outer.regulariser, wrap))
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
 def _sum(copies: Sequence[Arrays], names: Sequence[str]) -> Arrays:

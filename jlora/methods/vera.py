@@ -31,7 +31,7 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1, stored: bool = False) 
         file that PEFT made.
 
     Raises:
-      ValueError: if `rank` < 1 or is no integer, `seed` is no integer from 0 to 2**63 - 1, or `start` is no finite
+      ValueError: if `rank` < 1 or is no integer, `stored` is no bool, `seed` is no integer from 0 to 2**63 - 1, or `start` is no finite
         number other than 0.
 
     Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454, eq. 2 and section 3.3.
@@ -42,7 +42,9 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1, stored: bool = False) 
         raise ValueError(f"seed must be below 2**63, not {seed}")
     if start == 0:
         raise ValueError("start must not be 0: b starts there, too, and neither d nor b would have a gradient")
-    config: Config = (("name", "vera"), ("rank", rank), ("seed", seed), ("start", start), ("stored", bool(stored)))
+    if not isinstance(stored, bool):
+        raise ValueError(f"stored must be True or False, not {stored!r:.200}")
+    config: Config = (("name", "vera"), ("rank", rank), ("seed", seed), ("start", start), ("stored", stored))
 
     def init(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
         stack = [n if i in target.stack_axes else 1 for i, n in enumerate(target.shape)]
