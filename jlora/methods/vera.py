@@ -31,8 +31,8 @@ def vera(rank: int, *, seed: int = 0, start: float = 0.1, stored: bool = False) 
         file that PEFT made.
 
     Raises:
-      ValueError: if `rank` < 1 or is no integer, `stored` is no bool, `seed` is no integer from 0 to 2**63 - 1, or `start` is no finite
-        number other than 0.
+      ValueError: if `rank` < 1 or is no integer, `seed` is no integer from 0 to 2**63 - 1, `start` is no finite number
+        other than 0, or `stored` is no bool.
 
     Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454, eq. 2 and section 3.3.
     """
