@@ -166,7 +166,7 @@ def test_mixed_ranks_without_alpha_have_scale_one_each():
         ('{"unet.lora_alpha": Infinity}', "lora_alpha is inf"),
         (
             '{"unet.alpha_pattern": {"(a+)+": 1}}',
-            "a pattern: '(a+)+' repeats what is repeated, and could take forever on some names",
+            "a pattern: '(a+)+' repeats or branches so often that it could take forever on some names",
         ),
     ],
 )

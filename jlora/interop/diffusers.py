@@ -21,7 +21,7 @@ from jlora.interop import assemble, modules, natives, pipeline, tensor_file
 from jlora.interop.assemble import Absent, Placed, Resolved, Role
 from jlora.interop.layer import Layer
 from jlora.interop.modules import COMPONENTS, Name, Shape, Shapes
-from jlora.interop.peft.patterns import check_expression
+from jlora.interop.peft.patterns import QUICK, check_effort, check_expression
 from jlora.interop.pipeline import File
 from jlora.models.tensors import Leaf
 
@@ -267,6 +267,7 @@ def _config(component: str, fields: Mapping[str, Any], origin: str) -> Config:
     ranks, alphas = (dict(fields.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
     for pattern in (*ranks, *alphas):
         check_expression(pattern, "a pattern")
+    check_effort([rf"(.*\.)?{pattern}" for pattern in (*ranks, *alphas)], ["x" * 100] * 1000, QUICK, "patterns")
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     for name, number in [("r", rank), ("lora_alpha", alpha), *ranks.items(), *alphas.items()]:
         if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):

@@ -47,8 +47,16 @@ class Form(NamedTuple):
 _OUT = {"out_in": 0, "in_out": 1, "table": 1}  # the axis of the outputs in a torch tensor
 
 
-def form_of(row: Leaf, shape: Shape) -> Form:
+def form_of(row: Leaf, shape: Shape, *, table: bool = False) -> Form:
     """How a parameter of this shape, without an axis of stacked layers, lies in the checkpoint.
+
+    A matrix without an order of axes is GPT-2's Conv1D, (in, out), if it is a `kernel` as Flax names it, and else kept
+    as torch keeps a Linear, (out, in).
+
+    Args:
+      row: of the table.
+      shape: of the parameter.
+      table: its rows are looked up; what is called `embedding` is a table in any case.
 
     Raises:
       ValueError: for a parameter that is no matrix, convolution or table.
@@ -58,8 +66,12 @@ def form_of(row: Leaf, shape: Shape) -> Form:
     (8, 8)
     """
     name = row.path.rpartition("/")[2]
-    layout: Layout = "out_in" if row.order else "table" if name == "embedding" else "in_out"
-    order = row.order or (0, 1)
+    layout: Layout = "out_in"
+    if table or (name == "embedding" and not row.order):
+        layout = "table"
+    elif not row.order and name == "kernel" and len(shape) == 2:
+        layout = "in_out"
+    order = row.order or tuple(range(len(shape)))
     if len(order) == len(shape):
         lengths = [0] * len(shape)
         for axis, origin in enumerate(order):

@@ -89,7 +89,7 @@ def delta(layer: Layer, shape: tuple[int, ...]) -> np.ndarray:
     """
     make = DELTAS[layer.kind]
     found = make({name: np.asarray(x, np.float32) for name, x in layer.tensors.items()}, shape)
-    if math.prod(found.shape) != math.prod(shape):
+    if math.prod(found.shape) != math.prod(shape) or (found.ndim == len(shape) == 2 and found.shape != tuple(shape)):
         raise ValueError(f"{layer.key!r} has shape {shape}, and the adapter's update {found.shape}")
     return np.asarray(found.reshape(shape) * np.float32(layer.scale), np.float32)
 

@@ -217,12 +217,12 @@ def nothing() -> Method:
 
 
 def layer_number(path: str) -> int:
-    """The number of the layer that a parameter belongs to; 0 where the path has none.
+    """The number of the layer that a parameter belongs to, as in "h_11/..." or "layers/11/..."; 0 where there is none.
 
     >>> layer_number("h_11/attn/key/kernel")
     11
     """
-    found = re.search(r"_(\d+)(/|$)", path)
+    found = re.search(r"(?:^|[_/])(\d+)(?=/|$)", path)
     return int(found[1]) if found else 0
 
 
@@ -438,6 +438,15 @@ def layer_of(
     """The layer of one torch tensor, or of the part of it that a parameter is."""
     name = inner_of(method).name
     scale = scale_of(method, target)
+    if name in ("lokr", "oft") and form.window:
+        raise ValueError(
+            f"{target.path!r}: {name} here folds a convolution's window in another order than torch's files: "
+            "convert it first, with jlora.to_lora"
+        )
+    if name == "adalora" and form.layout == "table":
+        raise ValueError(
+            f"{target.path!r}: torch files have no AdaLoRA of tables: convert it first, with jlora.to_lora"
+        )
     if form.layout == "stack":
         if set(arrays) != {"A", "B"}:
             raise ValueError(f"{target.path!r}: experts' matrices have plain LoRA in torch files, and no {method.name}")
@@ -474,6 +483,9 @@ def layer_of(
     if "magnitude" in arrays:
         m = _from_output(arrays["magnitude"], form)
         tensors["magnitude"] = m.reshape(1, -1, *[1] * form.window) if form.window else m
+    if "A0" in tensors and (kind not in INITIAL or form.window):
+        kind = "table" if form.layout == "table" else "lora"  # PEFT starts matrices alone from the weight
+        tensors = rank_doubled(tensors)
     whole = {key: np.asarray(x, order="C") for key, x in tensors.items()}
     return Layer(module, kind, whole, scale, parameter, declared=target.rank if kind == "lokr" else 0)
 

@@ -14,6 +14,7 @@ from jlora import tree
 from jlora.adapted.adapted import Adapted, check_activations, from_arrays
 from jlora.adapted.select import Extra
 from jlora.interop import natives
+from jlora.interop.fitting import misfit
 from jlora.interop.forms import Form, experts_form, form_of
 from jlora.interop.layer import Layer, merged
 from jlora.interop.natives import NATIVE, Native
@@ -147,8 +148,12 @@ def _target(
     if own[0].layer.kind == "experts":
         form = _of_experts(own[0].layer, row, shape)
     else:
-        form = form_of(row, shape[1:] if stacked else shape)
-    layers = [natives.plain(piece.layer, _outputs_first(form, row)) for piece in own]
+        form = form_of(row, shape[1:] if stacked else shape, table=own[0].layer.kind == "table")
+    whole = _outputs_first(form, row)
+    for piece in own:
+        if wrong := misfit(piece.layer, whole):
+            raise ValueError(wrong)
+    layers = [natives.plain(piece.layer, whole) for piece in own]
     native = _native(layers[0], kinds)
     parts = [native.arrays(natives.part_of(layer, row, form), form) for layer in layers]
     arrays = natives.of_layers(parts, native) if stacked else parts[0]
@@ -195,6 +200,14 @@ def _extra(path: str, own: Sequence[Piece], leaf: Any) -> tuple[Extra, dict[str,
     """A leaf that is trained as it is: its value after the adapter, or the rows that it replaces."""
     row, layer = own[0].row, own[0].layer
     base = np.asarray(jax.device_get(tree.dense(leaf)), np.float32)
+    start = base[0] if row.stacked else base
+    order = row.order or tuple(range(start.ndim))
+    whole = list(start.transpose(np.argsort(order)).shape) if len(order) == start.ndim else []
+    if row.part:
+        whole[row.part.axis] *= row.part.parts
+    for piece in own:
+        if wrong := misfit(piece.layer, tuple(whole)):
+            raise ValueError(wrong)
     if layer.kind == "rows":
         if row.stacked or row.part or row.order:
             raise ValueError(f"{path!r}: {layer.key!r} is trained in rows, which here are no rows of one table")
@@ -272,7 +285,7 @@ def layers_of(adapted: Adapted, rows: Iterable[Leaf]) -> list[Layer]:
         if experts:
             form = experts_form(row, site.shape, (row.order or (0, 1, 2))[site.in_axes[0]])
         else:
-            form = form_of(row, site.shape[1:] if row.stacked else site.shape)
+            form = form_of(row, site.shape[1:] if row.stacked else site.shape, table=site.kind == "embedding")
         for number, key in enumerate(row.keys):
             own = natives.of_layer(arrays, method, number) if row.stacked else arrays
             module, _, parameter = key.rpartition(".")

@@ -47,6 +47,12 @@ def _has_gain(method: Method) -> bool:
 
 def uniform(layers: Sequence[Layer]) -> list[Layer]:
     """All of the largest rank, padded with zeros, and of scale 1: the scale is in B."""
+    if not layers:
+        raise ValueError("for_engine: the adapter changes nothing: none of its products is other than zero")
+    if wrong := [layer.key for layer in layers if layer.kind not in ("lora", "table")]:
+        raise ValueError(
+            f"for_engine: {wrong[0]!r} is a stack of experts, of which the engines' files differ: merge it"
+        )
     rank = max(layer.rank for layer in layers)
     result = []
     for layer in layers:

@@ -17,9 +17,11 @@ from jlora import methods, tree
 from jlora.adapted.adapted import Adapted
 from jlora.adapted.apply import apply
 from jlora.interop import natives, onto
+from jlora.interop.forms import form_of
 from jlora.interop.layer import INITIAL, Layer
 from jlora.interop.names import Names, modules_of, names_of
 from jlora.interop.natives import NATIVE, Native
+from jlora.interop.peft.config import DEFAULTS
 from jlora.interop.peft.patterns import targeted
 from jlora.interop.peft.read import Folder, read
 from jlora.methods import Method
@@ -125,6 +127,11 @@ def _check_targets(found: Folder, names: Names, params: Any, strict: bool) -> No
     Raises:
       ValueError: if there is some, unless not strict.
     """
+    missing = _left_out(found, names, params)
+    if missing:
+        if strict:
+            raise ValueError(f"{missing[0]}. Pass strict=False to load what is there")
+        warnings.warn(f"'{found.path}': {missing[0]}", stacklevel=3)
     config = found.config
     keys = {key for row in names.rows for key in row.keys if names.written(key) != key}
     older = any(layer.key in keys for layer in found.layers)  # by the names of checkpoints, as before transformers 5
@@ -150,6 +157,37 @@ def _check_targets(found: Folder, names: Names, params: Any, strict: bool) -> No
         warnings.warn(f"'{found.path}': {text}", stacklevel=3)
 
 
+def _left_out(found: Folder, names: Names, params: Any) -> list[str]:
+    """What the config says of the adapter beside its targets, and the file does not have."""
+    config, kind = found.config, found.config["peft_type"]
+    kinds = {layer.kind for layer in found.layers}
+    whole = {layer.module for layer in found.layers if layer.kind == "full"}
+    missing = []
+    if config.get("use_dora") and not any("magnitude" in layer.tensors for layer in found.layers):
+        missing.append("the config says use_dora, and the file has no magnitudes")
+    if config.get("lora_bias") and "diff" not in kinds:
+        missing.append("the config says lora_bias, and the file has no biases")
+    if config.get("bias", "none") != "none" and not any(k.endswith(".bias") for k in (x.key for x in found.layers)):
+        missing.append(f"the config says bias={config['bias']!r}, and the file has no biases")
+    if (config.get("trainable_token_indices") or config.get("token_indices")) and "rows" not in kinds:
+        missing.append("the config names trained tokens, and the file has no rows")
+    for name in config.get("modules_to_save") or ():
+        saved = [module for module in modules_of(names, params) if module == name or module.endswith(f".{name}")]
+        inside = [module for module in saved if module not in whole]
+        if inside and not (names.tied and inside[0] in (names.tied.removesuffix(".weight"), "lm_head")):
+            missing.append(f"the config's modules_to_save name {inside[0]!r}, of which the file has nothing")
+    unknown = [
+        name
+        for name, value in config.items()
+        if name not in DEFAULTS[kind]
+        and name not in ("peft_type", "peft_version")
+        and value not in (None, False, {}, [])
+    ]
+    if unknown:
+        missing.append(f"the config has {unknown[0]}={config[unknown[0]]!r:.60}, which jlora does not know")
+    return missing
+
+
 def _with_saved(found: Folder, params: Any, layers: Sequence[Layer], names: Names) -> tuple[Any, list[Layer]]:
     """The base with the embeddings that lie beside the adapter: PEFT loads them into the base, too."""
     saved = {names.read(key) for key in found.saved}
@@ -172,6 +210,11 @@ def _from_the_base(layers: Sequence[Layer], params: Any, names: Names) -> list[L
         return list(layers)
     named, _ = tree.leaves(params)
     rows = [row for row in names.rows if set(row.keys) & wanted]
+    folded = [row.path for row in rows if named[row.path].ndim - row.stacked != len(row.order or (0, 1))]
+    if folded:
+        raise ValueError(
+            f"{folded[0]!r} has axes that torch's matrix has not: PiSSA and OLoRA of it are not computed again"
+        )
     host = {row.path: np.asarray(jax.device_get(tree.dense(named[row.path])), np.float32) for row in rows}
     tensors = to_tensors(rows, host)
     by_key = {key: row for row in rows for key in row.keys}
@@ -181,12 +224,13 @@ def _from_the_base(layers: Sequence[Layer], params: Any, names: Names) -> list[L
             row = by_key.get(layer.key)
             if row is None:
                 raise ValueError(f"{layer.key!r} is no tensor of the model")
-            if row.order is None and layer.kind == "olora":
+            in_out = form_of(row, host[row.path].shape[row.stacked :]).layout == "in_out"
+            if in_out and layer.kind == "olora":
                 raise ValueError(
                     f"{layer.key!r}: PEFT's OLoRA takes the wrong matrix out of GPT-2's Conv1D; save it there "
                     "with path_initial_model_for_weight_conversion"
                 )
-            weight = tensors[layer.key] if row.order else tensors[layer.key].T
+            weight = tensors[layer.key].T if in_out else tensors[layer.key]
             a, b = INITIAL[layer.kind](weight, layer)
             layer = layer._replace(tensors={**layer.tensors, "A0": a, "B0": b})
         result.append(layer)

@@ -3,14 +3,18 @@
 A config may come from a stranger. An expression that could be slow on some name is refused: Python's has no time limit.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlora.interop.names import Module
 
 LONGEST = 2000  # characters of an expression
-REPEATS = 6  # unbounded repetitions in one of its alternatives
+REPEATS = 6  # repetitions
+BRANCHES = 100_000  # ways through its alternatives
+QUICK = 10**8  # steps, about a second
+LONG = 10**10  # steps at the worst of a target_modules on a model that is not a stranger's
 HEADS = ("score", "classifier", "classification_head", "qa_outputs", "cls_score")
 
 
@@ -22,8 +26,11 @@ def check_expression(text: Any, where: str) -> str:
     """
     if not isinstance(text, str) or len(text) > LONGEST:
         raise ValueError(f"{where}: expected a regular expression of at most {LONGEST} characters, not {text!r:.100}")
-    if _is_slow(text):
-        raise ValueError(f"{where}: {text!r:.200} repeats what is repeated, and could take forever on some names")
+    found = effort(text)
+    if found is None or found.repeats > REPEATS or found.branches > BRANCHES:
+        raise ValueError(
+            f"{where}: {text!r:.200} repeats or branches so often that it could take forever on some names"
+        )
     try:
         re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
@@ -31,38 +38,69 @@ def check_expression(text: Any, where: str) -> str:
     return text
 
 
-def _is_slow(text: str) -> bool:
-    """Whether a group that is repeated holds a repetition or alternatives, or one branch has many repetitions."""
-    groups = [False]  # of the open groups: whether they hold a repetition or an alternative
-    repeats, i, closed = 0, 0, False
+class Effort(NamedTuple):
+    """How hard an expression can be to match, at the worst.
+
+    Attributes:
+      repeats: repetitions without a bound, in all branches together.
+      branches: product of the numbers of alternatives, 2 for what may be there or not.
+    """
+
+    repeats: int
+    branches: int
+
+    def steps(self, length: int) -> int:
+        """An estimate of the steps that a text of this length can take."""
+        return self.branches * max(length, 1) ** self.repeats // math.factorial(self.repeats) + length
+
+
+def effort(text: str) -> Effort | None:
+    """The effort of an expression; None where a group that is repeated repeats or branches, or refers to another."""
+    groups = [(False, 1)]  # of the open groups: whether they repeat or branch, and their alternatives
+    repeats, branches, i, closed = 0, 1, 0, False
     while i < len(text):
         c, after = text[i], False
         if c == "\\":
             if text[i + 1 : i + 2].isdigit() and text[i + 1] != "0":
-                return True
+                return None
             i += 2
             closed = False
             continue
         if c == "[":
             i = _end_of_set(text, i)
         elif c == "(":
-            groups.append(False)
+            groups.append((False, 1))
         elif c == ")" and len(groups) > 1:
-            inner = groups.pop()
-            groups[-1] |= inner
+            inner, alternatives = groups.pop()
+            branches *= alternatives
+            groups[-1] = (groups[-1][0] or inner, groups[-1][1])
             after, closed = True, inner
         elif c == "|":
-            groups[-1], repeats = True, 0 if len(groups) == 1 else repeats
+            groups[-1] = (True, groups[-1][1] + 1)
         elif c in "*+" or (c == "{" and re.match(r"\{\d*,?\d*\}", text[i:])):
             if closed:
-                return True
-            groups[-1], repeats = True, repeats + 1
-            if repeats > REPEATS:
-                return True
+                return None
+            groups[-1] = (True, groups[-1][1])
+            repeats += 1
+        elif c == "?" and text[i - 1 : i] not in ("(", "*", "+", "}", "?"):
+            groups[-1] = (True, groups[-1][1])
+            branches *= 2
         if not after:
             closed = False
         i += 1
-    return False
+    return Effort(repeats, branches * groups[0][1])
+
+
+def check_effort(expressions: Iterable[str], texts: Sequence[str], most: int, where: str) -> None:
+    """Raises ValueError if matching all the texts with all the expressions could take more than `most` steps."""
+    total = 0
+    for text in expressions:
+        found = effort(text)
+        if found is None:
+            raise ValueError(f"{where}: {text!r:.200} repeats what is repeated, and could take forever on some names")
+        total += sum(found.steps(len(name)) for name in texts)
+        if total > most:
+            raise ValueError(f"{where}: {text!r:.200} and the others could take forever on these names")
 
 
 def _end_of_set(text: str, i: int) -> int:
@@ -109,6 +147,7 @@ def targeted(config: Mapping[str, Any], modules: Mapping[str, Module]) -> list[s
         chosen = [name for name in own if not _is_head(name, config)]
     elif isinstance(targets, str):
         expression = check_expression(targets, "target_modules")
+        check_effort([expression], list(modules), LONG, "target_modules")
         chosen = [name for name in modules if re.fullmatch(expression, name)]
     else:
         absent = [target for target in targets if not any(ends_with(name, [target]) for name in modules)]

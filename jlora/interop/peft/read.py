@@ -13,7 +13,7 @@ import numpy as np
 from jlora.interop import tensor_file
 from jlora.interop.layer import Layer
 from jlora.interop.peft.config import CONFIG, PICKLE, PROMPTS, TENSORS, completed
-from jlora.interop.peft.patterns import ends_with, value_for
+from jlora.interop.peft.patterns import QUICK, check_effort, ends_with, value_for
 from jlora.models import files, place, reading
 
 PREFIX = "base_model.model."
@@ -39,7 +39,7 @@ class Folder:
     saved: tuple[str, ...] = ()
 
 
-def folder_of(name: str | os.PathLike[str], revision: str | None = None) -> Path:
+def folder_of(name: str | os.PathLike[str], revision: str | None = None, *, pickled: bool = False) -> Path:
     """The folder of an adapter: the one that is named, or the hub's snapshot, of which config and tensors are fetched.
 
     Raises:
@@ -52,7 +52,7 @@ def folder_of(name: str | os.PathLike[str], revision: str | None = None) -> Path
             hint = f"; its folders {', '.join(map(repr, near[:5]))} hold one" if near else ""
             raise FileNotFoundError(f"'{folder}' is no adapter of PEFT's: there is no {CONFIG} in it{hint}")
         return folder
-    return files.snapshot(name, revision, (CONFIG, TENSORS))
+    return files.snapshot(name, revision, (CONFIG, TENSORS, PICKLE) if pickled else (CONFIG, TENSORS))
 
 
 def read(
@@ -73,7 +73,7 @@ def read(
       ValueError: for what is no such file or damaged, a method or option that jlora has not, a tensor with a name that
         says nothing, or a layer of which a tensor is missing.
     """
-    folder = folder_of(name, revision)
+    folder = folder_of(name, revision, pickled=pickled)
     config = completed(tensor_file.read_config(folder / CONFIG), f"'{folder / CONFIG}'")
     file = folder / TENSORS
     if not reading.has(file):
@@ -107,6 +107,9 @@ def parsed(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], shapes:
         heads = [_whole(key, x, config)[0] for key, x in rest.items()]
         return Parsed(tuple(layer for layer in heads if layer is not None), prompt)
     groups, rest = _grouped(tensors)
+    for name in ("rank_pattern", "alpha_pattern"):
+        expressions = [f"(.*\\.)?{text}" for text in config.get(name) or {}]
+        check_effort(expressions, list(groups), QUICK, name)
     layers: list[Layer] = []
     for module, own in groups.items():
         layers += _adapted(module, own, config, rest, shapes)
@@ -326,7 +329,12 @@ def _ia3(
     module: str, own: dict[str, np.ndarray], config: Mapping[str, Any], rest: Any, shapes: Shapes | None
 ) -> list[Layer]:
     _need(module, own, "l")
-    if _is_feedforward(module, config):
+    x = own["l"]
+    if x.ndim == 2 and 1 in x.shape and x.size > 1:
+        inputs = x.shape[0] == 1
+    else:
+        inputs = is_feedforward(module, config.get("feedforward_modules"))
+    if inputs:
         return [Layer(module, "ia3", {"l": own["l"].reshape(1, -1, *own["l"].shape[2:])})]
     outputs = own["l"].reshape(-1, 1, *own["l"].shape[2:])
     return [
@@ -335,9 +343,9 @@ def _ia3(
     ]
 
 
-def _is_feedforward(module: str, config: Mapping[str, Any]) -> bool:
-    names = config.get("feedforward_modules") or ()
-    return bool(re.fullmatch(names, module)) if isinstance(names, str) else ends_with(module, names)
+def is_feedforward(module: str, names: Any) -> bool:
+    """Whether (IA)^3 scales a module's inputs: PEFT takes the end of its path, with no dot before it."""
+    return bool(re.fullmatch(names, module)) if isinstance(names, str) else module.endswith(tuple(names or ("?",)))
 
 
 def _vera(

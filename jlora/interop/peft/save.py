@@ -15,13 +15,13 @@ from flax import linen as nn
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted, check_adapted
-from jlora.interop import natives, onto, tensor_file
+from jlora.interop import natives, onto, pipeline, tensor_file
 from jlora.interop.layer import Layer
 from jlora.interop.names import Module, Names, modules_of, names_of
 from jlora.interop.peft import engine
 from jlora.interop.peft.config import CONFIG, DEFAULTS, PROMPTS, TENSORS, completed
 from jlora.interop.peft.patterns import targeted, value_for
-from jlora.interop.peft.read import EMBEDDINGS, PREFIX
+from jlora.interop.peft.read import EMBEDDINGS, PREFIX, is_feedforward
 from jlora.methods import lora
 from jlora.methods.acts import SHARED
 from jlora.methods.adalora import SCALE_EPSILON
@@ -116,7 +116,7 @@ def save(
         layers = _started(layers, modules)
         written = _config(layers, adapted, known, modules, config)
         norms = {layer.module for layer in layers if _is_norm(layer, modules)}
-        tensors = _tensors(layers, norms if written["peft_type"] == "LN_TUNING" else set())
+        tensors = _tensors(layers, norms if written["peft_type"] == "LN_TUNING" else set(), modules)
         if save_embedding_layers:
             tensors |= _embeddings(adapted, known, layers)
     if base is not None:
@@ -124,9 +124,12 @@ def save(
     place_of = place.folder_of(folder)
     if not force and any((place_of / name).exists() for name in (CONFIG, TENSORS)):
         raise FileExistsError(f"'{place_of}' holds an adapter; force=True replaces it")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"peft.save: dtype must be of floating-point numbers, not {dtype!r}")
     tensor_file.check_finite(place_of / TENSORS, tensors)
-    cast = {key: x if dtype is None else np.asarray(jnp.asarray(x).astype(dtype)) for key, x in tensors.items()}
+    cast = pipeline.cast(tensors, dtype)
     place_of.mkdir(parents=True, exist_ok=True)
+    (place_of / CONFIG).unlink(missing_ok=True)  # between the two there is no adapter, and not half of one
     tensor_file.write(place_of / TENSORS, cast, {"format": "pt"}, force=force)
     _write(place_of / CONFIG, written)
 
@@ -144,17 +147,24 @@ def _write(file: Path, config: Mapping[str, Any]) -> None:
 def _layers(adapted: Adapted, names: Names, tied: bool) -> list[Layer]:
     """The layers under the names that torch has for the modules, without what (IA)^3 does to biases by itself."""
     layers = onto.layers_of(adapted, names.rows)
-    scaled = {layer.module: layer for layer in layers if layer.kind == "ia3"}
+    scaled = {
+        f"{layer.module}.bias": layer for layer in layers if layer.kind == "ia3" and layer.tensors["l"].shape[0] > 1
+    }
+    trained = {layer.key: layer for layer in layers if layer.kind == "full" and layer.key in scaled}
+    known = {key for row in names.rows for key in row.keys}
+    for key, layer in scaled.items():
+        if key in known:
+            start = onto.base_tensor(adapted.base, key, names.rows)
+            value = trained[key].tensors["value"] if key in trained else start
+            if not np.array_equal(value, start * layer.tensors["l"].reshape(-1)):
+                raise ValueError(
+                    f"{layer.module!r} has a bias, which PEFT's (IA)^3 scales, too, and jlora's does not: merge it, or "
+                    "train it by LoRA"
+                )
     kept = []
     for layer in layers:
-        if layer.parameter == "bias" and layer.kind == "full" and layer.module in scaled:
-            own = scaled[layer.module].tensors["l"]
-            start = onto.base_tensor(adapted.base, layer.key, names.rows)
-            if own.shape[0] > 1 and np.array_equal(layer.tensors["value"], start * own.reshape(-1)):
-                continue
-            raise ValueError(
-                f"{layer.key!r} was trained beside (IA)^3, which in PEFT scales it: merge first, or train it by LoRA"
-            )
+        if layer.key in trained:
+            continue
         if layer.key == names.tied and (layer.kind == "full" or (layer.kind == "rows" and len(layers) == 1)):
             kept.append(layer._replace(module="lm_head"))
         elif layer.key == names.tied and layer.kind != "rows" and not tied:
@@ -173,10 +183,11 @@ def _started(layers: Sequence[Layer], modules: Mapping[str, Module]) -> list[Lay
     return list(map(natives.without_initial, layers)) if len(kinds) > 1 or wrong else list(layers)
 
 
-def _tensors(layers: Sequence[Layer], norms: set[str]) -> dict[str, np.ndarray]:
+def _tensors(layers: Sequence[Layer], norms: set[str], modules: Mapping[str, Module]) -> dict[str, np.ndarray]:
     """PEFT's tensors of the layers; `norms` are the modules that LN tuning trains."""
     tensors: dict[str, np.ndarray] = {}
     adapted = {layer.module for layer in layers if layer.kind not in onto.AS_THEY_ARE}
+    windows = {name for name, module in modules.items() if module.kind == "conv"}
     beyond = Counter(layer.module for layer in layers if layer.kind == "experts")
     for layer in layers:
         start = f"{PREFIX}{layer.module}"
@@ -194,13 +205,13 @@ def _tensors(layers: Sequence[Layer], norms: set[str]) -> dict[str, np.ndarray]:
                 start += ".base_layer" * beyond[layer.module]
             for name, end in _NAMES[layer.kind].items():
                 if name in t:
-                    tensors[f"{start}.{end}"] = _as_peft(layer, name, t[name])
+                    tensors[f"{start}.{end}"] = _as_peft(layer, t[name], convolution=layer.module in windows)
     return tensors | _projections(layers)
 
 
-def _as_peft(layer: Layer, name: str, x: np.ndarray) -> np.ndarray:
-    if layer.kind == "ia3" and x.ndim > 2:  # PEFT keeps those of a convolution on its second axis
-        return x.reshape(1, -1, *x.shape[2:])
+def _as_peft(layer: Layer, x: np.ndarray, *, convolution: bool) -> np.ndarray:
+    if layer.kind == "ia3" and convolution:  # PEFT keeps those of a convolution on its second axis
+        return x.reshape(1, -1, 1, 1)
     return x
 
 
@@ -271,6 +282,7 @@ def _config(
     if experts:
         config["target_parameters"] = experts
     own = sorted({layer.module for layer in low if layer.kind != "experts"})
+    _check_kinds(kind, own, modules)
     config |= _trained_as_they_are(layers, own, names, kind)
     config["task_type"] = _task(names, config)
     config["target_modules"] = _suffixes(own, modules, config) if own else None
@@ -452,9 +464,12 @@ def _vera(low: Sequence[Layer], adapted: Adapted, modules: Mapping[str, Module])
 
 
 def _ia3(low: Sequence[Layer], adapted: Adapted, modules: Mapping[str, Module]) -> dict[str, Any]:
-    inputs = sorted({layer.module for layer in low if layer.tensors["l"].shape[0] == 1})
+    inputs = {layer.module for layer in low if layer.tensors["l"].shape[0] == 1}
+    last = sorted({name.rpartition(".")[2] for name in inputs})
+    if {name for name in modules if is_feedforward(name, last)} != inputs:
+        last = sorted(inputs)
     return {
-        "feedforward_modules": _suffixes(inputs, modules, {}) if inputs else [],
+        "feedforward_modules": last,
         "fan_in_fan_out": _fan_in(low, modules),
     }
 
@@ -477,6 +492,22 @@ _METHODS: dict[str, Any] = {
 }  # fmt: skip
 
 
+_ALLOWED = {  # kinds of modules that PEFT 0.21's methods adapt; those of others it leaves out, or fails
+    "ADALORA": ("linear", "conv1d"), "LOHA": ("linear", "conv"), "LOKR": ("linear", "conv"),
+    "VERA": ("linear", "conv1d"), "IA3": ("linear", "conv1d", "conv"), "OFT": ("linear",),
+    "LORA": ("linear", "conv1d", "conv", "embedding"),
+}  # fmt: skip
+
+
+def _check_kinds(kind: str, own: Sequence[str], modules: Mapping[str, Module]) -> None:
+    wrong = [name for name in own if name in modules and modules[name].kind not in _ALLOWED[kind]]
+    if wrong:
+        raise ValueError(
+            f"PEFT has no {kind} of {modules[wrong[0]].kind} layers, and {len(wrong)} are adapted, first {wrong[0]!r}: "
+            "convert it first, with jlora.to_lora"
+        )
+
+
 def _taken_over(
     config: dict[str, Any], given: Mapping[str, Any], layers: Sequence[Layer], modules: Mapping[str, Module]
 ) -> dict[str, Any]:
@@ -486,22 +517,63 @@ def _taken_over(
       ValueError: for the fields that say something else.
     """
     whole = completed(given, "config=")
-    wrong: list[str] = [
-        name for name in ("peft_type", "use_dora", "use_rslora", "bias", "lora_bias", "init_r", "target_r")
-        if name in config and whole.get(name) != config[name]
-    ]  # fmt: skip
-    if whole.get("target_modules") and sorted(targeted(whole, modules)) != sorted(targeted(config, modules)):
-        wrong.append("target_modules")
+    wrong = [name for name, value in config.items() if name not in _FREE and not _says(name, value, whole, modules)]
+    if config["peft_type"] == "ADALORA" and whole["lora_alpha"] != config["lora_alpha"]:
+        wrong.append("lora_alpha")
     for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"), ("alpha", "alpha_pattern")):
         if name not in config or pattern not in config or config["peft_type"] == "ADALORA":
             continue
         for layer in layers:
-            mine, theirs = (value_for(c.get(pattern) or {}, layer.module, c[name]) for c in (config, whole))
+            path = layer.key if layer.kind == "experts" else layer.module
+            mine, theirs = (value_for(c.get(pattern) or {}, path, c.get(name)) for c in (config, whole))
             if layer.kind not in onto.AS_THEY_ARE and mine != theirs:
-                wrong.append(f"{name} of {layer.module!r}")
+                wrong.append(f"{name} of {path!r}")
     if wrong:
         raise ValueError(f"config= says otherwise than the adapter in {', '.join(wrong[:5])}")
     return whole
+
+
+# Fields that a config may have otherwise: what does not decide the function, and what is compared by what it means.
+_FREE = (
+    "auto_mapping", "base_model_name_or_path", "decompose_both", "decompose_factor", "deltaT", "beta1", "beta2",
+    "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights", "init_ia3_weights",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "megatron_core", "module_dropout",
+    "orth_reg_weight", "peft_version", "projection_prng_key", "qalora_group_size", "rank_dropout",
+    "rank_dropout_scale", "revision", "target_r", "task_type", "tfinal", "tinit", "total_step", "vera_dropout", "eps",
+    "d_initial", "use_effective_conv2d", "corda_config", "eva_config", "lora_ga_config", "megatron_config",
+    "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
+
+
+def _says(name: str, value: Any, given: Mapping[str, Any], modules: Mapping[str, Module]) -> bool:
+    """Whether a given config means the same by a field."""
+    theirs = given.get(name)
+    if name == "target_modules":
+        if value is None or given.get("target_parameters"):
+            return True
+        mine = {"target_modules": value, "modules_to_save": given.get("modules_to_save")}
+        return sorted(targeted(given, modules)) == sorted(targeted(mine, modules))
+    if name == "modules_to_save":
+        trained = lambda names: {m for m in modules for end in _and_above(m) if end.endswith(tuple(names or ("?",)))}
+        return trained(value) == trained(theirs)
+    if name == "feedforward_modules":
+        named = lambda names: {m for m in modules if is_feedforward(m, names)}
+        return named(value) == named(theirs)
+    if name == "init_lora_weights":
+        started = ("pissa", "olora")
+        return value == theirs if value in started or theirs in started else True
+    if name == "trainable_token_indices":
+        return _indices(value) == _indices(theirs)
+    if name == "target_parameters":
+        ends = lambda names: {text.rpartition(".")[2] for text in names or ()}
+        return not value or ends(value) == ends(theirs)
+    if name == "oft_block_size" or (name == "num_cayley_neumann_terms" and not given.get("use_cayley_neumann")):
+        return name != "oft_block_size" or theirs == value or theirs == 0
+    return bool(value == theirs)
+
+
+def _indices(value: Any) -> list[list[int]]:
+    return sorted(value.values()) if isinstance(value, dict) else [value] if value else []
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
