@@ -211,6 +211,27 @@ def test_merge_of_one_of_a_pipeline(jlora, kohya: Path, pipeline: Path, tmp_path
     )
 
 
+def test_merge_of_a_trained_head_into_a_tied_base(jlora, parsed, tmp_path: Path):
+    base = GOLDEN / "models" / "llama3_causal_lm"
+    assert json.loads((base / "config.json").read_text())["tie_word_embeddings"] is True
+    a = tmp_path / "a"
+    shutil.copytree(PEFT / "head_tied", a)
+    config = json.loads((a / "adapter_config.json").read_text())
+    changed = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    (a / "adapter_config.json").write_text(json.dumps(config | changed))
+    tensors = {k: x for k, x in load_file(a / "adapter_model.safetensors").items() if "q_proj" in k}
+    head = 1 + load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    save_file(tensors | {"base_model.model.lm_head.weight": head}, a / "adapter_model.safetensors")
+    said = jlora("merge", base, a, tmp_path / "out", "--tied", status=2)
+    assert "leave --tied (tied=True) out, and the head becomes a tensor of its own" in said
+    said = jlora("merge", base, a, tmp_path / "out")
+    assert "'lm_head.weight' is a tensor of its own: config.json gets tie_word_embeddings=false\n" in said
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], head)
+    notes = parsed("merge", base, a, tmp_path / "out", "--dry-run", "--force")["notes"]
+    assert notes == ["'lm_head.weight' is a tensor of its own: config.json gets tie_word_embeddings=false"]
+
+
 def test_merge_says_what_rounding_takes(jlora, tmp_path: Path):
     save_file({"q.weight": np.ones((4, 4), np.float16), "q.bias": np.ones(4, np.float16), "k.weight": np.ones((8, 4), np.float16), "k.bias": np.ones(8, np.float16)}, _made(tmp_path / "base") / "model.safetensors")  # fmt: skip
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}

@@ -27,7 +27,12 @@ def merge(
         str | None, typer.Option("--component", help="Of a pipeline's adapter: unet, text_encoder or text_encoder_2.")
     ] = None,
     tied: Annotated[
-        bool, typer.Option("--tied", help="Merge the head's layer into the embedding, where they are one tensor.")
+        bool,
+        typer.Option(
+            "--tied",
+            help="Merge the head's factors into the embedding, where they are one tensor. Without it a head that "
+            "was trained whole becomes a tensor of its own, and config.json gets tie_word_embeddings=false.",
+        ),
     ] = False,
     pickled: Pickled = False,
     every: Annotated[bool, typer.Option("--all", help="A row for each tensor.")] = False,
