@@ -386,6 +386,69 @@ def test_card(jlora, parsed, tmp_path: Path):
     )
 
 
+def named(folder: Path, **fields: object) -> Path:
+    """LORA with other fields in its config."""
+    shutil.copytree(LORA, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+EVIL = [
+    "a/b\nlicense: mit", 'a/b"); import os; os.system("x', "a/b'", "a/b](https://evil)", "a/b\\", "a/b/c", "a/b\n", "/b", "a b",
+    "a/b`", "\u00e4/b", "a/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", EVIL)
+def test_a_name_cannot_leave_its_place_in_a_card(jlora, tmp_path: Path, base: str):
+    a = named(tmp_path / "a", base_model_name_or_path=base)
+    said = jlora("card", a, status=2)
+    if base.startswith("/"):
+        assert "names its base by the folder" in said
+    else:
+        shown = " ".join(repr(base).split())
+        assert said == f"jlora card: the base of '{a}', {shown}, is no name on the hub: pass --base-model owner/name"
+        assert "jlora card: --base-model, " in jlora("card", LORA, "--base-model", base, "--dry-run", status=2)
+    assert not (a / "README.md").exists()
+    jlora("card", a, "--base-model", "me/mine")
+
+
+def test_a_method_and_a_license_cannot_leave_theirs(jlora, parsed, tmp_path: Path):
+    said = jlora("card", named(tmp_path / "a", init_lora_weights="x\n## [free](https://evil)"), status=2)
+    assert "calls its method" in said and said.endswith("which is no name")
+    yaml = pytest.importorskip("yaml")
+    text = parsed("card", LORA, "--license", 'x"\n---\n<b>', "--language", "de\nbase_model: c/d", "--dry-run")["card"]
+    front = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
+    assert front["license"] == 'x"\n---\n<b>' and front["language"] == ["de\nbase_model: c/d"]
+    assert front["base_model"] == "tiny/gpt2_causal_lm"
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("CAUSAL_LM", "AutoModelForCausalLM"), ("SEQ_CLS", "AutoModelForSequenceClassification"), ("TOKEN_CLS", "AutoModelForTokenClassification"),
+        ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"), ("QUESTION_ANS", "AutoModelForQuestionAnswering"), ("FEATURE_EXTRACTION", "AutoModel"),
+        (None, "AutoModel"), ("?", "AutoModel"),
+    ],
+)  # fmt: skip
+def test_the_class_in_a_card(parsed, tmp_path: Path, task: str | None, name: str):
+    text = parsed("card", named(tmp_path / "a", task_type=task), "--dry-run")["card"]
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert (
+        f"from transformers import {name}\n" in code
+        and f"base = {name}.from_pretrained('tiny/gpt2_causal_lm')\n" in code
+    )
+
+
+def test_the_classes_of_a_classifier_in_a_card(parsed):
+    text = parsed("card", PEFT / "sequence_classification_gpt2", "--base-model", "a/b", "--dry-run")["card"]
+    tensors = load_file(PEFT / "sequence_classification_gpt2" / "adapter_model.safetensors")
+    (count,) = {x.shape[0] for key, x in tensors.items() if key.endswith("score.weight")}
+    assert f"AutoModelForSequenceClassification.from_pretrained('a/b', num_labels={count})" in text
+
+
 # -- the hub -----------------------------------------------------------------------------------------------------------
 
 
