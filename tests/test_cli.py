@@ -201,14 +201,36 @@ def test_merge(jlora, parsed, tmp_path: Path):
     assert text.splitlines()[-1] == f"merged 2 of 28 tensors into {tmp_path / 'text'} (1 file, 32.5 kB)"
 
 
-def test_merge_of_one_of_a_pipeline(jlora, kohya: Path, pipeline: Path, tmp_path: Path):
-    jlora("merge", pipeline / "unet", kohya, tmp_path / "unet")
+def test_merge_of_one_of_a_pipeline(parsed, kohya: Path, pipeline: Path, tmp_path: Path):
+    report = parsed("merge", pipeline / "unet", kohya, tmp_path / "unet", "--component", "unet")
+    assert report["left_out"] == 3 and len(report["merged"]) == 1
     start, merged = (load_file(folder / "model.safetensors") for folder in (pipeline / "unet", tmp_path / "unet"))
     changed = [key for key in start if not np.array_equal(start[key], merged[key])]
     assert changed == ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
     np.testing.assert_allclose(
         merged[changed[0]] - start[changed[0]], 0.5 * normal((8, 2), 2) @ normal((2, 8), 1), atol=1e-6
     )
+
+
+def test_merge_of_a_trained_head_into_a_tied_base(jlora, parsed, tmp_path: Path):
+    base = GOLDEN / "models" / "llama3_causal_lm"
+    assert json.loads((base / "config.json").read_text())["tie_word_embeddings"] is True
+    a = tmp_path / "a"
+    shutil.copytree(PEFT / "head_tied", a)
+    config = json.loads((a / "adapter_config.json").read_text())
+    changed = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    (a / "adapter_config.json").write_text(json.dumps(config | changed))
+    tensors = {k: x for k, x in load_file(a / "adapter_model.safetensors").items() if "q_proj" in k}
+    head = 1 + load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    save_file(tensors | {"base_model.model.lm_head.weight": head}, a / "adapter_model.safetensors")
+    said = jlora("merge", base, a, tmp_path / "out", "--tied", status=2)
+    assert "leave --tied (tied=True) out, and the head becomes a tensor of its own" in said
+    said = jlora("merge", base, a, tmp_path / "out")
+    assert "'lm_head.weight' is a tensor of its own: config.json gets tie_word_embeddings=false\n" in said
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], head)
+    notes = parsed("merge", base, a, tmp_path / "out", "--dry-run", "--force")["notes"]
+    assert notes == ["'lm_head.weight' is a tensor of its own: config.json gets tie_word_embeddings=false"]
 
 
 def test_merge_says_what_rounding_takes(jlora, tmp_path: Path):
@@ -256,7 +278,7 @@ def test_convert_between_files_of_pipelines(jlora, parsed, kohya: Path, pipeline
     jlora("convert", tmp_path / "d.safetensors", tmp_path / "k.safetensors", "--to", "kohya", "--base", pipeline)
     start, back = load_file(kohya), load_file(tmp_path / "k.safetensors")
     assert start.keys() == back.keys() and all(np.array_equal(start[key], back[key]) for key in start)
-    jlora("convert", kohya, tmp_path / "peft", "--to", "peft", "--base", pipeline / "unet")
+    jlora("convert", kohya, tmp_path / "peft", "--to", "peft", "--base", pipeline / "unet", "--component", "unet")
     assert parsed("inspect", tmp_path / "peft")["modules"][0]["module"] == Q.replace("_", ".", 0).replace(
         Q, "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     )
@@ -264,6 +286,50 @@ def test_convert_between_files_of_pipelines(jlora, parsed, kohya: Path, pipeline
     unet = {key: x for key, x in start.items() if "unet" in key}
     again = load_file(tmp_path / "again.safetensors")
     assert again.keys() == unet.keys() and all(np.array_equal(unet[key], again[key]) for key in unet)
+
+
+@pytest.fixture
+def commands(kohya: Path, pipeline: Path, tmp_path: Path) -> dict[str, tuple]:
+    """Commands of a file of two models, and the folder of one of them."""
+    out, unet = tmp_path / "out", pipeline / "unet"
+    return {
+        "merge": ("merge", unet, kohya, out), "verify": ("verify", kohya, unet), "inspect": ("inspect", kohya, "--base", unet),
+        "combine": ("combine", out, kohya, kohya, "--base", unet),
+        **{to: ("convert", kohya, out, "--to", to, "--base", unet) for to in ("peft", "jlora")},
+        "diffusers": ("convert", kohya, tmp_path / "x.safetensors", "--to", "diffusers", "--base", unet),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["merge", "verify", "inspect", "combine", "peft", "jlora", "diffusers"])
+def test_what_a_file_holds_of_other_models_is_not_left_out_in_silence(
+    jlora, parsed, commands: dict[str, tuple], name: str, kohya: Path, pipeline: Path, tmp_path: Path
+):
+    command, before = commands[name], hashes(tmp_path)
+    said = jlora(*command, status=2)
+    assert said.endswith(
+        f"'{pipeline / 'unet'}' holds the unet alone, and 3 tensors of '{kohya}' are of other models: name the pipeline's "
+        "folder, or leave them out by --component unet (component='unet')"
+    )
+    assert "has no text_encoder_2, but unet" in jlora(*command, "--component", "text_encoder_2", status=2)
+    assert hashes(tmp_path) == before
+    if name == "jlora":
+        return  # which has no UNet among its models
+    report = parsed(*command, "--component", "unet")
+    assert report["left_out"] == (6 if name == "combine" else 3) and report.get("layers", 1) == 1
+    if name in ("merge", "combine", "peft", "diffusers", "verify"):
+        more = () if name == "verify" else ("--force",)
+        text = jlora(*command, "--component", "unet", *more)
+        assert (
+            f"{report['left_out']} tensors of the file are of other models than --component, and are left out" in text
+        )
+
+
+def test_one_component_of_a_whole_pipeline(parsed, kohya: Path, pipeline: Path, tmp_path: Path):
+    """It wrote both, and counted both where it wrote one."""
+    command = ("convert", kohya, tmp_path / "x.safetensors", "--to", "diffusers", "--base", pipeline)
+    assert (report := parsed(*command, "--component", "unet"))["layers"] == 1 and report["left_out"] == 3
+    assert all(key.startswith("unet.") for key in load_file(tmp_path / "x.safetensors"))
+    assert (report := parsed(*command, "--force"))["layers"] == 2 and report["left_out"] == 0
 
 
 def delta(folder: Path, tmp_path: Path, jlora, base: Path = GPT2) -> dict[str, np.ndarray]:
@@ -363,6 +429,69 @@ def test_card(jlora, parsed, tmp_path: Path):
         jlora(*args, status=2)
         == f"jlora card: '{tmp_path / 'mine' / 'README.md'}' is there: name another one, or pass --force to replace it"
     )
+
+
+def named(folder: Path, **fields: object) -> Path:
+    """LORA with other fields in its config."""
+    shutil.copytree(LORA, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+EVIL = [
+    "a/b\nlicense: mit", 'a/b"); import os; os.system("x', "a/b'", "a/b](https://evil)", "a/b\\", "a/b/c", "a/b\n", "/b", "a b",
+    "a/b`", "\u00e4/b", "a/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", EVIL)
+def test_a_name_cannot_leave_its_place_in_a_card(jlora, tmp_path: Path, base: str):
+    a = named(tmp_path / "a", base_model_name_or_path=base)
+    said = jlora("card", a, status=2)
+    if base.startswith("/"):
+        assert "names its base by the folder" in said
+    else:
+        shown = " ".join(repr(base).split())
+        assert said == f"jlora card: the base of '{a}', {shown}, is no name on the hub: pass --base-model owner/name"
+        assert "jlora card: --base-model, " in jlora("card", LORA, "--base-model", base, "--dry-run", status=2)
+    assert not (a / "README.md").exists()
+    jlora("card", a, "--base-model", "me/mine")
+
+
+def test_a_method_and_a_license_cannot_leave_theirs(jlora, parsed, tmp_path: Path):
+    said = jlora("card", named(tmp_path / "a", init_lora_weights="x\n## [free](https://evil)"), status=2)
+    assert "calls its method" in said and said.endswith("which is no name")
+    yaml = pytest.importorskip("yaml")
+    text = parsed("card", LORA, "--license", 'x"\n---\n<b>', "--language", "de\nbase_model: c/d", "--dry-run")["card"]
+    front = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
+    assert front["license"] == 'x"\n---\n<b>' and front["language"] == ["de\nbase_model: c/d"]
+    assert front["base_model"] == "tiny/gpt2_causal_lm"
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("CAUSAL_LM", "AutoModelForCausalLM"), ("SEQ_CLS", "AutoModelForSequenceClassification"), ("TOKEN_CLS", "AutoModelForTokenClassification"),
+        ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"), ("QUESTION_ANS", "AutoModelForQuestionAnswering"), ("FEATURE_EXTRACTION", "AutoModel"),
+        (None, "AutoModel"), ("?", "AutoModel"),
+    ],
+)  # fmt: skip
+def test_the_class_in_a_card(parsed, tmp_path: Path, task: str | None, name: str):
+    text = parsed("card", named(tmp_path / "a", task_type=task), "--dry-run")["card"]
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert (
+        f"from transformers import {name}\n" in code
+        and f"base = {name}.from_pretrained('tiny/gpt2_causal_lm')\n" in code
+    )
+
+
+def test_the_classes_of_a_classifier_in_a_card(parsed):
+    text = parsed("card", PEFT / "sequence_classification_gpt2", "--base-model", "a/b", "--dry-run")["card"]
+    tensors = load_file(PEFT / "sequence_classification_gpt2" / "adapter_model.safetensors")
+    (count,) = {x.shape[0] for key, x in tensors.items() if key.endswith("score.weight")}
+    assert f"AutoModelForSequenceClassification.from_pretrained('a/b', num_labels={count})" in text
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
@@ -597,6 +726,91 @@ def test_bad_options(jlora, tmp_path: Path, kohya: Path, pipeline: Path):
         == f"jlora card: '{PEFT / 'conv'}' does not say what its base is: pass --base-model owner/name"
     )
     assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--targets", "--ignore"])
+@pytest.mark.parametrize("pattern", ["(", "*", "[", r"(?P<x"])
+def test_a_pattern_that_is_none(jlora, tmp_path: Path, option: str, pattern: str):
+    said = jlora("extract", GPT2, GPT2, tmp_path / "out", "--rank", "2", option, pattern, status=2)
+    assert said.startswith(f"jlora extract: {option}={pattern!r} is no regular expression: ")
+
+
+def test_a_sum_that_is_zero(jlora, tmp_path: Path):
+    for more in ((), ("--dry-run",)):
+        assert jlora("combine", tmp_path / "out", LORA, LORA, "--weights", "1,-1", *more, status=2) == (
+            "jlora combine: the sum is zero: these adapters and --weights leave nothing to write"
+        )
+
+
+def test_where_a_format_is_written(jlora, kohya: Path, pipeline: Path, tmp_path: Path):
+    """By --to, and not by the name: a folder of a file's name, or a file of a folder's, is a mistake."""
+    for to in ("kohya", "diffusers"):
+        for name in ("out", "out.bin", "v1.5"):
+            assert jlora("convert", kohya, tmp_path / name, "--to", to, "--base", pipeline, status=2) == (
+                f"jlora convert: '{tmp_path / name}': --to {to} writes one file, name it *.safetensors"
+            )
+    for to in ("peft", "jlora"):
+        assert jlora("convert", kohya, tmp_path / "x.safetensors", "--to", to, "--base", pipeline, status=2) == (
+            f"jlora convert: '{tmp_path / 'x.safetensors'}': --to {to} writes a folder, name it without .safetensors"
+        )
+    (tmp_path / "folder.safetensors").mkdir()
+    to_folder = ("convert", kohya, tmp_path / "folder.safetensors", "--to", "diffusers", "--base", pipeline, "--force")
+    assert "writes one file" in jlora(*to_folder, status=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"style.safetensors", "folder.safetensors"}
+    out = tmp_path / "v1.5"
+    jlora("convert", kohya, out, "--to", "peft", "--base", pipeline / "unet", "--component", "unet")
+    assert (out / "adapter_config.json").exists()
+
+
+def test_the_dtype_of_jloras_own(jlora, tmp_path: Path):
+    command = ("convert", PEFT / "lora_llama", tmp_path / "out", "--to", "jlora", "--base", LLAMA, "--dtype")
+    for dtype in ("bfloat16", "float16"):
+        assert jlora(*command, dtype, status=2) == (
+            f"jlora convert: --dtype {dtype}: jlora's adapters are float32; leave --dtype out"
+        )
+    assert not (tmp_path / "out").exists()
+    jlora(*command, "float32")
+
+
+def test_a_dry_run_says_what_cannot_be_written(jlora, tmp_path: Path):
+    start = {
+        "h.q.weight": np.eye(6, 8, dtype=np.float32),
+        "h.q.bias": np.ones(6, np.float32),
+        "h.gamma": np.ones(8, np.float32),
+    }
+    save_file(start, _made(tmp_path / "base") / "model.safetensors")
+    tuned = start | {"h.q.weight": start["h.q.weight"] + 1, "h.gamma": start["h.gamma"] + 1}
+    save_file(tuned, _made(tmp_path / "tuned") / "model.safetensors")
+    command = ("extract", tmp_path / "base", tmp_path / "tuned", tmp_path / "out", "--rank", "2")
+    said = jlora(*command, status=2)
+    assert "PEFT's config cannot name 1 leaves" in said and jlora(*command, "--dry-run", status=2) == said
+
+
+@pytest.mark.parametrize("name", ["combine", "extract", "convert to a file", "convert to a folder", "convert to PEFT"])
+def test_a_dry_run_runs_the_writing(
+    jlora, name: str, kohya: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(*arguments, **options):
+        raise ValueError("no form for this")
+
+    command = {
+        **writing(tmp_path, kohya, pipeline),
+        "convert to a file": ("convert", kohya, tmp_path / "x.safetensors", "--to", "diffusers", "--base", pipeline),
+        "convert to PEFT": (
+            "convert", kohya, tmp_path / "out", "--to", "peft", "--base", pipeline / "unet", "--component", "unet",
+        ),
+    }[name]  # fmt: skip
+    jlora("merge", GPT2, LORA, tmp_path / "tuned")
+    monkeypatch.setattr("jlora.interop.peft.save", refused)
+    monkeypatch.setattr("jlora.interop.diffusers.write", refused)
+    monkeypatch.setattr("jlora.cli.convert.save_jlora", refused)
+    before = hashes(tmp_path)
+    assert jlora(*command, "--dry-run", status=2).endswith(": no form for this")
+    assert hashes(tmp_path) == before
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "inner").mkdir()
+    if name in ("combine", "extract"):
+        assert "is a file or holds folders" in jlora(*command, "--dry-run", "--force", status=2)
 
 
 @pytest.mark.parametrize("name", ["merge", "convert", "convert to a folder", "combine"])

@@ -859,3 +859,11 @@ def test_a_real_file_is_loaded_onto_parameters():
     tensors = load_file(REAL / "cloneofsimo_lora_disney.safetensors")
     numbers = sum(x.size for key, x in tensors.items() if not key.startswith("<"))
     assert sum(jlora.count(adapted).trainable for adapted in found.values()) == numbers == 385_344
+
+
+@pytest.mark.parametrize("module", [kohya, jlora.diffusers], ids=["kohya", "diffusers"])
+@pytest.mark.parametrize("call", ["load", "merge"])
+def test_a_pattern_that_is_none_is_named(module, call: str, tmp_path: Path):
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"^without='\(' is no regular expression: missing \)"):
+        getattr(module, call)(tmp_path / "a.safetensors", {"unet": {}}, {"unet": []}, without="(")

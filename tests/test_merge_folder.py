@@ -277,6 +277,89 @@ def test_conv1d_is_merged_as_it_lies(tmp_path: Path):
         np.testing.assert_allclose(merged[one.key], start[one.key] + update, rtol=1e-5, atol=1e-6)
 
 
+# -- a head that is the embedding --------------------------------------------------------------------------------------
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def tied_base(folder: Path, *, config: dict | None, **more: np.ndarray) -> Path:
+    start = {EMBEDDING: values(9, 4), "model.layers.0.q.weight": values(6, 4), **more}
+    return write(folder, start, config=config)
+
+
+def head(value: np.ndarray) -> Layer:
+    return Layer("lm_head", "full", {"value": value})
+
+
+CONFIGS = [
+    {"tie_word_embeddings": True},
+    {},
+    {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("inside", [False, True], ids=["absent", "in the file as well"])
+def test_a_trained_head_is_tied_no_longer(tmp_path: Path, config: dict, inside: bool):
+    """transformers ties by the config, true being what an absent field means, and would drop the head."""
+    more = {"lm_head.weight": values(9, 4)} if inside else {}
+    base, mine = tied_base(tmp_path / "base", config=config, **more), values(9, 4)
+    before, layers = hashes(base), [*ADAPTER[:1], head(mine)]
+    dry = merge(base, layers, tmp_path / "out", dry_run=True)
+    report = merge(base, layers, tmp_path / "out")
+    assert hashes(base) == before
+    assert report.notes == dry.notes == (
+        "'lm_head.weight' is a tensor of its own: config.json gets tie_word_embeddings=false",
+    )  # fmt: skip
+    np.testing.assert_array_equal(read(tmp_path / "out")["lm_head.weight"], mine)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == json.loads(json.dumps(config | {"tie_word_embeddings": False}).replace("true", "false"))
+
+
+def test_a_head_of_its_own_leaves_the_config(tmp_path: Path):
+    base = tied_base(tmp_path / "base", config={"tie_word_embeddings": False}, **{"lm_head.weight": values(9, 4)})
+    report = merge(base, [head(values(9, 4))], tmp_path / "out")
+    assert report.notes == () and (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    bare = tied_base(tmp_path / "bare", config=None)
+    report = merge(bare, [*ADAPTER[:1], head(values(9, 4))], tmp_path / "other")
+    assert report.notes == ("'lm_head.weight' is added: there is no config.json to say that it is not the embedding",)
+
+
+def test_a_trained_head_is_refused_where_it_is_to_stay_tied(tmp_path: Path):
+    base = tied_base(tmp_path / "base", config=CONFIGS[0])
+    for layers in ([*ADAPTER[:1], head(values(9, 4))], [head(values(9, 4))], [*ADAPTER[:1], head(values(8, 4))]):
+        with pytest.raises(
+            ValueError, match=r"^'lm_head.weight' of the adapter differs from the embedding 'model.embed_"
+        ):
+            merge(base, layers, tmp_path / "out", tied=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("elements", [merge_folder.ELEMENTS, 12])
+@pytest.mark.parametrize("case", ["of the base", "trained alike", "merged", "before the factors"])
+def test_a_head_that_is_the_embedding_stays_one(
+    tmp_path: Path, tied: bool, elements: int, case: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(merge_folder, "ELEMENTS", elements)
+    base = tied_base(tmp_path / "base", config=CONFIGS[0])
+    start, new = read(base)[EMBEDDING], values(9, 4)
+    factors = Layer("model.embed_tokens", "table", {"A": values(2, 9), "B": values(4, 2)})
+    whole = Layer("model.embed_tokens", "full", {"value": new})
+    layers, value = {
+        "of the base": ([], start), "trained alike": ([whole], new),
+        "merged": ([factors], layer.merged(factors, start, "table")), "before the factors": ([factors, whole], new),
+    }[case]  # fmt: skip
+    report = merge(base, [*ADAPTER[:1], *layers, head(value)], tmp_path / "out", tied=tied)
+    assert "lm_head.weight" not in read(tmp_path / "out") and report.added == ()
+    assert f"'lm_head.weight' of the adapter is the embedding '{EMBEDDING}': they stay one tensor" in report.notes
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    wrong = value.copy()
+    wrong[-1, -1] += 1  # in the last rows alone
+    report = merge(base, [*ADAPTER[:1], *layers, head(wrong)], tmp_path / "wrong")
+    assert report.added == ("lm_head.weight",) and "both change" not in "".join(report.notes)
+
+
 # -- interrupted, refused ----------------------------------------------------------------------------------------------
 
 

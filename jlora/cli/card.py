@@ -1,6 +1,9 @@
 """`jlora card`: the README.md that the hub shows of an adapter."""
 
+import json
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +19,14 @@ TASKS = {
     "SEQ_2_SEQ_LM": "text2text-generation", "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }  # fmt: skip
+CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}  # fmt: skip
+HEADS = ("score", "classifier", "out_proj")  # of classifiers; the last is RoBERTa's
+NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # of a model on the hub
+METHOD = re.compile(r"[\w .+()^,-]+", re.ASCII)
 
 
 def card(
@@ -41,6 +52,9 @@ def card(
         raise ValueError(f"'{adapter}' does not say what its base is: pass --base-model owner/name")
     if os.path.isabs(named) or (os.path.exists(named) and base_model is None):
         raise ValueError(f"'{adapter}' names its base by the folder '{named}': pass --base-model owner/name")
+    if not NAME.fullmatch(named):
+        whose = "--base-model" if base_model is not None else f"the base of '{adapter}'"
+        raise ValueError(f"{whose}, {named!r:.200}, is no name on the hub: pass --base-model owner/name")
     text = card_text(opened, named, licence, language or [])
     target = out or (opened.path if opened.path.is_dir() else opened.path.parent) / "README.md"
     show.check_free(target, force)
@@ -51,7 +65,13 @@ def card(
 
 
 def card_text(opened: formats.Opened, base: str, licence: str | None, languages: list[str]) -> str:
-    """The card: YAML in front, then what the adapter is and how it is loaded."""
+    """The card: YAML in front, then what the adapter is and how it is loaded.
+
+    What a stranger's config says goes into YAML, Markdown and code that people run: names that could leave their place
+    are refused, by `card` the base's, and here the method's.
+    """
+    if not METHOD.fullmatch(opened.method):
+        raise ValueError(f"'{opened.path}' calls its method {opened.method!r:.200}, which is no name")
     report = adapter_report(opened)
     library = {"peft": "peft", "jlora": "jlora"}.get(opened.format, "diffusers")
     pipeline = TASKS.get(str(opened.config.get("task_type"))) or ("text-to-image" if library == "diffusers" else None)
@@ -59,39 +79,56 @@ def card_text(opened: formats.Opened, base: str, licence: str | None, languages:
     front |= {"pipeline_tag": pipeline} if pipeline else {}
     front |= {"license": licence} if licence else {}
     front |= {"language": languages} if languages else {}
-    front |= {"tags": [f"base_model:adapter:{base}", "lora", *(["peft"] if library != "peft" else []), "jlora"][:None]}
+    front |= {"tags": [f"base_model:adapter:{base}", "lora", *(["peft"] if library != "peft" else []), "jlora"]}
     ranks = ", ".join(f"{n} of rank {r}" for r, n in report["ranks"].items()) or "none has a rank"
     name = opened.path.name if opened.path.is_dir() else opened.path.stem
     return "\n".join([
-        "---", *_yaml(front), "---", "", f"# {name}", "",
+        "---", *_yaml(front), "---", "", f"# {' '.join(name.split())}", "",
         f"{opened.method} of [{base}](https://huggingface.co/{base}): {report['parameters']:,} parameters in "
         f"{report['layers']} layers ({ranks}), {show.size(report['bytes'])}.", "",
-        "## Use", "", "```python", *_use(opened.format, base), "```", "",
+        "## Use", "", "```python", *_use(opened, base), "```", "",
         "Merged into the base, for serving without any of these:", "", "```bash",
-        f"jlora merge BASE {name} merged/", "```", "",
+        f"jlora merge BASE {shlex.quote(' '.join(name.split()))} merged/", "```", "",
     ])  # fmt: skip
 
 
-def _use(kind: str, base: str) -> list[str]:
+def _use(opened: formats.Opened, base: str) -> list[str]:
     folder = "owner/this-adapter"
-    loads = ["import jlora, jlora.models", "", f'base = jlora.models.load("{base}")']
+    loads = ["import jlora, jlora.models", "", f"base = jlora.models.load({base!r})"]
     jlora = {
         "jlora": [*loads, 'adapted = jlora.load("this-adapter/", base.params)'],
-        "peft": [*loads, f'adapted = jlora.peft.load("{folder}", base.params, model=base.model)'],
+        "peft": [*loads, f"adapted = jlora.peft.load({folder!r}, base.params, model=base.model)"],
     }
+    name, labels = _class_of(opened), _labels(opened)
+    more = f", num_labels={labels}" if labels else ""
     theirs = {
         "peft": [
-            "from peft import PeftModel", "from transformers import AutoModel", "",
-            f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "{folder}")',
+            "from peft import PeftModel", f"from transformers import {name}", "",
+            f"base = {name}.from_pretrained({base!r}{more})", f"model = PeftModel.from_pretrained(base, {folder!r})",
         ],
     }  # fmt: skip
     diffusers = [
-        "from diffusers import DiffusionPipeline", "", f'pipeline = DiffusionPipeline.from_pretrained("{base}")',
-        f'pipeline.load_lora_weights("{folder}")',
+        "from diffusers import DiffusionPipeline", "", f"pipeline = DiffusionPipeline.from_pretrained({base!r})",
+        f"pipeline.load_lora_weights({folder!r})",
     ]  # fmt: skip
-    if kind not in jlora:
+    if opened.format not in jlora:
         return diffusers
+    kind = opened.format
     return [*(["# PEFT", *theirs[kind], "", "# jlora"] if kind in theirs else []), *jlora[kind]]
+
+
+def _class_of(opened: formats.Opened) -> str:
+    """The class of transformers that has the modules which the adapter names: AutoModel has no heads."""
+    return CLASSES.get(str(opened.config.get("task_type")), "AutoModel")
+
+
+def _labels(opened: formats.Opened) -> int | None:
+    """Number of classes of a classifier's head that the adapter holds; transformers makes two of them by itself."""
+    if opened.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    heads = [own for own in opened.layers if own.kind == "full" and own.module.rpartition(".")[2] in HEADS]
+    counts = {own.tensors["value"].shape[0] for own in heads if own.parameter == "weight"}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _yaml(front: dict[str, Any]) -> list[str]:
@@ -115,4 +152,4 @@ def _scalar(text: str) -> str:
         and text[0] not in "-:"
     ):
         return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return json.dumps(text, ensure_ascii=False)  # which is YAML, line ends and all

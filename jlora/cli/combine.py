@@ -12,7 +12,7 @@ from jlora.adapted.arithmetic import combine_adapters
 from jlora.adapted.thin import How
 from jlora.cli import show
 from jlora.cli.convert import one_of
-from jlora.cli.options import BaseOption, DryRun, Force, Json
+from jlora.cli.options import BaseOption, Component, DryRun, Force, Json
 from jlora.interop import any_model, fit, formats, onto, peft, shards
 from jlora.interop.layer import DELTAS, Layer
 
@@ -33,6 +33,7 @@ def combine(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of dare.")] = 0,
     base: BaseOption = None,
+    component: Component = None,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -47,31 +48,34 @@ def combine(
     if len(adapters) < 2 and weights is None:
         raise ValueError("combine takes two adapters or more, or one with --weights")
     given = _weights(weights, len(adapters))
-    show.check_free(out, force)
+    show.check_folder(out, force)
     checkpoint = shards.open_checkpoint(base) if base else None
-    opened = [formats.open_adapter(path, base) for path in adapters]
+    opened = [formats.open_adapter(path, base, component=component) for path in adapters]
     own = [_named(one, checkpoint) for one in opened]
     options = {"how": how, "rank": rank, "energy": energy, "density": density, "seed": seed}
     flags = {one.fan_in_fan_out for one in opened}
     with show.bar("combining", as_json) as progress:
         layers = combined(own, given, checkpoint, bool(flags == {True}), options, progress)
+    if not layers:
+        raise ValueError("the sum is zero: these adapters and --weights leave nothing to write")
     shapes = any_model.shapes_of(checkpoint) if checkpoint else any_model.of_layers(layers)
     layouts = fit.layouts({layer.key: [layer] for layer in layers}, shapes, flags == {True})
     adapted, rows = any_model.on_shapes(layers, shapes, layouts, any_model.reader(checkpoint) if checkpoint else None)
     names = {one.base for one in opened if one.base}
     name = names.pop() if len(names) == 1 else None
-    if not dry_run:
-        with show.staged(out, force) as folder:
-            peft.save(folder, adapted, names=rows, base=name, force=True)
+    with show.staged(out, force, dry_run) as folder:
+        peft.save(folder, adapted, names=rows, base=name, force=True)
     ranks = sorted({layer.rank for layer in layers if layer.rank})
     report = {
         "command": "combine", "out": str(out), "adapters": [str(path) for path in adapters], "weights": given,
         "how": how, "layers": len(layers), "ranks": ranks, "dry_run": dry_run,
+        "left_out": sum(one.left_out for one in opened),
     }  # fmt: skip
     show.show(report, as_json, lambda console: _text(console, report))
 
 
 def _text(console: Console, report: dict[str, Any]) -> None:
+    show.left_out(console, report["left_out"])
     verb = "would write" if report["dry_run"] else "wrote"
     ranks = report["ranks"]
     said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no rank"

@@ -1,5 +1,6 @@
 """`jlora convert`: an adapter in another format."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,12 +11,13 @@ from rich.console import Console
 from jlora import models
 from jlora.checkpoint import save as save_jlora
 from jlora.cli import show
-from jlora.cli.options import Adapter, BaseOption, DryRun, Force, Json, Pickled
+from jlora.cli.options import Adapter, BaseOption, Component, DryRun, Force, Json, Pickled
 from jlora.interop import any_model, diffusers, fit, formats, kohya, native_folder, onto, peft, pipeline_files, shards
 from jlora.interop.layer import Layer
 from jlora.interop.names import names_of
 
 TARGETS = ("peft", "jlora", "kohya", "diffusers")
+FILES = ("kohya", "diffusers")  # the others are folders
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -26,10 +28,10 @@ def convert(
     ],
     to: Annotated[str, typer.Option("--to", help="peft, jlora, kohya or diffusers.")],
     base: BaseOption = None,
-    component: Annotated[
-        str | None, typer.Option("--component", help="Of a pipeline's adapter: unet, text_encoder or text_encoder_2.")
+    component: Component = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the tensors; float32 by default, and always of jlora's.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the tensors; float32 by default.")] = None,
     pickled: Pickled = False,
     force: Force = False,
     dry_run: DryRun = False,
@@ -44,24 +46,27 @@ def convert(
         raise ValueError(f"--to {to} is not one of {', '.join(TARGETS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    if to == "jlora" and dtype not in (None, "float32"):
+        raise ValueError(f"--dtype {dtype}: jlora's adapters are float32; leave --dtype out")
+    _check_suffix(out, to)
     if base is None:
         raise ValueError("convert needs the adapter's base: pass --base FOLDER")
-    opened = formats.open_adapter(adapter, base, pickled=pickled)
+    opened = formats.open_adapter(adapter, base, pickled=pickled, component=component)
     if opened.format == to:
         raise ValueError(f"'{adapter}' is of format {to} already")
-    show.check_free(out, force)
+    (show.check_free if to in FILES else show.check_folder)(out, force)
     write = {"peft": _to_peft, "jlora": _to_jlora, "kohya": _to_file, "diffusers": _to_file}[to]
     writer = write(opened, base, component, to)
-    if not dry_run:
-        _written(writer, out, dtype, force)
+    _written(writer, out, to, dtype, force, dry_run)
     report = {
         "command": "convert", "from": opened.format, "to": to, "out": str(out), "method": opened.method,
-        "layers": len(opened.layers), "dry_run": dry_run,
+        "layers": len(opened.layers), "left_out": opened.left_out, "dry_run": dry_run,
     }  # fmt: skip
     show.show(report, as_json, lambda console: _text(console, report))
 
 
 def _text(console: Console, report: Mapping[str, Any]) -> None:
+    show.left_out(console, report["left_out"])
     verb = "would write" if report["dry_run"] else "wrote"
     how = f"from {report['from']} as {report['to']}"
     console.print(
@@ -70,13 +75,24 @@ def _text(console: Console, report: Mapping[str, Any]) -> None:
     )
 
 
-def _written(writer: Any, out: Path, dtype: str | None, force: bool) -> None:
-    if out.suffix == ".safetensors":
+def _check_suffix(out: Path, to: str) -> None:
+    if to in FILES and (out.suffix != ".safetensors" or out.is_dir()):
+        raise ValueError(f"'{out}': --to {to} writes one file, name it *.safetensors")
+    if to not in FILES and out.suffix == ".safetensors":
+        raise ValueError(f"'{out}': --to {to} writes a folder, name it without .safetensors")
+
+
+def _written(writer: Any, out: Path, to: str, dtype: str | None, force: bool, dry_run: bool) -> None:
+    """Writes, of a dry run to a temporary folder, by which all is checked."""
+    if to not in FILES:
+        with show.staged(out, force, dry_run) as folder:
+            writer(folder, dtype, True)
+    elif dry_run:
+        with tempfile.TemporaryDirectory(prefix="jlora-dry-run-") as name:
+            writer(Path(name) / out.name, dtype, True)
+    else:
         out.parent.mkdir(parents=True, exist_ok=True)
         writer(out, dtype, force)
-    else:
-        with show.staged(out, force) as folder:
-            writer(folder, dtype, True)
 
 
 def one_of(opened: formats.Opened, component: str | None) -> tuple[Layer, ...]:

@@ -14,6 +14,7 @@ from jlora.cli import show
 from jlora.cli.options import Base, DryRun, Force, Json
 from jlora.interop import any_model, fit, onto, peft, shards
 from jlora.interop.layer import Layer, merged
+from jlora.methods.checks import check_pattern
 from jlora.transform.sites import Site
 
 
@@ -43,7 +44,8 @@ def extract(
     """
     if rank is None and energy is None:
         raise ValueError("extract needs --rank or --energy")
-    show.check_free(out, force)
+    wanted, ignored = _compiled(targets, "--targets"), _compiled(ignore, "--ignore")
+    show.check_folder(out, force)
     before, after = shards.open_checkpoint(base), shards.open_checkpoint(tuned)
     shapes, given = any_model.shapes_of(before), any_model.shapes_of(after)
     wrong = sorted(set(shapes) ^ set(given)) or sorted(key for key in shapes if shapes[key] != given[key])
@@ -51,18 +53,21 @@ def extract(
         raise ValueError(f"'{base}' and '{tuned}' differ in {len(wrong)} names or shapes, the first {wrong[0]!r}")
     layouts = fit.layouts_of(shapes)
     with show.bar("extracting", as_json) as progress:
-        layers, errors = _layers(before, after, shapes, layouts, rank, energy, targets, ignore, progress)
+        layers, errors = _layers(before, after, shapes, layouts, rank, energy, wanted, ignored, progress)
     if not layers:
         raise ValueError(f"'{base}' and '{tuned}' hold the same values: there is nothing to extract")
     adapted, rows = any_model.on_shapes(layers, shapes, layouts, any_model.reader(before))
-    if not dry_run:
-        with show.staged(out, force) as folder:
-            peft.save(folder, adapted, names=rows, base=base_model, force=True)
+    with show.staged(out, force, dry_run) as folder:
+        peft.save(folder, adapted, names=rows, base=base_model, force=True)
     report = {
         "command": "extract", "out": str(out), "layers": len(layers), "dry_run": dry_run,
         "ranks": {layer.key: layer.rank for layer in layers}, "errors": errors,
     }  # fmt: skip
     show.show(report, as_json, lambda console: _text(console, report))
+
+
+def _compiled(text: str | None, option: str) -> re.Pattern[str] | None:
+    return None if text is None else re.compile(check_pattern(text, option))
 
 
 def _layers(
@@ -72,8 +77,8 @@ def _layers(
     layouts: dict[str, Any],
     rank: int | None,
     energy: float | None,
-    targets: str | None,
-    ignore: str | None,
+    targets: re.Pattern[str] | None,
+    ignore: re.Pattern[str] | None,
     progress: Callable[[int, int, str], None] | None,
 ) -> tuple[list[Layer], dict[str, float]]:
     """The layers, and of each matrix the share of the change's norm that is lost."""
@@ -84,7 +89,7 @@ def _layers(
     for i, key in enumerate(shapes):
         if progress:
             progress(i, len(shapes), key)
-        if before.entries[key].dtype not in shards.FLOATS or (ignore and re.search(ignore, key)):
+        if before.entries[key].dtype not in shards.FLOATS or (ignore and ignore.search(key)):
             continue
         w, v = first(key).astype(np.float32), second(key).astype(np.float32)
         if np.array_equal(w, v):
@@ -93,7 +98,7 @@ def _layers(
         table = module.rpartition(".")[2] in fit.TABLES
         if len(shapes[key]) < 2:
             found.append(Layer(module, "full", {"value": v}, parameter=parameter))
-        elif table or (targets and not re.search(targets, module)) or parameter != "weight":
+        elif table or (targets and not targets.search(module)) or parameter != "weight":
             lost.append(key)
         else:
             layer = _factored(key, w, v, layouts, rank, energy)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from jlora.cli import show
-from jlora.cli.options import BaseOption, Json, Pickled
+from jlora.cli.options import BaseOption, Component, Json, Pickled
 from jlora.interop import formats, shards
 from jlora.interop.layer import Layer
 from jlora.interop.spectra import spectrum
@@ -26,6 +26,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Of an adapter, a checkpoint or a file of tensors.")],
     every: Annotated[bool, typer.Option("--all", help="A row for each layer or tensor, not for each kind.")] = False,
     base: BaseOption = None,
+    component: Component = None,
     pickled: Pickled = False,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +37,7 @@ def inspect(
     """
     found = formats.recognise(path)
     if found.format in formats.ADAPTERS:
-        opened = formats.open_adapter(path, base, pickled=pickled)
+        opened = formats.open_adapter(path, base, pickled=pickled, component=component)
         report = adapter_report(opened)
         show.show(report, as_json, lambda console: _adapter(console, report, every))
     else:
@@ -53,7 +54,8 @@ def adapter_report(opened: formats.Opened) -> dict[str, Any]:
     files = [opened.path] if opened.path.is_file() else sorted(p for p in opened.path.iterdir() if p.is_file())
     return {
         "command": "inspect", "path": str(opened.path), "format": opened.format, "method": opened.method,
-        "base": opened.base, "layers": len(rows), "parameters": sum(row["parameters"] for row in rows),
+        "base": opened.base, "layers": len(rows), "left_out": opened.left_out,
+        "parameters": sum(row["parameters"] for row in rows),
         "bytes": sum(p.stat().st_size for p in files),
         "ranks": dict(sorted(Counter(row["rank"] for row in rows if row["rank"]).items())),
         "scales": dict(sorted(Counter(row["scale"] for row in rows).items())),

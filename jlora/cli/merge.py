@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jlora.cli import show
 from jlora.cli.convert import one_of
-from jlora.cli.options import Adapter, Base, DryRun, Force, Json, Pickled
+from jlora.cli.options import Adapter, Base, Component, DryRun, Force, Json, Pickled
 from jlora.interop import formats
 from jlora.interop.merge_folder import Merged, Report, merge_folder
 
@@ -23,11 +23,14 @@ def merge(
         str | None,
         typer.Option("--dtype", help="float32, bfloat16 or float16 of all tensors; the base's own by default."),
     ] = None,
-    component: Annotated[
-        str | None, typer.Option("--component", help="Of a pipeline's adapter: unet, text_encoder or text_encoder_2.")
-    ] = None,
+    component: Component = None,
     tied: Annotated[
-        bool, typer.Option("--tied", help="Merge the head's layer into the embedding, where they are one tensor.")
+        bool,
+        typer.Option(
+            "--tied",
+            help="Merge the head's factors into the embedding, where they are one tensor. Without it a head that "
+            "was trained whole becomes a tensor of its own, and config.json gets tie_word_embeddings=false.",
+        ),
     ] = False,
     pickled: Pickled = False,
     every: Annotated[bool, typer.Option("--all", help="A row for each tensor.")] = False,
@@ -40,18 +43,24 @@ def merge(
     The sum is taken in float32 and cast once; what the cast rounds away of each update is said. A large model needs no
     more memory than one file of it. An interrupted run goes on where it was: run it again. BASE is never written.
     """
-    opened = formats.open_adapter(adapter, base, pickled=pickled)
+    opened = formats.open_adapter(adapter, base, pickled=pickled, component=component)
     layers = one_of(opened, component)
     with show.bar("merging", as_json) as progress:
         report = merge_folder(
             base, layers, out, dtype=dtype, fan_in_fan_out=opened.fan_in_fan_out, tied=tied, force=force,
             dry_run=dry_run, progress=progress,
         )  # fmt: skip
-    told = {"command": "merge", "method": opened.method, "dry_run": dry_run, **report.to_json()}
-    show.show(told, as_json, lambda console: _text(console, report, dry_run, every))
+    told = {
+        "command": "merge",
+        "method": opened.method,
+        "dry_run": dry_run,
+        "left_out": opened.left_out,
+        **report.to_json(),
+    }
+    show.show(told, as_json, lambda console: _text(console, report, opened.left_out, dry_run, every))
 
 
-def _text(console: Console, report: Report, dry_run: bool, every: bool) -> None:
+def _text(console: Console, report: Report, left_out: int, dry_run: bool, every: bool) -> None:
     rows = sorted(report.merged, key=lambda row: -row.rounding)
     shown = rows if every else rows[:10]
     if not dry_run:
@@ -66,6 +75,7 @@ def _text(console: Console, report: Report, dry_run: bool, every: bool) -> None:
     files = f"{report.shards} file{'s' if report.shards > 1 else ''}, {show.size(report.size)}"
     resumed = f", {report.resumed} from an interrupted run" if report.resumed else ""
     added = f", {len(report.added)} added" if report.added else ""
+    show.left_out(console, left_out)
     for note in report.notes:
         console.print(note, markup=False)
     tensors = f"{len(report.merged)} of {len(report.merged) + report.kept} tensors{added}"

@@ -16,3 +16,10 @@ Base = Annotated[
 ]
 BaseOption = Annotated[Path | None, typer.Option("--base", metavar="BASE", help="The folder of the base's checkpoint.")]
 Pickled = Annotated[bool, typer.Option("--pickled", help="Read a pickle (.bin), without running what it says.")]
+Component = Annotated[
+    str | None,
+    typer.Option(
+        "--component",
+        help="Of a pipeline's adapter: unet, text_encoder or text_encoder_2; what it holds of others is left out.",
+    ),
+]

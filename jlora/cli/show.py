@@ -73,6 +73,12 @@ def size(count: float) -> str:
     return f"{count:#.3g} TB"
 
 
+def left_out(console: Console, count: int) -> None:
+    """Says how many tensors of an adapter's file were not looked at."""
+    if count:
+        console.print(f"{count} tensors of the file are of other models than --component, and are left out")
+
+
 @contextmanager
 def bar(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
     """A bar on stderr, where that is a terminal: a function (done, whole, what is next)."""
@@ -118,12 +124,25 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextmanager
-def staged(out: Path, force: bool) -> Iterator[Path]:
-    """A folder beside `out` to write to, which takes its name at the end, or is deleted where that is not reached."""
+def check_folder(out: Path, force: bool) -> None:
+    """Raises FileExistsError for a folder to write that is taken, or that is none."""
     check_free(out, force)
     if out.exists() and (not out.is_dir() or any(path.is_dir() for path in out.iterdir())):
         raise FileExistsError(f"'{out}' is a file or holds folders, which are not replaced: name another one")
+
+
+@contextmanager
+def staged(out: Path, force: bool, dry_run: bool = False) -> Iterator[Path]:
+    """A folder beside `out` to write to, which takes its name at the end, or is deleted where that is not reached.
+
+    Of a dry run it is one among the system's temporary files, so that all that writing checks is checked, and is
+    deleted in any case.
+    """
+    check_folder(out, force)
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="jlora-dry-run-") as name:
+            yield Path(name)
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from jlora.cli import show
-from jlora.cli.options import Adapter, Base, Json, Pickled
+from jlora.cli.options import Adapter, Base, Component, Json, Pickled
 from jlora.interop import fit, formats, shards
 from jlora.interop.layer import KINDS, Layer, merged
 
@@ -15,17 +15,19 @@ LARGEST = 2**24  # elements of a tensor whose merge is tried
 SHOWN = 20
 
 
-def verify(adapter: Adapter, base: Base, pickled: Pickled = False, as_json: Json = False) -> None:
+def verify(
+    adapter: Adapter, base: Base, component: Component = None, pickled: Pickled = False, as_json: Json = False
+) -> None:
     """Checks every tensor of an adapter against a base: names, shapes, ranks, dtypes, that all values are finite.
 
     The exit code is 0 if it fits and 1 if not. Neither is loaded as a whole.
     """
     checkpoint = shards.open_checkpoint(base)
-    opened = formats.open_adapter(adapter, base, pickled=pickled)
+    opened = formats.open_adapter(adapter, base, pickled=pickled, component=component)
     faults = [fault for own in opened.components.values() for fault in _faults(own, checkpoint, opened.fan_in_fan_out)]
     report = {
         "command": "verify", "adapter": str(adapter), "base": str(base), "method": opened.method,
-        "layers": len(opened.layers), "fits": not faults, "faults": faults,
+        "layers": len(opened.layers), "left_out": opened.left_out, "fits": not faults, "faults": faults,
     }  # fmt: skip
     show.show(report, as_json, lambda console: _text(console, report))
     if faults:
@@ -68,6 +70,7 @@ def _try(layers: list[Layer], shape: tuple[int, ...], layout: Any) -> None:
 
 
 def _text(console: Console, report: dict[str, Any]) -> None:
+    show.left_out(console, report["left_out"])
     if report["fits"]:
         console.print(
             f"{report['adapter']} ({report['method']}, {report['layers']} layers) fits {report['base']}", markup=False

@@ -36,6 +36,8 @@ def fitted(
 ) -> tuple[dict[str, list[Layer]], list[Layer]]:
     """The layers by the key of the tensor that they change, and those that bring a tensor that the base does not have.
 
+    A whole head for a base whose head is its embedding is among the latter: `merge_folder` compares the two.
+
     The path of a module depends on the class that the adapter was trained on: one prefix may be dropped or added, or
     the first name be replaced, the same for all layers.
 
@@ -54,7 +56,8 @@ def fitted(
     names = {alias: shapes[key] for alias, key in aliases.items()} | dict(shapes)
     layers = _of_one_table(layers, names, tied)
     needed = sorted({layer.key for layer in layers if not (layer.optional or layer.kind == "full")})
-    needed = needed or sorted({layer.key for layer in layers if not layer.optional})
+    table = embedding_of(shapes)
+    needed = needed or sorted({layer.key for layer in layers if not (layer.optional or (table and is_head(layer.key)))})
     renaming = _renaming(needed, names)
     placed: dict[str, list[Layer]] = {}
     added: list[Layer] = []
@@ -87,6 +90,18 @@ def aliases(folder: Path, keys: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def is_head(key: str) -> bool:
+    """Whether a key is that of a language model's head, which transformers may tie to the embedding.
+
+    >>> is_head("lm_head.weight"), is_head("cls.predictions.decoder.weight"), is_head("model.decoder.weight")
+    (True, True, False)
+    """
+    names = key.split(".")
+    return names[-2:] in (["lm_head", "weight"], ["embed_out", "weight"]) or names[-3:] in (
+        ["predictions", "decoder", "weight"], ["lm_head", "decoder", "weight"],
+    )  # fmt: skip
+
+
 def embedding_of(shapes: Shapes) -> str:
     """The table of tokens of a language model whose file has no head: its head, too. "" of others."""
     tables = [
@@ -108,8 +123,6 @@ def _of_one_table(layers: Sequence[Layer], shapes: Shapes, tied: bool) -> list[L
                     "merges into that, and changes both, as PEFT's merge does"
                 )
             layer = layer._replace(module=table.rpartition(".")[0])
-        elif layer.key == "lm_head.weight" and table and tied:
-            continue  # the embedding's own values, beside the adapter
         found.append(layer)
     return found
 

@@ -117,6 +117,7 @@ class Opened(NamedTuple):
       metadata: of a file's header.
       fan_in_fan_out: what the config says of it; None where it says nothing.
       resolved: whether the modules have the base's names: not in a file of kohya that was read without a base.
+      left_out: number of the file's tensors that are of other components than the one that was asked for.
     """
 
     format: str
@@ -128,6 +129,7 @@ class Opened(NamedTuple):
     metadata: Mapping[str, str] = {}
     fan_in_fan_out: bool | None = None
     resolved: bool = True
+    left_out: int = 0
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -135,7 +137,9 @@ class Opened(NamedTuple):
         return tuple(layer for own in self.components.values() for layer in own)
 
 
-def open_adapter(path: Path, base: Path | None = None, *, pickled: bool = False) -> Opened:
+def open_adapter(
+    path: Path, base: Path | None = None, *, pickled: bool = False, component: str | None = None
+) -> Opened:
     """Reads an adapter.
 
     Args:
@@ -143,17 +147,20 @@ def open_adapter(path: Path, base: Path | None = None, *, pickled: bool = False)
       base: the folder of its base, which tells the modules of kohya's and Diffusers' files, and the parameters of
         jlora's adapters. Without it the layers have the names that the file has.
       pickled: read a pickle, without running what it says.
+      component: of a pipeline's adapter, the one model that is wanted: those of the file's tensors that are of others
+        are left out.
 
     Raises:
       FileNotFoundError: if there is nothing at the path.
-      ValueError: for what is no adapter, or a damaged one, or one that does not fit the base.
+      ValueError: for what is no adapter, or a damaged one, or one that does not fit the base; for one of several models
+        where the base is one of them, and `component` is not given.
     """
     found = recognise(path)
     if found.format not in ADAPTERS:
         raise ValueError(f"'{path}' is a {found.format}, expected an adapter: one of {', '.join(ADAPTERS)}")
     readers: dict[str, Callable[[Path, Path | None], Opened]] = {
-        "peft": partial(_peft, pickled=pickled), "jlora": _jlora, "diffusers": _pipeline, "kohya": _pipeline,
-        "loralib": _loralib,
+        "peft": partial(_peft, pickled=pickled), "jlora": _jlora, "loralib": _loralib,
+        "diffusers": partial(_pipeline, component=component), "kohya": partial(_pipeline, component=component),
     }  # fmt: skip
     return readers[found.format](found.path, base)
 
@@ -226,7 +233,7 @@ def _of_factors(path: str, own: Mapping[str, np.ndarray], alpha: Any, method: st
     return Layer(path, "full" if "value" in own else "other", dict(own))
 
 
-def _pipeline(file: Path, base: Path | None) -> Opened:
+def _pipeline(file: Path, base: Path | None, *, component: str | None) -> Opened:
     tensors, metadata = _arrays(file)
     kind = _of_keys(list(tensors))
     groups = _grouped(tensors)
@@ -234,7 +241,8 @@ def _pipeline(file: Path, base: Path | None) -> Opened:
     named = metadata.get("ss_sd_model_name") or metadata.get("ss_base_model_version") or ""
     if base is None:
         return Opened(kind, file, {"": groups}, method, named, {}, metadata, False, resolved=False)
-    return Opened(kind, file, pipeline_files.components(kind, file, base), method, named, {}, metadata, False)
+    read = pipeline_files.components(kind, file, base, component)
+    return Opened(kind, file, read.layers, method, named, {}, metadata, False, left_out=read.left_out)
 
 
 def _loralib(file: Path, base: Path | None) -> Opened:

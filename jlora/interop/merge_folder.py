@@ -92,6 +92,8 @@ class _Plan(NamedTuple):
     dtype: str | None
     default: str
     others: tuple[Path, ...]
+    untied: bool = False  # whether config.json has to say that the head is no longer the embedding
+    notes: tuple[str, ...] = ()
 
     @property
     def temporary(self) -> Path:
@@ -137,7 +139,9 @@ def merge_folder(
       out: the folder to write.
       dtype: "float32", "bfloat16" or "float16" of all tensors of floats; that of each tensor when None.
       fan_in_fan_out: what the adapter's config says of matrices whose shape does not tell their layout.
-      tied: merge a layer of the head into the embedding, where the base has one tensor for both.
+      tied: merge a layer of the head into the embedding, where the base has one tensor for both. Without it a whole
+        head that differs from the embedding becomes a tensor of its own, and config.json says that they are no longer
+        tied.
       force: replace a checkpoint that is at `out`.
       dry_run: check all and write nothing.
       progress: called before each tensor, and at the end.
@@ -145,8 +149,9 @@ def merge_folder(
     Raises:
       FileNotFoundError: if the base is no folder, or lacks files.
       FileExistsError: if there is something at `out`, and not `force`.
-      ValueError: if the adapter does not fit the base; for a base that is quantised or damaged; values that are not
-        finite, or not in the dtype's range; `out` that is the base, or in use by another process.
+      ValueError: if the adapter does not fit the base; for a whole head that differs from the embedding, and `tied`;
+        for a base that is quantised or damaged; values that are not finite, or not in the dtype's range; `out` that is
+        the base, or in use by another process.
       OSError: if the disk is full: `out` is as it was, and the same call goes on from there.
     """
     plan = _planned(Path(base), layers, Path(out), dtype, fan_in_fan_out, tied)
@@ -195,7 +200,8 @@ def _report(plan: _Plan, changed: Sequence[Merged], resumed: int) -> Report:
     copied = tuple(path.name for path in plan.others)
     added = tuple(layer.key for layer in plan.added)
     table = fit.embedding_of({key: entry.shape for key, entry in plan.base.entries.items()})
-    notes = (f"{table!r} is the head, too: both change",) if table in plan.placed else ()
+    both = table in plan.placed and not plan.untied
+    notes = (*((f"{table!r} is the head, too: both change",) if both else ()), *plan.notes)
     return Report(plan.out, tuple(changed), kept, added, len(plan.base.shards), resumed, copied, size, notes)
 
 
@@ -229,7 +235,77 @@ def _planned(
     others = tuple(
         p for p in patterns if not p.name.endswith(shards.INDEX) and p.name not in NOT_COPIED and reading.has(p)
     )
-    return _Plan(base, out, placed, tuple(added), layouts, DTYPES[dtype] if dtype else None, default, others)
+    plan = _Plan(base, out, placed, tuple(added), layouts, DTYPES[dtype] if dtype else None, default, others)
+    return _with_head(plan, tied)
+
+
+def _with_head(plan: _Plan, tied: bool) -> _Plan:
+    """The plan for a base whose head is its embedding: what to do with a head that the adapter has changed alone.
+
+    transformers ties the two again when config.json says so, or says nothing, and then the head is lost.
+    """
+    table = fit.embedding_of({key: entry.shape for key, entry in plan.base.entries.items()})
+    notes = []
+    for layer in [layer for layer in plan.added if table and fit.is_head(layer.key)]:
+        if _is_embedding(plan, layer, table):
+            plan = plan._replace(added=tuple(own for own in plan.added if own is not layer))
+            notes.append(f"{layer.key!r} of the adapter is the embedding {table!r}: they stay one tensor")
+        elif tied:
+            raise ValueError(
+                f"{layer.key!r} of the adapter differs from the embedding {table!r}, and cannot be one tensor with it: "
+                "leave --tied (tied=True) out, and the head becomes a tensor of its own"
+            )
+    heads = [key for key in (*plan.placed, *(layer.key for layer in plan.added)) if fit.is_head(key)]
+    config = next((path for path in plan.others if path.name == fit.CONFIG), None)
+    if heads and config is None:
+        new = [key for key in heads if key not in plan.base.entries]
+        notes += [f"{key!r} is added: there is no {fit.CONFIG} to say that it is not the embedding" for key in new]
+    elif heads and config is not None:
+        record = reading.read_json(config)
+        if _untied(record) != record:
+            notes.append(f"{heads[0]!r} is a tensor of its own: {fit.CONFIG} gets {TIE}=false")
+            plan = plan._replace(untied=True)
+    return plan._replace(notes=tuple(notes))
+
+
+TIE = "tie_word_embeddings"
+
+
+def _untied(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that ties no head to an embedding, nor does that of the text model in one of images and text."""
+    inner = record.get("text_config")
+    more = {"text_config": dict(inner) | {TIE: False}} if isinstance(inner, Mapping) and TIE in inner else {}
+    return dict(record) | {TIE: False} | more
+
+
+def _is_embedding(plan: _Plan, head: Layer, table: str) -> bool:
+    """Whether a head holds what is written of the embedding, or what that was before factors were added to it.
+
+    The latter is what PEFT writes beside an adapted embedding (save_embedding_layers), and no head that was trained.
+    """
+    value, entry, own = head.tensors["value"], plan.base.entries[table], plan.placed.get(table, [])
+    if tuple(value.shape) != entry.shape:
+        return False
+    dtype, whole = plan.written(entry), [layer for layer in own if layer.kind == "full"]
+    layout = plan.layouts.get(table, "out_in")
+    length = (
+        max(ELEMENTS // max(entry.shape[1], 1), 1) if blocks.divisible(own, entry.shape, layout) else entry.shape[0]
+    )
+    same = {"merged": True, "before": True}
+    shard = next(shard for shard in plan.base.shards if entry in shard.entries)
+    with shard.file.open("rb") as opened:
+        for start in range(0, entry.shape[0], length):
+            stop = min(start + length, entry.shape[0])
+            base = shards.read(opened, entry, start, stop)
+            mine = _cast(head.key, np.asarray(value[start:stop], np.float32), dtype)
+            for name, layers in (("merged", own), ("before", whole)):
+                exact = base
+                for layer in layers if length == entry.shape[0] else blocks.part(layers, start, stop) or ():
+                    exact = merged(layer, exact, layout)
+                same[name] &= np.array_equal(mine, _cast(table, exact, dtype))
+            if not any(same.values()):
+                return False
+    return True
 
 
 NOT_COPIED = ("adapter_config.json", "adapter.json")
@@ -454,11 +530,12 @@ def _write_others(plan: _Plan) -> None:
     temporary = plan.temporary
     for path in plan.others:
         shutil.copyfile(reading.regular(path), temporary / path.name)
-    config = temporary / "config.json"
-    if plan.dtype and config.exists():
+    config = temporary / fit.CONFIG
+    if (plan.dtype or plan.untied) and config.exists():
         record = reading.read_json(config)
-        name = next(name for name, short in DTYPES.items() if short == plan.dtype)
-        record |= {field: name for field in ("dtype", "torch_dtype") if field in record}
+        name = next((name for name, short in DTYPES.items() if short == plan.dtype), None)
+        record |= {field: name for field in ("dtype", "torch_dtype") if field in record and name}
+        record = _untied(record) if plan.untied else record
         config.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if plan.base.index_file is not None:
         record = reading.read_json(plan.base.index_file, shards.LARGEST_INDEX)

@@ -14,6 +14,7 @@ from jlora.adapted.adapted import Adapted
 from jlora.interop import layer as layer_module
 from jlora.interop import modules, onto, tensor_file
 from jlora.interop.layer import Layer
+from jlora.methods.checks import check_pattern
 from jlora.models.tensors import Leaf, tensor_slices, to_tensors
 
 SHOWN = 20  # lines of an error
@@ -43,10 +44,12 @@ def read_tensors(
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a damaged file, a pickle that is not asked for, numbers that are not finite.
+      ValueError: for a damaged file, a pickle that is not asked for, numbers that are not finite, a `without` that
+        is no regular expression.
     """
+    pattern = None if without is None else re.compile(check_pattern(without, "without"))
     with tensor_file.open(file, pickled=pickled) as opened:
-        keys = [key for key in opened.headers if without is None or not re.search(without, key)]
+        keys = [key for key in opened.headers if pattern is None or not pattern.search(key)]
         found = {key: opened.read(key) for key in keys}
         tensor_file.check_finite(file, found)
         return found, dict(opened.metadata)

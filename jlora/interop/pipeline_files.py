@@ -1,9 +1,11 @@
 """Files of kohya and Diffusers against folders: of a pipeline, or of one of its models."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from jlora.interop import diffusers, kohya, shards
+from jlora.interop import diffusers, kohya, shards, tensor_file
 from jlora.interop.layer import Layer
 from jlora.interop.modules import COMPONENTS
 from jlora.models import reading
@@ -50,19 +52,47 @@ def component_of(base: Path) -> str:
     return found[0]
 
 
-def components(kind: str, file: Path, base: Path) -> dict[str, tuple[Layer, ...]]:
-    """The layers of a file, by component, with the names of the base's modules."""
+class Read(NamedTuple):
+    """The layers of a file by component, with the names of the base's modules, and how many tensors were left out."""
+
+    layers: dict[str, tuple[Layer, ...]]
+    left_out: int
+
+
+def components(kind: str, file: Path, base: Path, component: str | None = None) -> Read:
+    """The layers of a file.
+
+    Args:
+      kind: "kohya" or "diffusers".
+      file: of adapters.
+      base: the folder of a pipeline, or of one of its models.
+      component: the one that is wanted, without those that the file has of others.
+
+    Raises:
+      ValueError: if the file adapts models that the base does not hold, and no component is named; if the base does
+        not hold the component.
+    """
     models = models_of(base)
-    only = next(iter(models)) if len(models) == 1 else None
+    if component is not None and component not in models:
+        raise ValueError(f"'{base}' has no {component}, but {', '.join(models)}")
+    wanted = component or (next(iter(models)) if len(models) == 1 else None)
+    without = None if wanted is None else _others(kind, wanted)
+    left_out = 0
+    if without is not None:
+        with tensor_file.open(file) as opened:
+            left_out = sum(re.search(without, key) is not None for key in opened.headers)
+    if left_out and component is None:
+        raise ValueError(
+            f"'{base}' holds the {wanted} alone, and {left_out} tensors of '{file}' are of other models: name the "
+            f"pipeline's folder, or leave them out by --component {wanted} (component={wanted!r})"
+        )
     reader = {"kohya": kohya.read, "diffusers": diffusers.read}[kind]
-    read = reader(file, models, without=_others(kind, only))
-    return {name: tuple(layers) for name, layers in read.layers.items()}
+    read = reader(file, models, without=without)
+    return Read({name: tuple(layers) for name, layers in read.layers.items()}, left_out)
 
 
-def _others(kind: str, component: str | None) -> str | None:
-    """A regular expression of the tensors of other components than the one that is there."""
-    if component is None:
-        return None
+def _others(kind: str, component: str) -> str:
+    """A regular expression of the tensors of other components than one."""
     own = {"unet": "lora_unet", "text_encoder": "lora_te1?_", "text_encoder_2": "lora_te2_"}
     if kind == "kohya":
         return rf"^lora_(?!{own[component].removeprefix('lora_')})"
