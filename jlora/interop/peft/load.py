@@ -158,7 +158,7 @@ def _check_targets(found: Folder, names: Names, params: Any, strict: bool) -> No
 
 
 def _left_out(found: Folder, names: Names, params: Any) -> list[str]:
-    """What the config says of the adapter beside its targets, and the file does not have."""
+    """Faults: fields of the config, beside its targets, of which the file has nothing."""
     config, kind = found.config, found.config["peft_type"]
     kinds = {layer.kind for layer in found.layers}
     whole = {layer.module for layer in found.layers if layer.kind == "full"}
