@@ -354,10 +354,21 @@ def test_a_head_that_is_the_embedding_stays_one(
     assert "lm_head.weight" not in read(tmp_path / "out") and report.added == ()
     assert f"'lm_head.weight' of the adapter is the embedding '{EMBEDDING}': they stay one tensor" in report.notes
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
-    wrong = value.copy()
-    wrong[-1, -1] += 1  # in the last rows alone
-    report = merge(base, [*ADAPTER[:1], *layers, head(wrong)], tmp_path / "wrong")
-    assert report.added == ("lm_head.weight",) and "both change" not in "".join(report.notes)
+    for place in (0, -1):  # in the first rows alone, or the last
+        wrong = value.copy()
+        wrong[place, place] += 1
+        report = merge(base, [*ADAPTER[:1], *layers, head(wrong)], tmp_path / f"wrong{place}")
+        assert report.added == ("lm_head.weight",) and "both change" not in "".join(report.notes)
+
+
+def test_a_head_that_is_half_of_each_is_no_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(merge_folder, "ELEMENTS", 12)  # three rows at a time
+    base = tied_base(tmp_path / "base", config=CONFIGS[0])
+    factors = Layer("model.embed_tokens", "table", {"A": values(2, 9), "B": values(4, 2)})
+    mixed = layer.merged(factors, read(base)[EMBEDDING], "table")
+    mixed[6:] = read(base)[EMBEDDING][6:]
+    report = merge(base, [*ADAPTER[:1], factors, head(mixed)], tmp_path / "out")
+    assert report.added == ("lm_head.weight",)
 
 
 # -- interrupted, refused ----------------------------------------------------------------------------------------------
