@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jlora.cli import main, run
-from jlora.interop import shards
+from jlora.interop import pipeline_files, shards
 from tests.pipelines import normal, small
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -322,6 +322,17 @@ def test_what_a_file_holds_of_other_models_is_not_left_out_in_silence(
         assert (
             f"{report['left_out']} tensors of the file are of other models than --component, and are left out" in text
         )
+
+
+def test_embeddings_of_new_tokens_are_left_out_on_purpose_alone(kohya: Path, pipeline: Path, monkeypatch):
+    found = pipeline_files.kohya.read(kohya, pipeline_files.models_of(pipeline))
+    with_tokens = found._replace(tokens={"<s1>": np.ones(4)})
+    monkeypatch.setattr(pipeline_files.kohya, "read", lambda *args, **kwargs: with_tokens)
+    with pytest.raises(ValueError, match="has embeddings of the new tokens '<s1>', which are no adapter of a model"):
+        pipeline_files.components("kohya", kohya, pipeline)
+    before = pipeline_files.components("kohya", kohya, pipeline, "unet").left_out
+    monkeypatch.setattr(pipeline_files.kohya, "read", lambda *args, **kwargs: found)
+    assert pipeline_files.components("kohya", kohya, pipeline, "unet").left_out == before - 1
 
 
 def test_one_component_of_a_whole_pipeline(parsed, kohya: Path, pipeline: Path, tmp_path: Path):

@@ -88,6 +88,12 @@ def components(kind: str, file: Path, base: Path, component: str | None = None) 
         )
     reader = {"kohya": kohya.read, "diffusers": diffusers.read}[kind]
     read = reader(file, models, without=without)
+    if read.tokens and component is None:
+        raise ValueError(
+            f"'{file}' has embeddings of the new tokens {', '.join(map(repr, read.tokens))}, which are no adapter of a "
+            f"model: leave them out by --component {next(iter(read.layers), wanted)}; jlora.{kind}.read gives them"
+        )
+    left_out += len(read.tokens)
     return Read({name: tuple(layers) for name, layers in read.layers.items()}, left_out)
 
 
