@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -145,8 +145,3 @@ def _of(row: Leaf, own: tuple[int, ...], shape: tuple[int, ...]) -> tuple[str, t
     if row.part:
         lengths[row.part.axis] *= row.part.parts
     return ("conv" if form.window else _KINDS[form.layout]), tuple(lengths)
-
-
-def keys_of(names: Names) -> Mapping[str, Leaf]:
-    """The rows by the keys of the checkpoint."""
-    return {key: row for row in names.rows for key in row.keys}
