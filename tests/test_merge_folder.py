@@ -528,9 +528,12 @@ def test_bad_bases(base: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        (lambda x: x[:-1], "its tensors end at byte"), (lambda x: x + b"?", "its tensors end at byte"),
-        (lambda x: x[:5], "its header has"), (lambda x: b"\xff" * 8 + x[8:], "its header has"),
-        (lambda x: x.replace(b'"F32"', b'"F33"'), "unknown dtype 'F33'"), (lambda x: x.replace(b"[6,4]", b"[6,5]"), "has 96 bytes"),
+        (lambda x: x[:-1], "its header places 'model.layers.0.q.weight' in bytes 208 to 304 of 303"),
+        (lambda x: x + b"?", "its header leaves the last 1 bytes to no tensor"),
+        (lambda x: x[:5], "it has 5 bytes"),
+        (lambda x: b"\xff" * 8 + x[8:], "a header of 18446744073709551615 bytes in a file of 584"),
+        (lambda x: x.replace(b'"F32"', b'"F33"'), "the dtype 'F33', expected one of F64, F32"),
+        (lambda x: x.replace(b"[6,4]", b"[6,5]"), "F32 of shape [6, 5], 96 bytes, expected 120"),
         (lambda x: x[:9] + b"?" + x[10:], "its header is no JSON"),
     ],
 )  # fmt: skip

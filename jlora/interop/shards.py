@@ -25,10 +25,8 @@ FLOATS: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }  # fmt: skip
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "F16": 16,
-    "BF16": 16, "F32": 32, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+BITS: dict[str, int] = {**headers.BITS} | {  # of what is copied as it is, too
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 LARGEST_HEADER = 2**27  # bytes; the safetensors library has a limit of 100 MB
 LARGEST_INDEX = 2**26
@@ -148,53 +146,13 @@ def open_shard(file: Path) -> Shard:
       FileNotFoundError: if there is no such file.
       ValueError: for a damaged file, or one that leads out of its folder.
     """
-    target = reading.regular(file)
-    whole = target.stat().st_size
-    damaged = f"'{file}' is damaged or no safetensors file: "
-    with target.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if whole < 8 or not 0 < length <= min(LARGEST_HEADER, whole - 8):
-            raise ValueError(f"{damaged}its header has {length} bytes, and the file {whole}")
-        header = opened.read(length)
-    try:
-        if not header.startswith(b"{"):
-            raise ValueError("does not begin with a brace")
-        content = reading.parsed(header.decode())
-    except ValueError as error:  # UnicodeDecodeError too
-        raise ValueError(f"{damaged}its header {error}") from error
-    metadata = content.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError(f"{damaged}its metadata are no texts")
-    try:
-        entries = sorted(
-            (_entry(key, row, 8 + length) for key, row in content.items()), key=lambda e: (e.start, e.size)
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{damaged}{error}") from error
-    place = 8 + length
-    for entry in entries:
-        if entry.start != place:
-            raise ValueError(f"{damaged}{entry.key!r} begins at byte {entry.start}, expected {place}")
-        place += entry.size
-    if place != whole:
-        raise ValueError(f"{damaged}its tensors end at byte {place}, and the file at {whole}")
-    return Shard(file, tuple(entries), metadata)
-
-
-def _entry(key: str, row: Mapping[str, Any], offset: int) -> Entry:
-    headers.check_name(key)
-    if set(row) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{key!r} has the fields {', '.join(map(str, row))!s:.80}")
-    dtype, shape, (start, stop) = str(row["dtype"]), tuple(row["shape"]), row["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or len(shape) > 32:
-        raise ValueError(f"{key!r} has shape {shape!r:.80} and offsets {start!r}, {stop!r}")
-    headers.elements(key, shape)
-    size = stop - start
-    if dtype not in BITS:
-        raise ValueError(f"{key!r} is of the unknown dtype {dtype!r:.20}")
-    if math.prod(shape) * BITS[dtype] != size * 8:
-        raise ValueError(f"{key!r} of {dtype} and shape {shape} has {size} bytes")
-    return Entry(key, dtype, shape, offset + start, size)
+    with reading.regular(file).open("rb") as opened:
+        spans, metadata = headers.spans(opened, file, BITS, LARGEST_HEADER)
+    entries = [
+        Entry(key, span.header.dtype, span.header.shape, span.start, span.stop - span.start)
+        for key, span in spans.items()
+    ]
+    return Shard(file, tuple(sorted(entries, key=lambda entry: (entry.start, entry.size))), metadata)
 
 
 def read(opened: BufferedReader, entry: Entry, start: int = 0, stop: int | None = None) -> np.ndarray:

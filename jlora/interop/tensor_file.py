@@ -11,26 +11,20 @@ import io
 import json
 import math
 import os
-import re
 import secrets
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
 from jlora.interop import headers, torch_file
-from jlora.interop.headers import DTYPES, NAMES, Header, check_name, elements, read_bytes, shown
+from jlora.interop.headers import DTYPES, NAMES, Header, Span, check_name, elements, read_bytes, shown
 from jlora.models import place, reading
 
-LARGEST_HEADER = 2**24  # bytes; the names of 100 thousand tensors take fewer
-LARGEST_UNICODE = 2**22  # bytes of a header that is not ASCII: Python may take four for each of them, and again
 LARGEST_CONFIG = 2**20  # bytes
-MOST_TENSORS = 90_000
-MOST_PARTS = {",": 10**6, ":": 420_000, "[": 250_000, "{": 150_000}  # of a header, in its texts too: 4 ":" a tensor
 CHUNK = 2**20  # elements
-_WIDE = re.compile(rb"\\u[dD][89abAB]")  # the escape of a character beyond 16 bits
 
 
 class TensorFile:
@@ -118,7 +112,7 @@ def open(file: str | os.PathLike[str], *, pickled: bool = False) -> TensorFile: 
                 path, described, {}, lambda name: torch_file.read_tensor(opened, path, name, found[name]), opened.close
             )
         else:
-            spans, metadata = _spans(opened, path)
+            spans, metadata = headers.spans(opened, path, headers.BITS)
             described = {name: span.header for name, span in spans.items()}
             made = TensorFile(
                 path, described, metadata, lambda name: _read(opened, path, name, spans[name]), opened.close
@@ -168,94 +162,7 @@ def _is_finite(tensor: np.ndarray) -> bool:
 # -- safetensors -------------------------------------------------------------------------------------------------------
 
 
-class _Span(NamedTuple):
-    header: Header
-    start: int  # byte of the file
-    stop: int
-
-
-def _spans(opened: BinaryIO, file: Path) -> tuple[dict[str, _Span], dict[str, str]]:
-    """Where the tensors lie, and the metadata. All of the bytes behind the header belong to one tensor each."""
-    size = os.fstat(opened.fileno()).st_size
-    text, start = _header(opened, file, size)
-    try:
-        entries = reading.parsed(text)
-        metadata = _metadata(entries.pop("__metadata__", {}))
-        if len(entries) > MOST_TENSORS:
-            raise ValueError(f"names {len(entries)} tensors, more than the {MOST_TENSORS} that are read")
-        spans = {}
-        for name in list(entries):
-            check_name(name)
-            spans[name] = _span(name, entries.pop(name), start, size - start)
-        _check_whole(spans, start, size)
-    except ValueError as error:
-        raise ValueError(f"'{file}' is damaged or no safetensors file: its header {error}") from error
-    return spans, metadata
-
-
-def _header(opened: BinaryIO, file: Path, size: int) -> tuple[str, int]:
-    wrong = f"'{file}' is damaged or no safetensors file: "
-    opened.seek(0)
-    length = int.from_bytes(opened.read(8), "little")
-    if size < 10 or not 2 <= length <= size - 8:
-        claimed = f"a header of {length} bytes in a file of {size}" if size >= 8 else f"it has {size} bytes"
-        raise ValueError(f"{wrong}{claimed}")
-    if length > LARGEST_HEADER:
-        raise ValueError(f"{wrong}a header of {length} bytes, more than the {LARGEST_HEADER} that are read")
-    content = opened.read(length)
-    if len(content) < length:
-        raise ValueError(f"{wrong}it was cut short while it was read")
-    if not content.startswith(b"{"):
-        raise ValueError(f"{wrong}its header begins with {content[:8]!r}, expected an object of JSON")
-    if len(content) > LARGEST_UNICODE and (not content.isascii() or _WIDE.search(content)):
-        raise ValueError(f"{wrong}a header of {length} bytes that are not ASCII; at most {LARGEST_UNICODE} are read")
-    for part, most in MOST_PARTS.items():
-        if content.count(part.encode()) > most:
-            raise ValueError(f"{wrong}its header has more than {most} times {part!r}")
-    try:
-        return content.decode("utf-8"), 8 + length
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{wrong}its header is no text: {error}") from error
-
-
-def _metadata(content: Any) -> dict[str, str]:
-    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-        raise ValueError("has a '__metadata__' that is no object of texts")
-    return content
-
-
-def _span(name: str, entry: Any, start: int, data: int) -> _Span:
-    """An entry of the header, of a file with `data` bytes of tensors from `start` on."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"describes {shown(name)} by {shown(entry)}, expected dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"gives {shown(name)} the dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
-    if not isinstance(shape, list):
-        raise ValueError(f"gives {shown(name)} the shape {shown(shape)}, expected a list of whole numbers")
-    size = elements(name, shape) * DTYPES[dtype].itemsize
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-        raise ValueError(f"gives {shown(name)} the data_offsets {shown(offsets)}, expected two whole numbers")
-    first, last = offsets
-    if not 0 <= first <= last <= data:
-        raise ValueError(f"places {shown(name)} in bytes {first} to {last} of {data}")
-    if last - first != size:
-        raise ValueError(f"gives {shown(name)}, {dtype} of shape {shape}, {last - first} bytes, expected {size}")
-    return _Span(Header(tuple(shape), dtype), start + first, start + last)
-
-
-def _check_whole(spans: Mapping[str, _Span], start: int, stop: int) -> None:
-    place = start
-    for name, span in sorted(spans.items(), key=lambda item: item[1][1:]):
-        if span.start != place:
-            how = "overlaps another tensor" if span.start < place else "leaves bytes before it to no tensor"
-            raise ValueError(f"places {shown(name)} in bytes {span.start - start} to {span.stop - start}, which {how}")
-        place = span.stop
-    if place != stop:
-        raise ValueError(f"leaves the last {stop - place} bytes to no tensor")
-
-
-def _read(opened: BinaryIO, file: Path, name: str, span: _Span) -> np.ndarray:
+def _read(opened: BinaryIO, file: Path, name: str, span: Span) -> np.ndarray:
     content = read_bytes(opened, file, span.start, span.stop - span.start)
     dtype = DTYPES[span.header.dtype]
     if dtype == np.bool_ and content.size and content.max() > 1:
@@ -321,7 +228,7 @@ def _written_header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str
         place += array.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > LARGEST_HEADER or len(arrays) > MOST_TENSORS:
+    if len(text) > headers.LARGEST_HEADER or len(arrays) > headers.MOST_TENSORS:
         raise ValueError(f"a header of {len(text)} bytes and {len(arrays)} tensors, more than can be read")
     return text
 
