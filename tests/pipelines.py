@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+
+from jlora.interop import modules
 
 MODULES = Path(__file__).parent / "golden" / "diffusers" / "modules"
 PIPELINES = {
@@ -67,3 +70,18 @@ def weights(models: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, li
 def exactly(text: str) -> str:
     """A pattern for `pytest.raises` that matches this text alone."""
     return rf"\A{re.escape(text)}\Z"
+
+
+def placed(models: dict) -> tuple[dict, dict, dict]:
+    """The shapes of a pipeline's tensors, parameters of a JAX model of them, and its key tables."""
+    names = {component: modules.table(shapes) for component, shapes in models.items()}
+    params: dict = {}
+    for component, rows in names.items():
+        for i, row in enumerate(rows):
+            tensor = normal(models[component][row.keys[0]], 100 + i)
+            *path, last = [component, *row.path.split("/")]
+            at = params
+            for part in path:
+                at = at.setdefault(part, {})
+            at[last] = jnp.asarray(tensor.transpose(row.order) if row.order else tensor)
+    return models, params, names

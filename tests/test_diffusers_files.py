@@ -3,15 +3,14 @@
 import json
 import re
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.interop import diffusers, kohya, modules, tensor_file
+from jlora.interop import diffusers, kohya, tensor_file
 from jlora.interop.layer import Layer, merged
-from tests.pipelines import exactly, low_rank, normal, small, weights
+from tests.pipelines import exactly, low_rank, normal, placed, small, weights
 
 pytestmark = pytest.mark.once
 
@@ -404,18 +403,7 @@ def test_what_a_file_cannot_hold_is_named():
 
 
 def few():
-    models = small("sd15", lambda key: key.rpartition(".")[0] in (Q, CONV, TEXT))
-    names = {component: modules.table(shapes) for component, shapes in models.items()}
-    params: dict = {}
-    for component, rows in names.items():
-        for i, row in enumerate(rows):
-            tensor = normal(models[component][row.keys[0]], 100 + i)
-            *path, last = [component, *row.path.split("/")]
-            at = params
-            for part in path:
-                at = at.setdefault(part, {})
-            at[last] = jnp.asarray(tensor.transpose(row.order) if row.order else tensor)
-    return models, params, names
+    return placed(small("sd15", lambda key: key.rpartition(".")[0] in (Q, CONV, TEXT)))
 
 
 def test_load_and_save(tmp_path):

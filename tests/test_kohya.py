@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ import jlora
 from jlora.interop import cloneofsimo, kohya, modules, pipeline
 from jlora.interop.layer import Layer, merged
 from jlora.interop.modules import Name
-from tests.pipelines import exactly, low_rank, normal, small, weights, whole
+from tests.pipelines import exactly, low_rank, normal, placed, small, weights, whole
 
 pytestmark = pytest.mark.once
 
@@ -616,18 +615,7 @@ FEW = (Q, CONV, FF, "conv_in", "mid_block.attentions.0.norm", "encoder.layers.0.
 
 
 def few():
-    models = small("sd15", lambda key: key.rpartition(".")[0] in FEW)
-    names = {component: modules.table(shapes) for component, shapes in models.items()}
-    params = {}
-    for component, rows in names.items():
-        for i, row in enumerate(rows):
-            tensor = normal(models[component][row.keys[0]], 100 + i)
-            *path, last = [component, *row.path.split("/")]
-            at = params
-            for part in path:
-                at = at.setdefault(part, {})
-            at[last] = jnp.asarray(tensor.transpose(row.order) if row.order else tensor)
-    return models, params, names
+    return placed(small("sd15", lambda key: key.rpartition(".")[0] in FEW))
 
 
 def test_load_and_save(tmp_path):

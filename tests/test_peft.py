@@ -811,3 +811,53 @@ def test_a_number_too_large_for_the_dtype_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="more than float16 holds: choose another dtype"):
         jlora.peft.save(tmp_path, large, model=model, dtype="float16")
     assert not list(tmp_path.iterdir())
+
+
+def test_shapes_take_an_adapter_that_does_not_start_from_the_base():
+    for row in ("lora_llama", "bias_all", "tokens", "modules_to_save_head", "lora_bias"):
+        own = base(base_of(row))
+        shapes = jax.eval_shape(lambda params=own.params: params)
+        adapted = jlora.peft.load(PEFT / row, shapes, model=own.model)
+        jax.tree.map(np.testing.assert_array_equal, adapted.factors, read(row)[1].factors)
+    own = base(base_of("pissa"))
+    with pytest.raises(TypeError, match="by what the base has there, and these parameters are shapes"):
+        jlora.peft.load(PEFT / "pissa", jax.eval_shape(lambda: own.params), model=own.model)
+
+
+def test_a_tree_that_is_not_the_models_is_an_error_that_says_how():
+    own = base(base_of("lora_llama"))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        jlora.peft.load(PEFT / "lora_llama", {"params": own.params}, model=own.model)
+    assert str(caught.value) == (
+        "the parameters are not those of the key table: the first is 'params/h_0/attn/key/kernel', the table's "
+        "'wte/embedding'. A model's are the tree under \"params\""
+    )
+    with pytest.raises(FileNotFoundError, match="'/nowhere/adapter' is no adapter of PEFT's: there is no such folder"):
+        jlora.peft.load("/nowhere/adapter", own.params, model=own.model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("row", ["dora", "pissa", "lora_bias", "tokens"])
+def test_a_base_of_another_dtype_changes_nothing_of_the_factors(row, dtype, tmp_path):
+    own = base(base_of(row))
+    params = jax.tree.map(lambda x: x.astype(dtype), own.params)
+    adapted = jlora.peft.load(PEFT / row, params, model=own.model)
+    assert {str(x.dtype) for x in jax.tree.leaves(jlora.merge(adapted))} == {dtype}
+    jlora.peft.save(tmp_path, adapted, model=own.model)
+    same(load_file(tmp_path / "adapter_model.safetensors"), load_file(PEFT / row / "adapter_model.safetensors"))
+
+
+def test_a_base_spread_over_devices_gives_the_same_logits():
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    own, given = base(base_of("pissa")), outputs("pissa")
+    spread = lambda x: jax.sharding.PartitionSpec("model" if x.shape[0] % 8 == 0 else None)
+    params = jax.tree.map(lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, spread(x))), own.params)
+    adapted = jlora.peft.load(PEFT / "pissa", params, model=own.model)
+    np.testing.assert_allclose(called(own.model, adapted, given, "pissa"), given["out"], atol=2e-5, rtol=2e-5)
+
+
+def test_stacked_parts_of_one_matrix_train_as_peft_does():
+    model, adapted = read("lora", scan=True)
+    given = outputs("lora")
+    losses, _ = trained(model, adapted, given, OPTIMIZERS["sgd"])
+    np.testing.assert_allclose(losses, given["sgd"], atol=2e-5)

@@ -121,6 +121,12 @@ class Module(NamedTuple):
 def modules_of(names: Names, params: Any) -> dict[str, Module]:
     """The modules of the key table that have a weight, by the name that this model's torch class has for them."""
     named, _ = tree.leaves(params)
+    if not any(row.path in named for row in names.rows):
+        some = [next(iter(named), "none"), next(iter(names.rows)).path if names.rows else "none"]
+        raise ValueError(
+            f"the parameters are not those of the key table: the first is {some[0]!r}, the table's {some[1]!r}. "
+            'A model\'s are the tree under "params"'
+        )
     found: dict[str, Module] = {}
     for row in names.rows:
         if row.path not in named:

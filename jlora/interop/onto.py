@@ -199,7 +199,8 @@ def stacked_site(site: Site, layers: int | None, dtype: str) -> Site:
 def _extra(path: str, own: Sequence[Piece], leaf: Any) -> tuple[Extra, dict[str, np.ndarray]]:
     """A leaf that is trained as it is: its value after the adapter, or the rows that it replaces."""
     row, layer = own[0].row, own[0].layer
-    base = np.asarray(jax.device_get(tree.dense(leaf)), np.float32)
+    own_values = layer.kind in AS_THEY_ARE  # whatever the base has: shapes will do, and nothing is copied
+    base = np.zeros(leaf.shape, np.float32) if own_values else np.asarray(jax.device_get(tree.dense(leaf)), np.float32)
     start = base[0] if row.stacked else base
     order = row.order or tuple(range(start.ndim))
     whole = list(start.transpose(np.argsort(order)).shape) if len(order) == start.ndim else []

@@ -33,29 +33,37 @@ class Tensor(NamedTuple):
     dtype: str
 
 
-def folder_of(name: str | os.PathLike[str], revision: str | None = None, wanted: tuple[str, ...] = WANTED) -> Path:
+def folder_of(
+    name: str | os.PathLike[str],
+    revision: str | None = None,
+    wanted: tuple[str, ...] = WANTED,
+    *,
+    config: str = CONFIG,
+    what: str = "checkpoint",
+) -> Path:
     """A checkpoint's folder: the one that is named, or the hub's snapshot, of which the `wanted` files are downloaded.
 
+    Args:
+      name, revision: of the folder, or of the hub's repository.
+      wanted: patterns of files.
+      config: the file without which a folder is none.
+      what: the folder holds, for errors.
+
     Raises:
-      FileNotFoundError: if the name is no folder and no repository that can be had, or a folder without config.json.
-      ValueError: if the folder's config.json is no regular file, or a link that leads elsewhere; for an address that is
+      FileNotFoundError: if the name is no folder and no repository that can be had, or a folder without the config.
+      ValueError: if the folder's config is no regular file, or a link that leads elsewhere; for an address that is
         no local folder (see `place.folder_of`).
       ImportError: if a download needs huggingface_hub and it is absent.
     """
     folder = place.folder_of(name)
     if folder.is_dir():
-        if not reading.has(folder / CONFIG):
-            near = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        if not reading.has(folder / config):
+            near = sorted(path.parent.name for path in folder.glob(f"*/{config}"))
             hint = f"; its folders {', '.join(map(repr, near[:5]))} hold one" if near else ""
-            raise FileNotFoundError(f"'{folder}' is no checkpoint: there is no {CONFIG} in it{hint}")
+            raise FileNotFoundError(f"'{folder}' is no {what}: there is no {config} in it{hint}")
         return folder
     if folder.is_absolute() or len(folder.parts) > 2 or str(name).startswith("."):
-        raise FileNotFoundError(f"'{folder}' is no checkpoint: there is no such folder")
-    return snapshot(name, revision, wanted)
-
-
-def snapshot(name: str | os.PathLike[str], revision: str | None, wanted: tuple[str, ...]) -> Path:
-    """The hub's snapshot of a repository, of which the `wanted` files are downloaded: errors as of `folder_of`."""
+        raise FileNotFoundError(f"'{folder}' is no {what}: there is no such folder")
     try:
         import huggingface_hub
     except ImportError as error:

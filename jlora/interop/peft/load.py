@@ -86,6 +86,12 @@ def load(
         _check_targets(found, known, params, strict)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
+    starting = [layer.key for layer in layers if layer.kind in INITIAL or (layer.kind == "ia3" and layer.optional)]
+    if starting and tree.is_abstract(params):
+        raise TypeError(
+            f"peft.load: {origin} changes {starting[0]!r} by what the base has there, and these parameters are shapes "
+            "(jax.ShapeDtypeStruct): load it onto arrays"
+        )
     params, layers = _with_saved(found, params, layers, known)
     layers = _from_the_base(layers, params, known)
     return onto.place(layers, params, known.rows, kinds=NATIVE | _kinds(found.config), origin=origin)

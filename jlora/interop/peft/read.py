@@ -14,7 +14,7 @@ from jlora.interop import tensor_file
 from jlora.interop.layer import Layer
 from jlora.interop.peft.config import CONFIG, PICKLE, PROMPTS, TENSORS, completed
 from jlora.interop.peft.patterns import QUICK, check_effort, ends_with, value_for
-from jlora.models import files, place, reading
+from jlora.models import files, reading
 
 PREFIX = "base_model.model."
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,22 +39,6 @@ class Folder:
     saved: tuple[str, ...] = ()
 
 
-def folder_of(name: str | os.PathLike[str], revision: str | None = None, *, pickled: bool = False) -> Path:
-    """The folder of an adapter: the one that is named, or the hub's snapshot, of which config and tensors are fetched.
-
-    Raises:
-      FileNotFoundError: if there is neither.
-    """
-    folder = place.folder_of(name)
-    if folder.is_dir():
-        if not reading.has(folder / CONFIG):
-            near = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-            hint = f"; its folders {', '.join(map(repr, near[:5]))} hold one" if near else ""
-            raise FileNotFoundError(f"'{folder}' is no adapter of PEFT's: there is no {CONFIG} in it{hint}")
-        return folder
-    return files.snapshot(name, revision, (CONFIG, TENSORS, PICKLE) if pickled else (CONFIG, TENSORS))
-
-
 def read(
     name: str | os.PathLike[str], *, shapes: Shapes | None = None, pickled: bool = False, revision: str | None = None
 ) -> Folder:
@@ -73,7 +57,8 @@ def read(
       ValueError: for what is no such file or damaged, a method or option that jlora has not, a tensor with a name that
         says nothing, or a layer of which a tensor is missing.
     """
-    folder = folder_of(name, revision, pickled=pickled)
+    wanted = (CONFIG, TENSORS, PICKLE) if pickled else (CONFIG, TENSORS)
+    folder = files.folder_of(name, revision, wanted, config=CONFIG, what="adapter of PEFT's")
     config = completed(tensor_file.read_config(folder / CONFIG), f"'{folder / CONFIG}'")
     file = folder / TENSORS
     if not reading.has(file):
