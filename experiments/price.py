@@ -18,6 +18,7 @@ from experiments.resume import loaded
 from experiments.tasks.task import Batch, Params
 from experiments.trainer import Trainer
 from experiments.trial import Trial
+from jlora import tree
 from jlora.state import TrainState
 from jlora.train import Step
 
@@ -34,6 +35,7 @@ class Plan:
       factor_bytes, optimizer_bytes: of what is trained, and of the optimizer's state for it.
       temporary_bytes: the most that the compiled step holds beside its arguments and results.
       flops: of the compiled step, as XLA counts them.
+      base_bytes: of the base as the run holds it.
     """
 
     sites: int
@@ -43,6 +45,7 @@ class Plan:
     optimizer_bytes: int
     temporary_bytes: int
     flops: float
+    base_bytes: int = 0
 
     @property
     def percent(self) -> float:
@@ -74,7 +77,7 @@ class Price:
 
 def planned(trainer: Trainer, seed: int, params: Params) -> Plan:
     """Compiles the training step and says what it will cost."""
-    state = trainer.start(seed, params)
+    state = trainer.start(seed, trainer.held(params))
     flops, temporary = compiled_cost(trainer.step, state, trainer.batches(0)(0))
     count = jlora.count(state.adapted)
     return Plan(
@@ -85,6 +88,7 @@ def planned(trainer: Trainer, seed: int, params: Params) -> Plan:
         optimizer_bytes=_bytes(state.opt_state),
         temporary_bytes=temporary,
         flops=flops,
+        base_bytes=_bytes(state.adapted.base),
     )
 
 
@@ -102,7 +106,7 @@ def priced(experiment: Experiment, trials: Sequence[Trial], params: Params, fold
         return {}
     if path.exists():
         return read_json(path, lambda read: {name: Price(**price) for name, price in read.items()})
-    trained = {trial.run.name: (trial, loaded(trial.place, params)) for trial in trials}
+    trained = {trial.run.name: (trial, loaded(trial.place, trial.trainer.held(params))) for trial in trials}
     batch = trials[0].trainer.batches(0)(0)
     states = {name: TrainState.create(adapted, trial.trainer.step.tx) for name, (trial, adapted) in trained.items()}
     steps = {name: (trial.trainer.step, states[name]) for name, (trial, _) in trained.items()}
@@ -154,7 +158,12 @@ def _forward_seconds(
         leaves = jax.tree.leaves(params)
         calls[name, merged] = lambda: program(leaves, batch)
 
-    plain = program(opened.model.apply, base)
+    apply = (
+        jlora.lift(opened.model.apply)
+        if any(map(tree.is_stored, tree.leaves(base)[0].values()))
+        else opened.model.apply
+    )
+    plain = program(apply, base)
     add("", True, base, plain)
     for name, (trial, adapted) in trained.items():
         add(name, False, adapted, program(jlora.lift(opened.model.apply), adapted))

@@ -16,12 +16,14 @@ import numpy as np
 import optax
 
 import jlora
-from experiments.config import ConfigError, Experiment, Run, Schedule, in_steps
+from experiments import held
+from experiments.config import ConfigError, Experiment, Held, Run, Schedule, in_steps
 from experiments.folder import read_json, write_json
 from experiments.progress import Phase
 from experiments.resume import loaded, restored
 from experiments.tasks.task import Apply, Batch, Evaluate, Opened, Params, Scores, Side, Split
 from experiments.tensorboard import TensorBoard
+from jlora import tree
 from jlora.checkpoint import Checkpoints
 from jlora.state import TrainState
 from jlora.train import Step, train_step
@@ -77,15 +79,48 @@ class Result:
 
 
 class Shared:
-    """Common parts of all runs of an experiment: the task, and one compiled evaluation of plain parameters."""
+    """Common parts of all runs of an experiment: the task, its sites, the base, one evaluation of plain parameters.
 
-    def __init__(self, opened: Opened, sites: tuple[jlora.Site, ...], statistics: int) -> None:
-        self.opened, self.sites, self.statistics = opened, sites, statistics
+    Attributes:
+      opened: the task.
+      sites: of its loss.
+      statistics: training batches that data-driven methods start from.
+      already: how the parameters are held that come, where all runs have them so; None for as they are.
+    """
+
+    def __init__(
+        self, opened: Opened, sites: tuple[jlora.Site, ...], statistics: int, already: Held | None = None
+    ) -> None:
+        self.opened, self.sites, self.statistics, self.already = opened, sites, statistics, already
+        self._held: dict[tuple[Held, str], tuple[Params, Params]] = {}
 
     @functools.cached_property
     def plain(self) -> Evaluate:
         """The scores of plain parameters."""
         return self.opened.evaluator(self.opened.model.apply)
+
+    @functools.cached_property
+    def lifted(self) -> Evaluate:
+        """The scores of parameters some of which are held in few bits, or adapted."""
+        return self.opened.evaluator(jlora.lift(self.opened.model.apply))
+
+    def held(self, run: Run, params: Params) -> Params:
+        """The base as a run holds it; runs that hold it alike share it. One that is held so already stays."""
+        key = run.held, self.kept(run)
+        if key not in self._held or self._held[key][0] is not params:
+            self._held = {key: pair for key, pair in self._held.items() if pair[0] is params}  # another seed's go
+            self._held[key] = params, self.hold(run, params)
+        return self._held[key][1]
+
+    def hold(self, run: Run, params: Params) -> Params:
+        """The same, made anew; shapes of shapes."""
+        if run.held == self.already:
+            return params
+        return held.hold(params, run.held, self.sites, self.kept(run))
+
+    def kept(self, run: Run) -> str:
+        """A pattern of what a run trains as it is."""
+        return pattern_of(self.opened.head, run.extras)
 
     @functools.cached_property
     def merge(self) -> Callable[[jlora.Adapted], Params]:
@@ -95,8 +130,21 @@ class Shared:
     @classmethod
     def of(cls, experiment: Experiment, opened: Opened, params: Params) -> "Shared":
         """Shared parts of an experiment. Axes are read from the loss: no name says those of stacked layers."""
-        batch = opened.new.batches(experiment.train.batch, 0)(0)
-        return cls(opened, jlora.sites(opened.loss, params, batch, jax.random.key(0)), experiment.statistics)
+        already = experiment.held_by_all
+        sites = sites_of(experiment, opened, params)
+        return cls(opened, sites, experiment.statistics, None if already.plain else already)
+
+
+def sites_of(experiment: Experiment, opened: Opened, params: Params) -> tuple[jlora.Site, ...]:
+    """The sites of the loss, for parameters or their shapes, of which some may be held in few bits."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params, is_leaf=tree.is_stored)
+    batch = opened.new.batches(experiment.train.batch, 0)(0)
+    return jlora.sites(opened.loss, shapes, batch, jax.random.key(0))
+
+
+def pattern_of(*patterns: str | None) -> str:
+    """A pattern that fits what one of several fits; "" of none."""
+    return "|".join(f"(?:{pattern})" for pattern in patterns if pattern)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +202,12 @@ class Trainer:
     @property
     def merges(self) -> bool:
         """Whether the method gives plain weights, and those of the base take the update without rounding it away."""
-        return not self.run.method.acts.unmergeable and self.opened.model.config.param_dtype == "float32"
+        takes = self.run.held.plain and self.opened.model.config.param_dtype == "float32"
+        return takes and not self.run.method.acts.unmergeable
+
+    def held(self, params: Params) -> Params:
+        """The base as the run holds it."""
+        return self.shared.held(self.run, params)
 
     def merged(self, adapted: jlora.Adapted) -> Params:
         """Parameters as `apply` takes them."""
@@ -185,7 +238,7 @@ class Trainer:
 
     def _apply(self, params: Params, key: jax.Array, **statistics: Any) -> jlora.Adapted:
         run = self.run
-        extras = "|".join(f"(?:{pattern})" for pattern in (self.opened.head, run.extras) if pattern)
+        extras = self.shared.kept(run)
         options = statistics | ({"extras": extras} if extras else {})
         return jlora.apply(params, method=run.method, targets=run.targets, sites=self.shared.sites, key=key, **options)
 
@@ -214,9 +267,10 @@ class Trainer:
         run = self.run
         if method.acts.statistic:  # abstract parameters have no data to start from
             run = dataclasses.replace(run, method=jlora.lora(method.rank or 1))
+        trainer = dataclasses.replace(self, run=run)
         try:
             self.optimizer(self.first_rate)
-            jax.eval_shape(functools.partial(dataclasses.replace(self, run=run).adapted, 0), shapes)
+            jax.eval_shape(lambda params: trainer.adapted(0, self.shared.hold(run, params)), shapes)
         except ValueError as error:
             raise ConfigError(f"runs.{self.run.name}: {error}") from error
 

@@ -49,7 +49,8 @@ class Trial:
         return self._place(self.seeds[0], self.rates[0] if self.best is None else self.best)
 
     def train(self, seed: int, params: Params, progress: Progress) -> None:
-        """The trainings of a seed, those of the first one first."""
+        """The trainings of a seed, those of the first one first, on the base as the run holds it."""
+        params = self.trainer.held(params)
         if seed == self.seeds[0]:
             return self._first(params, progress)
         if self.best is not None:
