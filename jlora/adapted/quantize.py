@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jlora import tree
 from jlora.adapted.adapted import Adapted, from_arrays, to_arrays
 from jlora.adapted.residual import is_taken_out, taken_out, without_start
-from jlora.adapted.select import Pattern, known_sites, matching, select
+from jlora.adapted.select import Pattern, known_sites, listing, matching, select
 from jlora.methods.checks import whole
 from jlora.quant.formats import BLOCKS, Format, format_of
 from jlora.quant.layout import Layout, layout_of
@@ -111,7 +111,7 @@ def dequantize(params: Any, targets: str | Sequence[str] | None = None) -> Any:
     named, structure = tree.leaves(params)
     stored = [path for path, leaf in named.items() if tree.is_stored(leaf)]
     chosen = stored if targets is None else matching(stored, targets, "targets")
-    leaves = [_dense(path, leaf) if path in chosen else leaf for path, leaf in named.items()]
+    leaves = [tree.dense(leaf, path) if path in chosen else leaf for path, leaf in named.items()]
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -203,13 +203,6 @@ def _check_params(params: Any, named: dict[str, Any]) -> None:
         raise ValueError("quantize: the tree holds no arrays")
 
 
-def _dense(path: str, leaf: Any) -> Any:
-    try:
-        return tree.dense(leaf)
-    except ValueError as error:
-        raise ValueError(f"{path!r}: {error}") from error
-
-
 def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list[Site]:
     """The sites that are to be quantised: see `quantize`."""
     known = known_sites(params, named, sites)
@@ -217,11 +210,14 @@ def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list
         chosen = select(known, targets, read_from_program=sites is not None, caller="quantize")
     else:
         chosen = [site for site in known if site.kind == "linear" and not is_head(site.path)]
-        unknown = [site.path for site in known if site.kind == "unknown"]
-        if unknown or not chosen:
-            # Raises for what is ambiguous, and where nothing is linear.
-            select([site for site in known if site.kind in ("linear", "unknown")], None,
-                   read_from_program=sites is not None, caller="quantize")  # fmt: skip
+        linear = [site for site in known if site.kind in ("linear", "unknown")]
+        if any(site.kind == "unknown" for site in linear):
+            select(linear, None, read_from_program=sites is not None, caller="quantize")  # raises for what is ambiguous
+        if not linear:
+            raise ValueError(
+                "quantize: none of the leaves is a linear weight of floating point: choose others with targets=, or "
+                f"pass sites=jlora.sites(fn, params, *args) to read them from the program. Leaves: {listing(known)}"
+            )
     if not chosen:
         raise ValueError(
             f"quantize: the linear weights are heads alone ({', '.join(s.path for s in known if s.kind == 'linear')}), "
