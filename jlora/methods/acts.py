@@ -194,7 +194,7 @@ class OnWeights(Acts):
             return arrays
 
         arrays = on_auto_axes(
-            fitted, key, {target.path: tree.dense(named[target.path]) for target in targets}, statistics
+            fitted, key, {target.path: tree.dense(named[target.path], target.path) for target in targets}, statistics
         )
         return chosen, arrays
 
@@ -203,7 +203,7 @@ class OnWeights(Acts):
             make = lambda w: on_auto_axes(lambda w: self.buffers(w, target), w)
             return jax.eval_shape(make, w) if isinstance(w, jax.ShapeDtypeStruct) else make(w)
 
-        return {target.path: one(tree.dense(named[target.path]), target) for target in targets}
+        return {target.path: one(tree.dense(named[target.path], target.path), target) for target in targets}
 
     def weights(
         self, named: Mapping[str, Any], targets: Sequence[Target], factors: Factors, buffers: Factors
@@ -329,7 +329,7 @@ def _initial(init: Any, key: jax.Array, named: Mapping[str, Any], targets: Seque
         mine = tree.fold_path(key, target.path)
         return jax.eval_shape(make, mine, w) if isinstance(w, jax.ShapeDtypeStruct) else make(mine, w)
 
-    return {target.path: one(tree.dense(named[target.path]), target) for target in targets}
+    return {target.path: one(tree.dense(named[target.path], target.path), target) for target in targets}
 
 
 def _shapes(init: Any, target: Target) -> Arrays:
