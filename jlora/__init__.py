@@ -25,6 +25,8 @@ from jlora.adapted.extract import extract_lora as extract_lora
 from jlora.adapted.merge import merge as merge
 from jlora.adapted.merge import merge_error as merge_error
 from jlora.adapted.merge import unmerge as unmerge
+from jlora.adapted.quantize import dequantize as dequantize
+from jlora.adapted.quantize import quantize as quantize
 from jlora.adapted.select import Extra as Extra
 from jlora.adapted.statistics import measure as measure
 from jlora.checkpoint import Checkpoints as Checkpoints

@@ -19,15 +19,22 @@ _BOXES = ("value", "raw_value", "get_value()")
 class Stored(Protocol):
     """A leaf that stands for an array and is none: codes with their scales, as of a quantised base.
 
-    It is a registered pytree of arrays, each of which has the leading axes that the whole has as a stack (scanned
-    layers, experts): a slice of all of them along these is the slice of the leaf, whose shape follows. It is frozen and
-    dequantised where it is used: a product keeps its arrays for the backward pass, not the one that they stand for.
+    It is a registered pytree of arrays. It is frozen and dequantised where it is used: a product keeps its arrays for
+    the backward pass, not the one that they stand for. One that has a method `transpose(permutation)` is turned by it;
+    of any other the array is, when it is dequantised.
     """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> Any: ...
+    @property
+    def leading(self) -> int:
+        """Number of leading axes, those of a stack (scanned layers, experts), that each of its arrays has as well: a
+        slice of all of them along these is the slice of the leaf, whose shape follows.
+        """
+        ...
+
     def dequantise(self) -> jax.Array:
         """The array of this shape and dtype."""
         ...

@@ -34,6 +34,10 @@ class Codes:
     def dtype(self) -> Any:
         return self.scales.dtype
 
+    @property
+    def leading(self) -> int:
+        return self.codes.ndim - 2
+
     def dequantise(self) -> jax.Array:
         return self.codes.astype(self.scales.dtype) * self.scales
 

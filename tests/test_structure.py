@@ -30,13 +30,15 @@ ADAPTED = (
     ("select",),
     ("statistics", "adapted"),
     ("compress",),
-    ("apply", "merge", "convert", "explain", "differences", "thin"),
+    ("apply", "merge", "convert", "explain", "differences", "thin", "quantize"),
     ("arithmetic", "extract"),
 )
 LAYERS = (
     ("tree",),
-    *(tuple(f"transform.{name}" for name in row) for row in TRANSFORM),
-    ("methods", "quant"),
+    tuple(f"transform.{name}" for name in TRANSFORM[0]),
+    ("quant",),
+    *(tuple(f"transform.{name}" for name in row) for row in TRANSFORM[1:]),
+    ("methods",),
     *(tuple(f"adapted.{name}" for name in row) for row in ADAPTED),
     ("matrices", "deprecated"),
     ("optim", "serve", "analysis", "search"),

@@ -185,14 +185,14 @@ class Weight:
     def astype(self, dtype: Any) -> "Weight":
         """Casts the base; the factors keep their own precision until they meet an input."""
         if tree.is_stored(self.w):
-            return self.replace(w=view.then(self.w, lax.convert_element_type, jnp.dtype(dtype)))
+            return self.replace(w=view.cast(self.w, dtype))
         return self.replace(w=self.w.astype(dtype))
 
     def transpose(self, permutation: Sequence[int]) -> "Weight":
         p = tuple(permutation)
         return self.map(
             lambda x, extra: lax.transpose(x, p + tuple(range(len(p), len(p) + extra))),
-            lambda w: view.then(w, lax.transpose, p),
+            lambda w: view.transpose(w, p),
             origin=tuple(self.origin[i] for i in p),
         )
 
@@ -221,7 +221,7 @@ class Weight:
             return lax.reshape(x, full, out_sharding=restricted(sharding, full, tuple(shape)))
 
         whole = tuple(int(n) for n in shape)
-        return self.map(part, lambda w: view.then(w, lax.reshape, whole), origin=tuple(origin))
+        return self.map(part, lambda w: view.reshape(w, whole), origin=tuple(origin))
 
     def broadcast_in_dim(
         self, shape: Sequence[int], dimensions: Sequence[int], sharding: NamedSharding | None = None
@@ -265,8 +265,8 @@ class Weight:
             return lax.slice(x, *zip(*bounds, strict=True))
 
         axes = [i for i in range(self.ndim) if (start[i], limit[i], steps[i]) != (0, self.shape[i], 1)]
-        rows = lambda x: lax.slice_in_dim(x, start[0], limit[0], steps[0])
-        cut = self.on_axes(act, axes, (lambda w: view.leading(w, rows)) if axes == [0] else None)
+        bounds = list(zip(start, limit, steps, strict=True))
+        cut = self.on_axes(act, axes, lambda w: view.cut(w, bounds))
         return cut._drop_axes([i for i in axes if cut.shape[i] == 1])
 
     def dynamic_slice(self, start: Sequence[Any], sizes: Sequence[int]) -> "Weight":

@@ -1,0 +1,205 @@
+"""`quantize`: a parameter tree whose weights are held in 4 or 8 bits, and back."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jlora import tree
+from jlora.adapted.select import Pattern, known_sites, select
+from jlora.methods.checks import whole
+from jlora.quant.formats import BLOCKS, Format, format_of
+from jlora.quant.layout import Layout, layout_of
+from jlora.quant.place import shardings_of
+from jlora.quant.quantised import Quantised, encode
+from jlora.transform.explicit import on_auto_axes
+from jlora.transform.sites import Site, Target
+
+# Modules that make the model's output: kept in full precision by default, as bitsandbytes keeps `lm_head`.
+HEADS = ("head", "lm_head", "score", "classifier", "qa_outputs", "logits", "out_proj_head", "output_projection")
+
+
+def quantize(
+    params: Any,
+    format: str | Format = "nf4",
+    *,
+    block: int | None = None,
+    double: bool | None = None,
+    targets: Pattern | None = None,
+    sites: Iterable[Site | Target] | None = None,
+) -> Any:
+    """The same tree with its linear weights in 4 or 8 bits: `W ~ decode(codes) * scale`, the scale being max |W|.
+
+    A function takes such a tree through `jlora.lift`, adapted or not: each weight is dequantised where it is used, and
+    what is kept for the backward pass are the codes. The dequantised weight is `decode(codes) * scale` in float32, cast
+    once to the dtype that the weight had.
+
+    Bytes, of n weights: n / 2 + 4 n / block of the 4-bit formats; with `double` n / 2 + n / block + 4 n / (256 block)
+    and 4 for each matrix, at block 64 4.127 bits a weight; n + 4 for each output channel of the 8-bit formats. The sum
+    is in `jlora.count` and `jlora.summary`.
+
+    Args:
+      params: any tree, of arrays or of shapes (`jax.eval_shape`), of which shapes of codes and scales come. On a mesh,
+        codes and scales lie along the axes of their weight.
+      format: "nf4" (quantiles of the normal distribution), "fp4" (bitsandbytes' 4-bit float), "int4" (-7 to 7), each
+        with a scale for each block; "int8" (-127 to 127), "fp8" (e4m3), with a scale for each output channel.
+      block: weights to a scale, a power of two from 32 to 4096; 64 when None. The blocks lie along the inputs, in
+        row-major (outputs, inputs), as bitsandbytes has them. Not of the 8-bit formats.
+      double: whether the scales are held in 8 bits themselves, in groups of 256. True when None, for 4 bits.
+      targets: pattern, list of patterns or predicate on `Site`, as of `apply`. When None all linear weights but the
+        model's head (a module called head, lm_head, score, classifier, ...); no embeddings, norms or convolutions.
+      sites: `jlora.sites(fn, params, *args)`, where names do not tell the axes: stacked layers, kernels of many axes.
+
+    Returns:
+      The tree, with a `jlora.quant.Quantised` in the place of each chosen leaf. The others are what they were.
+
+    Raises:
+      ValueError: for an unknown format or block, a target that is not of floating point, quantised already, not finite
+        (an array; under `jit` a NaN gives NaN), or whose axes its name does not tell; a mesh that cuts through a block.
+
+    Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3.
+
+    Example:
+      >>> import jax, jlora
+      >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (128, 64))}}
+      >>> jlora.quantize(params, "nf4")["dense"]["kernel"]
+      Quantised(nf4, blocks of 64 twice, float32[128, 64])
+    """
+    number = format_of(format)
+    block, double = _check_block(number, block), _check_double(number, double)
+    named, structure = tree.leaves(params)
+    chosen = {site.path: site for site in _choose(params, named, targets, sites)}
+    for path in chosen:
+        _check_leaf(path, named[path])
+    leaves = [
+        _quantised(leaf, chosen[path], number, block, double) if path in chosen else leaf
+        for path, leaf in named.items()
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def dequantize(params: Any) -> Any:
+    """The same tree with plain arrays in the place of quantised leaves: `decode(codes) * scale`, in the leaf's dtype.
+
+    Raises:
+      ValueError: if codes and scales of a leaf contradict each other, naming it.
+
+    Example:
+      >>> import jax, jlora
+      >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (128, 64))}}
+      >>> jlora.dequantize(jlora.quantize(params))["dense"]["kernel"].dtype
+      dtype('float32')
+    """
+    named, structure = tree.leaves(params)
+    return jax.tree.unflatten(structure, [_dense(path, leaf) for path, leaf in named.items()])
+
+
+def _dense(path: str, leaf: Any) -> Any:
+    try:
+        return tree.dense(leaf)
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}") from error
+
+
+def _choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list[Site]:
+    known = known_sites(params, named, sites)
+    if targets is not None:
+        chosen = select(known, targets, read_from_program=sites is not None, caller="quantize")
+    else:
+        chosen = [site for site in known if site.kind == "linear" and not is_head(site.path)]
+        unknown = [site.path for site in known if site.kind == "unknown"]
+        if unknown or not chosen:
+            # Raises for what is ambiguous, and where nothing is linear.
+            select([site for site in known if site.kind in ("linear", "unknown")], None,
+                   read_from_program=sites is not None, caller="quantize")  # fmt: skip
+    if not chosen:
+        raise ValueError(
+            f"quantize: the linear weights are heads alone ({', '.join(s.path for s in known if s.kind == 'linear')}), "
+            "which are no default targets: choose them with targets="
+        )
+    return chosen
+
+
+def is_head(path: str) -> bool:
+    """Whether a leaf belongs to a module that makes the model's output, by the module's whole name."""
+    return bool(set(path.split("/")[:-1]) & set(HEADS))
+
+
+def _check_block(number: Format, block: Any) -> int:
+    if not number.blocks:
+        if block is not None:
+            raise ValueError(f"{number.name} has one scale for each output channel: leave out block={block!r:.50}")
+        return 0
+    size = 64 if block is None else whole(block)
+    if size not in BLOCKS:
+        raise ValueError(f"block={block!r:.50} does not fit: it is a power of two from {BLOCKS[0]} to {BLOCKS[-1]}")
+    return size
+
+
+def _check_double(number: Format, double: Any) -> bool:
+    if double not in (None, True, False):
+        raise ValueError(f"double is True, False or None, not {double!r:.50}")
+    if double and not number.blocks:
+        raise ValueError(f"{number.name} has one scale for each output channel, too few to be quantised: double=False")
+    return number.blocks if double is None else bool(double)
+
+
+def _check_leaf(path: str, leaf: Any) -> None:
+    if tree.is_stored(leaf):
+        raise ValueError(f"{path!r} is quantised already ({leaf!r}): jlora.dequantize(params) first, or leave it out")
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{path!r} has dtype {dtype}: only floating-point weights can be quantised")
+    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return
+    finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf)
+    if not finite:
+        raise ValueError(f"{path!r} is not finite: a block with a NaN or an infinity has no scale")
+
+
+@jax.jit
+def _all_finite(w: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(w))
+
+
+def _quantised(leaf: Any, site: Site, number: Format, block: int, double: bool) -> Quantised:
+    layout = layout_of(leaf.shape, site.out_axes, site.in_axes, site.stack_axes, number, block)
+    inputs = len(site.in_axes)
+    shape = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    shapes = jax.eval_shape(lambda w: encode(w, number, layout, inputs, double), shape)
+    sharding = None if isinstance(leaf, jax.core.Tracer) else tree.placement(leaf)
+    where = shardings_of(shapes, sharding, site.path) if isinstance(sharding, NamedSharding) else None
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        if where is None:
+            return shapes
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
+    return _compiled(number, layout, inputs, double, _Fixed(where))(leaf)
+
+
+class _Fixed:
+    """Shardings as a key of a cache: their tree is one of dataclasses, which cannot be hashed."""
+
+    def __init__(self, where: Any):
+        self.where = where
+        self.key = tuple(jax.tree.leaves(where))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Fixed) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(number: Format, layout: Layout, inputs: int, double: bool, place: _Fixed) -> Any:
+    """The program for weights of one layout: one compilation serves all layers of a shape."""
+
+    def run(w: jax.Array) -> Quantised:
+        specs = lambda _: jax.tree.map(lambda at: at.spec, place.where)
+        return on_auto_axes(lambda w: encode(w, number, layout, inputs, double), w, place=specs)
+
+    return jax.jit(run, out_shardings=place.where)

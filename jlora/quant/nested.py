@@ -1,0 +1,90 @@
+"""Double quantisation: the scales of blocks in 8 bits, with scales of their own (arXiv 2305.14314, section 3)."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GROUP = 256  # scales that share one of the second level
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """Scales `map[codes] * scales + offset` of one weight, or of each of a stack, which is the leading axes of all.
+
+    The paper writes of 8-bit floats; bitsandbytes, whose files these are, has a map of 256 numbers that are dense near
+    zero.
+
+    Attributes:
+      codes: (*stack, ...) uint8, one to each block of the weight.
+      scales: (*stack, groups) float32: the largest |scale - offset| of each 256 codes in row-major order.
+      offset: (*stack,) float32: the mean of the scales.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    offset: jax.Array
+
+    def decode(self) -> jax.Array:
+        """The scales, float32, in the shape of the codes."""
+        stack = self.offset.ndim
+        lead, inner = self.codes.shape[:stack], self.codes.shape[stack:]
+        number, groups = math.prod(inner), self.scales.shape[-1]
+        if self.scales.shape[:-1] != lead or self.offset.shape != lead or groups != -(-number // GROUP):
+            raise ValueError(
+                f"the scales contradict each other: {self.codes.shape} codes of scales want scales of the second level "
+                f"of shape {(*lead, -(-number // GROUP))} and offsets of shape {lead}, not {self.scales.shape} and "
+                f"{self.offset.shape}; a shard of them has to keep whole groups of {GROUP}"
+            )
+        values = jnp.asarray(dynamic_map())[self.codes.reshape(*lead, number)]  # (*stack, blocks)
+        values = _grouped(values, groups) * self.scales[..., None]  # (*stack, groups, 256)
+        flat = values.reshape(*lead, groups * GROUP)[..., :number] + self.offset[..., None]
+        return flat.reshape(self.codes.shape)
+
+
+def encode(scales: jax.Array, stack: int) -> Nested:
+    """Quantises scales, of which the first `stack` axes are a stack."""
+    lead, inner = scales.shape[:stack], scales.shape[stack:]
+    number = math.prod(inner)
+    groups = -(-number // GROUP)
+    flat = scales.reshape(*lead, number)
+    offset = jnp.mean(flat, axis=-1)
+    centred = _grouped(flat - offset[..., None], groups)  # (*stack, groups, 256)
+    largest = jnp.max(jnp.abs(centred), axis=-1)
+    unit = centred / jnp.where(largest == 0, 1, largest)[..., None]
+    codes = nearest(unit).reshape(*lead, groups * GROUP)[..., :number]
+    return Nested(codes.reshape(scales.shape), largest, offset)
+
+
+def _grouped(flat: jax.Array, groups: int) -> jax.Array:
+    padding = [(0, 0)] * (flat.ndim - 1) + [(0, groups * GROUP - flat.shape[-1])]
+    return jnp.pad(flat, padding).reshape(*flat.shape[:-1], groups, GROUP)
+
+
+def nearest(x: jax.Array) -> jax.Array:
+    """The code of the nearest number of the map, uint8; of two that are as near, the lower."""
+    table = dynamic_map()
+    middle = (table[:-1] + table[1:]) / 2
+    return jnp.searchsorted(jnp.asarray(middle), x, side="left").astype(jnp.uint8)
+
+
+@functools.cache
+def dynamic_map() -> np.ndarray:
+    """The signed dynamic map of 8 bits, (256,) float32, ascending from -0.993 to 1.
+
+    For each power of ten from 1e-6 to 1 the midpoints of so many equal intervals between 0.1 and 1 as the bits that
+    are left allow (1, 2, ... 64), with both signs, and 0 and 1.
+
+    Source: Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv 1511.04561; the variant of
+    bitsandbytes.
+    """
+    values = [0.0, 1.0]
+    for power in range(7):
+        edges = np.linspace(0.1, 1.0, 2**power + 1)
+        sizes = 10.0 ** (power - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [*sizes, *-sizes]
+    return np.sort(np.asarray(values, np.float32))

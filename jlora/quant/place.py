@@ -1,0 +1,60 @@
+"""Where codes and scales lie on a mesh: along the axes of the weight that they stand for."""
+
+import math
+from typing import Any
+
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora.quant.nested import Nested
+from jlora.quant.quantised import Quantised
+
+
+def shardings_of(of: Quantised, sharding: NamedSharding, path: str) -> Quantised:
+    """Shardings of codes and scales, in their places, for the sharding of the weight (or of shapes of it).
+
+    A block lies on one device whole. Scales in 8 bits follow the weight; those of the second level, one to 16,384
+    weights, are on every device.
+
+    Raises:
+      ValueError: if the mesh cuts through a block, naming the leaf, the axis and what fits.
+    """
+    spec = (*sharding.spec, *[None] * (of.ndim - len(sharding.spec)))
+    order = of.layout.order_of(of.ndim)
+    names = [spec[axis] for axis in order]  # in the order of the codes
+    if of.layout.tail:
+        _check_tail(of, sharding, names, path)
+        names = names[: len(order) - len(of.layout.tail) + 1]
+    scales = of.scales.codes if isinstance(of.scales, Nested) else of.scales
+    stack = of.scales.offset.ndim if isinstance(of.scales, Nested) else 0
+    place = lambda names: NamedSharding(sharding.mesh, PartitionSpec(*names))
+    of_scales: Any = place(name if n != 1 else None for name, n in zip(names, scales.shape, strict=True))
+    if isinstance(of.scales, Nested):
+        lead = place(names[:stack])
+        of_scales = Nested(of_scales, lead, lead)
+    return Quantised(place(names), of_scales, of.number, of.layout, of.dtype)
+
+
+def _check_tail(of: Quantised, sharding: NamedSharding, names: list[Any], path: str) -> None:
+    tail, block = of.layout.tail, of.layout.block
+    first, *rest = names[-len(tail) :]
+    order = of.layout.order_of(of.ndim)[-len(tail) :]
+    for axis, name, inner in zip(order, (first, *rest), (math.prod(tail[1:]), *[0] * len(rest)), strict=True):
+        parts = _parts(sharding, name)
+        if parts == 1:
+            continue
+        size = of.shape[axis]
+        if inner and size % parts == 0 and (size // parts) * inner % block == 0 and len(names) > len(tail):
+            continue
+        free = [i for i in range(of.ndim) if i not in order]
+        fits = [n for n in range(parts, 0, -1) if inner and size % n == 0 and (size // n) * inner % block == 0]
+        raise ValueError(
+            f"{path!r} of shape {of.shape}: axis {axis} of size {size} lies along {name!r} in {parts} parts, which cut "
+            f"through its blocks of {block} weights along the axes {list(order)}; what fits is "
+            + (f"{fits[0]} parts of this axis" if fits else "this axis whole")
+            + (f", or the mesh along the axes {free}" if free else "")
+        )
+
+
+def _parts(sharding: NamedSharding, name: Any) -> int:
+    names = () if name is None else name if isinstance(name, tuple) else (name,)
+    return math.prod(sharding.mesh.shape[n] for n in names)

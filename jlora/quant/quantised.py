@@ -1,0 +1,167 @@
+"""`Quantised`: codes and scales in the place of a weight."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jlora.quant import nested
+from jlora.quant.formats import Format
+from jlora.quant.layout import Layout
+from jlora.quant.nested import Nested
+from jlora.transform.explicit import on_auto_axes, spec_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """A weight in few bits: `W = decode(codes) * scales`, computed in float32 and cast once. It is a `tree.Stored`.
+
+    Attributes:
+      codes: (*stack, ..., columns): of 4 bits two to a byte, the even element in the high half; axes as in `layout`.
+      scales: float32, the largest |W| of each block (*stack, ..., blocks) or output channel (1 along the inputs), or
+        these in 8 bits.
+      number: the format.
+      layout: order of the weight's axes in the codes.
+      dtype: of the weight.
+    """
+
+    codes: jax.Array
+    scales: jax.Array | Nested
+    number: Format = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.layout.shape(self.codes.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of the weight's axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of the weight's elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    @property
+    def leading(self) -> int:
+        """Number of leading axes along which all arrays can be cut: the stack's."""
+        return self.layout.leading(self.codes.shape)
+
+    def dequantise(self) -> jax.Array:
+        """The weight.
+
+        Raises:
+          ValueError: if codes and scales contradict each other.
+        """
+        return on_auto_axes(_dequantised, self, place=lambda _: self._spec())
+
+    def _spec(self) -> PartitionSpec:
+        """Where the weight lies on a mesh of explicit axes: along its axes as the codes do."""
+        order = self.layout.order_of(self.ndim)
+        names = (*spec_of(self.codes), *[None] * self.ndim)
+        return PartitionSpec(*(names[order.index(axis)] for axis in range(self.ndim)))
+
+    def transpose(self, permutation: Sequence[int]) -> "Quantised":
+        """The weight with its axes permuted: the same codes."""
+        return dataclasses.replace(self, layout=self.layout.transpose(tuple(permutation), self.codes.shape))
+
+    def __repr__(self) -> str:
+        twice = " twice" if isinstance(self.scales, Nested) else ""
+        block = f", blocks of {self.layout.block}{twice}" if self.number.blocks else ""
+        return f"Quantised({self.number.name}{block}, {jnp.dtype(self.dtype).name}{list(self.shape)})"
+
+
+def _dequantised(of: Quantised) -> jax.Array:
+    sizes = of.layout.sizes(of.codes.shape)
+    scales = of.scales.decode() if isinstance(of.scales, Nested) else of.scales
+    values = _in_blocks(of, sizes, scales) if of.number.blocks else _by_channel(of, scales)
+    order = of.layout.order_of(len(sizes))
+    back = tuple(order.index(axis) for axis in range(len(order)))
+    return lax.transpose(values.astype(of.dtype), back)
+
+
+def _in_blocks(of: Quantised, sizes: Sequence[int], scales: jax.Array) -> jax.Array:
+    """Decoded numbers times the scales of their blocks, (*sizes), float32."""
+    *lead, columns = of.codes.shape
+    tail = math.prod(sizes[len(lead) :])
+    blocks = -(-tail // of.layout.block)
+    if of.codes.dtype != of.number.dtype or columns != -(-tail // 2) or scales.shape != (*lead, blocks):
+        raise ValueError(
+            f"codes and scales contradict each other: {of.number.name} codes of a weight of shape {of.shape} in blocks "
+            f"of {of.layout.block} are {jnp.dtype(of.number.dtype).name} {[*lead, -(-tail // 2)]} with scales "
+            f"{[*lead, blocks]}, not {of.codes.dtype} {list(of.codes.shape)} with {list(scales.shape)}"
+        )
+    halves = jnp.stack([of.codes >> 4, of.codes & 15], axis=-1)  # (..., columns, 2)
+    values = of.number.decode(halves).reshape(*lead, 2 * columns)
+    values = jnp.pad(values, [(0, 0)] * len(lead) + [(0, blocks * of.layout.block - 2 * columns)])
+    values = values.reshape(*lead, blocks, of.layout.block) * scales[..., None]
+    return values.reshape(*lead, blocks * of.layout.block)[..., :tail].reshape(sizes)
+
+
+def _by_channel(of: Quantised, scales: jax.Array) -> jax.Array:
+    """Decoded numbers times the scales of their channels, in the shape of the codes, float32."""
+    fits = len(scales.shape) == len(of.codes.shape) and all(
+        n in (1, m) for n, m in zip(scales.shape, of.codes.shape, strict=True)
+    )
+    if of.codes.dtype != of.number.dtype or not fits:
+        raise ValueError(
+            f"codes and scales contradict each other: {of.number.name} codes {of.codes.dtype} {list(of.codes.shape)}, "
+            f"scales {list(scales.shape)}: the codes are {jnp.dtype(of.number.dtype).name}, and a scale's axes are 1 "
+            "along the inputs"
+        )
+    return of.number.decode(of.codes) * scales
+
+
+def encode(w: jax.Array, number: Format, layout: Layout, inputs: int, double: bool) -> Quantised:
+    """Quantises a weight, of which the last `inputs` axes of the layout's order are inputs; a stack layer by layer."""
+    turned = lax.transpose(w, layout.order)
+    stack, rest = turned.shape[: layout.stack], turned.shape[layout.stack :]
+
+    def one(w: jax.Array) -> tuple[jax.Array, jax.Array | Nested]:
+        wide = w.astype(jnp.float32)
+        codes, scales = _code_blocks(wide, number, layout) if number.blocks else _code_channels(wide, number, inputs)
+        return codes, nested.encode(scales, 0) if double else scales
+
+    if stack:
+        flat = turned.reshape(math.prod(stack), *rest)
+        codes, scales = jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), lax.map(one, flat))
+    else:
+        codes, scales = one(turned)
+    return Quantised(codes, scales, number, layout, jnp.dtype(w.dtype))
+
+
+def _code_blocks(w: jax.Array, number: Format, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    lead = w.shape[: layout.kept]
+    tail = math.prod(layout.tail)
+    blocks = -(-tail // layout.block)
+    flat = jnp.pad(w.reshape(*lead, tail), [(0, 0)] * len(lead) + [(0, blocks * layout.block - tail)])
+    grouped = flat.reshape(*lead, blocks, layout.block)
+    scales = jnp.max(jnp.abs(grouped), axis=-1)
+    codes = number.encode(_scaled(grouped, scales[..., None])).reshape(*lead, blocks * layout.block)
+    codes = codes[..., : -(-tail // 2) * 2]
+    return (codes[..., ::2] << 4) | codes[..., 1::2], scales
+
+
+def _code_channels(w: jax.Array, number: Format, inputs: int) -> tuple[jax.Array, jax.Array]:
+    scales = jnp.max(jnp.abs(w), axis=tuple(range(w.ndim - inputs, w.ndim)), keepdims=True)
+    return number.encode(_scaled(w, scales)), scales
+
+
+def _scaled(w: jax.Array, scales: jax.Array) -> jax.Array:
+    """`w / scales` as bitsandbytes computes it; zero where all of a block is."""
+    return w * jnp.where(scales == 0, 0, 1 / jnp.where(scales == 0, 1, scales))
