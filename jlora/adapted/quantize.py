@@ -25,7 +25,7 @@ HEADS = ("head", "lm_head", "score", "classifier", "qa_outputs", "logits", "out_
 
 def quantize(
     params: Any,
-    format: str | Format = "nf4",
+    number_format: str | Format = "nf4",
     *,
     block: int | None = None,
     double: bool | None = None,
@@ -45,8 +45,8 @@ def quantize(
     Args:
       params: any tree, of arrays or of shapes (`jax.eval_shape`), of which shapes of codes and scales come. On a mesh,
         codes and scales lie along the axes of their weight.
-      format: "nf4" (quantiles of the normal distribution), "fp4" (bitsandbytes' 4-bit float), "int4" (-7 to 7), each
-        with a scale for each block; "int8" (-127 to 127), "fp8" (e4m3), with a scale for each output channel.
+      number_format: "nf4" (quantiles of the normal distribution), "fp4" (bitsandbytes' 4-bit float), "int4" (-7 to 7),
+        each with a scale for each block; "int8" (-127 to 127), "fp8" (e4m3), with a scale for each output channel.
       block: weights to a scale, a power of two from 32 to 4096; 64 when None. The blocks lie along the inputs, in
         row-major (outputs, inputs), as bitsandbytes has them. Not of the 8-bit formats.
       double: whether the scales are held in 8 bits themselves, in groups of 256. True when None, for 4 bits.
@@ -69,7 +69,7 @@ def quantize(
       >>> jlora.quantize(params, "nf4")["dense"]["kernel"]
       Quantised(nf4, blocks of 64 twice, float32[128, 64])
     """
-    number = format_of(format)
+    number = format_of(number_format)
     block, double = _check_block(number, block), _check_double(number, double)
     named, structure = tree.leaves(params)
     chosen = {site.path: site for site in _choose(params, named, targets, sites)}
@@ -154,9 +154,12 @@ def _check_leaf(path: str, leaf: Any) -> None:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{path!r} has dtype {dtype}: only floating-point weights can be quantised")
-    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
         return
-    finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf)
+    try:
+        finite = bool(np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf))
+    except jax.errors.ConcretizationTypeError:  # under jit a NaN gives a NaN
+        return
     if not finite:
         raise ValueError(f"{path!r} is not finite: a block with a NaN or an infinity has no scale")
 
@@ -171,8 +174,7 @@ def _quantised(leaf: Any, site: Site, number: Format, block: int, double: bool) 
     inputs = len(site.in_axes)
     shape = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     shapes = jax.eval_shape(lambda w: encode(w, number, layout, inputs, double), shape)
-    sharding = None if isinstance(leaf, jax.core.Tracer) else tree.placement(leaf)
-    where = shardings_of(shapes, sharding, site.path) if isinstance(sharding, NamedSharding) else None
+    where = _where(leaf, shapes, site.path)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         if where is None:
             return shapes
@@ -180,10 +182,19 @@ def _quantised(leaf: Any, site: Site, number: Format, block: int, double: bool) 
     return _compiled(number, layout, inputs, double, _Fixed(where))(leaf)
 
 
+def _where(leaf: Any, shapes: Quantised, path: str) -> Quantised | None:
+    """Shardings of codes and scales, if the weight was put onto a mesh; under jit XLA or the types decide."""
+    try:
+        sharding = tree.placement(leaf)
+    except jax.errors.ConcretizationTypeError:
+        return None
+    return shardings_of(shapes, sharding, path) if isinstance(sharding, NamedSharding) else None
+
+
 class _Fixed:
     """Shardings as a key of a cache: their tree is one of dataclasses, which cannot be hashed."""
 
-    def __init__(self, where: Any):
+    def __init__(self, where: Any) -> None:
         self.where = where
         self.key = tuple(jax.tree.leaves(where))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Quantiles of the normal distribution, scaled to [-1, 1] (arXiv 2305.14314, appendix E), and the midpoints between them.
+# Quantiles of the normal distribution within [-1, 1] (arXiv 2305.14314, appendix E), and the midpoints between them.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,

@@ -1,4 +1,4 @@
-"""A stored weight (`tree.Stored`) that a model casts, turns, reshapes or cuts: done when it is dequantised, not before."""
+"""A stored weight (`tree.Stored`) that a model casts, turns, reshapes or cuts: done when it is dequantised."""
 
 import dataclasses
 import math
@@ -125,7 +125,7 @@ def cut(w: Any, bounds: Sequence[tuple[int, int, int]]) -> Any:
 
 
 def leading(w: Any, act: Callable[[jax.Array], jax.Array]) -> Any:
-    """`act`, a slice along the first axis, of every array of a stored weight; of the whole where it has no such axis."""
+    """`act`, a slice along the first axis, of every array of a stored weight; of the whole, where it has none."""
     return jax.tree.map(act, w) if w.leading else act(w.dequantise())
 
 
