@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora.quant import nested
-from jlora.quant.formats import Format
+from jlora.quant.formats import Format, to_unit
 from jlora.quant.layout import Layout
 from jlora.quant.nested import Nested
 from jlora.transform.explicit import on_auto_axes, spec_of
@@ -152,16 +152,12 @@ def _code_blocks(w: jax.Array, number: Format, layout: Layout) -> tuple[jax.Arra
     flat = jnp.pad(w.reshape(*lead, tail), [(0, 0)] * len(lead) + [(0, blocks * layout.block - tail)])
     grouped = flat.reshape(*lead, blocks, layout.block)
     scales = jnp.max(jnp.abs(grouped), axis=-1)
-    codes = number.encode(_scaled(grouped, scales[..., None])).reshape(*lead, blocks * layout.block)
+    unit = to_unit(grouped, scales, short=tail % layout.block != 0)
+    codes = number.encode(unit).reshape(*lead, blocks * layout.block)
     codes = codes[..., : -(-tail // 2) * 2]
     return (codes[..., ::2] << 4) | codes[..., 1::2], scales
 
 
 def _code_channels(w: jax.Array, number: Format, inputs: int) -> tuple[jax.Array, jax.Array]:
     scales = jnp.max(jnp.abs(w), axis=tuple(range(w.ndim - inputs, w.ndim)), keepdims=True)
-    return number.encode(_scaled(w, scales)), scales
-
-
-def _scaled(w: jax.Array, scales: jax.Array) -> jax.Array:
-    """`w / scales` as bitsandbytes computes it; zero where all of a block is."""
-    return w * jnp.where(scales == 0, 0, 1 / jnp.where(scales == 0, 1, scales))
+    return number.encode(w * jnp.where(scales == 0, 0, 1 / jnp.where(scales == 0, 1, scales))), scales
