@@ -210,6 +210,12 @@ def forward(params: Any, x: jax.Array) -> jax.Array:
     return jnp.einsum("...i,i,ij->...j", h, params["norm"]["scale"], params["head"]["kernel"])
 
 
+def close(x: Any, y: Any) -> None:
+    """To one unit in the last place: compiled, a division by 127 may be a product."""
+    bits = jnp.finfo(x.dtype).nmant if jnp.issubdtype(x.dtype, jnp.floating) else 23
+    np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=2.0**-bits)
+
+
 def held(params: Any) -> list[str]:
     return [path for path, leaf in tree.leaves(params)[0].items() if tree.is_stored(leaf)]
 
@@ -236,7 +242,7 @@ def test_shapes_and_jit_are_as_arrays(name: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda p: jlora.quantize(p, name))(params), of)
     back = jlora.dequantize(of)
     assert jax.tree.structure(back) == jax.tree.structure(params) and back["fc"]["kernel"].dtype == jnp.bfloat16
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(jlora.dequantize)(of), back)
+    jax.tree.map(close, jax.jit(jlora.dequantize)(of), back)
     np.testing.assert_allclose(
         jlora.lift(forward)(of, jnp.arange(3)), forward(back, jnp.arange(3)), rtol=2e-2, atol=2e-2
     )
@@ -255,7 +261,7 @@ def test_codes_lie_along_the_axes_of_their_weight(name: str, kind: AxisType) -> 
     alone = jlora.quantize({"kernel": w}, name)["kernel"]
     jax.tree.map(np.testing.assert_array_equal, of, alone)
     back = jax.jit(lambda of: of.dequantise())(of)
-    np.testing.assert_array_equal(back, alone.dequantise())
+    close(back, alone.dequantise())
     assert kind == AxisType.Auto or jax.typeof(back).sharding.spec == P("x", "y")
     shapes = jlora.quantize({"kernel": jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=put.sharding)}, name)["kernel"]
     assert [x.sharding.spec for x in jax.tree.leaves(shapes)] == [x.sharding.spec for x in jax.tree.leaves(of)]
