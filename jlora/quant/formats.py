@@ -69,7 +69,7 @@ def to_unit(x: jax.Array, largest: jax.Array, *, short: bool = False) -> jax.Arr
     Args:
       x: float32.
       largest: the largest |x| of each group.
-      short: whether the last group is one that was filled up: it is divided, the others are multiplied with 1 / largest.
+      short: whether the last group was filled up: it is divided, the others are multiplied with 1 / largest.
     """
     scale = jnp.where(largest == 0, 1, largest)
     down = jnp.where(scale > 2.0**120, np.float32(2.0**-20), 1)  # else 1 / scale is too small a number to be held
