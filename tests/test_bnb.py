@@ -112,7 +112,10 @@ def test_int8_codes_are_those_of_bitsandbytes(name):
     off = np.abs(np.asarray(found.codes, int) - GOLDEN[f"{name}/int8/codes"])
     assert off.max() <= 1 and off.mean() < 0.002
     own = Quantised(jnp.asarray(GOLDEN[f"{name}/int8/codes"]), found.scales, number, layout, jnp.float32)
-    np.testing.assert_allclose(own.dequantise(), GOLDEN[f"{name}/int8/dequantised"], rtol=4e-7)  # rounded thrice
+    theirs = GOLDEN[f"{name}/int8/dequantised"]
+    held = np.isfinite(theirs)  # code * scale of 3e38 is beyond float32 before it is divided by 127
+    assert held.mean() > 0.99
+    np.testing.assert_allclose(np.asarray(own.dequantise())[held], theirs[held], rtol=4e-7)  # rounded thrice
 
 
 def test_the_golden_files_have_what_they_are_for():
