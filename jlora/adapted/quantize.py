@@ -106,16 +106,16 @@ def _dense(path: str, leaf: Any) -> Any:
 
 
 def _choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list[Site]:
-    known = known_sites(params, named, sites)
+    known, read = known_sites(params, named, sites), sites is not None
     if targets is not None:
-        chosen = select(known, targets, read_from_program=sites is not None, caller="quantize")
+        chosen = select(known, targets, read_from_program=read, caller="quantize", done="quantised")
     else:
         chosen = [site for site in known if site.kind == "linear" and not is_head(site.path)]
         unknown = [site.path for site in known if site.kind == "unknown"]
         if unknown or not chosen:
             # Raises for what is ambiguous, and where nothing is linear.
-            select([site for site in known if site.kind in ("linear", "unknown")], None,
-                   read_from_program=sites is not None, caller="quantize")  # fmt: skip
+            ambiguous = [site for site in known if site.kind in ("linear", "unknown")]
+            select(ambiguous, None, read_from_program=read, caller="quantize", done="quantised")
     if not chosen:
         raise ValueError(
             f"quantize: the linear weights are heads alone ({', '.join(s.path for s in known if s.kind == 'linear')}), "
@@ -170,8 +170,10 @@ def _all_finite(w: jax.Array) -> jax.Array:
 
 
 def _quantised(leaf: Any, site: Site, number: Format, block: int, double: bool) -> Quantised:
-    layout = layout_of(leaf.shape, site.out_axes, site.in_axes, site.stack_axes, number, block)
-    inputs = len(site.in_axes)
+    # A table's rows stay rows: blocks lie along the width, which a tied head contracts.
+    out_axes, in_axes = (site.out_axes, site.in_axes)[:: -1 if site.kind == "embedding" else 1]
+    layout = layout_of(leaf.shape, out_axes, in_axes, site.stack_axes, number, block)
+    inputs = len(in_axes)
     shape = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     shapes = jax.eval_shape(lambda w: encode(w, number, layout, inputs, double), shape)
     where = _where(leaf, shapes, site.path)
