@@ -63,6 +63,13 @@ def look_up(codes: jax.Array, table: tuple[float, ...], dtype: Any = jnp.float32
     return values[0]
 
 
+def over(x: jax.Array, largest: jax.Array) -> jax.Array:
+    """`x * (1 / largest)`, 0 where the largest is; float32."""
+    scale = jnp.where(largest == 0, 1, largest)
+    down = jnp.where(scale > 2.0**120, np.float32(2.0**-20), 1)  # else 1 / scale is too small a number to be held
+    return (x * down) * (1 / (scale * down))
+
+
 def to_unit(x: jax.Array, largest: jax.Array, *, short: bool = False) -> jax.Array:
     """`x / largest`, (..., groups, n) by (..., groups), bit for bit as bitsandbytes computes it; 0 where all are.
 
@@ -71,15 +78,13 @@ def to_unit(x: jax.Array, largest: jax.Array, *, short: bool = False) -> jax.Arr
       largest: the largest |x| of each group.
       short: whether the last group was filled up: it is divided, the others are multiplied with 1 / largest.
     """
-    scale = jnp.where(largest == 0, 1, largest)
-    down = jnp.where(scale > 2.0**120, np.float32(2.0**-20), 1)  # else 1 / scale is too small a number to be held
-    unit = (x * down[..., None]) * (1 / (scale * down))[..., None]
     if not short:
-        return unit
+        return over(x, largest[..., None])
     # Behind the barrier XLA does not see that all divisors are one, of which it would multiply with the reciprocal.
-    last = x[..., -1, :]
-    divisor = lax.optimization_barrier(jnp.broadcast_to(scale[..., -1:], last.shape))
-    return jnp.concatenate([unit[..., :-1, :], (last / divisor)[..., None, :]], axis=-2)
+    last, scale = x[..., -1, :], jnp.where(largest == 0, 1, largest)[..., -1:]
+    divisor = lax.optimization_barrier(jnp.broadcast_to(scale, last.shape))
+    rest = over(x[..., :-1, :], largest[..., :-1, None])
+    return jnp.concatenate([rest, (last / divisor)[..., None, :]], axis=-2)
 
 
 def _count_above(x: jax.Array, thresholds: tuple[float, ...]) -> jax.Array:

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora.quant import nested
-from jlora.quant.formats import Format, to_unit
+from jlora.quant.formats import Format, over, to_unit
 from jlora.quant.layout import Layout
 from jlora.quant.nested import Nested
 from jlora.transform.explicit import on_auto_axes, spec_of
@@ -160,4 +160,4 @@ def _code_blocks(w: jax.Array, number: Format, layout: Layout) -> tuple[jax.Arra
 
 def _code_channels(w: jax.Array, number: Format, inputs: int) -> tuple[jax.Array, jax.Array]:
     scales = jnp.max(jnp.abs(w), axis=tuple(range(w.ndim - inputs, w.ndim)), keepdims=True)
-    return number.encode(w * jnp.where(scales == 0, 0, 1 / jnp.where(scales == 0, 1, scales))), scales
+    return number.encode(over(w, scales)), scales
