@@ -5,8 +5,8 @@ Data:      SST-2 and TREC-6 of minilm_sst2.py and minilm_trec.py, Shakespeare of
 Model:     all-MiniLM-L6-v2, stories260K, and the quickstart's base, which is pretrained here
 Score:     experiments/LOG.md
 
-Every run is LoRA r=8 on all linear layers of the blocks, and differs from the others in how they are held: a base's
-linear layers but its head. Three learning rates each with seed 0, the best on the validation split with three seeds.
+Every run is LoRA r=8 (or PiSSA, from where QPiSSA starts) on all linear layers of the blocks, and they differ in how
+these are held. Three learning rates each with seed 0, the best on the validation split with three seeds.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 LINEAR = r"(^|/)h(_\d+)?/(attn|mlp)/"  # all linear layers of the blocks
 SEEDS = (0, 1, 2)
 STEPS = 80
+PISSA = 10.0  # times lower
 
 
 def config() -> Study:
@@ -38,7 +39,7 @@ def small() -> Study:
         "qlora_quality_small",
         tuple(
             dataclasses.replace(
-                whole, name=name, runs=runs(1e-2, 2e-2)[:2], seeds=(0, 1), measure=Measure(rounds=1),
+                whole, name=name, runs=runs(1e-2, 2e-2)[3::2], seeds=(0, 1), measure=Measure(rounds=1),
                 train=dataclasses.replace(whole.train, steps=4, evaluate_every=4, warmup=1),
             )
             for name, whole in (("shakespeare", text), ("python", code))
@@ -47,17 +48,22 @@ def small() -> Study:
 
 
 def runs(*rates: float) -> tuple[Run, ...]:
-    """Ways to hold the base."""
-    lora = jlora.lora(8, alpha=16)
-    ways = {
-        "bf16": ("bfloat16", Held("bf16")),
-        "int8": ("int8", Held("int8")),
-        "nf4": ("NF4", Held("nf4", double=False)),
-        "nf4_dq": ("NF4 + DQ", Held("nf4")),
-        "fp4": ("FP4", Held("fp4", double=False)),
-        "int4": ("int4", Held("int4", double=False)),
-    }
-    return tuple(Run(name, label, lora, None, LINEAR, rates=rates, held=held) for name, (label, held) in ways.items())
+    """Ways to hold the base, and to start on it. PiSSA's factors are large from the start: their rates are lower."""
+    lora, pissa = jlora.lora(8, alpha=16), jlora.pissa(8)
+    lower = tuple(rate / PISSA for rate in rates)
+    return tuple(
+        Run(name, label, method, None, LINEAR, rates=grid, held=held)
+        for name, label, method, grid, held in (
+            ("bf16", "bfloat16", lora, rates, Held("bf16")),
+            ("int8", "int8", lora, rates, Held("int8")),
+            ("nf4", "NF4", lora, rates, Held("nf4", double=False)),
+            ("nf4_dq", "NF4 + DQ", lora, rates, Held("nf4")),
+            ("fp4", "FP4", lora, rates, Held("fp4", double=False)),
+            ("int4", "int4", lora, rates, Held("int4", double=False)),
+            ("loftq", "NF4 + DQ, LoftQ", lora, rates, Held("nf4", loftq=5)),
+            ("qpissa", "NF4 + DQ, QPiSSA", pissa, lower, Held("nf4")),
+        )
+    )
 
 
 def trec() -> Experiment:

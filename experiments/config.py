@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jlora
 from experiments.configfile import ConfigError as ConfigError
 from experiments.tasks.task import Task
+from jlora.adapted.residual import is_taken_out
 from jlora.models.sampling import Sampling
 from jlora.quant import FORMATS
 
@@ -144,17 +145,19 @@ HOLDINGS = (*FORMATS, "bf16", "none")
 
 @dataclass(frozen=True)
 class Held:
-    """How the base's linear weights are held, but for heads: set by `base.quantize=nf4`, `runs.lora.base.quantize=int8`.
+    """How the base's linear weights but heads are held. By name: `base.quantize=nf4`, `runs.lora.base.quantize=int8`.
 
     Attributes:
       quantize: a format of `jlora.quantize`: "nf4", "fp4", "int4", "int8", "fp8"; "bf16" for a cast to bfloat16, "none"
         for no change. None: of an experiment no change, of a run what the experiment has.
       block, double: as in `jlora.quantize`.
+      loftq: steps of `jlora.loftq`, which starts the factors from what quantising loses; None for no such start.
     """
 
     quantize: str | None = None
     block: int | None = None
     double: bool | None = None
+    loftq: int | None = None
 
     def __post_init__(self) -> None:
         if self.quantize is not None and self.quantize not in HOLDINGS:
@@ -162,8 +165,11 @@ class Held:
             raise ConfigError(
                 f"base.quantize={self.quantize!r} is one of {', '.join(HOLDINGS)}; the nearest is {near!r}"
             )
-        if self.quantize not in FORMATS and (self.block, self.double) != (None, None):
-            raise ConfigError(f"base.block and base.double go with base.quantize, which is {self.quantize!r}")
+        if self.quantize not in FORMATS and (self.block, self.double, self.loftq) != (None, None, None):
+            raise ConfigError(
+                f"base.block, base.double and base.loftq go with base.quantize={', '.join(FORMATS)}, which is "
+                f"{self.quantize!r}"
+            )
 
     @property
     def plain(self) -> bool:
@@ -310,8 +316,8 @@ class Experiment:
                 raise ConfigError(f"runs.{run.name}: a learning_rate, or rates for a sweep")
         if not self.held.plain and all(run.is_full for run in self.runs):
             raise ConfigError(
-                f"base.quantize={self.held.quantize}: full fine-tuning trains the weights themselves, and {self.name!r} "
-                "has no other runs: add one with a method such as lora(16)"
+                f"base.quantize={self.held.quantize}: full fine-tuning trains the weights themselves, and "
+                f"{self.name!r} has no other runs: add one with a method such as lora(16)"
             )
 
     def held_by(self, run: Run) -> Held:
@@ -322,7 +328,8 @@ class Experiment:
     def held_by_all(self) -> Held:
         """How all runs hold the base, so that it need not be kept as it is; else as it is."""
         held = {(self.held_by(run), run.extras) for run in self.runs}
-        return next(iter(held))[0] if len(held) == 1 else Held()
+        own = any(self.held_by(run).loftq or is_taken_out(run.method) for run in self.runs)
+        return next(iter(held))[0] if len(held) == 1 and not own else Held()
 
     def rates_of(self, run: Run) -> tuple[float, ...]:
         """The learning rates of a run: one, or those of a sweep."""

@@ -50,6 +50,16 @@ def hold(params: Params, held: Held, sites: Sequence[jlora.Site], kept: str = ""
     return jax.tree.unflatten(structure, leaves)
 
 
+def hold_adapted(adapted: jlora.Adapted, held: Held, sites: Sequence[jlora.Site], kept: str = "") -> jlora.Adapted:
+    """The same of a base with factors whose start is less what they start from: LoftQ, QPiSSA."""
+    paths = chosen(sites, kept)
+    targets = lambda site: site.path in paths
+    how: Any = {"block": held.block, "double": held.double, "targets": targets, "sites": sites}
+    if held.loftq is not None:
+        return jlora.loftq(adapted, str(held.quantize), iterations=held.loftq, **how)
+    return jlora.quantize(adapted, str(held.quantize), **how)
+
+
 def _cast(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)

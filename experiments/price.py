@@ -77,7 +77,7 @@ class Price:
 
 def planned(trainer: Trainer, seed: int, params: Params) -> Plan:
     """Compiles the training step and says what it will cost."""
-    state = trainer.start(seed, trainer.held(params))
+    state = trainer.start(seed, params)
     flops, temporary = compiled_cost(trainer.step, state, trainer.batches(0)(0))
     count = jlora.count(state.adapted)
     return Plan(
@@ -106,7 +106,7 @@ def priced(experiment: Experiment, trials: Sequence[Trial], params: Params, fold
         return {}
     if path.exists():
         return read_json(path, lambda read: {name: Price(**price) for name, price in read.items()})
-    trained = {trial.run.name: (trial, loaded(trial.place, trial.trainer.held(params))) for trial in trials}
+    trained = {trial.run.name: (trial, loaded(trial.place, trial.held(params))) for trial in trials}
     batch = trials[0].trainer.batches(0)(0)
     states = {name: TrainState.create(adapted, trial.trainer.step.tx) for name, (trial, adapted) in trained.items()}
     steps = {name: (trial.trainer.step, states[name]) for name, (trial, _) in trained.items()}

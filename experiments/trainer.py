@@ -24,7 +24,9 @@ from experiments.resume import loaded, restored
 from experiments.tasks.task import Apply, Batch, Evaluate, Opened, Params, Scores, Side, Split
 from experiments.tensorboard import TensorBoard
 from jlora import tree
+from jlora.adapted.residual import is_taken_out
 from jlora.checkpoint import Checkpoints
+from jlora.quant import FORMATS
 from jlora.state import TrainState
 from jlora.train import Step, train_step
 
@@ -205,9 +207,31 @@ class Trainer:
         takes = self.run.held.plain and self.opened.model.config.param_dtype == "float32"
         return takes and not self.run.method.acts.unmergeable
 
-    def held(self, params: Params) -> Params:
-        """The base as the run holds it."""
-        return self.shared.held(self.run, params)
+    def held(self, params: Params, seed: int) -> Params:
+        """The base as the run holds it: a run's own where it is less what the factors start from (LoftQ, QPiSSA)."""
+        if not self.starts_from_base:
+            return self.shared.held(self.run, params)
+        return self._started(seed, params).base
+
+    def _started(self, seed: int, params: Params) -> jlora.Adapted:
+        """The start of a run whose base is its own, the last one kept: it takes singular values of every weight."""
+        if self._own.get("of") != (id(params), seed):
+            plain = self._beside(params, jax.random.key(seed)).replace(base=params)
+            adapted = held.hold_adapted(plain, self.run.held, self.shared.sites, self.shared.kept(self.run))
+            self._own.update(of=(id(params), seed), params=params, adapted=adapted)
+        adapted = self._own["adapted"]
+        # A training step gives its factors away.
+        return jax.tree.map(jnp.copy, adapted.replace(base=None)).replace(base=adapted.base)
+
+    @functools.cached_property
+    def _own(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether the factors' start is taken out of the base before it is quantised."""
+        run = self.run
+        return run.held.quantize in FORMATS and (run.held.loftq is not None or is_taken_out(run.method))
 
     def merged(self, adapted: jlora.Adapted) -> Params:
         """Parameters as `apply` takes them."""
@@ -226,7 +250,10 @@ class Trainer:
         return new, old
 
     def adapted(self, seed: int, params: Params) -> jlora.Adapted:
-        """The base with initial factors."""
+        """The base, held as the run has it, with initial factors."""
+        if self.starts_from_base:
+            return self._started(seed, params)
+        params = self.shared.held(self.run, params)
         run, opened, statistic = self.run, self.opened, self.run.method.acts.statistic
         if not statistic:
             return self._beside(params, jax.random.key(seed)).replace(base=params)
@@ -246,6 +273,11 @@ class Trainer:
     def _beside(self) -> Callable[[Params, jax.Array], jlora.Adapted]:
         """All of an adapter but its base, which is not copied. One program for all shapes of factors and all seeds."""
         return jax.jit(lambda params, key: self._apply(params, key).replace(base=None))
+
+    def planned(self, params: Params) -> jlora.Adapted:
+        """Shapes of the start: a base that is quantised with its factors has those of one that is quantised alone."""
+        base = self.shared.hold(self.run, params)
+        return self._apply(params, jax.random.key(0)).replace(base=base)
 
     def start(self, seed: int, params: Params, learning_rate: float | None = None) -> TrainState:
         """The state before the first step."""
@@ -270,7 +302,7 @@ class Trainer:
         trainer = dataclasses.replace(self, run=run)
         try:
             self.optimizer(self.first_rate)
-            jax.eval_shape(lambda params: trainer.adapted(0, self.shared.hold(run, params)), shapes)
+            jax.eval_shape(trainer.planned, shapes)
         except ValueError as error:
             raise ConfigError(f"runs.{self.run.name}: {error}") from error
 
@@ -387,7 +419,7 @@ def score(trainer: Trainer, result: Result, folder: Path, params: Params, phase:
 
 
 def _tested(trainer: Trainer, result: Result, folder: Path, params: Params, board: TensorBoard, phase: Phase) -> Result:
-    new, old = trainer.evaluate(loaded(folder, params), "test")
+    new, old = trainer.evaluate(loaded(folder, trainer.held(params, result.seed)), "test")
     board.scalars(trainer.steps, _named("test", new, old))
     phase.say(f"{phase.title}: test {_text(new)}, of step {result.best}")
     return dataclasses.replace(result, test=new, old=old)

@@ -16,7 +16,7 @@ def samples(opened: Opened, trials: Sequence[Trial], params: Params, folder: Pat
     shown = [("before", opened.samples(opened.model.apply, params))]
     for trial in trials:
         if trial.results:
-            merged = trial.trainer.merged(loaded(trial.place, trial.trainer.held(params)))
+            merged = trial.trainer.merged(loaded(trial.place, trial.held(params)))
             shown.append((trial.run.label, opened.samples(trial.trainer.apply, merged)))
     text = "\n".join(f"{label}:\n" + "\n".join(f"  {line}" for line in lines) for label, lines in shown)
     write_text(folder / "samples.txt", text + "\n")

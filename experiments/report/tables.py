@@ -79,7 +79,7 @@ def _held(params: Params, trials: Sequence[Trial], plans: Mapping[str, Plan]) ->
         run, shared = trial.run, trial.trainer.shared
         if run.held.plain or run.held in lines:
             continue
-        number, bits = in_bits(trial.trainer.held(params), shared.sites, shared.kept(run))
+        number, bits = in_bits(trial.held(params), shared.sites, shared.kept(run))
         by = [other.run.label for other in trials if other.run.held == run.held]
         lines[run.held] = (
             f"held      {number:,} parameters in {run.held.in_words}, {bits:.3f} bits each; the base has "
