@@ -18,7 +18,6 @@ from experiments.resume import loaded
 from experiments.tasks.task import Batch, Params
 from experiments.trainer import Trainer
 from experiments.trial import Trial
-from jlora import tree
 from jlora.state import TrainState
 from jlora.train import Step
 
@@ -158,12 +157,7 @@ def _forward_seconds(
         leaves = jax.tree.leaves(params)
         calls[name, merged] = lambda: program(leaves, batch)
 
-    apply = (
-        jlora.lift(opened.model.apply)
-        if any(map(tree.is_stored, tree.leaves(base)[0].values()))
-        else opened.model.apply
-    )
-    plain = program(apply, base)
+    plain = program(next(iter(trained.values()))[0].trainer.shared.apply, base)
     add("", True, base, plain)
     for name, (trial, adapted) in trained.items():
         add(name, False, adapted, program(jlora.lift(opened.model.apply), adapted))

@@ -178,8 +178,7 @@ def _measured(work: Work, base: Base, plans: dict[str, Plan], progress: Progress
         progress.print(shown)
     new = old = None
     if opened.old is not None and experiment.measure.test:
-        evaluate = work.shared.plain if experiment.held_by_all.plain else work.shared.lifted
-        new, old = (evaluate(params, "test", side) for side in ("new", "old"))
+        new, old = (work.shared.of_base(params, "test", side) for side in ("new", "old"))
     start = report.Start(sum(leaf.size for leaf in tree.leaves(params)[0].values()), base.bytes, new, old, base.curve)
     outcomes = tuple(outcome_of(t, plans[t.run.name], prices.get(t.run.name)) for t in work.trials)
     return report.Results.of(experiment, opened, start, outcomes)

@@ -101,10 +101,15 @@ class Shared:
         """The scores of plain parameters."""
         return self.opened.evaluator(self.opened.model.apply)
 
+    @property
+    def apply(self) -> Apply:
+        """The model's function of the base as it is kept."""
+        return self.opened.model.apply if self.already is None else jlora.lift(self.opened.model.apply)
+
     @functools.cached_property
-    def lifted(self) -> Evaluate:
-        """The scores of parameters some of which are held in few bits, or adapted."""
-        return self.opened.evaluator(jlora.lift(self.opened.model.apply))
+    def of_base(self) -> Evaluate:
+        """The scores of the base as it is kept."""
+        return self.plain if self.already is None else self.opened.evaluator(self.apply)
 
     def held(self, run: Run, params: Params) -> Params:
         """The base as a run holds it; runs that hold it alike share it. One that is held so already stays."""
