@@ -32,7 +32,7 @@ _MOST = 100  # of the alternation's steps, each of which has an SVD for every we
 
 def loftq(
     adapted: Adapted,
-    format: str | Format = "nf4",
+    format: str | Format = "nf4",  # noqa: A002
     *,
     iterations: int = 5,
     block: int | None = None,
