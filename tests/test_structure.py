@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # its own row. The rows of `transform` and `adapted` are ordered within.
 TRANSFORM = (
     ("axes", "explicit", "view"),
+    ("dequantised",),
     ("product",),
     ("weight", "jaxprs"),
     ("trace",),

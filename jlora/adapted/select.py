@@ -70,9 +70,14 @@ def check_axes(sites: Sequence[Site], where: str) -> None:
 
 
 def select(
-    known: Sequence[Site], targets: Pattern | None, *, read_from_program: bool, caller: str = "apply"
+    known: Sequence[Site],
+    targets: Pattern | None,
+    *,
+    read_from_program: bool,
+    caller: str = "apply",
+    done: str = "adapted",
 ) -> list[Site]:
-    """The sites that `targets=` of a caller names, each of which can be adapted."""
+    """The sites that `targets=` of a caller names, each of which can be adapted, or what else is `done` to them."""
     if targets is None:
         chosen = [site for site in known if site.kind in ("linear", "conv", "unknown")]
         if not chosen:
@@ -99,15 +104,15 @@ def select(
         raise TypeError(f"targets= is a pattern, a list of them or a predicate on Site, not {targets!r:.200}")
     else:
         patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
-        hits = {pattern: _matches(pattern, known, "targets") for pattern in patterns}
+        hits = {pattern: _matches(pattern, known, "targets", done) for pattern in patterns}
         paths = {site.path for found in hits.values() for site in found}
         chosen = [site for site in known if site.path in paths]
     for site in chosen:
-        check_adaptable(site)
+        check_adaptable(site, done)
     return chosen
 
 
-def _matches(pattern: str, known: Sequence[Site], argument: str) -> list[Site]:
+def _matches(pattern: str, known: Sequence[Site], argument: str, done: str = "adapted") -> list[Site]:
     found = [site for site in known if _search(pattern, site.path, argument)]
     if not found:
         able = [site.path for site in known if site.kind in (*ADAPTABLE, "unknown")]
@@ -119,7 +124,7 @@ def _matches(pattern: str, known: Sequence[Site], argument: str) -> list[Site]:
     if not site.dtype.startswith(("float", "bfloat")):
         raise ValueError(
             f"{argument}={pattern!r} matches {site.path!r}, whose dtype is {site.dtype}: only floating-point weights "
-            "can be adapted"
+            f"can be {done}"
         )
     used = f" (used by {', '.join(site.uses)})" if site.uses else ""
     raise ValueError(
@@ -128,10 +133,10 @@ def _matches(pattern: str, known: Sequence[Site], argument: str) -> list[Site]:
     )
 
 
-def check_adaptable(site: Site) -> None:
+def check_adaptable(site: Site, done: str = "adapted") -> None:
     """Raises ValueError for a weight that has no factored form."""
     if not site.dtype.startswith(("float", "bfloat")):
-        raise ValueError(f"{site.path!r} has dtype {site.dtype}: only floating-point weights can be adapted")
+        raise ValueError(f"{site.path!r} has dtype {site.dtype}: only floating-point weights can be {done}")
     if site.kind == "unknown":
         how = (
             f"the program uses its axes in ways that contradict each other ({', '.join(site.uses)})"

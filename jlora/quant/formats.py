@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-# Quantiles of the normal distribution, scaled to [-1, 1] (arXiv 2305.14314, appendix E), and the midpoints between them.
+# Quantiles of the normal distribution within [-1, 1] (arXiv 2305.14314, appendix E), and the midpoints between them.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -23,8 +24,9 @@ NF4_THRESHOLDS = (
 # bitsandbytes' 4-bit float by its bit pattern, a sign and three bits: not the one of the OCP (E2M1).
 FP4_SIZES = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 FP4 = (*FP4_SIZES, *(-size for size in FP4_SIZES))
-FP4_ORDER = (0, 1, 6, 7, 4, 5, 2, 3)  # the bit patterns of the sizes in ascending order
-FP4_THRESHOLDS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
+FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)  # the codes by their numbers; 0 and 8 are both zero
+_ASCENDING = np.asarray(FP4, np.float32)[list(FP4_ORDER)]
+FP4_THRESHOLDS = tuple(((_ASCENDING[1:] + _ASCENDING[:-1]) / 2).tolist())
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -52,13 +54,39 @@ class Format(NamedTuple):
         return self.name
 
 
-def look_up(codes: jax.Array, table: tuple[float, ...]) -> jax.Array:
+def look_up(codes: jax.Array, table: tuple[float, ...], dtype: Any = jnp.float32) -> jax.Array:
     """`table[codes]` of a table of 16 numbers, by its four bits: no gather, which no backend fuses into a product."""
-    values: list[Any] = [jnp.float32(value) for value in table]
+    # Constants of the codes' own shape would be hoisted out of a scan over layers, and kept: 15 arrays of float32.
+    zero = (codes & 0).astype(dtype)
+    values: list[Any] = [zero + jnp.asarray(value, dtype) for value in table]
     for bit in range(4):
         up = (codes & (1 << bit)) != 0
         values = [jnp.where(up, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
     return values[0]
+
+
+def over(x: jax.Array, largest: jax.Array) -> jax.Array:
+    """`x * (1 / largest)`, 0 where the largest is; float32."""
+    scale = jnp.where(largest == 0, 1, largest)
+    down = jnp.where(scale > 2.0**120, np.float32(2.0**-20), 1)  # else 1 / scale is too small a number to be held
+    return (x * down) * (1 / (scale * down))
+
+
+def to_unit(x: jax.Array, largest: jax.Array, *, short: bool = False) -> jax.Array:
+    """`x / largest`, (..., groups, n) by (..., groups), bit for bit as bitsandbytes computes it; 0 where all are.
+
+    Args:
+      x: float32.
+      largest: the largest |x| of each group.
+      short: whether the last group was filled up: it is divided, the others are multiplied with 1 / largest.
+    """
+    if not short:
+        return over(x, largest[..., None])
+    # Behind the barrier XLA does not see that all divisors are one, of which it would multiply with the reciprocal.
+    last, scale = x[..., -1, :], jnp.where(largest == 0, 1, largest)[..., -1:]
+    divisor = lax.optimization_barrier(jnp.broadcast_to(scale, last.shape))
+    rest = over(x[..., :-1, :], largest[..., :-1, None])
+    return jnp.concatenate([rest, (last / divisor)[..., None, :]], axis=-2)
 
 
 def _count_above(x: jax.Array, thresholds: tuple[float, ...]) -> jax.Array:
@@ -74,11 +102,9 @@ def _encode_nf4(x: jax.Array) -> jax.Array:
 
 
 def _encode_fp4(x: jax.Array) -> jax.Array:
-    size = _count_above(jnp.abs(x), FP4_THRESHOLDS)
-    pattern = jnp.zeros(x.shape, jnp.uint8)
-    for rank, code in enumerate(FP4_ORDER):
-        pattern = jnp.where(size == rank, jnp.uint8(code), pattern)
-    return pattern | jnp.where(x < 0, jnp.uint8(8), jnp.uint8(0))
+    # As bitsandbytes on the CPU: 8 for a small number above zero, and the lower number of a tie. On CUDA it is 0, and
+    # the one nearer to zero.
+    return look_up(_count_above(x, FP4_THRESHOLDS), FP4_ORDER, jnp.uint8)
 
 
 def _encode_int4(x: jax.Array) -> jax.Array:

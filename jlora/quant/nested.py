@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.quant.formats import to_unit
+
 GROUP = 256  # scales that share one of the second level
 
 
@@ -55,8 +57,7 @@ def encode(scales: jax.Array, stack: int) -> Nested:
     offset = jnp.mean(flat, axis=-1)
     centred = _grouped(flat - offset[..., None], groups)  # (*stack, groups, 256)
     largest = jnp.max(jnp.abs(centred), axis=-1)
-    unit = centred / jnp.where(largest == 0, 1, largest)[..., None]
-    codes = nearest(unit).reshape(*lead, groups * GROUP)[..., :number]
+    codes = nearest(to_unit(centred, largest, short=number % GROUP != 0)).reshape(*lead, groups * GROUP)[..., :number]
     return Nested(codes.reshape(scales.shape), largest, offset)
 
 
@@ -83,8 +84,11 @@ def dynamic_map() -> np.ndarray:
     bitsandbytes.
     """
     values = [0.0, 1.0]
-    for power in range(7):
-        edges = np.linspace(0.1, 1.0, 2**power + 1)
-        sizes = 10.0 ** (power - 6) * (edges[:-1] + edges[1:]) / 2
+    for power in range(7):  # each step rounded to float32 as bitsandbytes' is, so that all 256 are its own
+        at = np.arange(2**power + 1)
+        step = np.float64(np.float32(np.float32(0.9) / np.float32(2**power)))
+        low, high = np.float64(np.float32(0.1)) + step * at, 1 - step * at[::-1]
+        edges = np.where(at < len(at) // 2, low, high).astype(np.float32)
+        sizes = np.float32(10.0 ** (power - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
         values += [*sizes, *-sizes]
     return np.sort(np.asarray(values, np.float32))

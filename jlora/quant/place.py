@@ -1,15 +1,18 @@
 """Where codes and scales lie on a mesh: along the axes of the weight that they stand for."""
 
+import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.quant.nested import Nested
-from jlora.quant.quantised import Quantised
+
+if TYPE_CHECKING:
+    from jlora.quant.quantised import Quantised
 
 
-def shardings_of(of: Quantised, sharding: NamedSharding, path: str) -> Quantised:
+def shardings_of(of: "Quantised", sharding: NamedSharding, path: str) -> "Quantised":
     """Shardings of codes and scales, in their places, for the sharding of the weight (or of shapes of it).
 
     A block lies on one device whole. Scales in 8 bits follow the weight; those of the second level, one to 16,384
@@ -26,15 +29,15 @@ def shardings_of(of: Quantised, sharding: NamedSharding, path: str) -> Quantised
         names = names[: len(order) - len(of.layout.tail) + 1]
     scales = of.scales.codes if isinstance(of.scales, Nested) else of.scales
     stack = of.scales.offset.ndim if isinstance(of.scales, Nested) else 0
-    place = lambda names: NamedSharding(sharding.mesh, PartitionSpec(*names))
-    of_scales: Any = place(name if n != 1 else None for name, n in zip(names, scales.shape, strict=True))
+    place: Any = lambda names: NamedSharding(sharding.mesh, PartitionSpec(*names))
+    of_scales = place(name if n != 1 else None for name, n in zip(names, scales.shape, strict=True))
     if isinstance(of.scales, Nested):
         lead = place(names[:stack])
         of_scales = Nested(of_scales, lead, lead)
-    return Quantised(place(names), of_scales, of.number, of.layout, of.dtype)
+    return dataclasses.replace(of, codes=place(names), scales=of_scales)
 
 
-def _check_tail(of: Quantised, sharding: NamedSharding, names: list[Any], path: str) -> None:
+def _check_tail(of: "Quantised", sharding: NamedSharding, names: list[Any], path: str) -> None:
     tail, block = of.layout.tail, of.layout.block
     first, *rest = names[-len(tail) :]
     order = of.layout.order_of(of.ndim)[-len(tail) :]

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.quant import nested
-from jlora.quant.formats import Format
+from jlora.quant.formats import Format, over, to_unit
 from jlora.quant.layout import Layout
 from jlora.quant.nested import Nested
+from jlora.quant.place import shardings_of
+from jlora.transform.axes import inverse
 from jlora.transform.explicit import on_auto_axes, spec_of
 
 
@@ -74,13 +76,30 @@ class Quantised:
         Raises:
           ValueError: if codes and scales contradict each other.
         """
-        return on_auto_axes(_dequantised, self, place=lambda _: self._spec())
+        values, order = self.as_held()
+        return lax.transpose(values, inverse(order))
 
-    def _spec(self) -> PartitionSpec:
-        """Where the weight lies on a mesh of explicit axes: along its axes as the codes do."""
-        order = self.layout.order_of(self.ndim)
-        names = (*spec_of(self.codes), *[None] * self.ndim)
-        return PartitionSpec(*(names[order.index(axis)] for axis in range(self.ndim)))
+    def as_held(self) -> tuple[jax.Array, tuple[int, ...]]:
+        """The weight with its axes in the order of the codes, and the axis of the weight behind each of these.
+
+        A product takes it as it is: in the weight's own order it would be written once more, transposed.
+        """
+        names = (*spec_of(self.codes), *[None] * self.ndim)[: self.ndim]
+        values = on_auto_axes(_dequantised, self, place=lambda _: PartitionSpec(*names))
+        return values, self.layout.order_of(self.ndim)
+
+    def in_parts(self, mesh: Any, spec: PartitionSpec) -> tuple["Quantised", "Quantised"]:
+        """The weight for `shard_map`, and how its arrays are cut so that each part is that of the weight by `spec`.
+
+        Scales in 8 bits are float32 from here: what they share is in no part whole.
+
+        Raises:
+          ValueError: if the mesh cuts through a block.
+        """
+        scales = self.scales.decode() if isinstance(self.scales, Nested) else self.scales
+        whole = dataclasses.replace(self, scales=scales)
+        places = shardings_of(whole, NamedSharding(mesh, spec), "a weight in shard_map")
+        return whole, jax.tree.map(lambda place: place.spec, places)
 
     def transpose(self, permutation: Sequence[int]) -> "Quantised":
         """The weight with its axes permuted: the same codes."""
@@ -96,9 +115,7 @@ def _dequantised(of: Quantised) -> jax.Array:
     sizes = of.layout.sizes(of.codes.shape)
     scales = of.scales.decode() if isinstance(of.scales, Nested) else of.scales
     values = _in_blocks(of, sizes, scales) if of.number.blocks else _by_channel(of, scales)
-    order = of.layout.order_of(len(sizes))
-    back = tuple(order.index(axis) for axis in range(len(order)))
-    return lax.transpose(values.astype(of.dtype), back)
+    return values.astype(of.dtype)
 
 
 def _in_blocks(of: Quantised, sizes: Sequence[int], scales: jax.Array) -> jax.Array:
@@ -112,8 +129,9 @@ def _in_blocks(of: Quantised, sizes: Sequence[int], scales: jax.Array) -> jax.Ar
             f"of {of.layout.block} are {jnp.dtype(of.number.dtype).name} {[*lead, -(-tail // 2)]} with scales "
             f"{[*lead, blocks]}, not {of.codes.dtype} {list(of.codes.shape)} with {list(scales.shape)}"
         )
-    halves = jnp.stack([of.codes >> 4, of.codes & 15], axis=-1)  # (..., columns, 2)
-    values = of.number.decode(halves).reshape(*lead, 2 * columns)
+    # Interleaved when they are decoded: that is one loop (experiments/bench/quant.py), interleaved codes are two.
+    halves = jnp.stack([of.number.decode(of.codes >> 4), of.number.decode(of.codes & 15)], axis=-1)
+    values = halves.reshape(*lead, 2 * columns)
     values = jnp.pad(values, [(0, 0)] * len(lead) + [(0, blocks * of.layout.block - 2 * columns)])
     values = values.reshape(*lead, blocks, of.layout.block) * scales[..., None]
     return values.reshape(*lead, blocks * of.layout.block)[..., :tail].reshape(sizes)
@@ -158,16 +176,12 @@ def _code_blocks(w: jax.Array, number: Format, layout: Layout) -> tuple[jax.Arra
     flat = jnp.pad(w.reshape(*lead, tail), [(0, 0)] * len(lead) + [(0, blocks * layout.block - tail)])
     grouped = flat.reshape(*lead, blocks, layout.block)
     scales = jnp.max(jnp.abs(grouped), axis=-1)
-    codes = number.encode(_scaled(grouped, scales[..., None])).reshape(*lead, blocks * layout.block)
+    unit = to_unit(grouped, scales, short=tail % layout.block != 0)
+    codes = number.encode(unit).reshape(*lead, blocks * layout.block)
     codes = codes[..., : -(-tail // 2) * 2]
     return (codes[..., ::2] << 4) | codes[..., 1::2], scales
 
 
 def _code_channels(w: jax.Array, number: Format, inputs: int) -> tuple[jax.Array, jax.Array]:
     scales = jnp.max(jnp.abs(w), axis=tuple(range(w.ndim - inputs, w.ndim)), keepdims=True)
-    return number.encode(_scaled(w, scales)), scales
-
-
-def _scaled(w: jax.Array, scales: jax.Array) -> jax.Array:
-    """`w / scales` as bitsandbytes computes it; zero where all of a block is."""
-    return w * jnp.where(scales == 0, 0, 1 / jnp.where(scales == 0, 1, scales))
+    return number.encode(over(w, scales)), scales

@@ -1,4 +1,4 @@
-"""A stored weight (`tree.Stored`) that a model casts, turns, reshapes or cuts: done when it is dequantised, not before."""
+"""A stored weight (`tree.Stored`) that a model casts, turns, reshapes or cuts: done when it is dequantised."""
 
 import dataclasses
 import math
@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jlora import tree
 
 
 class Step(NamedTuple):
@@ -91,6 +93,12 @@ class View:
     def dequantise(self) -> jax.Array:
         return self._after(self.stored.dequantise())
 
+    def as_held(self) -> tuple[jax.Array, tuple[int, ...]]:
+        if any(step.op != "cast" for step in self.steps):
+            return self.dequantise(), tuple(range(len(self.shape)))
+        array, order = tree.as_held(self.stored)
+        return self._after(array), order
+
 
 def cast(w: Any, dtype: Any) -> Any:
     """A stored weight in another dtype."""
@@ -130,7 +138,7 @@ def cut(w: Any, bounds: Sequence[tuple[int, int, int]]) -> Any:
 
 
 def leading(w: Any, act: Callable[[jax.Array], jax.Array]) -> Any:
-    """`act`, a slice along the first axis, of every array of a stored weight; of the whole where it has no such axis."""
+    """`act`, a slice along the first axis, of every array of a stored weight; of the whole, where it has none."""
     return jax.tree.map(act, w) if w.leading else act(w.dequantise())
 
 
