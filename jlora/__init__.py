@@ -22,6 +22,8 @@ from jlora.adapted.explain import Explanation as Explanation
 from jlora.adapted.explain import explain as explain
 from jlora.adapted.explain import summary as summary
 from jlora.adapted.extract import extract_lora as extract_lora
+from jlora.adapted.loftq import loftq as loftq
+from jlora.adapted.loftq import quantization_error as quantization_error
 from jlora.adapted.merge import merge as merge
 from jlora.adapted.merge import merge_error as merge_error
 from jlora.adapted.merge import unmerge as unmerge

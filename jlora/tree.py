@@ -50,11 +50,25 @@ def is_stored(x: Any) -> bool:
     return hasattr(type(x), "dequantise")
 
 
-def dense(x: Any) -> Any:
-    """The array that a stored leaf stands for, a shape if its own arrays are shapes; anything else as it is."""
+def dense(x: Any, path: str = "") -> Any:
+    """The array that a stored leaf stands for, a shape if its own arrays are shapes; anything else as it is.
+
+    Raises:
+      ValueError: if its arrays contradict each other, naming the path if it is given.
+    """
     if not is_stored(x):
         return x
-    return jax.eval_shape(lambda x: x.dequantise(), x) if is_abstract(x) else x.dequantise()
+    try:
+        return jax.eval_shape(lambda x: x.dequantise(), x) if is_abstract(x) else x.dequantise()
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}" if path else str(error)) from error
+
+
+def stored_as(x: Any) -> str:
+    """Words for how a leaf is held: "nf4, 64, twice" of a quantised one, "bfloat16" of an array."""
+    if is_stored(x):
+        return str(getattr(x, "words", type(x).__name__))
+    return str(getattr(x, "dtype", type(x).__name__))
 
 
 def as_held(x: Any) -> tuple[jax.Array, tuple[int, ...]]:

@@ -60,6 +60,12 @@ class Quantised:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     @property
+    def words(self) -> str:
+        """How it is held: "nf4, 64, twice" in blocks of 64 whose scales are quantised, too; "int8"."""
+        twice = ("twice",) if isinstance(self.scales, Nested) else ()
+        return ", ".join((self.number.name, *((str(self.layout.block),) if self.number.blocks else ()), *twice))
+
+    @property
     def leading(self) -> int:
         """Number of leading axes along which all arrays can be cut: the stack's."""
         return self.layout.leading(self.codes.shape)

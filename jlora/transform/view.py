@@ -77,6 +77,11 @@ class View:
     def dtype(self) -> Any:
         return self._result().dtype
 
+    @property
+    def words(self) -> str:
+        """How the leaf is held."""
+        return str(getattr(self.stored, "words", type(self.stored).__name__))
+
     def _result(self) -> jax.ShapeDtypeStruct:
         return jax.eval_shape(self._after, jax.ShapeDtypeStruct(self.stored.shape, self.stored.dtype))
 
