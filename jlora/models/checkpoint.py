@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from jlora.models import bnb, files, place, quantised, reading
+from jlora.models import bnb, bnb_tensors, files, place, quantised, reading
 from jlora.models.architecture import Architecture, Head, names_of, number_of, object_of
 from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.fields import LABELS, shown
@@ -155,7 +155,8 @@ def save(
     Args:
       folder: a local one, or its `file://` URL; made if absent.
       model: one of jlora's.
-      params: plain parameters, such as `jlora.merge(adapted)`.
+      params: parameters, such as `jlora.merge(adapted)`. Those quantised to "nf4" or "fp4" are written as bitsandbytes
+        has them, code for code.
       source: the checkpoint that the model was loaded from, a folder or a repository's name as in `load`: its tokenizer
         is copied, and what else its config.json says.
       revision: of that repository.
@@ -163,8 +164,8 @@ def save(
 
     Raises:
       ValueError: if the parameters are not the model's: all differences in one error; if they are spread over several
-        processes; if the config cannot be written as its family's; or for an address that is no local folder
-        (`gs://`). What was in the folder then stays.
+        processes; if they are quantised as bitsandbytes' files cannot hold them; if the config cannot be written as its
+        family's; or for an address that is no local folder (`gs://`). What was in the folder then stays.
     """
     folder, config = place.folder_of(folder), model.config
     architecture = next((a for a in ARCHITECTURES if type(config) is a.config and a.fits(config)), None)
@@ -177,7 +178,11 @@ def save(
     record = _record(architecture, config, str(next(iter(flat.values())).dtype), origin)
     strip = config.head == "none" and architecture.bare
     table = architecture.table(config)
+    bnb_tensors.check(table, flat)
     named = {key: key.removeprefix(architecture.prefix) if strip else key for row in table for key in row.keys}
+    record.pop("quantization_config", None)  # of the checkpoint that it comes from
+    if small := bnb_tensors.config(table, flat, named):
+        record["quantization_config"] = small
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder, table, flat, named, largest_shard)
     _write_json(folder / files.CONFIG, record)
@@ -487,7 +492,7 @@ def _check_params(flat: Mapping[str, Any], expected: Mapping[str, Shape]) -> Non
     ]
     if wrong:
         raise ValueError("save: the parameters are not the model's:\n  " + "\n  ".join(wrong))
-    for path, value in flat.items():
+    for path, value in ((path, array) for path, leaf in flat.items() for array in jax.tree.leaves(leaf)):
         if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
             raise ValueError(f"save: {path!r} is spread over several processes: replicate the parameters, save on one")
 
@@ -500,24 +505,27 @@ def _write_tensors(
     for row in table:
         value = flat[row.path]
         for key in row.keys:
-            sizes[key] = sizes.get(key, 0) + value.size * value.dtype.itemsize // len(row.keys)
+            sizes[key] = sizes.get(key, 0) + sum(x.nbytes for x in jax.tree.leaves(value)) // len(row.keys)
     groups = files.shards(sizes, largest)
-    weight_map: dict[str, str] = {}
+    total, weight_map = 0, {}
     written: dict[Path, Path] = {}
     for number, group in enumerate(groups, 1):
         name = files.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        rows = [_within(row, group) for row in table if set(row.keys) & set(group)]
+        small = [row for row in table if bnb_tensors.is_quantised(flat[row.path])]
+        rows = [_within(row, group) for row in table if set(row.keys) & set(group) and row not in small]
         values = {row.path: _rows_of(flat[row.path], full, row) for full, row in _pairs(table, rows)}
         tensors = {named[key]: tensor for key, tensor in to_tensors(rows, values).items()}
+        tensors |= bnb_tensors.tensors(small, flat, {key: named[key] for key in group})
         written[folder / name] = folder / f".{name}.tmp"
         save_file(tensors, written[folder / name], metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
     for old in [*folder.glob("model*.safetensors"), folder / files.INDEX]:  # all is written: what was there may go
         old.unlink(missing_ok=True)
     for path, temporary in written.items():
         temporary.replace(path)
     if len(groups) > 1:
-        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / files.INDEX, content)
 
 

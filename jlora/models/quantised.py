@@ -24,7 +24,7 @@ from jlora.quant.place import nest, shardings_of
 from jlora.quant.quantised import Quantised, encode
 
 Sharding = jax.sharding.Sharding
-CHUNK = 2**20  # weights that are read, or quantised, at a time
+CHUNK = 2**18  # weights that are read, or quantised, at a time
 
 
 class Scheme(NamedTuple):
@@ -197,24 +197,24 @@ def quantise(
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
             chunk = _rows_of(of, tensors[layer], layer, slice(start, stop), wanted)
-            found = _encoder(scheme.number, scheme.block)(chunk)
-            if not np.isfinite(found.scales).all():
+            own, largest = _encoded(chunk, scheme)
+            if not np.isfinite(largest).all():
                 raise ValueError(f"{row.keys[layer]!r} is not finite: a block with a NaN or an infinity has no scale")
-            for out, own, weights in ((codes, found.codes, 2), (scales, found.scales, scheme.block)):
-                own = np.asarray(own)
+            for out, found, weights in ((codes, own, 2), (scales, largest, scheme.block)):
                 if of.flat:
                     at = (start - rows.start) * of.inputs // weights
-                    out.reshape(-1)[at : at + own.size] = own.reshape(-1)
+                    out.reshape(-1)[at : at + found.size] = found
                 else:
-                    cut = columns if own.shape[1] == of.inputs and not scheme.number.blocks else slice(None)
-                    out[start - rows.start : stop - rows.start] = own[:, cut]
+                    high = stop - start
+                    cut = columns if found.size == high * of.inputs and not scheme.number.blocks else slice(None)
+                    out[start - rows.start : stop - rows.start] = found.reshape(high, -1)[:, cut]
 
     codes, scales, where = _assembled(of, fill, np.float32, scheme.double, place)
     stack = int(row.stacked)
     if scheme.double and place is not None:
         scales = nest(scales, stack, where)
     elif scheme.double:
-        layers = [nested.encode(x, 0) for x in (scales if stack else [scales])]
+        layers = [_nest(x) for x in (scales if stack else [scales])]
         scales = jax.tree.map(lambda *x: jnp.stack(x), *layers) if stack else layers[0]
     return Quantised(codes, scales, of.number, of.layout, like.dtype)
 
@@ -235,11 +235,29 @@ def _rows_of(of: _Matrix, tensor: files.Tensor, layer: int, rows: slice, columns
     return out
 
 
+def _encoded(w: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of rows of a matrix, as vectors. Blocks are filled up to a power of two: few programs do."""
+    number, block = scheme.number, scheme.block
+    blocks = w.size // block if number.blocks and w.size % block == 0 else 0
+    if blocks:
+        filled = np.zeros((2 ** (blocks - 1).bit_length(), block), w.dtype)
+        filled[:blocks] = w.reshape(blocks, block)
+        w = filled
+    found = _encoder(number, block)(w)
+    codes, scales = np.asarray(found.codes), np.asarray(found.scales)
+    return (codes[:blocks] if blocks else codes).reshape(-1), (scales[:blocks] if blocks else scales).reshape(-1)
+
+
 @functools.lru_cache(maxsize=16)
 def _encoder(number: Format, block: int) -> Callable[[np.ndarray], Quantised]:
     """The program that quantises rows of a matrix."""
     layout = lambda w: layout_of(w.shape, (0,), (1,), (), number, block)
     return jax.jit(lambda w: encode(w, number, layout(w), 1, double=False))
+
+
+@jax.jit
+def _nest(scales: jax.Array) -> Nested:
+    return nested.encode(scales, 0)
 
 
 # -- where they go -----------------------------------------------------------------------------------------------------
