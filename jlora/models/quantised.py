@@ -4,6 +4,7 @@ A kernel is (in, out), or (layers, in, out); its codes are those of the matrix (
 whole blocks, codes and scales keep both axes, else they are one row ("flat").
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -156,6 +157,7 @@ def read(row: Leaf, tensors: Sequence[files.Tensor], like: jax.ShapeDtypeStruct,
                 _cut(take, first // weights, at, of.inputs // weights, out)
 
     codes, scales, where = _assembled(of, fill, np.uint8 if double else np.float32, double, place)
+    scales = jax.device_put(scales) if place is None else scales
     if not double:
         return Quantised(codes, scales, of.number, of.layout, like.dtype)
     groups = -(-blocks // GROUP)
@@ -213,9 +215,8 @@ def quantise(
     stack = int(row.stacked)
     if scheme.double and place is not None:
         scales = nest(scales, stack, where)
-    elif scheme.double:
-        layers = [_nest(x) for x in (scales if stack else [scales])]
-        scales = jax.tree.map(lambda *x: jnp.stack(x), *layers) if stack else layers[0]
+    elif place is None:
+        scales = _nested(scales, stack) if scheme.double else jax.device_put(scales)
     return Quantised(codes, scales, of.number, of.layout, like.dtype)
 
 
@@ -255,6 +256,16 @@ def _encoder(number: Format, block: int) -> Callable[[np.ndarray], Quantised]:
     return jax.jit(lambda w: encode(w, number, layout(w), 1, double=False))
 
 
+def _nested(scales: np.ndarray, stack: int) -> Nested:
+    """Scales in 8 bits, layer by layer; NumPy puts them together, since a program for each shape is dearer."""
+    layers = [jax.device_get(_nest(x.reshape(-1))) for x in (scales if stack else scales[None])]
+    codes, second, offset = (np.stack(found) for found in zip(*map(dataclasses.astuple, layers), strict=True))
+    found = Nested(codes.reshape(-1, *scales.shape[stack:]), second, offset)
+    own = found if stack else jax.tree.map(lambda x: x[0], found)
+    put: Nested = jax.device_put(own)
+    return put
+
+
 @jax.jit
 def _nest(scales: jax.Array) -> Nested:
     return nested.encode(scales, 0)
@@ -264,7 +275,7 @@ def _nest(scales: jax.Array) -> Nested:
 
 
 def _assembled(of: _Matrix, fill: Fill, dtype: Any, double: bool, place: Sharding | None) -> tuple[Any, Any, Any]:
-    """Codes, scales in a dtype, and where scales of scales go: (stack, groups) and (stack,), None without `place`."""
+    """Codes, scales in a dtype (on the host without `place`), and where the leaf's scales go (None without)."""
     encoded = lambda w: encode(w, of.number, of.layout, 1, double)
     shapes = jax.eval_shape(encoded, of.like)
     level = shapes.scales.codes if double else shapes.scales
@@ -273,7 +284,7 @@ def _assembled(of: _Matrix, fill: Fill, dtype: Any, double: bool, place: Shardin
         for layer in range(of.layers):
             own = (x[layer] if of.row.stacked else x for x in (codes, scales))
             fill(layer, slice(0, of.outputs), slice(0, of.inputs), *own)
-        return jax.device_put(codes), jax.device_put(scales), None
+        return jax.device_put(codes), scales, None
     named = isinstance(place, jax.sharding.NamedSharding)
     where = shardings_of(shapes, place, of.row.path) if named else jax.tree.map(lambda _: place, shapes)
     read: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
