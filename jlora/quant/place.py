@@ -4,9 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.quant.nested import Nested
+from jlora.quant.nested import Nested, encode
+from jlora.transform.explicit import on_auto_axes
 
 
 def shardings_of(of: Any, sharding: NamedSharding, path: str) -> Any:
@@ -32,6 +34,18 @@ def shardings_of(of: Any, sharding: NamedSharding, path: str) -> Any:
         lead = place(names[:stack])
         of_scales = Nested(of_scales, lead, lead)
     return dataclasses.replace(of, codes=place(names), scales=of_scales)
+
+
+def nest(scales: jax.Array, stack: int, where: Nested) -> Nested:
+    """Scales in 8 bits, of which the first `stack` axes are a stack, on the devices that `where` says."""
+    named = all(isinstance(at, NamedSharding) for at in jax.tree.leaves(where))
+
+    def run(scales: jax.Array) -> Nested:
+        specs = lambda _: jax.tree.map(lambda at: at.spec, where)
+        return on_auto_axes(lambda x: encode(x, stack), scales, place=specs) if named else encode(scales, stack)
+
+    nested: Nested = jax.jit(run, out_shardings=where)(scales)
+    return nested
 
 
 def _check_tail(of: Any, sharding: NamedSharding, names: list[Any], path: str) -> None:
