@@ -19,7 +19,7 @@ from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention, Implementation, causal_mask
 from jlora.models.cache import Cache, Context, KeyValue
-from jlora.models.heads import last_token
+from jlora.models.heads import check_labels, last_token, losses_of, tied_losses
 from jlora.models.layers import dense, residual_std
 from jlora.models.llama.rope import Default, Dynamic, Llama3, Rope, Turn, turn, turned
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
@@ -204,6 +204,8 @@ class Llama(nn.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         last: bool = False,
+        labels: jax.Array | None = None,
+        smoothing: float = 0.0,
         deterministic: bool = True,
     ) -> jax.Array | tuple[jax.Array, Cache]:
         """See the class.
@@ -216,9 +218,13 @@ class Llama(nn.Module):
           cache: from `empty_cache`, or of the call before. It is returned with the tokens of this call, after the
             output; `positions` must then be given. A cache that is too small raises, and under jit gives NaN.
           last: the output of the last token alone, (batch, 1, ...), in place of all.
+          labels: the id that follows each token, (batch, length), of a causal LM: its output are the losses, (batch,
+            length), in nats, and the logits are never there all at once. See `jlora.models.losses`.
+          smoothing: of the labels.
           deterministic: no dropout.
         """
         c = self.config
+        check_labels(labels, c.head)
         length = tokens.shape[1]
         if length > c.longest:
             raise ValueError(f"the sequence has {length} tokens, the model's context is {c.longest}")
@@ -234,7 +240,11 @@ class Llama(nn.Module):
         if last:
             h = h[:, -1:]
         h = _norm(c, "ln_f")(h)  # (batch, length, width)
-        if c.head == "causal_lm":
+        if labels is not None and c.tied:
+            h = tied_losses(wte, h, labels, smoothing)  # (batch, length)
+        elif labels is not None:
+            h = dense(c, c.vocab_size, "head", bias=False, dot_general=losses_of(labels, smoothing))(h)
+        elif c.head == "causal_lm":
             h = (
                 wte.attend(h) if c.tied else dense(c, c.vocab_size, "head", bias=False)(h)
             )  # (batch, length, vocab_size)
