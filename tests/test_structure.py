@@ -44,7 +44,7 @@ LAYERS = (
     ("checkpoint", "sharding"),
     ("objective", "arguments"),
     ("train",),
-    ("plan",),
+    ("planning",),
     ("interop",),
     ("cli",),
 )
