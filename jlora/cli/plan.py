@@ -43,6 +43,7 @@ def plan(
 
     Real devices need their compilers: "jlora[plan]" has that of TPUs, "jlora[plan-gpu]" that of NVIDIA's GPUs.
     """
+    axes = _mesh(mesh)
     jax.config.update("jax_platforms", "cpu")  # nothing is run, and a GPU that is here is left alone
     if what.endswith(".py"):
         given = {"--method": method, "--batch": batch, "--targets": targets, "--dtype": dtype}
@@ -61,7 +62,7 @@ def plan(
             accumulate=accumulate or 1, remat=remat, quantize=quantize,
         )  # fmt: skip
     found = planned(
-        step.loss, step.adapted, step.tx, step.batch, _mesh(mesh), device, **step.options
+        step.loss, step.adapted, step.tx, step.batch, axes, device, **step.options
     )  # fmt: skip
     shapes = {name: list(x.shape) for name, x in step.batch.items()}
     report = {

@@ -156,12 +156,12 @@ def of_config(
     """
     configfile, config, completion, trainer = _experiments()
     experiment = configfile.load(config.Experiment, path, overrides, small=small)
-    chosen = _run(experiment, run)
     task, train = experiment.task, experiment.train
     if not isinstance(task, completion.Completion) or isinstance(experiment.base, config.Pretrain):
         raise ValueError(
             f"'{path}' is no task of completions on a checkpoint: call jlora.plan with its loss, or name a model"
         )
+    chosen = _run(experiment, run)
     with tempfile.TemporaryDirectory() as folder:
         name = str(experiment.base(Path(folder))) if callable(experiment.base) else _size_of(experiment.base)
         module, inputs = model_of(name, **{**experiment.options, **({"remat": True} if remat else {})})

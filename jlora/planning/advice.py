@@ -37,8 +37,7 @@ def advice(plan: Plan, facts: Facts) -> tuple[str, ...]:
         plan.weights: _on_weights(plan, facts, over),
         plan.optimizer_state + plan.factors: _on_factors(plan),
     }
-    total = sum(parts) or 1
-    found = [one for part in sorted(parts, reverse=True) if part > total / 20 for one in parts[part]]
+    found = [one for part in sorted(parts, reverse=True) if part > plan.limit / 10 for one in parts[part]]
     return (*found, *_on_devices(plan))
 
 

@@ -41,7 +41,7 @@ def collectives(hlo: str, devices: int) -> dict[str, Collective]:
     """Collectives of a compiled program, by kind.
 
     Loops count as often as they run: `known_trip_count`, or the constant that the condition compares with, as TPUs'
-    programs have it. Of a conditional the branch with the most bytes counts.
+    programs have it, and once where neither is there. Of a conditional the branch with the most bytes counts.
 
     Args:
       hlo: `compiled.as_text()`.
@@ -179,11 +179,12 @@ def _once(found: list[tuple[int, Instruction]]) -> list[tuple[int, Instruction]]
 
 
 def _bytes(line: Instruction) -> int:
-    """Bytes of the results. A start's type is ((operands), results); an all-reduce's is that of its results."""
+    """Bytes of the results. A start's type is (operands, results, ...); an all-reduce's may be that of its results."""
     parts = _parts(line.type)
     if line.op in ("send", "recv"):
         return _size(parts[0])
-    if line.op.endswith("-start") and line.op != "all-reduce-start" and len(parts) > 1:
+    flat = line.op == "all-reduce-start" and not parts[0].startswith("(")
+    if line.op.endswith("-start") and len(parts) > 1 and not flat:
         return _size(parts[1])
     return _size(line.type)
 

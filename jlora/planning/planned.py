@@ -221,7 +221,7 @@ def _plan(
         arguments=read,
         temporaries=temporaries,
         peak=peak,
-        unused=unused if unused > whole / 1000 else 0,
+        unused=unused if unused > 1024 else 0,  # else the key, or the last loss
         host=host,
         flops=counted,
         collectives=sent,
