@@ -45,6 +45,13 @@ def dense(x: Any) -> Any:
     return jax.eval_shape(lambda x: x.dequantise(), x) if is_abstract(x) else x.dequantise()
 
 
+def stored_as(x: Any) -> str:
+    """Words for how a leaf is held: "nf4, 64, twice" of a quantised one, "bfloat16" of an array."""
+    if is_stored(x):
+        return str(getattr(x, "words", type(x).__name__))
+    return str(getattr(x, "dtype", type(x).__name__))
+
+
 def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
     """The leaves by path, "h_0/attn/query/kernel", in tree order, and the tree's structure. A stored leaf is one.
 

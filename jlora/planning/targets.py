@@ -6,6 +6,8 @@ environment just for that moment. What GPUs need is given to the compilation its
 """
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -52,9 +54,14 @@ def has_compiler(device: Device) -> bool:
         return True
     if device.compiler == "tpu":
         return importlib.util.find_spec("libtpu") is not None
+    return bool(_cuda_plugins())
+
+
+def _cuda_plugins() -> list[str]:
     if importlib.util.find_spec("jax_plugins") is None:
-        return False
-    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+        return []
+    names = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+    return [name for name in names if importlib.util.find_spec(name)]
 
 
 def check_compiler(device: Device) -> None:
@@ -112,12 +119,19 @@ def _gpu(device: Device, count: int) -> Any:
     if hosts * per_host != count:
         raise ValueError(f"{count} GPUs are no whole hosts of {_PER_HOST}")
     spec = dict(zip(_FIELDS, _GPU[device.target], strict=True))
-    return topologies.get_topology_desc(
+    described = functools.partial(
+        topologies.get_topology_desc,
         platform="cuda",
         topology_name=device.target,
         topology=f"1x{hosts}x{per_host}",
         target_config=_PROTO.format(name=device.target, memory=device.memory, **spec),
     )
+    try:
+        return described()
+    except NotImplementedError:  # JAX looked for CUDA's libraries at its start, which a compilation does without
+        with _environment({"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}):
+            importlib.import_module(_cuda_plugins()[0]).initialize()
+        return described()
 
 
 def _tpu(name: str, count: int, topology: str) -> tuple[str, dict[str, Any]]:
