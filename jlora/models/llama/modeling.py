@@ -133,6 +133,7 @@ def _check_heads(c: LlamaConfig) -> None:
 
 
 _LLAMA2 = LlamaConfig()
+_LLAMA1 = replace(_LLAMA2, context=2048, epsilon=1e-6)
 _LLAMA3 = LlamaConfig(
     vocab_size=128256, context=131072, key_heads=8, hidden=14336, rope=Llama3(8.0, 1.0, 4.0, 8192, 500000.0)
 )
@@ -146,6 +147,10 @@ _QWEN3 = LlamaConfig(
     epsilon=1e-6, rope=Default(1000000.0), qk_norm=True,
 )  # fmt: skip
 PRESETS = {
+    "llama-7b": _LLAMA1,
+    "llama-13b": replace(_LLAMA1, width=5120, layers=40, heads=40, hidden=13824),
+    "llama-33b": replace(_LLAMA1, width=6656, layers=60, heads=52, hidden=17920),
+    "llama-65b": replace(_LLAMA1, epsilon=1e-5, width=8192, layers=80, heads=64, hidden=22016),
     "llama-2-7b": _LLAMA2,
     "llama-2-13b": replace(_LLAMA2, width=5120, layers=40, heads=40, hidden=13824),
     "llama-2-70b": replace(_LLAMA2, width=8192, layers=80, heads=64, key_heads=8, hidden=28672),
