@@ -25,7 +25,7 @@ class Stored(Protocol):
     - `transpose(permutation)`: the leaf with its axes permuted. Of any other the array is, when it is dequantised.
     - `as_held()`: the array with its axes in the order in which a product meets it soonest, and the axis of the leaf
       behind each of these.
-    - `in_parts(mesh, spec)`: a leaf of the same array, and the tree of `PartitionSpec` by which its arrays are cut over
+    - `in_parts(mesh, spec, path)`: a leaf of the same array, and the tree of `PartitionSpec` by which its arrays are cut over
       the mesh so that each part is the part of the leaf that `spec` says. Any other is dequantised before `shard_map`.
     """
 
@@ -74,6 +74,13 @@ def stored_as(x: Any) -> str:
 def as_held(x: Any) -> tuple[jax.Array, tuple[int, ...]]:
     """The array of a stored leaf in an order of axes of its own, and the axis of the leaf behind each of its axes."""
     return x.as_held() if hasattr(x, "as_held") else (x.dequantise(), tuple(range(len(x.shape))))
+
+
+def stored_as(x: Any) -> str:
+    """Words for how a leaf is held: "nf4, 64, twice" of a quantised one, "bfloat16" of an array."""
+    if is_stored(x):
+        return str(getattr(x, "words", type(x).__name__))
+    return str(getattr(x, "dtype", type(x).__name__))
 
 
 def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:

@@ -47,7 +47,7 @@ LAYERS = (
     ("checkpoint", "sharding"),
     ("objective", "arguments"),
     ("train",),
-    ("plan",),
+    ("planning",),
     ("interop",),
     ("cli",),
 )

@@ -212,9 +212,9 @@ class Count(_Numbers):
 
     bytes: int
 
-    def __new__(cls, trainable: int, total: int, bytes: int = 0) -> "Count":
+    def __new__(cls, trainable: int, total: int, held: int = 0) -> "Count":
         self = super().__new__(cls, trainable, total)
-        self.bytes = bytes
+        self.bytes = held
         return self
 
     def __repr__(self) -> str:

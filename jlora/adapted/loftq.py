@@ -32,7 +32,7 @@ _MOST = 100  # of the alternation's steps, each of which has an SVD for every we
 
 def loftq(
     adapted: Adapted,
-    format: str | Format = "nf4",
+    number_format: str | Format = "nf4",
     *,
     iterations: int = 5,
     block: int | None = None,
@@ -50,7 +50,7 @@ def loftq(
       adapted: from `apply`, on the full weights, of a method that trains A and B of `W + s A B`: lora, rslora,
         loraplus, dylora. Its factors are replaced where the weight is quantised.
       iterations: of the alternation, 1 to 100; 1 is a quantised W with the best A and B for what that loses.
-      format, block, double, targets, sites: as in `jlora.quantize`.
+      number_format, block, double, targets, sites: as in `jlora.quantize`.
 
     Raises:
       ValueError: for another method; a rank above a weight's own; and what `quantize` says.
@@ -70,7 +70,7 @@ def loftq(
     number = whole(iterations)
     if number is None or not 1 <= number <= _MOST:
         raise ValueError(f"loftq: iterations must be an integer from 1 to {_MOST}, not {iterations!r:.50}")
-    how = Storage.parse(format, block, double)
+    how = Storage.parse(number_format, block, double)
     named, structure = tree.leaves(adapted.base)
     chosen = {site.path: site for site in choose_of_adapted(adapted, targets, sites)}
     for path in chosen:

@@ -162,7 +162,7 @@ def _check_finite(factors: Factors) -> None:
 
 
 def _same(x: Any, y: Any) -> bool:
-    """Whether two leaves agree up to a few roundings; of codes, which a rounding may turn to the next, all but a few."""
+    """Whether two leaves agree up to a few roundings; of codes, which a rounding may turn to the next, nearly all."""
     share = 1e-3 if tree.is_stored(x) and tree.is_stored(y) else 0.0
     x, y = tree.dense(x), tree.dense(y)
     if jnp.shape(x) != jnp.shape(y) or x.dtype != y.dtype:

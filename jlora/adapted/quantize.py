@@ -14,8 +14,8 @@ from jlora import tree
 from jlora.adapted.adapted import Adapted, from_arrays, to_arrays
 from jlora.adapted.residual import is_taken_out, taken_out, without_start
 from jlora.adapted.select import Pattern, known_sites, listing, matching, select
-from jlora.methods.checks import whole
-from jlora.quant.formats import BLOCKS, Format, format_of
+from jlora.quant.choice import check_block, check_double, is_head
+from jlora.quant.formats import Format, format_of
 from jlora.quant.layout import Layout, layout_of
 from jlora.quant.nested import Nested
 from jlora.quant.place import shardings_of
@@ -23,13 +23,10 @@ from jlora.quant.quantised import Quantised, encode
 from jlora.transform.explicit import on_auto_axes
 from jlora.transform.sites import Site, Target
 
-# Modules that make the model's output: kept in full precision by default, as bitsandbytes keeps `lm_head`.
-HEADS = ("head", "lm_head", "score", "classifier", "qa_outputs", "logits", "out_proj_head", "output_projection")
-
 
 def quantize(
     params: Any,
-    format: str | Format = "nf4",
+    number_format: str | Format = "nf4",
     *,
     block: int | None = None,
     double: bool | None = None,
@@ -53,8 +50,8 @@ def quantize(
     Args:
       params: any tree, of arrays or of shapes (`jax.eval_shape`), of which shapes of codes and scales come, or an
         `Adapted`. On a mesh, codes and scales lie along the axes of their weight.
-      format: "nf4" (quantiles of the normal distribution), "fp4" (bitsandbytes' 4-bit float), "int4" (-7 to 7), each
-        with a scale for each block; "int8" (-127 to 127), "fp8" (e4m3), with a scale for each output channel.
+      number_format: "nf4" (quantiles of the normal distribution), "fp4" (bitsandbytes' 4-bit float), "int4" (-7 to 7),
+        each with a scale for each block; "int8" (-127 to 127), "fp8" (e4m3), with a scale for each output channel.
       block: weights to a scale, a power of two from 32 to 4096; 64 when None. The blocks lie along the inputs, in
         row-major (outputs, inputs), as bitsandbytes has them. Not of the 8-bit formats.
       double: whether the scales are held in 8 bits themselves, in groups of 256. True when None, for 4 bits.
@@ -78,7 +75,7 @@ def quantize(
       >>> jlora.quantize(params, "nf4")["dense"]["kernel"]
       Quantised(nf4, blocks of 64 twice, float32[128, 64])
     """
-    how = Storage.parse(format, block, double)
+    how = Storage.parse(number_format, block, double)
     if isinstance(params, Adapted):
         return _of_adapted(params, how, targets, sites)
     named, structure = tree.leaves(params)
@@ -134,19 +131,21 @@ class Storage:
     double: bool
 
     @classmethod
-    def parse(cls, format: Any, block: Any, double: Any) -> "Storage":
+    def parse(cls, number_format: Any, block: Any, double: Any) -> "Storage":
         """The arguments, checked.
 
         Raises:
           ValueError: as `quantize` says.
         """
-        number = format_of(format)
-        return cls(number, _check_block(number, block), _check_double(number, double))
+        number = format_of(number_format)
+        return cls(number, check_block(number, block), check_double(number, double))
 
     def quantise(self, leaf: Any, site: Site | Target) -> Quantised:
         """One weight."""
-        layout = layout_of(leaf.shape, site.out_axes, site.in_axes, site.stack_axes, self.number, self.block)
-        return _encoded(leaf, self.number, layout, len(site.in_axes), self.double, site.path)
+        # A table's rows stay rows: blocks lie along the width, which a tied head contracts.
+        out_axes, in_axes = (site.out_axes, site.in_axes)[:: -1 if site.kind == "embedding" else 1]
+        layout = layout_of(leaf.shape, out_axes, in_axes, site.stack_axes, self.number, self.block)
+        return _encoded(leaf, self.number, layout, len(in_axes), self.double, site.path)
 
 
 def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Adapted:
@@ -205,14 +204,14 @@ def _check_params(params: Any, named: dict[str, Any]) -> None:
 
 def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list[Site]:
     """The sites that are to be quantised: see `quantize`."""
-    known = known_sites(params, named, sites)
+    known, read = known_sites(params, named, sites), sites is not None
     if targets is not None:
-        chosen = select(known, targets, read_from_program=sites is not None, caller="quantize")
+        chosen = select(known, targets, read_from_program=read, caller="quantize", done="quantised")
     else:
         chosen = [site for site in known if site.kind == "linear" and not is_head(site.path)]
         linear = [site for site in known if site.kind in ("linear", "unknown")]
-        if any(site.kind == "unknown" for site in linear):
-            select(linear, None, read_from_program=sites is not None, caller="quantize")  # raises for what is ambiguous
+        if any(site.kind == "unknown" for site in linear):  # raises for what is ambiguous
+            select(linear, None, read_from_program=read, caller="quantize", done="quantised")
         if not linear:
             raise ValueError(
                 "quantize: none of the leaves is a linear weight of floating point: choose others with targets=, or "
@@ -226,30 +225,6 @@ def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list
     return chosen
 
 
-def is_head(path: str) -> bool:
-    """Whether a leaf belongs to a module that makes the model's output, by the module's whole name."""
-    return bool(set(path.split("/")[:-1]) & set(HEADS))
-
-
-def _check_block(number: Format, block: Any) -> int:
-    if not number.blocks:
-        if block is not None:
-            raise ValueError(f"{number.name} has one scale for each output channel: leave out block={block!r:.50}")
-        return 0
-    size = 64 if block is None else whole(block)
-    if size not in BLOCKS:
-        raise ValueError(f"block={block!r:.50} does not fit: it is a power of two from {BLOCKS[0]} to {BLOCKS[-1]}")
-    return size
-
-
-def _check_double(number: Format, double: Any) -> bool:
-    if double not in (None, True, False):
-        raise ValueError(f"double is True, False or None, not {double!r:.50}")
-    if double and not number.blocks:
-        raise ValueError(f"{number.name} has one scale for each output channel, too few to be quantised: double=False")
-    return number.blocks if double is None else bool(double)
-
-
 def check_quantisable(path: str, leaf: Any) -> None:
     """Raises ValueError for a leaf that has no quantised form: see `quantize`."""
     if tree.is_stored(leaf):
@@ -257,9 +232,12 @@ def check_quantisable(path: str, leaf: Any) -> None:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{path!r} has dtype {dtype}: only floating-point weights can be quantised")
-    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
         return
-    finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf)
+    try:
+        finite = bool(np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf))
+    except jax.errors.ConcretizationTypeError:  # under jit a NaN gives a NaN
+        return
     if not finite:
         raise ValueError(f"{path!r} is not finite: a block with a NaN or an infinity has no scale")
 
@@ -272,8 +250,7 @@ def _all_finite(w: jax.Array) -> jax.Array:
 def _encoded(leaf: Any, number: Format, layout: Layout, inputs: int, double: bool, path: str) -> Quantised:
     shape = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     shapes = jax.eval_shape(lambda w: encode(w, number, layout, inputs, double), shape)
-    sharding = None if isinstance(leaf, jax.core.Tracer) else tree.placement(leaf)
-    where = shardings_of(shapes, sharding, path) if isinstance(sharding, NamedSharding) else None
+    where = _where(leaf, shapes, path)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         if where is None:
             return shapes
@@ -281,10 +258,19 @@ def _encoded(leaf: Any, number: Format, layout: Layout, inputs: int, double: boo
     return _compiled(number, layout, inputs, double, _Fixed(where))(leaf)
 
 
+def _where(leaf: Any, shapes: Quantised, path: str) -> Quantised | None:
+    """Shardings of codes and scales, if the weight was put onto a mesh; under jit XLA or the types decide."""
+    try:
+        sharding = tree.placement(leaf)
+    except jax.errors.ConcretizationTypeError:
+        return None
+    return shardings_of(shapes, sharding, path) if isinstance(sharding, NamedSharding) else None
+
+
 class _Fixed:
     """Shardings as a key of a cache: their tree is one of dataclasses, which cannot be hashed."""
 
-    def __init__(self, where: Any):
+    def __init__(self, where: Any) -> None:
         self.where = where
         self.key = tuple(jax.tree.leaves(where))
 
