@@ -147,14 +147,14 @@ def of_config(
       run: which of its runs, by name, where there are several.
       small: its small form.
       remat: compute activations again, though the config does not.
-      quantize: a format of `jlora.quantize`.
+      quantize: a format of `jlora.quantize`, in place of the config's.
       accumulate: micro-batches, in place of the config's.
 
     Raises:
       ImportError: if `experiments`, which is not in the wheel, is not there.
       ValueError: for another kind of experiment, or a run that it has not.
     """
-    configfile, config, completion, trainer = _experiments()
+    configfile, config, completion, trainer, held = _experiments()
     experiment = configfile.load(config.Experiment, path, overrides, small=small)
     task, train = experiment.task, experiment.train
     if not isinstance(task, completion.Completion) or isinstance(experiment.base, config.Pretrain):
@@ -174,8 +174,10 @@ def of_config(
     if task.packed:
         batch |= {"segments": shape(jnp.int32, *rows), "positions": shape(jnp.int32, *rows)}
     loss = completion.token_loss(module, train.label_smoothing)
-    params = _params(module, inputs, quantize)
+    params = params_shapes(module, inputs)
     places = sites(loss, params, batch, jax.random.key(0))
+    how = experiment.held_by(chosen) if quantize is None else config.Held(quantize)
+    params = held.hold(params, how, places, chosen.extras or "")
     extras = {"extras": chosen.extras} if chosen.extras else {}
     adapted = apply(params, method=chosen.method, targets=chosen.targets, sites=places, **extras)
     tx = trainer.optimizer(train, RATE, 10**9)
@@ -187,7 +189,7 @@ def of_config(
 
 def _experiments() -> list[Any]:
     """The modules of `experiments`, of the repository that one stands in or that is installed in editable form."""
-    names = ("configfile", "config", "tasks.completion", "trainer")
+    names = ("configfile", "config", "tasks.completion", "trainer", "held")
     here = str(Path.cwd())
     beside = here not in sys.path
     if beside:
