@@ -38,7 +38,7 @@ LAYERS = (
     *(tuple(f"transform.{name}" for name in row) for row in TRANSFORM),
     ("methods", "quant"),
     *(tuple(f"adapted.{name}" for name in row) for row in ADAPTED),
-    ("matrices", "deprecated"),
+    ("matrices", "deprecated", "host"),
     ("optim", "serve", "analysis", "search"),
     ("state",),
     ("checkpoint", "sharding"),
