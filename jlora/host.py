@@ -29,19 +29,22 @@ def placed(state: PyTree, memory_kind: str | None) -> PyTree:
         if x.ndim == 0:
             return x
         place = (x.sharding or SingleDeviceSharding(jax.local_devices()[0])).with_memory_kind(memory_kind)
-        return _shape(x, place) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, place)
+        return _shape(x, place, memory_kind) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, place)
 
     return jax.tree.map(put, state)
 
 
-def _shape(x: jax.ShapeDtypeStruct, place: Sharding) -> jax.ShapeDtypeStruct:
-    """The shape of an array that lies there: its sharding alone does not say it to a program."""
-    space = jax.memory.Space.Host if place.memory_kind == "pinned_host" else jax.memory.Space.Device
+def _shape(x: jax.ShapeDtypeStruct, place: Sharding, memory_kind: str) -> jax.ShapeDtypeStruct:
+    """The shape of an array that lies there: its sharding alone does not say it to a program.
+
+    Nor does it always know the kind itself: that of a device which is only compiled for is None.
+    """
+    space = jax.memory.Space.Host if memory_kind == "pinned_host" else jax.memory.Space.Device
     plain = jax.ShapeDtypeStruct(x.shape, x.dtype)
     made = jax.eval_shape(lambda x: jax.device_put(x, space), plain).update(sharding=place)
-    if waits(made) != (place.memory_kind == "pinned_host"):
+    if waits(made) != (memory_kind == "pinned_host"):
         raise ValueError(
-            f"JAX {jax.__version__} does not tell a program that the array of a shape lies in {place.memory_kind!r}: "
+            f"JAX {jax.__version__} does not tell a program that the array of a shape lies in {memory_kind!r}: "
             "make the state of arrays, or take JAX 0.12"
         )
     return made
