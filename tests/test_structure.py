@@ -41,7 +41,7 @@ LAYERS = (
     *(tuple(f"transform.{name}" for name in row) for row in TRANSFORM[1:]),
     ("methods",),
     *(tuple(f"adapted.{name}" for name in row) for row in ADAPTED),
-    ("matrices", "deprecated"),
+    ("matrices", "deprecated", "host"),
     ("optim", "serve", "analysis", "search"),
     ("state",),
     ("checkpoint", "sharding"),
