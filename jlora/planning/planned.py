@@ -97,7 +97,11 @@ def plan(
     rows = [x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "shape", ())]
     parts = int(options.get("accumulate", 1))
     named, _ = tree.leaves(state.adapted.base)
-    matrices = [x for x in named.values() if not tree.is_stored(x) and getattr(x, "ndim", 0) > 1 and _is_float(x)]
+    trained = {
+        path for path, arrays in state.adapted.factors.items() if "value" in arrays
+    }  # whole: not to be held in codes
+    dense = [x for path, x in named.items() if path not in trained and not tree.is_stored(x)]
+    matrices = [x for x in dense if getattr(x, "ndim", 0) > 1 and _is_float(x)]
     facts = Facts(
         rows=rows[0] // parts if rows else 1,
         accumulate=parts,
