@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 
 import chex
 import jax
@@ -354,3 +355,22 @@ def test_a_state_is_not_quantised():
 def test_codes_have_no_gradient():
     with pytest.raises(TypeError, match="uint8"):
         jax.grad(lambda params: jlora.lift(loss)(params, X))(BASE)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(jlora.__file__).parent / "quant" / "README.md").read_text()
+TABLE = re.findall(r"^\| `(\w+)`(, `double=False`)?.* \| (\d\.\d+) \| (0\.\d+) \|$", PAGE, flags=re.MULTILINE)
+
+
+def test_the_table_of_formats_has_all():
+    assert {row[0] for row in TABLE} == {"nf4", "fp4", "int4", "int8", "fp8"} and len(TABLE) == 6
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0] + row[1][:1])
+def test_bits_and_errors_of_the_formats_are_those_of_the_page(row):
+    name, single, bits, error = row
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(1024, 512)), jnp.float32)
+    codes = jlora.quantize({"kernel": w}, name, double=False if single else None)["kernel"]
+    assert round(8 * codes.nbytes / w.size, 3) == pytest.approx(float(bits), abs=1e-3)
+    np.testing.assert_allclose(float(jnp.abs(codes.dequantise() - w).mean()), float(error), rtol=6e-3)

@@ -30,8 +30,9 @@ TRANSFORM = (
 ADAPTED = (
     ("select",),
     ("statistics", "adapted"),
-    ("compress",),
-    ("apply", "merge", "convert", "explain", "differences", "thin", "quantize"),
+    ("compress", "residual"),
+    ("apply", "convert", "explain", "differences", "thin", "quantize"),
+    ("merge", "loftq"),
     ("arithmetic", "extract"),
 )
 LAYERS = (
