@@ -30,7 +30,7 @@ TRANSFORM = (
 ADAPTED = (
     ("select",),
     ("statistics", "adapted"),
-    ("compress", "residual"),
+    ("compress",),
     ("apply", "convert", "explain", "differences", "thin", "quantize"),
     ("merge", "loftq"),
     ("arithmetic", "extract"),
