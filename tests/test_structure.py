@@ -31,7 +31,8 @@ ADAPTED = (
     ("select",),
     ("statistics", "adapted"),
     ("compress",),
-    ("apply", "merge", "convert", "explain", "differences", "thin", "quantize"),
+    ("apply", "convert", "explain", "differences", "thin", "quantize"),
+    ("merge", "loftq"),
     ("arithmetic", "extract"),
 )
 LAYERS = (
