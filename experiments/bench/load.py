@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jlora import models
 from jlora.models.gpt2 import GPT2, PRESETS, GPT2Config
 
-# What runs in the other process: JAX and its compiler are up before the first reading, with a tiny checkpoint's help, and
-# are not counted.
+# What runs in the other process: a tiny checkpoint is loaded before the first reading, so that JAX and its compiler are
+# not counted.
 _CHILD = """
 import json, sys
 import jax, jax.numpy as jnp

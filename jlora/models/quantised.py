@@ -199,9 +199,9 @@ def quantise(
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
             chunk = _rows_of(of, tensors[layer], layer, slice(start, stop), wanted)
-            own, largest = _encoded(chunk, scheme)
-            if not np.isfinite(largest).all():
+            if not np.isfinite(chunk).all():  # the largest of a NaN is not always one, compiled
                 raise ValueError(f"{row.keys[layer]!r} is not finite: a block with a NaN or an infinity has no scale")
+            own, largest = _encoded(chunk, scheme)
             for out, found, weights in ((codes, own, 2), (scales, largest, scheme.block)):
                 if of.flat:
                     at = (start - rows.start) * of.inputs // weights
