@@ -17,8 +17,8 @@ Published (QLoRA, arXiv 2305.14314, Table 4: MMLU, 5-shot, of LLaMA after Alpaca
 | FP4 | 37.2 | 44.0 | 47.3 | 50.0 | 55.9 | 58.5 | 61.3 | 63.3 | 52.2 |
 | NF4 + DQ | 39.0 | 44.5 | 47.5 | 50.7 | 57.3 | 59.2 | 61.8 | 63.9 | 53.1 |
 
-Target:    under 48 GB, and the validation loss of the base in bfloat16. Guanaco 65B has 99.3 % of ChatGPT's score on the
-           Vicuna questions by GPT-4's judgement, which is not measured here.
+Target:    under 48 GB, and the validation loss of the base in bfloat16. Guanaco 65B has 99.3 % of ChatGPT's score on
+           the Vicuna questions by GPT-4's judgement, which is not measured here.
 """
 
 from experiments.config import Experiment

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jlora import tree
 from jlora.adapted.adapted import Adapted, from_arrays, to_arrays
 from jlora.adapted.select import Pattern, known_sites, listing, matching, select
-from jlora.methods.residual import taken_out
+from jlora.methods.residual import is_taken_out, taken_out
 from jlora.quant.choice import check_block, check_double, is_head
 from jlora.quant.formats import Format, format_of
 from jlora.quant.layout import Layout, layout_of
@@ -157,7 +157,7 @@ def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Ada
         site.path: taken_out(named[site.path], site, adapted.buffers[site.path])
         for site in adapted.sites
         for method in (adapted.method.of(site),)
-        if method.acts.without_start(method) != method
+        if is_taken_out(method)
     }
     for path, leaf in named.items():
         wide = residual.get(path, leaf)
