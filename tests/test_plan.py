@@ -280,10 +280,15 @@ fused.2 (p: bf16[1,32,256]) -> bf16[1,256,256] {
   %all-gather.2 = bf16[1,256,256]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=52, replica_groups=mesh['fsdp'=8] {'fsdp'}, backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
 }
 
+fused.3 (p: bf16[1,8]) -> bf16[1,64] {
+  %all-gather.3 = bf16[1,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=53, replica_groups=mesh['fsdp'=8] {'fsdp'}, backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
+}
+
 body (p: s32[]) -> s32[] {
   %fusion.1 = bf16[1,256,256]{2,1,0} fusion(%p), kind=kCustom, calls=%fused.1
   %fusion.2 = bf16[1,256,256]{2,1,0} fusion(%p), kind=kCustom, calls=%fused.2
   %all-reduce.3 = (bf16[16,16]{1,0:T(8,128)(2,1)}, s4[10]{0}) all-reduce(%a, %b), channel_id=60, replica_groups={{0,1}}, to_apply=%add
+  %fusion.3 = bf16[1,64]{1,0} fusion(%p), kind=kCustom, calls=%fused.3
   %recv = (f32[6]{0}, u32[]{:S(2)}, token[]) recv(%token), channel_id=7, is_host_transfer=true
 }
 
@@ -295,6 +300,7 @@ condition (p: s32[]) -> pred[] {
 }
 
 ENTRY main (p: s32[]) -> s32[] {
+  %fusion.4 = bf16[1,64]{1,0} fusion(%p), kind=kCustom, calls=%fused.3
   ROOT %while = s32[] while(%p), condition=%condition, body=%body
 }
 """
@@ -313,9 +319,9 @@ def test_collectives_of_a_gpu():
 
 def test_collectives_of_a_tpu():
     """Trip counts stand in the condition; a fused gather is written several times, and is one."""
-    gathered, reduced = 24 * 2 * 256 * 256, 24 * (512 + 5)
+    gathered, reduced = 24 * 2 * 256 * 256 + 128, 24 * (512 + 5)  # channel 53 goes on in the loop
     assert collectives(TPU, 8) == {
-        "all-gather": Collective(24, gathered, gathered * 7 // 8),
+        "all-gather": Collective(25, gathered, gathered * 7 // 8),
         "all-reduce": Collective(24, reduced, reduced),
         "recv": Collective(24, 24 * 24, 24 * 24),
     }
@@ -360,6 +366,18 @@ def test_weights_without_a_place_are_fully_sharded(kinds: AxisType):
     assert found.arguments == found.weights + 2 * found.factors + found.batch + 8
     assert found.collectives["all-gather"].bytes >= 4 * (3 * IN * IN + IN * OUT)
     assert found.collectives["all-gather"].count >= 4
+
+
+def test_the_rule_where_nothing_says_anything():
+    rule = placing.fully_sharded(jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2))
+    both = ("data", "model")
+    assert rule("base/w", shape(64, 16, 32)) == P(None, None, both)  # a stack of 64 layers stays whole
+    assert rule("base/w", shape(64, 32)) == P(both, None)
+    assert rule("base/w", shape(50257, 24)) == P(None, both)
+    assert rule("batch/x", shape(16, 3)) == P(both)
+    assert [rule(*of) for of in (("base/b", shape(7)), ("batch/x", shape(3, 8)), ("factors/w/A", shape(64, 8)))] == [
+        None
+    ] * 3
 
 
 def _gathering(params: Any, batch: Any) -> jax.Array:
