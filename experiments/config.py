@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jlora
 from experiments.configfile import ConfigError as ConfigError
 from experiments.tasks.task import Task
-from jlora.adapted.residual import is_taken_out
+from jlora.methods.residual import is_taken_out
 from jlora.models.sampling import Sampling
 from jlora.quant import FORMATS
 

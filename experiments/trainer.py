@@ -24,8 +24,8 @@ from experiments.resume import loaded, restored
 from experiments.tasks.task import Apply, Batch, Evaluate, Opened, Params, Scores, Side, Split
 from experiments.tensorboard import TensorBoard
 from jlora import tree
-from jlora.adapted.residual import is_taken_out
 from jlora.checkpoint import Checkpoints
+from jlora.methods.residual import is_taken_out
 from jlora.quant import FORMATS
 from jlora.state import TrainState
 from jlora.train import Step, train_step

@@ -25,8 +25,9 @@ class Stored(Protocol):
     - `transpose(permutation)`: the leaf with its axes permuted. Of any other the array is, when it is dequantised.
     - `as_held()`: the array with its axes in the order in which a product meets it soonest, and the axis of the leaf
       behind each of these.
-    - `in_parts(mesh, spec, path)`: a leaf of the same array, and the tree of `PartitionSpec` by which its arrays are cut over
-      the mesh so that each part is the part of the leaf that `spec` says. Any other is dequantised before `shard_map`.
+    - `in_parts(mesh, spec, path)`: a leaf of the same array, and the tree of `PartitionSpec` by which its arrays are
+      cut over the mesh so that each part is the part of the leaf that `spec` says. Any other is dequantised before
+      `shard_map`.
     """
 
     @property
@@ -62,13 +63,6 @@ def dense(x: Any, path: str = "") -> Any:
         return jax.eval_shape(lambda x: x.dequantise(), x) if is_abstract(x) else x.dequantise()
     except ValueError as error:
         raise ValueError(f"{path!r}: {error}" if path else str(error)) from error
-
-
-def stored_as(x: Any) -> str:
-    """Words for how a leaf is held: "nf4, 64, twice" of a quantised one, "bfloat16" of an array."""
-    if is_stored(x):
-        return str(getattr(x, "words", type(x).__name__))
-    return str(getattr(x, "dtype", type(x).__name__))
 
 
 def as_held(x: Any) -> tuple[jax.Array, tuple[int, ...]]:

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import re
+from pathlib import Path
 
 import chex
 import jax
@@ -140,7 +142,7 @@ def test_merge_gives_plain_arrays_or_codes_when_asked_to():
         "first/kernel",
         "second/kernel",
     }
-    assert again["second"]["kernel"] is BASE["second"]["kernel"]  # which no factor changes
+    chex.assert_trees_all_equal(again["second"]["kernel"], BASE["second"]["kernel"])  # which no factor changes
     expected = jlora.quantize(merged, block=32, targets="first")["first"]["kernel"]
     chex.assert_trees_all_equal(again["first"]["kernel"], expected)
     with pytest.raises(
@@ -193,8 +195,8 @@ def test_unmerge_gives_the_codes_back():
 
 def test_tables_and_counts_say_how_a_weight_is_held():
     adapted, plain = trained(BASE, targets="first|head"), trained(PLAIN, targets="first|head")
-    rows = [line.split("  ")[0:2] for line in jlora.summary(adapted).splitlines()[:3]]
-    assert rows == [["weight", "     stored"], ["first/kernel", "nf4, 32, twice"], ["head/kernel", " float32"]]
+    rows = [re.split(" {2,}", line)[:2] for line in jlora.summary(adapted).splitlines()[:3]]
+    assert rows == [["weight", "stored"], ["first/kernel", "nf4, 32, twice"], ["head/kernel", "float32"]]
     assert "frozen, of two axes or more: 'second/kernel' (64, 32) nf4, 32, twice" in jlora.summary(adapted)
     explained = jlora.explain(predict, adapted, X)
     assert [(row.path, row.stored) for row in explained.rows] == [
@@ -239,9 +241,9 @@ def test_training_and_a_checkpoint(tmp_path):
     assert state.adapted.base["first"]["kernel"].codes is BASE["first"]["kernel"].codes
     with jlora.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
-        restored = checkpoints.restore(jlora.TrainState.create(jlora.apply(BASE, 2), step.tx))
+        restored, *_ = checkpoints.restore(jlora.TrainState.create(jlora.apply(BASE, 2), step.tx))
         chex.assert_trees_all_equal(restored.adapted, state.adapted)
-        of_plain = checkpoints.restore(jlora.TrainState.create(jlora.apply(PLAIN, 2), step.tx))
+        of_plain, *_ = checkpoints.restore(jlora.TrainState.create(jlora.apply(PLAIN, 2), step.tx))
         chex.assert_trees_all_equal(of_plain.adapted.factors, state.adapted.factors)
         with pytest.raises(
             ValueError, match=r"belongs to another base: .* 'first/kernel' as nf4, 32, twice, which is a pl"
@@ -353,3 +355,22 @@ def test_a_state_is_not_quantised():
 def test_codes_have_no_gradient():
     with pytest.raises(TypeError, match="uint8"):
         jax.grad(lambda params: jlora.lift(loss)(params, X))(BASE)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(jlora.__file__).parent / "quant" / "README.md").read_text()
+TABLE = re.findall(r"^\| `(\w+)`(, `double=False`)?.* \| (\d\.\d+) \| (0\.\d+) \|$", PAGE, flags=re.MULTILINE)
+
+
+def test_the_table_of_formats_has_all():
+    assert {row[0] for row in TABLE} == {"nf4", "fp4", "int4", "int8", "fp8"} and len(TABLE) == 6
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0] + row[1][:1])
+def test_bits_and_errors_of_the_formats_are_those_of_the_page(row):
+    name, single, bits, error = row
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(1024, 512)), jnp.float32)
+    codes = jlora.quantize({"kernel": w}, name, double=False if single else None)["kernel"]
+    assert round(8 * codes.nbytes / w.size, 3) == pytest.approx(float(bits), abs=1e-3)
+    np.testing.assert_allclose(float(jnp.abs(codes.dequantise() - w).mean()), float(error), rtol=6e-3)

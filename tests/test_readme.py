@@ -24,6 +24,7 @@ READMES = (
     "jlora/interop/README.md",
     "jlora/models/README.md",
     "jlora/planning/README.md",
+    "jlora/quant/README.md",
     "experiments/README.md",
     "tests/README.md",
 )

@@ -92,7 +92,8 @@ PARTS = ("train", "eval")
 def few() -> Splits:
     """A tiny data set of the same form."""
     folder = tiny.temporary(tiny.guanaco)
-    return splits(*(read_guanaco(folder / f"openassistant_best_replies_{part}.jsonl") for part in PARTS), 4)
+    train, asked = (read_guanaco(folder / f"openassistant_best_replies_{part}.jsonl") for part in PARTS)
+    return splits(train, asked, 4)
 
 
 def splits(train: Sequence[str], asked: Sequence[str], validation: int) -> Splits:

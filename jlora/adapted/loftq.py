@@ -127,10 +127,7 @@ def _scale(method: Method, target: Target) -> float:
         w: Any = jax.ShapeDtypeStruct(target.shape, jnp.float32)
         weight = acts.weight(w, target, {name: jnp.ones(shape) for name, shape in shapes.items()}, {})
         if weight.w is w and weight.gain is None and weight.a is not None and weight.b is not None:
-            scale = float(weight.a.ravel()[0] * weight.b.ravel()[0])
-            if scale:
-                return scale
-            raise ValueError(f"loftq: alpha of {target.path!r} is 0: no A and B make up for what is lost")
+            return float(weight.a.ravel()[0] * weight.b.ravel()[0])
     raise ValueError(
         f"loftq: the weight of {method.name} ({target.path!r}) is not W + s A B with A and B trained: take jlora.lora, "
         "rslora, loraplus or dylora; jlora.quantize(adapted) quantises the base of any method, and that of PiSSA "

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted, from_arrays, to_arrays
-from jlora.adapted.residual import is_taken_out, taken_out, without_start
 from jlora.adapted.select import Pattern, known_sites, listing, matching, select
+from jlora.methods.residual import is_taken_out, taken_out
 from jlora.quant.choice import check_block, check_double, is_head
 from jlora.quant.formats import Format, format_of
 from jlora.quant.layout import Layout, layout_of
@@ -156,7 +156,8 @@ def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Ada
     residual = {
         site.path: taken_out(named[site.path], site, adapted.buffers[site.path])
         for site in adapted.sites
-        if is_taken_out(adapted.method.of(site))
+        for method in (adapted.method.of(site),)
+        if is_taken_out(method)
     }
     for path, leaf in named.items():
         wide = residual.get(path, leaf)
@@ -168,7 +169,7 @@ def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Ada
     arrays = {path: dict(part) for path, part in to_arrays(adapted).items()}
     for path in residual:
         arrays[path] = dict(adapted.factors[path])
-    method = without_start(adapted.method)
+    method = adapted.method.acts.without_start(adapted.method)
     return from_arrays(base, arrays, method, adapted.sites, adapted.extras).replace(key=adapted.key)
 
 

@@ -128,10 +128,10 @@ def load(
         sites = _with_dtypes(sites, named)
         here = None if any_base else fingerprint(params, _replaced(extras))
         if here is not None and record["base"] != here:
+            held = held_otherwise(record, named)
             raise ValueError(
                 f"'{file}': the adapter was trained on another base: its fingerprint is {record['base']}, that of "
-                f"these parameters {here}{held_otherwise(record, named)}. Load it onto its own base; any_base=True takes "
-                "a cast or changed copy"
+                f"these parameters {here}{held}. Load it onto its own base; any_base=True takes a cast or changed copy"
             )
         with naming(file):
             expected = expected_tensors(named, method, sites, extras)

@@ -15,6 +15,7 @@ import optax
 
 from jlora.adapted.adapted import Adapted
 from jlora.adapted.apply import apply
+from jlora.adapted.quantize import quantize
 from jlora.methods import Method, expression
 from jlora.models.sizes import PRESETS, model_of
 from jlora.transform.sites import sites
@@ -53,7 +54,7 @@ def of_model(
     targets: Sequence[str] | None = None,
     dtype: str = "bfloat16",
     remat: bool = False,
-    quantize: str | None = None,
+    quantised: str | None = None,
     accumulate: int = 1,
 ) -> Workload:
     """A step of AdamW on a published size, a folder or a config.json, its layers scanned.
@@ -65,7 +66,7 @@ def of_model(
       targets: patterns of weights.
       dtype: of the base and of the computation.
       remat: compute activations again.
-      quantize: a format of `jlora.quantize`.
+      quantised: a format of `jlora.quantize`, for the base.
       accumulate: micro-batches.
 
     Raises:
@@ -75,8 +76,8 @@ def of_model(
     made = expression.parse(method, "--method")
     module, inputs = model_of(name, scan=True, dtype=dtype, param_dtype=dtype, remat=remat)
     shapes = _inputs(name, module, inputs[0], batch)
-    params = _params(module, inputs, quantize)
-    out = jax.eval_shape(lambda params, x: module.apply({"params": params}, x), params_shapes(module, inputs), shapes)
+    params = params_shapes(module, inputs)
+    out = jax.eval_shape(lambda params, x: module.apply({"params": params}, x), params, shapes)
     if not hasattr(out, "shape") or len(out.shape) < 2:
         raise ValueError(f"{name!r} has no logits, of which the command makes a loss: call jlora.plan with your own")
     causal = getattr(module.config, "head", "") == "causal_lm"
@@ -88,7 +89,8 @@ def of_model(
         labels = batch["inputs"][:, 1:] if causal else batch["labels"]
         return cross_entropy(logits[:, :-1] if causal else logits, labels).mean()
 
-    adapted = apply(params, method=made, targets=targets or None, sites=sites(loss, params, data))
+    hold = lambda params, places: params if quantised is None else quantize(params, quantised, sites=places)
+    adapted = _adapted(loss, params, data, hold=hold, method=made, targets=targets or None)
     options = {"accumulate": accumulate} if accumulate > 1 else {}
     return Workload(name, made, loss, adapted, optax.adamw(RATE), data, options)
 
@@ -103,14 +105,12 @@ def params_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
-def _params(module: Any, inputs: tuple[jax.ShapeDtypeStruct, ...], quantize: str | None) -> Any:
-    params = params_shapes(module, inputs)
-    if quantize is None:
-        return params
-    make = getattr(importlib.import_module("jlora"), "quantize", None)  # the package itself imports nothing of here
-    if make is None:
-        raise ValueError("--quantize: this version of jlora has no jlora.quantize")
-    return make(params, quantize)
+def _adapted(
+    loss: Callable[..., Any], params: Any, batch: Any, *key: jax.Array, hold: Callable[[Any, Any], Any], **choice: Any
+) -> Adapted:
+    """The shapes with the method's; held in another form after the axes of each weight were read from the loss."""
+    places = sites(loss, params, batch, *key)
+    return apply(hold(params, places), sites=places, **choice)
 
 
 def _inputs(name: str, module: Any, like: jax.ShapeDtypeStruct, batch: str) -> jax.ShapeDtypeStruct:
@@ -136,7 +136,7 @@ def of_config(
     run: str | None = None,
     small: bool = False,
     remat: bool = False,
-    quantize: str | None = None,
+    quantised: str | None = None,
     accumulate: int | None = None,
 ) -> Workload:
     """The training step of an experiment on a checkpoint whose data are prompts and completions. No data are read.
@@ -147,7 +147,7 @@ def of_config(
       run: which of its runs, by name, where there are several.
       small: its small form.
       remat: compute activations again, though the config does not.
-      quantize: a format of `jlora.quantize`, in place of the config's.
+      quantised: a format of `jlora.quantize`, in place of the config's.
       accumulate: micro-batches, in place of the config's.
 
     Raises:
@@ -175,11 +175,12 @@ def of_config(
         batch |= {"segments": shape(jnp.int32, *rows), "positions": shape(jnp.int32, *rows)}
     loss = completion.token_loss(module, train.label_smoothing)
     params = params_shapes(module, inputs)
-    places = sites(loss, params, batch, jax.random.key(0))
-    how = experiment.held_by(chosen) if quantize is None else config.Held(quantize)
-    params = held.hold(params, how, places, chosen.extras or "")
     extras = {"extras": chosen.extras} if chosen.extras else {}
-    adapted = apply(params, method=chosen.method, targets=chosen.targets, sites=places, **extras)
+    key = jax.random.key(0)
+    choice = {"method": chosen.method, "targets": chosen.targets, **extras}
+    how = experiment.held_by(chosen) if quantised is None else config.Held(quantised)
+    hold = lambda params, places: held.hold(params, how, places, chosen.extras or "")
+    adapted = _adapted(loss, params, batch, key, hold=hold, **choice)
     tx = trainer.optimizer(train, RATE, 10**9)
     options = {"pass_key": True, "accumulate": accumulate or train.accumulate}
     return Workload(

@@ -118,6 +118,10 @@ class Acts:
             "interpolate merged weights: jax.tree.map(lambda w0, w: w0 + s * (w - w0), base, jlora.merge(adapted))"
         )
 
+    def without_start(self, owner: Any) -> Any:
+        """The method whose weight on `W - s A0 B0` is the owner's on W, if it takes a start out; else the owner."""
+        return owner
+
     def baked(self, owner: Any, targets: Sequence[Target], factors: Factors) -> tuple[Any, Factors]:
         """The method and the factors without the network that makes them; themselves where there is none."""
         return owner, factors
@@ -163,6 +167,8 @@ class OnWeights(Acts):
       data: how a data-driven method starts instead of `init`.
       rescale: (target, factors, buffers, s) -> the target and the factors whose update of the weight is s times theirs;
         None where none have it.
+      residual: () -> the method of the same weight on the base without what it takes out of it (`A0` and `B0`, frozen);
+        None where it takes nothing out.
       stored: whether `init`, `weight` and `buffers` take a weight that is no array (`tree.Stored`) as it is, to
         dequantise it layer by layer; others get the array.
     """
@@ -173,6 +179,7 @@ class OnWeights(Acts):
     frozen: tuple[str, ...] = ()
     data: Data | None = None
     rescale: Callable[[Target, Arrays, Arrays, Any], tuple[Target, Arrays]] | None = None
+    residual: Callable[[], Any] | None = None
     stored: bool = False
 
     has_alpha: ClassVar[bool] = True
@@ -221,6 +228,9 @@ class OnWeights(Acts):
         if self.rescale is None:
             return super().rescaled(owner, target, factors, buffers, s)
         return self.rescale(target, factors, buffers, s)
+
+    def without_start(self, owner: Any) -> Any:
+        return owner if self.residual is None else self.residual()
 
 
 # -- on activations ----------------------------------------------------------------------------------------------------

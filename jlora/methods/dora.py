@@ -61,9 +61,12 @@ def dora(inner: Method | int, alpha: float | None = None) -> Method:
         return v.replace(gain=gain)
 
     config = (("name", "dora"), ("inner", inner))
+    residual = None if acts.residual is None else lambda: dora(acts.without_start(inner))
     return inner._replace(
         config=config,
-        acts=acts.replace(init=initialise, weight=weight, buffers=buffers, rescale=None, stored=True),
+        acts=acts.replace(
+            init=initialise, weight=weight, buffers=buffers, rescale=None, residual=residual, stored=True
+        ),
     )
 
 
