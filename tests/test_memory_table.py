@@ -71,7 +71,7 @@ def test_a_step_is_planned_on_shapes(monkeypatch):
     linear = 2 * (4 * 64 * 64 + 3 * 64 * 128)
     saved = made["LoRA"]["weights"] - made["QLoRA"]["weights"]
     assert saved == pytest.approx(linear * (2 - 4.127 / 8), rel=0.01)
-    assert made["full fine-tuning"]["unused"] == made["LoRA"]["weights"]
+    assert made["full fine-tuning"]["unused"] == pytest.approx(made["LoRA"]["weights"], abs=64)  # and counters
 
 
 def tiny(**options):

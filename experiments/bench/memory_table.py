@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
         def loss(params: Any, tokens: jax.Array) -> jax.Array:
             labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-            return module.apply({"params": params}, tokens, labels=labels)[:, :-1].mean()
+            return jnp.asarray(module.apply({"params": params}, tokens, labels=labels))[:, :-1].mean()
 
         sites = jlora.sites(loss, params, batch)
         if self.method.startswith("QLoRA"):
