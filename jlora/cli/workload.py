@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -85,11 +86,16 @@ def of_model(
     data = {"inputs": shapes} if causal else {"inputs": shapes, "labels": labels}
 
     def loss(params: Any, batch: Any) -> jax.Array:
+        if causal and "labels" in inspect.signature(type(module).__call__).parameters:
+            following = jnp.roll(batch["inputs"], -1, axis=1)  # the last of a row has none, and is left out
+            return module.apply({"params": params}, batch["inputs"], labels=following)[:, :-1].mean()
         logits = jnp.asarray(module.apply({"params": params}, batch["inputs"])).astype(jnp.float32)
         labels = batch["inputs"][:, 1:] if causal else batch["labels"]
         return cross_entropy(logits[:, :-1] if causal else logits, labels).mean()
 
-    adapted = _adapted(loss, params, data, quantised=quantised, method=made, targets=targets or None)
+    places = sites(loss, params, data)
+    held = params if quantised is None else quantize(params, quantised, sites=places)
+    adapted = apply(held, method=made, targets=targets or None, sites=places)
     options = {"accumulate": accumulate} if accumulate > 1 else {}
     return Workload(name, made, loss, adapted, optax.adamw(RATE), data, options)
 
@@ -102,15 +108,6 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def params_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     """The shapes of a model's parameters."""
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-
-
-def _adapted(
-    loss: Callable[..., Any], params: Any, batch: Any, *key: jax.Array, quantised: str | None, **choice: Any
-) -> Adapted:
-    """The shapes with the method's; held in another form after the axes of each weight were read from the loss."""
-    places = sites(loss, params, batch, *key)
-    held = params if quantised is None else quantize(params, quantised, sites=places)
-    return apply(held, sites=places, **choice)
 
 
 def _inputs(name: str, module: Any, like: jax.ShapeDtypeStruct, batch: str) -> jax.ShapeDtypeStruct:
@@ -147,14 +144,14 @@ def of_config(
       run: which of its runs, by name, where there are several.
       small: its small form.
       remat: compute activations again, though the config does not.
-      quantised: a format of `jlora.quantize`, for the base.
+      quantised: a format of `jlora.quantize` for the base, in place of how the config's run holds it.
       accumulate: micro-batches, in place of the config's.
 
     Raises:
       ImportError: if `experiments`, which is not in the wheel, is not there.
       ValueError: for another kind of experiment, or a run that it has not.
     """
-    configfile, config, completion, trainer = _experiments()
+    configfile, config, completion, trainer, held = _experiments()
     experiment = configfile.load(config.Experiment, path, overrides, small=small)
     task, train = experiment.task, experiment.train
     if not isinstance(task, completion.Completion) or isinstance(experiment.base, config.Pretrain):
@@ -176,9 +173,12 @@ def of_config(
     loss = completion.token_loss(module, train.label_smoothing)
     params = params_shapes(module, inputs)
     extras = {"extras": chosen.extras} if chosen.extras else {}
-    key = jax.random.key(0)
-    choice = {"method": chosen.method, "targets": chosen.targets, **extras}
-    adapted = _adapted(loss, params, batch, key, quantised=quantised, **choice)
+    places = sites(loss, params, batch, jax.random.key(0))
+    if quantised is None:
+        params = held.hold(params, experiment.held_by(chosen), places)
+    else:
+        params = quantize(params, quantised, sites=places)
+    adapted = apply(params, method=chosen.method, targets=chosen.targets, sites=places, **extras)
     tx = trainer.optimizer(train, RATE, 10**9)
     options = {"pass_key": True, "accumulate": accumulate or train.accumulate}
     return Workload(
@@ -188,7 +188,7 @@ def of_config(
 
 def _experiments() -> list[Any]:
     """The modules of `experiments`, of the repository that one stands in or that is installed in editable form."""
-    names = ("configfile", "config", "tasks.completion", "trainer")
+    names = ("configfile", "config", "tasks.completion", "trainer", "held")
     here = str(Path.cwd())
     beside = here not in sys.path
     if beside:
