@@ -145,7 +145,7 @@ def decoding(rows: int, columns: int, rounds: int) -> list[dict[str, Any]]:
                 "dtype": dtype,
                 "way": name,
                 "ns_per_weight": 1e9 * least[name] / (rows * columns),
-                "temporary_bytes_per_weight": run.memory_analysis().temp_size_in_bytes / (rows * columns),
+                "temporary_bytes_per_weight": step.compiled_cost(run).temporary / (rows * columns),
             }
             for name, run in compiled.items()
         ]

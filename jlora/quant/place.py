@@ -29,7 +29,7 @@ def shardings_of(of: "Quantised", sharding: NamedSharding, path: str) -> "Quanti
         names = names[: len(order) - len(of.layout.tail) + 1]
     scales = of.scales.codes if isinstance(of.scales, Nested) else of.scales
     stack = of.scales.offset.ndim if isinstance(of.scales, Nested) else 0
-    place = lambda names: NamedSharding(sharding.mesh, PartitionSpec(*names))
+    place: Any = lambda names: NamedSharding(sharding.mesh, PartitionSpec(*names))
     of_scales: Any = place(name if n != 1 else None for name, n in zip(names, scales.shape, strict=True))
     if isinstance(of.scales, Nested):
         lead = place(names[:stack])
