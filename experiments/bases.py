@@ -66,21 +66,31 @@ def trainer_of(experiment: Experiment, shared: Shared) -> Trainer:
     return Trainer(run, shared, base.train, base.learning_rate, side="old")
 
 
-def of_checkpoint(opened: Opened, seed: int) -> Base:
-    """A checkpoint's parameters, those of one seed at a time: the old ones go before new ones come."""
-    held: dict[int, Params] = {seed: opened.params(seed)}
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(held[seed]))
+def of_checkpoint(opened: Opened, seed: int, hold: Callable[[Params], Params]) -> Base:
+    """A checkpoint's parameters, those of one seed at a time: the old ones go before new ones come.
+
+    Args:
+      opened: the task.
+      seed: the first.
+      hold: the parameters as all runs hold them.
+    """
+    first = opened.params(seed)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
+    there: dict[int, Params] = {seed: hold(first)}
+    del first
 
     def params(seed: int) -> Params:
-        if seed not in held and opened.head:  # another head
-            held.clear()
-            held[seed] = opened.params(seed)
-        return next(iter(held.values()))
+        if seed not in there and opened.head:  # another head
+            there.clear()
+            there[seed] = hold(opened.params(seed))
+        return next(iter(there.values()))
 
     return Base(params, total)
 
 
-def pretrained(trainer: Trainer, folder: Path, seed: int, phase: Phase, *, resume: bool = False) -> Base:
+def pretrained(
+    trainer: Trainer, folder: Path, seed: int, phase: Phase, hold: Callable[[Params], Params], *, resume: bool = False
+) -> Base:
     """The base from a file in `folder` if there is one with the same model, data and pretraining, else trained.
 
     Args:
@@ -88,6 +98,7 @@ def pretrained(trainer: Trainer, folder: Path, seed: int, phase: Phase, *, resum
       folder: of bases of all kinds; each has a folder of its own in it.
       seed: of the initial values and the batches.
       phase: where progress is shown.
+      hold: the parameters as all runs hold them.
       resume: keep what an interrupted pretraining left.
 
     Raises:
@@ -109,7 +120,7 @@ def pretrained(trainer: Trainer, folder: Path, seed: int, phase: Phase, *, resum
                 raise FloatingPointError(f"the base: {result.diverged}")
             write(own, trainer.merged(loaded(own, initial)))
             shutil.rmtree(own / "adapter")
-    params = read(own, initial)
+    params = hold(read(own, initial))
     return Base(lambda _: params, size(own / NAME), read_curve(own))
 
 

@@ -22,6 +22,8 @@ from jlora.adapted.explain import Explanation as Explanation
 from jlora.adapted.explain import explain as explain
 from jlora.adapted.explain import summary as summary
 from jlora.adapted.extract import extract_lora as extract_lora
+from jlora.adapted.loftq import loftq as loftq
+from jlora.adapted.loftq import quantization_error as quantization_error
 from jlora.adapted.merge import merge as merge
 from jlora.adapted.merge import merge_error as merge_error
 from jlora.adapted.merge import unmerge as unmerge
@@ -70,6 +72,7 @@ from jlora.methods import together as together
 from jlora.methods import top_layers as top_layers
 from jlora.methods import vera as vera
 from jlora.optim import optimizer as optimizer
+from jlora.planning import plan as plan
 from jlora.state import TrainState as TrainState
 from jlora.train import train_step as train_step
 from jlora.transform.lift import lift as lift

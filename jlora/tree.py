@@ -20,8 +20,14 @@ class Stored(Protocol):
     """A leaf that stands for an array and is none: codes with their scales, as of a quantised base.
 
     It is a registered pytree of arrays. It is frozen and dequantised where it is used: a product keeps its arrays for
-    the backward pass, not the one that they stand for. One that has a method `transpose(permutation)` is turned by it;
-    of any other the array is, when it is dequantised.
+    the backward pass, not the one that they stand for. Three methods may be there or not:
+
+    - `transpose(permutation)`: the leaf with its axes permuted. Of any other the array is, when it is dequantised.
+    - `as_held()`: the array with its axes in the order in which a product meets it soonest, and the axis of the leaf
+      behind each of these.
+    - `in_parts(mesh, spec, path)`: a leaf of the same array, and the tree of `PartitionSpec` by which its arrays are
+      cut over the mesh so that each part is the part of the leaf that `spec` says. Any other is dequantised before
+      `shard_map`.
     """
 
     @property
@@ -45,11 +51,30 @@ def is_stored(x: Any) -> bool:
     return hasattr(type(x), "dequantise")
 
 
-def dense(x: Any) -> Any:
-    """The array that a stored leaf stands for, a shape if its own arrays are shapes; anything else as it is."""
+def dense(x: Any, path: str = "") -> Any:
+    """The array that a stored leaf stands for, a shape if its own arrays are shapes; anything else as it is.
+
+    Raises:
+      ValueError: if its arrays contradict each other, naming the path if it is given.
+    """
     if not is_stored(x):
         return x
-    return jax.eval_shape(lambda x: x.dequantise(), x) if is_abstract(x) else x.dequantise()
+    try:
+        return jax.eval_shape(lambda x: x.dequantise(), x) if is_abstract(x) else x.dequantise()
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}" if path else str(error)) from error
+
+
+def as_held(x: Any) -> tuple[jax.Array, tuple[int, ...]]:
+    """The array of a stored leaf in an order of axes of its own, and the axis of the leaf behind each of its axes."""
+    return x.as_held() if hasattr(x, "as_held") else (x.dequantise(), tuple(range(len(x.shape))))
+
+
+def stored_as(x: Any) -> str:
+    """Words for how a leaf is held: "nf4, 64, twice" of a quantised one, "bfloat16" of an array."""
+    if is_stored(x):
+        return str(getattr(x, "words", type(x).__name__))
+    return str(getattr(x, "dtype", type(x).__name__))
 
 
 def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:

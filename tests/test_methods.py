@@ -164,8 +164,12 @@ def loss_of(name: str) -> Callable:
 
 @functools.cache
 def adapted(name: str, dtype=jnp.float32) -> jlora.Adapted:
-    row, (fn, base) = METHODS[name], model(name)
-    base = jax.tree.map(lambda x: x.astype(dtype), base)
+    return adapt(name, jax.tree.map(lambda x: x.astype(dtype), model(name)[1]))
+
+
+def adapt(name: str, base) -> jlora.Adapted:
+    """A row of the table on a base of the model's own shapes."""
+    row, (fn, _) = METHODS[name], model(name)
     method, sites = row.make(), jlora.sites(fn, base, IDS)
     options = {"targets": lambda site: site.kind in row.kinds} if row.kinds else {}
     options |= measured(method, loss_of(name), base, [IDS, IDS[::-1]], sites, **options)

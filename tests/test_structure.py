@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # its own row. The rows of `transform` and `adapted` are ordered within.
 TRANSFORM = (
     ("axes", "explicit", "view"),
+    ("dequantised",),
     ("product",),
     ("weight", "jaxprs"),
     ("trace",),
@@ -30,7 +31,8 @@ ADAPTED = (
     ("select",),
     ("statistics", "adapted"),
     ("compress",),
-    ("apply", "merge", "convert", "explain", "differences", "thin", "quantize"),
+    ("apply", "convert", "explain", "differences", "thin", "quantize"),
+    ("merge", "loftq"),
     ("arithmetic", "extract"),
 )
 LAYERS = (
@@ -40,13 +42,13 @@ LAYERS = (
     *(tuple(f"transform.{name}" for name in row) for row in TRANSFORM[1:]),
     ("methods",),
     *(tuple(f"adapted.{name}" for name in row) for row in ADAPTED),
-    ("matrices", "deprecated"),
+    ("matrices", "deprecated", "host"),
     ("optim", "serve", "analysis", "search"),
     ("state",),
     ("checkpoint", "sharding"),
     ("objective", "arguments"),
     ("train",),
-    ("plan",),
+    ("planning",),
     ("interop",),
     ("cli",),
 )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -201,11 +202,23 @@ def _shapes(of: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in sorted(of.items()))
 
 
-class Count(NamedTuple):
-    """Numbers of parameters."""
-
+class _Numbers(NamedTuple):
     trainable: int
     total: int
+
+
+class Count(_Numbers):
+    """Numbers of parameters, `trainable, total = count`, and `bytes` of base, factors and buffers as they are held."""
+
+    bytes: int
+
+    def __new__(cls, trainable: int, total: int, held: int = 0) -> "Count":
+        self = super().__new__(cls, trainable, total)
+        self.bytes = held
+        return self
+
+    def __repr__(self) -> str:
+        return f"Count(trainable={self.trainable}, total={self.total}, bytes={self.bytes})"
 
     @property
     def percent(self) -> float:
@@ -313,13 +326,16 @@ def with_dropout(adapted: Adapted, key: int | jax.Array) -> Adapted:
 def count(adapted: Adapted) -> Count:
     """Trainable parameters, and those of the adapted model: the base's plus the factors, an extra counted once.
 
+    A quantised weight counts as the weight that it stands for; `bytes` are those of codes and scales.
+
     Works on abstract trees (`jax.eval_shape`), so that nothing need be allocated.
     """
     check_adapted(adapted, "count")
     trainable = size_of(adapted.factors)
     inside = [e.path for e in adapted.extras if e.added is None]  # what is added to a leaf is no part of it
     extra = sum(size_of(adapted.factors[path]) for path in inside if path in adapted.factors)
-    return Count(trainable, size_of(adapted.base) + trainable - extra)
+    held = bytes_of((adapted.base, adapted.factors, adapted.buffers))
+    return Count(trainable, size_of(adapted.base) + trainable - extra, held)
 
 
 def _check_same_scale(mine: Method, other: Method) -> None:
@@ -355,4 +371,13 @@ def size_of(arrays: Any) -> int:
     """The number of elements of a tree of arrays."""
     return sum(
         int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(arrays, is_leaf=tree.is_stored) if hasattr(leaf, "shape")
+    )
+
+
+def bytes_of(arrays: Any) -> int:
+    """The bytes of a tree of arrays, codes and scales as they are."""
+    return sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(arrays)
+        if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     )

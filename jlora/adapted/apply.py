@@ -14,6 +14,7 @@ from jlora.adapted.adapted import Adapted, check_activations, from_arrays, initi
 from jlora.adapted.select import (
     Extra,
     Pattern,
+    check_not_stored,
     known_sites,
     resolve,
     rules_of,
@@ -75,8 +76,8 @@ def apply(
 
     Raises:
       ValueError: for a rank that is no integer of at least 1, a pattern that matches nothing, a tree without arrays, a
-        weight that is integer or complex or whose axes cannot be told, rules that contradict each other, and
-        statistics that are not those of the targets.
+        weight that is integer or complex or whose axes cannot be told, a quantised one that is to be trained as it is,
+        rules that contradict each other, and statistics that are not those of the targets.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -132,6 +133,7 @@ def choose(
     given = select_extras(named, extras)
     own = {path: Extra(path, rows) for path, rows in method.acts.trained(named, known).items()}
     own |= {extra.path: extra for extra in given}
+    check_not_stored(named, tuple(own.values()))
     selected = select_parts(known, method, rules, set(own), read_from_program=from_program)
     chosen = resolve(selected, method, ranks or {}, alphas or {})
     adapted = {target.path for target in chosen}

@@ -98,6 +98,8 @@ def differ(x: Any, y: Any) -> bool:
     """Whether two leaves, or what they are stored as, have other values. What is no array is not compared."""
     if x is y:
         return False
+    if tree.is_stored(x) != tree.is_stored(y):
+        x, y = tree.dense(x), tree.dense(y)
     pairs = list(zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=False))
     arrays = [(p, q) for p, q in pairs if _is_number(p) and _is_number(q)]
     return any(p is not q and known(on_auto_axes(_equal, jnp.asarray(p), jnp.asarray(q))) is False for p, q in arrays)

@@ -1,7 +1,7 @@
 """Two tables of what is adapted: `explain`, how a function uses each weight, and `summary`, what is trained."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,9 +17,11 @@ from jlora.transform.trace import Trace, Use
 
 @dataclasses.dataclass(frozen=True)
 class Explained(Use):
-    """A use of a weight, and the number of its trainable parameters."""
+    """A use of a weight, the number of its trainable parameters, and how the weight is held ("nf4, 64, twice")."""
 
     parameters: int = 0
+    stored: str = ""
+    quantised: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,10 @@ class Explanation:
         head = ("weight", "operation", "in -> out (stack)", "how", "rank", "parameters", "extra FLOPs", "line")
         several = any(row.tree for row in self.rows)
         cells = [head, *(_cells(row, several) for row in self.rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+        if any(row.quantised for row in self.rows):
+            column = ("stored", *(row.stored for row in self.rows))
+            cells = [(row[0], what, *row[1:]) for row, what in zip(cells, column, strict=True)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         dense = len(self.materialised)
         lines.append(f"{len(self.rows) - dense} uses factored, {dense} materialised")
@@ -58,7 +63,9 @@ def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any)
     Returns:
       An `Explanation`: per use the weight, the operation, the stored axes that it contracts and keeps, whether the
       low-rank part stays apart ("factored") or the weight is built ("materialised", with the reason), the rank, the
-      trainable parameters, the FLOPs of the low-rank part in one forward pass, and the line of the model's code.
+      trainable parameters, the FLOPs of the low-rank part in one forward pass, and the line of the model's code. With
+      a quantised base a column says how each weight is held: a format, the size of its blocks, "twice" where the scales
+      are quantised, too.
 
     Raises:
       ValueError: if the function never reads an adapted weight.
@@ -77,16 +84,24 @@ def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any)
     leaves = jax.tree.leaves((adapted, args, kwargs), is_leaf=lambda x: isinstance(x, Adapted))
     given = [x for x in leaves if isinstance(x, Adapted)]
     sites = {(number, site.path): site for number, part in enumerate(given) for site in part.sites}
-    size = lambda use: size_of(given[use.tree].factors[use.path])
-    rows = tuple(_explained(use, sites.get((use.tree, use.path)), size(use)) for use in trace.uses)
+    bases = [tree.leaves(part.base)[0] for part in given]
+    rows = tuple(
+        _explained(use, sites.get((use.tree, use.path)), given[use.tree], bases[use.tree]) for use in trace.uses
+    )
     return Explanation(rows, tuple(path for (_, path), is_read in trace.extras.items() if not is_read))
 
 
-def _explained(use: Use, site: Target | None, parameters: int) -> Explained:
+def _explained(use: Use, site: Target | None, adapted: Adapted, base: Mapping[str, Any]) -> Explained:
     axes = {}
     if site is not None and not (use.in_axes or use.out_axes):  # an adapter of activations: the axes of its weight
         axes = {"in_axes": site.in_axes, "out_axes": site.out_axes, "stack_axes": site.stack_axes}
-    return Explained(**(vars(use) | axes), parameters=parameters)
+    leaf = base[use.path]
+    return Explained(
+        **(vars(use) | axes),
+        parameters=size_of(adapted.factors[use.path]),
+        stored=tree.stored_as(leaf),
+        quantised=tree.is_stored(leaf),
+    )
 
 
 def _cells(row: Explained, several: bool) -> tuple[str, ...]:
@@ -97,10 +112,13 @@ def _cells(row: Explained, several: bool) -> tuple[str, ...]:
 
 
 def summary(adapted: Adapted) -> str:
-    """A table of what is trained: path, shape, axes, rank, parameters; and all of two axes or more that is not."""
+    """A table of what is trained: path, shape, axes, rank, parameters; and all of two axes or more that is not.
+
+    With a quantised base a column says how each weight is held, and the last line the bytes of all.
+    """
     check_adapted(adapted, "summary")
     named, _ = tree.leaves(adapted.base)
-    rows = [("weight", "shape", "in -> out (stack)", "rank", "parameters")]
+    rows: list[tuple[str, ...]] = [("weight", "shape", "in -> out (stack)", "rank", "parameters")]
     for site in adapted.sites:
         axes = f"{list(site.in_axes)} -> {list(site.out_axes)}" + (
             f" ({list(site.stack_axes)})" if site.stack_axes else ""
@@ -113,7 +131,11 @@ def summary(adapted: Adapted) -> str:
         rows.append((extra.path, "", what, "", f"{size_of(adapted.factors.get(extra.path, {})):,}"))
     if SHARED in adapted.factors:
         rows.append((SHARED, "", "shared by all of them", "", f"{size_of(adapted.factors[SHARED]):,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    quantised = any(tree.is_stored(leaf) for leaf in named.values())
+    if quantised:
+        column = ("stored", *(tree.stored_as(named[row[0]]) if row[0] in named else "" for row in rows[1:]))
+        rows = [(row[0], what, *row[1:]) for row, what in zip(rows, column, strict=True)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = count(adapted)
     trained = {site.path for site in adapted.sites} | {extra.path for extra in adapted.extras}
@@ -126,8 +148,11 @@ def summary(adapted: Adapted) -> str:
     left = [path for path, leaf in named.items() if path not in trained and len(getattr(leaf, "shape", ())) > 1]
     left.sort(key=lambda path: path.rpartition("/")[2] != "kernel")
     if left:
-        lines.append(f"frozen, of two axes or more: {', '.join(f'{p!r} {named[p].shape}' for p in left)}")
+        held = lambda leaf: f" {tree.stored_as(leaf)}" if tree.is_stored(leaf) else ""
+        shown = ", ".join(f"{p!r} {named[p].shape}{held(named[p])}" for p in left)
+        lines.append(f"frozen, of two axes or more: {shown}")
     lines.append(
         f"{adapted.method!r}: {total.trainable:,} of {total.total:,} parameters are trained ({total.percent:.4f} %)"
+        + (f"; {total.bytes:,} bytes" if quantised else "")
     )
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """`quantize`: a parameter tree whose weights are held in 4 or 8 bits, and back."""
 
+import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +11,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jlora import tree
-from jlora.adapted.select import Pattern, known_sites, select
+from jlora.adapted.adapted import Adapted, from_arrays, to_arrays
+from jlora.adapted.select import Pattern, known_sites, listing, matching, select
+from jlora.methods.residual import taken_out
 from jlora.quant.choice import check_block, check_double, is_head
 from jlora.quant.formats import Format, format_of
 from jlora.quant.layout import Layout, layout_of
+from jlora.quant.nested import Nested
 from jlora.quant.place import shardings_of
 from jlora.quant.quantised import Quantised, encode
 from jlora.transform.explicit import on_auto_axes
@@ -35,13 +39,17 @@ def quantize(
     what is kept for the backward pass are the codes. The dequantised weight is `decode(codes) * scale` in float32, cast
     once to the dtype that the weight had.
 
+    Of an `Adapted` the base is quantised, the factors stay. A method that takes its start out of the weight (PiSSA,
+    OLoRA, CorDA, LoRA-GA) becomes plain LoRA on the quantised residual, `Q(W - s A0 B0) + s A B`, which is QPiSSA: the
+    largest part of W is never quantised. `jlora.loftq` starts plain LoRA from what quantising loses.
+
     Bytes, of n weights: n / 2 + 4 n / block of the 4-bit formats; with `double` n / 2 + n / block + 4 n / (256 block)
     and 4 for each matrix, at block 64 4.127 bits a weight; n + 4 for each output channel of the 8-bit formats. The sum
     is in `jlora.count` and `jlora.summary`.
 
     Args:
-      params: any tree, of arrays or of shapes (`jax.eval_shape`), of which shapes of codes and scales come. On a mesh,
-        codes and scales lie along the axes of their weight.
+      params: any tree, of arrays or of shapes (`jax.eval_shape`), of which shapes of codes and scales come, or an
+        `Adapted`. On a mesh, codes and scales lie along the axes of their weight.
       number_format: "nf4" (quantiles of the normal distribution), "fp4" (bitsandbytes' 4-bit float), "int4" (-7 to 7),
         each with a scale for each block; "int8" (-127 to 127), "fp8" (e4m3), with a scale for each output channel.
       block: weights to a scale, a power of two from 32 to 4096; 64 when None. The blocks lie along the inputs, in
@@ -58,7 +66,8 @@ def quantize(
       ValueError: for an unknown format or block, a target that is not of floating point, quantised already, not finite
         (an array; under `jit` a NaN gives NaN), or whose axes its name does not tell; a mesh that cuts through a block.
 
-    Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3.
+    Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3; Meng et al.,
+    "PiSSA", arXiv 2404.02948, section 4.
 
     Example:
       >>> import jax, jlora
@@ -66,24 +75,27 @@ def quantize(
       >>> jlora.quantize(params, "nf4")["dense"]["kernel"]
       Quantised(nf4, blocks of 64 twice, float32[128, 64])
     """
-    number = format_of(number_format)
-    block, double = check_block(number, block), check_double(number, double)
+    how = Storage.parse(number_format, block, double)
+    if isinstance(params, Adapted):
+        return _of_adapted(params, how, targets, sites)
     named, structure = tree.leaves(params)
-    chosen = {site.path: site for site in _choose(params, named, targets, sites)}
+    _check_params(params, named)
+    chosen = {site.path: site for site in choose(params, named, targets, sites)}
     for path in chosen:
-        _check_leaf(path, named[path])
-    leaves = [
-        _quantised(leaf, chosen[path], number, block, double) if path in chosen else leaf
-        for path, leaf in named.items()
-    ]
+        check_quantisable(path, named[path])
+    leaves = [how.quantise(leaf, chosen[path]) if path in chosen else leaf for path, leaf in named.items()]
     return jax.tree.unflatten(structure, leaves)
 
 
-def dequantize(params: Any) -> Any:
+def dequantize(params: Any, targets: str | Sequence[str] | None = None) -> Any:
     """The same tree with plain arrays in the place of quantised leaves: `decode(codes) * scale`, in the leaf's dtype.
 
+    Args:
+      params: any tree, or an `Adapted`, whose base is meant.
+      targets: pattern or patterns of the quantised leaves; None for all of them.
+
     Raises:
-      ValueError: if codes and scales of a leaf contradict each other, naming it.
+      ValueError: if codes and scales of a leaf contradict each other, naming it; for a pattern that matches none.
 
     Example:
       >>> import jax, jlora
@@ -91,28 +103,121 @@ def dequantize(params: Any) -> Any:
       >>> jlora.dequantize(jlora.quantize(params))["dense"]["kernel"].dtype
       dtype('float32')
     """
+    if isinstance(params, Adapted):
+        return params.replace(base=dequantize(params.base, targets))
     named, structure = tree.leaves(params)
-    return jax.tree.unflatten(structure, [_dense(path, leaf) for path, leaf in named.items()])
+    stored = [path for path, leaf in named.items() if tree.is_stored(leaf)]
+    chosen = stored if targets is None else matching(stored, targets, "targets")
+    leaves = [tree.dense(leaf, path) if path in chosen else leaf for path, leaf in named.items()]
+    return jax.tree.unflatten(structure, leaves)
 
 
-def _dense(path: str, leaf: Any) -> Any:
-    try:
-        return tree.dense(leaf)
-    except ValueError as error:
-        raise ValueError(f"{path!r}: {error}") from error
+def quantize_again(w: jax.Array, like: Quantised, path: str) -> Quantised:
+    """A weight in the format, blocks and order of axes of another one of its shape."""
+    layout = like.layout.of_ndim(w.ndim)
+    scales = like.scales.codes if isinstance(like.scales, Nested) else like.scales
+    # Of one scale for all inputs, which outputs of size 1 beside them do not change.
+    kept = [axis for axis in range(layout.stack, w.ndim) if axis < scales.ndim and scales.shape[axis] != 1]
+    inputs = w.ndim - max(kept, default=layout.stack - 1) - 1
+    return _encoded(w, like.number, layout, inputs, isinstance(like.scales, Nested), path)
 
 
-def _choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list[Site]:
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """Arguments of `quantize`: the format, the size of blocks, and whether the scales are quantised themselves."""
+
+    number: Format
+    block: int
+    double: bool
+
+    @classmethod
+    def parse(cls, number_format: Any, block: Any, double: Any) -> "Storage":
+        """The arguments, checked.
+
+        Raises:
+          ValueError: as `quantize` says.
+        """
+        number = format_of(number_format)
+        return cls(number, check_block(number, block), check_double(number, double))
+
+    def quantise(self, leaf: Any, site: Site | Target) -> Quantised:
+        """One weight."""
+        # A table's rows stay rows: blocks lie along the width, which a tied head contracts.
+        out_axes, in_axes = (site.out_axes, site.in_axes)[:: -1 if site.kind == "embedding" else 1]
+        layout = layout_of(leaf.shape, out_axes, in_axes, site.stack_axes, self.number, self.block)
+        return _encoded(leaf, self.number, layout, len(in_axes), self.double, site.path)
+
+
+def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Adapted:
+    named, structure = tree.leaves(adapted.base)
+    chosen = {site.path: site for site in choose_of_adapted(adapted, targets, sites)}
+    for path in chosen:
+        check_quantisable(path, named[path])
+    residual = {
+        site.path: taken_out(named[site.path], site, adapted.buffers[site.path])
+        for site in adapted.sites
+        for method in (adapted.method.of(site),)
+        if method.acts.without_start(method) != method
+    }
+    for path, leaf in named.items():
+        wide = residual.get(path, leaf)
+        if path in chosen:
+            named[path] = dataclasses.replace(how.quantise(wide, chosen[path]), dtype=jnp.dtype(leaf.dtype))
+        elif path in residual:
+            named[path] = wide.astype(leaf.dtype)
+    base = jax.tree.unflatten(structure, named.values())
+    arrays = {path: dict(part) for path, part in to_arrays(adapted).items()}
+    for path in residual:
+        arrays[path] = dict(adapted.factors[path])
+    method = adapted.method.acts.without_start(adapted.method)
+    return from_arrays(base, arrays, method, adapted.sites, adapted.extras).replace(key=adapted.key)
+
+
+def choose_of_adapted(adapted: Adapted, targets: Any, sites: Any) -> list[Site]:
+    """The sites of an adapter's base that are to be quantised: its own tell their axes.
+
+    Raises:
+      ValueError: for one that is trained as it is.
+    """
+    named, _ = tree.leaves(adapted.base)
+    own = {site.path: site.site for site in adapted.sites}
+    known = [own.get(site.path, site) for site in known_sites(adapted.base, named, sites)]
+    known += [site for path, site in own.items() if path not in {site.path for site in known}]
+    trained = {extra.path for extra in adapted.extras}
+    if targets is None:
+        known = [site for site in known if site.path not in trained]
+    chosen = choose(adapted.base, named, targets, known)
+    both = [site.path for site in chosen if site.path in trained]
+    if both:
+        raise ValueError(f"quantize: {both[0]!r} is trained as it is (extras=): leave it out with targets=")
+    return chosen
+
+
+def _check_params(params: Any, named: dict[str, Any]) -> None:
+    if any(isinstance(x, Adapted) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Adapted))):
+        raise TypeError(
+            f"quantize: an Adapted is inside of what was given, {type(params).__name__}: jlora.quantize(adapted) takes "
+            "the Adapted itself (state.adapted of a state), before a state is made of it"
+        )
+    if not any(hasattr(leaf, "dtype") for leaf in named.values()):
+        raise ValueError("quantize: the tree holds no arrays")
+
+
+def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list[Site]:
+    """The sites that are to be quantised: see `quantize`."""
     known, read = known_sites(params, named, sites), sites is not None
     if targets is not None:
         chosen = select(known, targets, read_from_program=read, caller="quantize", done="quantised")
     else:
         chosen = [site for site in known if site.kind == "linear" and not is_head(site.path)]
-        unknown = [site.path for site in known if site.kind == "unknown"]
-        if unknown or not chosen:
-            # Raises for what is ambiguous, and where nothing is linear.
-            ambiguous = [site for site in known if site.kind in ("linear", "unknown")]
-            select(ambiguous, None, read_from_program=read, caller="quantize", done="quantised")
+        linear = [site for site in known if site.kind in ("linear", "unknown")]
+        if any(site.kind == "unknown" for site in linear):  # raises for what is ambiguous
+            select(linear, None, read_from_program=read, caller="quantize", done="quantised")
+        if not linear:
+            raise ValueError(
+                "quantize: none of the leaves is a linear weight of floating point: choose others with targets=, or "
+                f"pass sites=jlora.sites(fn, params, *args) to read them from the program. Leaves: {listing(known)}"
+            )
     if not chosen:
         raise ValueError(
             f"quantize: the linear weights are heads alone ({', '.join(s.path for s in known if s.kind == 'linear')}), "
@@ -121,7 +226,8 @@ def _choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> lis
     return chosen
 
 
-def _check_leaf(path: str, leaf: Any) -> None:
+def check_quantisable(path: str, leaf: Any) -> None:
+    """Raises ValueError for a leaf that has no quantised form: see `quantize`."""
     if tree.is_stored(leaf):
         raise ValueError(f"{path!r} is quantised already ({leaf!r}): jlora.dequantize(params) first, or leave it out")
     dtype = getattr(leaf, "dtype", None)
@@ -142,14 +248,10 @@ def _all_finite(w: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(w))
 
 
-def _quantised(leaf: Any, site: Site, number: Format, block: int, double: bool) -> Quantised:
-    # A table's rows stay rows: blocks lie along the width, which a tied head contracts.
-    out_axes, in_axes = (site.out_axes, site.in_axes)[:: -1 if site.kind == "embedding" else 1]
-    layout = layout_of(leaf.shape, out_axes, in_axes, site.stack_axes, number, block)
-    inputs = len(in_axes)
+def _encoded(leaf: Any, number: Format, layout: Layout, inputs: int, double: bool, path: str) -> Quantised:
     shape = jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     shapes = jax.eval_shape(lambda w: encode(w, number, layout, inputs, double), shape)
-    where = _where(leaf, shapes, site.path)
+    where = _where(leaf, shapes, path)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         if where is None:
             return shapes

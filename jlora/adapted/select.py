@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import tree
 from jlora.methods import Method
 from jlora.methods.checks import check_alpha, check_integers, check_rank
 from jlora.transform.sites import ADAPTABLE, KINDS, Site, Target, conventional
@@ -344,6 +345,20 @@ def matching(paths: Collection[str], patterns: str | Sequence[str], argument: st
 def is_trainable(leaf: Any) -> bool:
     """Whether a leaf can be trained as it is: a floating-point array."""
     return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def check_not_stored(named: Mapping[str, Any], extras: Sequence[Extra]) -> None:
+    """Raises ValueError for quantised leaves that are to be trained as they are, wholly or in rows.
+
+    Codes have no gradient; of a leaf of which some rows are trained all would be dequantised in every step.
+    """
+    odd = [extra.path for extra in extras if tree.is_stored(named[extra.path])]
+    if odd:
+        raise ValueError(
+            f"{len(odd)} quantised leaves are to be trained as they are, first {odd[0]!r} "
+            f"({tree.stored_as(named[odd[0]])}), and codes are not trained: jlora.dequantize(params, "
+            f"targets={odd[0]!r}) holds it in full precision, or train factors of it"
+        )
 
 
 def check_rows(extra: Extra, leaf: Any) -> None:

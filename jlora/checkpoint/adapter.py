@@ -128,9 +128,10 @@ def load(
         sites = _with_dtypes(sites, named)
         here = None if any_base else fingerprint(params, _replaced(extras))
         if here is not None and record["base"] != here:
+            held = held_otherwise(record, named)
             raise ValueError(
                 f"'{file}': the adapter was trained on another base: its fingerprint is {record['base']}, that of "
-                f"these parameters {here}. Load it onto its own base; any_base=True takes a cast or changed copy"
+                f"these parameters {here}{held}. Load it onto its own base; any_base=True takes a cast or changed copy"
             )
         with naming(file):
             expected = expected_tensors(named, method, sites, extras)
@@ -147,8 +148,13 @@ def load(
 
 
 def describe(adapted: Adapted, base: str | None = None) -> dict[str, Any]:
-    """Description of an adapter as JSON: all but its tensors. `base` is the base's fingerprint, where it is known."""
-    return {
+    """Description of an adapter as JSON: all but its tensors. `base` is the base's fingerprint, where it is known.
+
+    The fingerprint is that of the values: quantised weights and what they stand for have one. "stored" says which
+    were quantised, and how.
+    """
+    stored = _stored(tree.leaves(adapted.base)[0])
+    return ({"stored": stored} if stored else {}) | {
         "format": FORMAT,
         "version": VERSION,
         "base": fingerprint(adapted.base, _replaced(adapted.extras)) if base is None else base,
@@ -156,6 +162,20 @@ def describe(adapted: Adapted, base: str | None = None) -> dict[str, Any]:
         "sites": [site.to_json() for site in _with_dtypes(adapted.sites, tree.leaves(adapted.base)[0])],
         "extras": [_extra(extra) for extra in adapted.extras],
     }
+
+
+def _stored(named: Mapping[str, Any]) -> dict[str, str]:
+    return {path: tree.stored_as(leaf) for path, leaf in named.items() if tree.is_stored(leaf)}
+
+
+def held_otherwise(record: Mapping[str, Any], named: Mapping[str, Any]) -> str:
+    """Words for how an adapter's base was quantised, if these parameters are not, or otherwise; "" if they agree."""
+    there, here = record.get("stored", {}), _stored(named)
+    odd = [path for path in (*there, *here) if there.get(path) != here.get(path)]
+    if not odd:
+        return ""
+    plain = lambda of: of.get(odd[0], "a plain array")
+    return f" (it was trained with {odd[0]!r} as {plain(there)}, which is {plain(here)} here)"
 
 
 def _extra(extra: Extra) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def read_record(file: Path) -> dict[str, Any]:
             f"'{file}' has format version {shown(version)}, this jlora reads version {VERSION}: update jlora"
         )
     with naming(file):
-        return _object(record, "", _RECORD)
+        return _object(record, "", _RECORD, ("stored",))
 
 
 def parse(content: bytes, file: Path) -> Any:
@@ -260,9 +260,14 @@ _TENSORS: dict[str, Check] = {
 }  # fmt: skip
 _RECORD: dict[str, Check] = {
     "format": _any, "version": _any, "base": _of_pattern(r"[0-9a-f]{32}", "a fingerprint of 32 hexadecimal digits"),
-    "method": _any, "sites": _any, "extras": _any,
+    "method": _any, "sites": _any, "extras": _any, "stored": lambda value, where: _words(value, where),
     "tensors": lambda value, where: _object(value, where, _TENSORS),
 }  # fmt: skip
+
+
+def _words(value: Any, where: str) -> dict[str, str]:
+    named = _object_of_any(value, where)
+    return {_text(path, where): _text(words, f"{where}[{path!r:.100}]") for path, words in named.items()}
 
 
 def _site(value: Any, where: str) -> Target:

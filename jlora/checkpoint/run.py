@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jlora import tree
 from jlora.adapted.adapted import Adapted, to_arrays, with_arrays
 from jlora.checkpoint import agreement, steps
-from jlora.checkpoint.adapter import describe
+from jlora.checkpoint.adapter import describe, held_otherwise
 from jlora.checkpoint.lock import Lock
 from jlora.checkpoint.place import folder_of
 from jlora.checkpoint.resume import DamagedCheckpoint, Plan, key_like, key_of, kind_of
@@ -164,7 +165,7 @@ class Checkpoints:
             raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in '{self._folder}'")
         self._check_whole(step)
         record = self._read(step, record=ocp.args.JsonRestore())
-        self._check_adapter(record["adapter"], self._describe(state.adapted))
+        self._check_adapter(record["adapter"], state.adapted)
         what = f"the checkpoint of step {step} in '{self._folder}'"
         plan = Plan.of(what, record["optimizer"], state.opt_state, optimizer)
         like = _like(state, plan, record)
@@ -265,14 +266,15 @@ class Checkpoints:
             self._fingerprint = (read, describe(adapted)["base"])
         return describe(adapted, base=self._fingerprint[1])
 
-    def _check_adapter(self, there: dict[str, Any], here: dict[str, Any]) -> None:
-        here = _as_json(here)
+    def _check_adapter(self, there: dict[str, Any], adapted: Adapted) -> None:
+        here = _as_json(self._describe(adapted))
         if there["base"] != here["base"]:
             raise ValueError(
                 f"the checkpoint in '{self._folder}' belongs to another base: its fingerprint is {there['base']}, that "
-                f"of the state {here['base']}"
+                f"of the state {here['base']}{held_otherwise(there, tree.leaves(adapted.base)[0])}"
             )
-        different = [name for name in here if there.get(name) != here[name]]
+        # The fingerprint is that of the values: a base that is held otherwise, with the same values, is the same.
+        different = [name for name in here if name != "stored" and there.get(name) != here[name]]
         if different:
             raise ValueError(
                 f"the checkpoint in '{self._folder}' belongs to another adapter: {', '.join(different)} differ "

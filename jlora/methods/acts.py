@@ -118,6 +118,10 @@ class Acts:
             "interpolate merged weights: jax.tree.map(lambda w0, w: w0 + s * (w - w0), base, jlora.merge(adapted))"
         )
 
+    def without_start(self, owner: Any) -> Any:
+        """The method whose weight on `W - s A0 B0` is the owner's on W, if it takes a start out; else the owner."""
+        return owner
+
     def baked(self, owner: Any, targets: Sequence[Target], factors: Factors) -> tuple[Any, Factors]:
         """The method and the factors without the network that makes them; themselves where there is none."""
         return owner, factors
@@ -163,6 +167,10 @@ class OnWeights(Acts):
       data: how a data-driven method starts instead of `init`.
       rescale: (target, factors, buffers, s) -> the target and the factors whose update of the weight is s times theirs;
         None where none have it.
+      residual: () -> the method of the same weight on the base without what it takes out of it (`A0` and `B0`, frozen);
+        None where it takes nothing out.
+      stored: whether `init`, `weight` and `buffers` take a weight that is no array (`tree.Stored`) as it is, to
+        dequantise it layer by layer; others get the array.
     """
 
     init: Callable[[jax.Array, Any, Target], Arrays]
@@ -171,6 +179,8 @@ class OnWeights(Acts):
     frozen: tuple[str, ...] = ()
     data: Data | None = None
     rescale: Callable[[Target, Arrays, Arrays, Any], tuple[Target, Arrays]] | None = None
+    residual: Callable[[], Any] | None = None
+    stored: bool = False
 
     has_alpha: ClassVar[bool] = True
 
@@ -185,7 +195,7 @@ class OnWeights(Acts):
         self, key: jax.Array, named: Mapping[str, Any], targets: tuple[Target, ...], statistics: Mapping[str, jax.Array]
     ) -> Start:
         if self.data is None:
-            return targets, _initial(self.init, key, named, targets)
+            return targets, _initial(self.init, key, named, targets, self.stored)
         fit, chosen = self.data.fit, targets
 
         def fitted(key: jax.Array, named: Mapping[str, Any], statistics: Mapping[str, jax.Array]) -> Factors:
@@ -194,27 +204,33 @@ class OnWeights(Acts):
             return arrays
 
         arrays = on_auto_axes(
-            fitted, key, {target.path: tree.dense(named[target.path]) for target in targets}, statistics
+            fitted, key, {target.path: tree.dense(named[target.path], target.path) for target in targets}, statistics
         )
         return chosen, arrays
 
     def computed(self, named: Mapping[str, Any], targets: Sequence[Target]) -> Factors:
         def one(w: Any, target: Target) -> Arrays:
             make = lambda w: on_auto_axes(lambda w: self.buffers(w, target), w)
-            return jax.eval_shape(make, w) if isinstance(w, jax.ShapeDtypeStruct) else make(w)
+            return jax.eval_shape(make, w) if tree.is_abstract(w) else make(w)
 
-        return {target.path: one(tree.dense(named[target.path]), target) for target in targets}
+        if self.buffers is no_buffers:
+            return {target.path: {} for target in targets}
+        given = lambda path: named[path] if self.stored else tree.dense(named[path], path)
+        return {target.path: one(given(target.path), target) for target in targets}
 
     def weights(
         self, named: Mapping[str, Any], targets: Sequence[Target], factors: Factors, buffers: Factors
     ) -> dict[str, Weight]:
         of = lambda path: (factors[path], buffers.get(path, {}))
-        return {t.path: lazy_weight(self.weight, named[t.path], t, *of(t.path)) for t in targets}
+        return {t.path: lazy_weight(self.weight, named[t.path], t, *of(t.path), self.stored) for t in targets}
 
     def rescaled(self, owner: Any, target: Target, factors: Arrays, buffers: Arrays, s: Any) -> tuple[Target, Arrays]:
         if self.rescale is None:
             return super().rescaled(owner, target, factors, buffers, s)
         return self.rescale(target, factors, buffers, s)
+
+    def without_start(self, owner: Any) -> Any:
+        return owner if self.residual is None else self.residual()
 
 
 # -- on activations ----------------------------------------------------------------------------------------------------
@@ -323,13 +339,26 @@ class OnLeaves(Acts):
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def _initial(init: Any, key: jax.Array, named: Mapping[str, Any], targets: Sequence[Target]) -> Factors:
+def _initial(
+    init: Any, key: jax.Array, named: Mapping[str, Any], targets: Sequence[Target], stored: bool = False
+) -> Factors:
     def one(w: Any, target: Target) -> Arrays:
-        make = lambda key, w: on_auto_axes(lambda key, w: init(key, w, target), key, w)
+        make = lambda key, w: on_auto_axes(lambda key, w: start_of(init, key, w, target, stored), key, w)
         mine = tree.fold_path(key, target.path)
-        return jax.eval_shape(make, mine, w) if isinstance(w, jax.ShapeDtypeStruct) else make(mine, w)
+        return jax.eval_shape(make, mine, w) if tree.is_abstract(w) else make(mine, w)
 
-    return {target.path: one(tree.dense(named[target.path]), target) for target in targets}
+    return {target.path: one(named[target.path], target) for target in targets}
+
+
+def start_of(init: Any, key: jax.Array, w: Any, target: Target, stored: bool = False) -> Arrays:
+    """`init(key, w, target)`; a stored w is dequantised if the start is read off its values, as LoRA's is not."""
+    if not tree.is_stored(w) or stored:
+        return init(key, w, target)
+    shape = jax.ShapeDtypeStruct(w.shape, w.dtype)
+    traced = jax.make_jaxpr(lambda w, key: init(key, w, target))(shape, key).jaxpr
+    read = {v for equation in traced.eqns for v in equation.invars if isinstance(v, type(traced.invars[0]))}
+    is_read = traced.invars[0] in read or traced.invars[0] in traced.outvars
+    return init(key, tree.dense(w, target.path) if is_read else shape, target)
 
 
 def _shapes(init: Any, target: Target) -> Arrays:

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.methods.acts import Arrays, OnWeights
+from jlora import tree
+from jlora.methods.acts import Arrays, OnWeights, no_buffers, start_of
 from jlora.methods.lora import lora
 from jlora.methods.method import Method
 from jlora.transform import axes as ax
@@ -20,7 +21,8 @@ def dora(inner: Method | int, alpha: float | None = None) -> Method:
     The norm is taken over the inputs of each output (the columns of a kernel that is stored (in, out)) and is not
     differentiated (section 4.3 of the paper). m starts as |W|, so that training starts from the base. No array of W's
     shape is formed: `|W + A B|^2 = |W|^2 + 2 <W, A B> + |A B|^2`, where |W|^2 is computed once, `<W, A B>` needs `W A`,
-    and `|A B|^2` the r x r Gram matrix of A; in float32, clamped at 0.
+    and `|A B|^2` the r x r Gram matrix of A; in float32, clamped at 0. A quantised W is dequantised for these products,
+    a stack of layers one by one.
 
     Args:
       inner: the low-rank method for V, or a rank, which means `lora(rank, alpha)`.
@@ -44,14 +46,14 @@ def dora(inner: Method | int, alpha: float | None = None) -> Method:
         raise ValueError(f"dora(inner): inner must be an additive low-rank method, as lora is, not {inner.name}")
 
     def initialise(key: jax.Array, w: jax.Array, target: Target) -> Arrays:
-        return {**acts.init(key, w, target), "magnitude": jnp.sqrt(buffers(w, target)["square"])}
+        return {**start_of(acts.init, key, w, target), "magnitude": jnp.sqrt(sum_of_squares(w, target.in_axes))}
 
     def buffers(w: jax.Array, target: Target) -> Arrays:
-        square = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=target.in_axes, keepdims=True)
-        return {**acts.buffers(w, target), "square": square}
+        own = {} if acts.buffers is no_buffers else acts.buffers(tree.dense(w), target)
+        return {**own, "square": sum_of_squares(w, target.in_axes)}
 
     def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
-        v = acts.weight(w, target, factors, buffers)
+        v = acts.weight(tree.dense(w), target, factors, buffers).replace(w=w)  # of the array it needs no values
         norm = jnp.sqrt(jax.lax.stop_gradient(squared_norm(v, buffers["square"], target)))
         # A column of zeros (a head that starts at zero) has no direction: it stays what V is.
         safe = jnp.where(norm == 0, jnp.ones_like(norm), norm)
@@ -59,9 +61,12 @@ def dora(inner: Method | int, alpha: float | None = None) -> Method:
         return v.replace(gain=gain)
 
     config = (("name", "dora"), ("inner", inner))
+    residual = None if acts.residual is None else lambda: dora(acts.without_start(inner))
     return inner._replace(
         config=config,
-        acts=acts.replace(init=initialise, weight=weight, buffers=buffers, rescale=None),
+        acts=acts.replace(
+            init=initialise, weight=weight, buffers=buffers, rescale=None, residual=residual, stored=True
+        ),
     )
 
 
@@ -71,15 +76,29 @@ def squared_norm(v: Weight, square: jax.Array, target: Target) -> jax.Array:
     labels = tuple(range(v.ndim))
     outer = tuple(i for i in labels if i not in target.in_axes)
     shared = target.stack_axes
-    w = jax.lax.stop_gradient(v.w).astype(v.a.dtype)
+    w = jax.lax.stop_gradient(v.w)
     a = jax.lax.squeeze(v.a, target.out_axes)
     b = jax.lax.squeeze(v.b, target.in_axes)
     a_labels = tuple(i for i in labels if i not in target.out_axes)
-    wa = ax.contract(w, labels, a, (*a_labels, RANK), (*outer, RANK))  # (stack and out, rank)
+    wa = _product(w, labels, a, (*a_labels, RANK), (*outer, RANK))  # (stack and out, rank)
     gram = ax.contract(a, (*a_labels, RANK), a, (*a_labels, "other"), (*shared, RANK, "other"))  # (stack, rank, rank)
     ba = ax.contract(b, (*outer, RANK), gram, (*shared, RANK, "other"), (*outer, "other"))  # (stack and out, rank)
     grown = ax.expand(square_free(wa, ba, b), outer, labels)
     return jnp.maximum(square + grown, 0.0)
+
+
+def _product(w: Any, labels: ax.Labels, a: jax.Array, a_labels: ax.Labels, out: ax.Labels) -> jax.Array:
+    """`W A` in the dtype of A; of a stored stack layer by layer, so that no more than one is an array at a time."""
+    if tree.is_stored(w) and w.leading and labels[0] == a_labels[0] == out[0] and len(a) == w.shape[0]:
+        return jax.lax.map(lambda row: _product(row[0], labels[1:], row[1], a_labels[1:], out[1:]), (w, a))
+    return ax.contract(tree.dense(w).astype(a.dtype), labels, a, a_labels, out)
+
+
+def sum_of_squares(w: Any, in_axes: tuple[int, ...]) -> jax.Array:
+    """`|w|^2` over the input axes, in broadcast form, float32; of a stored stack layer by layer."""
+    if tree.is_stored(w) and w.leading and 0 not in in_axes:
+        return jax.lax.map(lambda row: sum_of_squares(row, tuple(axis - 1 for axis in in_axes)), w)
+    return jnp.sum(jnp.square(tree.dense(w).astype(jnp.float32)), axis=in_axes, keepdims=True)
 
 
 def square_free(wa: jax.Array, ba: jax.Array, b: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jlora import tree
-from jlora.transform.explicit import on_auto_axes, spec_of
+from jlora.transform.explicit import explicit_mesh, on_auto_axes, spec_of
 from jlora.transform.sites import Target
 from jlora.transform.weight import Weight
 
@@ -15,15 +15,25 @@ Arrays = dict[str, jax.Array]
 
 
 def lazy_weight(
-    of: Callable[[Any, Target, Arrays, Arrays], Weight], w: Any, target: Target, factors: Arrays, buffers: Arrays
+    of: Callable[[Any, Target, Arrays, Arrays], Weight],
+    w: Any,
+    target: Target,
+    factors: Arrays,
+    buffers: Arrays,
+    stored: bool = False,
 ) -> Weight:
     """The weight `of(w, target, factors, buffers)`, wherever the arrays lie; its `w` is `w` itself if not changed.
 
     On a mesh of explicit axes a changed `w` lies as `w` does. The other parts lie along a stack axis as `w` does, since
     a product asks for that of what it is batched over, and along the other axes as the factors that span these.
+
+    A stored w is dequantised for `of`, whose result holds the stored one if it is not changed; `stored` says that `of`
+    takes it as it is, which it gets but on a mesh of explicit axes.
     """
     if tree.is_stored(w):
-        array = tree.dense(w)
+        if stored and explicit_mesh((w, factors, buffers)) is None:
+            return of(w, target, factors, buffers)
+        array = tree.dense(w, target.path)
         weight = lazy_weight(of, array, target, factors, buffers)
         return weight.replace(w=w) if weight.w is array else weight
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jlora.methods.acts import Arrays, OnWeights
 from jlora.methods.checks import check_alpha, check_rank
+from jlora.methods.lora import lora
 from jlora.methods.matrix import check_finite, check_fits, matrices, one_by_one
 from jlora.methods.method import Config, Method
 from jlora.methods.residual import START, from_initial, minus_initial, rescaled
@@ -36,4 +37,6 @@ def olora(rank: int, alpha: float | None = None) -> Method:
         q, r = one_by_one(jnp.linalg.qr, jnp.swapaxes(matrices(w.astype(jnp.float32), target), 1, 2))
         return from_initial(jnp.swapaxes(r[:, : target.rank], 1, 2), jnp.swapaxes(q[:, :, : target.rank], 1, 2), target)
 
-    return Method(config, rank, alpha, OnWeights(init, minus_initial, frozen=START, rescale=rescaled))
+    residual = lambda: lora(rank, alpha)
+    acts = OnWeights(init, minus_initial, frozen=START, rescale=rescaled, residual=residual)
+    return Method(config, rank, alpha, acts)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jlora.methods.acts import Arrays, OnWeights
 from jlora.methods.checks import check_rank, whole
+from jlora.methods.lora import lora
 from jlora.methods.matrix import check_finite, check_fits, check_not_zero, matrices, thin_svd
 from jlora.methods.method import Config, Method
 from jlora.methods.residual import START, check_positive, from_initial, minus_initial, rescaled
@@ -51,7 +52,9 @@ def pissa(rank: int, alpha: float | None = None, *, iterations: int | None = Non
         root = jnp.sqrt(s * (target.rank / target.alpha))
         return from_initial(u * root[:, None, :], root[:, :, None] * vt, target)
 
-    return Method(config, rank, alpha, OnWeights(init, minus_initial, frozen=START, rescale=rescaled))
+    residual = lambda: lora(rank, alpha)
+    acts = OnWeights(init, minus_initial, frozen=START, rescale=rescaled, residual=residual)
+    return Method(config, rank, alpha, acts)
 
 
 def check_iterations(iterations: Any) -> int | None:

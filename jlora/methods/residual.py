@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora import tree
 from jlora.methods.acts import Arrays
 from jlora.methods.checks import check_alpha, check_number
 from jlora.methods.lora import low_rank
@@ -61,3 +62,10 @@ def from_initial(a: jax.Array, b: jax.Array, target: Target) -> Arrays:
     """The initial arrays from A (stack, inputs, r) and B (stack, r, outputs)."""
     a, b = a_form(a.astype(jnp.float32), target), b_form(b.astype(jnp.float32), target)
     return {"A": a, "B": b, "A0": jnp.array(a, copy=True), "B0": jnp.array(b, copy=True)}
+
+
+def taken_out(w: Any, target: Target, buffers: Arrays) -> jax.Array:
+    """The residual `W - alpha / r * A0 B0` in float32."""
+    scale = jnp.asarray(target.alpha / target.rank, buffers["A0"].dtype)
+    wide = tree.dense(w).astype(jnp.float32)
+    return low_rank(wide, target, buffers["A0"] * -scale, buffers["B0"]).dense()

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from jlora.methods.acts import Arrays, Factors
+from jlora.methods.acts import Arrays, Factors, OnWeights
 from jlora.methods.method import Config, Method, Training, Transformation
 from jlora.transform.sites import Target
 
@@ -63,7 +63,10 @@ def tied(inner: Method, groups: Sequence[Sequence[str]], names: Sequence[str] = 
         shared = optax.stateless(lambda gradients, params: summed(gradients))
         return optax.chain(shared, tx if outer.wrap is None else outer.wrap(tx, targets))
 
-    return inner._replace(config=config, training=Training(outer.sample, outer.regulariser, wrap))
+    acts = inner.acts
+    if isinstance(acts, OnWeights) and acts.residual is not None:
+        acts = acts.replace(residual=lambda: tied(inner.acts.without_start(inner), groups, names))
+    return inner._replace(config=config, acts=acts, training=Training(outer.sample, outer.regulariser, wrap))
 
 
 def _are_texts(value: Any) -> bool:

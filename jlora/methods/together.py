@@ -175,6 +175,10 @@ class Together(Acts):
         method, _ = self.methods[target.part]
         return method.acts.rescaled(method, target, factors, buffers, s)
 
+    def without_start(self, owner: Any) -> Any:
+        parts = [(method.acts.without_start(method), patterns) for method, patterns in self.methods]
+        return together(*(method if patterns is None else (method, patterns) for method, patterns in parts))
+
     def baked(self, owner: Any, targets: Sequence[Target], factors: Factors) -> tuple[Any, Factors]:
         methods: list[Any] = []
         arrays: Factors = {}

@@ -57,6 +57,11 @@ class Layout:
         left = self.order[len(self.order) - ndim :]
         return tuple(sorted(left).index(axis) for axis in left)
 
+    def of_ndim(self, ndim: int) -> "Layout":
+        """The layout that a weight of so many axes is quantised in anew: of a slice, or of a stack of weights."""
+        stack = self.stack + ndim - len(self.order)
+        return dataclasses.replace(self, order=self.order_of(ndim), stack=stack)
+
     def leading(self, codes: Sequence[int]) -> int:
         """How many leading axes of the weight are leading axes of all its arrays: along these they can be cut."""
         ndim = len(self.sizes(codes))

@@ -1,5 +1,6 @@
 """Where codes and scales lie on a mesh: along the axes of the weight that they stand for."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,12 +8,11 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.quant.nested import Nested, encode
-from jlora.quant.quantised import Quantised
 from jlora.transform.explicit import on_auto_axes
 
 
-def shardings_of(of: Quantised, sharding: NamedSharding, path: str) -> Quantised:
-    """Shardings of codes and scales, in their places, for the sharding of the weight (or of shapes of it).
+def shardings_of(of: Any, sharding: NamedSharding, path: str) -> Any:
+    """Shardings of the codes and scales of a `Quantised` (or of its shapes), in their places, for that of the weight.
 
     A block lies on one device whole. Scales in 8 bits follow the weight; those of the second level, one to 16,384
     weights, are on every device.
@@ -33,7 +33,7 @@ def shardings_of(of: Quantised, sharding: NamedSharding, path: str) -> Quantised
     if isinstance(of.scales, Nested):
         lead = place(names[:stack])
         of_scales = Nested(of_scales, lead, lead)
-    return Quantised(place(names), of_scales, of.number, of.layout, of.dtype)
+    return dataclasses.replace(of, codes=place(names), scales=of_scales)
 
 
 def nest(scales: jax.Array, stack: int, where: Nested) -> Nested:
@@ -48,7 +48,7 @@ def nest(scales: jax.Array, stack: int, where: Nested) -> Nested:
     return nested
 
 
-def _check_tail(of: Quantised, sharding: NamedSharding, names: list[Any], path: str) -> None:
+def _check_tail(of: Any, sharding: NamedSharding, names: list[Any], path: str) -> None:
     tail, block = of.layout.tail, of.layout.block
     first, *rest = names[-len(tail) :]
     order = of.layout.order_of(of.ndim)[-len(tail) :]

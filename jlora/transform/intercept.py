@@ -20,6 +20,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from flax.core.meta import AxisMetadata
 
+from jlora import tree
 from jlora.transform.sites import Target
 
 NAME = "jlora_adapter"  # beside a module's own parameters
@@ -121,7 +122,8 @@ def check_linen(params: Any, method: str) -> None:
 def _inner_nodes(params: Any) -> Sequence[Any]:
     """The root and the containers below it, without the boxes of leaves (`nn.Partitioned`)."""
     if not isinstance(params, dict | FrozenDict):
-        return [] if isinstance(params, AxisMetadata) or jax.tree_util.all_leaves([params]) else [params]
+        leaf = isinstance(params, AxisMetadata) or tree.is_stored(params) or jax.tree_util.all_leaves([params])
+        return [] if leaf else [params]
     return [params, *(node for x in params.values() if x is not None for node in _inner_nodes(x))]
 
 

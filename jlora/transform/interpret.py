@@ -1,5 +1,6 @@
 """The interpreter that runs a traced JAX function on lazy weights. It knows no method."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -14,11 +15,12 @@ from jax.sharding import PartitionSpec
 
 from jlora import tree
 from jlora.transform import rules
+from jlora.transform.dequantised import on_arrays
 from jlora.transform.jaxprs import bind, constant, last_uses, open_jaxpr, opened_end, run_segment, scan_counts, scope
 from jlora.transform.marks import applications
 from jlora.transform.mean import count_of_mean
 from jlora.transform.product import ADAPTED, PLAIN
-from jlora.transform.trace import UNTOUCHED, Trace
+from jlora.transform.trace import UNTOUCHED, Product, Trace
 from jlora.transform.weight import NOBODYS, NotSeparable, Place, Trained, Weight
 
 
@@ -136,16 +138,43 @@ def _apply(eqn: Any, values: list[Any], trace: Trace, make_dense: Callable[..., 
                 make_dense(v, reason="product of two adapted weights") if isinstance(v, Weight) and i != kept_at else v
                 for i, v in enumerate(values)
             ]
-            if name != "dot_general" and tree.is_stored(matrix.w):
-                matrix, dense = matrix.opened(), matrix
-                values = [matrix if v is dense else v for v in values]
-            product = rules.PRODUCTS[name](matrix, values, eqn.params)
+            multiply = rules.PRODUCTS[name] if name == "dot_general" else functools.partial(_on_array, name)
+            product = multiply(matrix, values, eqn.params)
             if not isinstance(product.value, Weight):
                 trace.note(matrix, name, product)
             return [product.value]
     except NotSeparable as error:
         reason = str(error)
-    return bind(eqn, [make_dense(v, reason=reason) if isinstance(v, Weight) else v for v in values])
+    return _bind_dense(eqn, values, functools.partial(make_dense, reason=reason))
+
+
+def _on_array(name: str, weight: Weight, values: list[Any], params: dict[str, Any]) -> Product:
+    """A product whose rule takes an array for the base. Of a stored one autodiff keeps the codes."""
+    notes: list[Product] = []
+
+    def run(w: Any, values: list[Any]) -> Any:
+        opened = next(v for v in values if isinstance(v, Weight)).replace(w=w)
+        values = [opened if isinstance(v, Weight) else v for v in values]
+        notes.append(rules.PRODUCTS[name](opened, values, params))
+        return notes[-1].value
+
+    rest = [v.replace(w=None) if v is weight else v for v in values]
+    value = on_arrays(run, weight.w, rest)
+    return dataclasses.replace(notes[-1], value=value)
+
+
+def _bind_dense(eqn: Any, values: list[Any], make_dense: Callable[..., jax.Array]) -> list[Any]:
+    """An equation that takes arrays. Of a frozen stored weight autodiff keeps the codes, whatever the equation is."""
+    dense = [make_dense(v) if isinstance(v, Weight) else v for v in values]
+    if eqn.effects or not any(isinstance(v, Weight) and v.is_frozen_codes for v in values):
+        return bind(eqn, dense)
+    codes = [v.w if isinstance(v, Weight) and v.is_frozen_codes else None for v in values]
+    rest = [None if w is not None else v for v, w in zip(dense, codes, strict=True)]
+
+    def run(arrays: list[Any], rest: list[Any]) -> list[Any]:
+        return bind(eqn, [x if x is not None else v for x, v in zip(arrays, rest, strict=True)])
+
+    return list(on_arrays(run, codes, rest))
 
 
 def _is_rather_an_input(weight: Weight) -> tuple[bool, int]:
@@ -297,15 +326,12 @@ def _cond(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[An
 def _shard_map(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[Any]:
     params = eqn.params
     jaxpr, consts = open_jaxpr(params["jaxpr"])
-    values = [v.opened() if isinstance(v, Weight) else v for v in values]
-    leaves, structure = jax.tree.flatten(list(values))
-    specs = jax.tree.leaves(
-        [
-            _part_specs(v, spec) if isinstance(v, Weight) else spec
-            for v, spec in zip(values, params["in_specs"], strict=True)
-        ],
-        is_leaf=lambda s: isinstance(s, PartitionSpec),
-    )  # fmt: skip
+    cut = [
+        _in_parts(v, params["mesh"], spec) if isinstance(v, Weight) else (v, spec)
+        for v, spec in zip(values, params["in_specs"], strict=True)
+    ]
+    leaves, structure = jax.tree.flatten([value for value, _ in cut])
+    specs = jax.tree.leaves([spec for _, spec in cut], is_leaf=lambda s: isinstance(s, PartitionSpec))
 
     def body(*args: Any) -> tuple[Any, ...]:
         results = evaluate(jaxpr, consts, jax.tree.unflatten(structure, args), trace)
@@ -325,15 +351,22 @@ def _shard_map(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> li
     return list(mapped(*leaves))
 
 
-def _part_specs(weight: Weight, spec: PartitionSpec) -> Weight:
-    """The partition of each part: that of the axes which it spans."""
+def _in_parts(weight: Weight, mesh: Any, spec: PartitionSpec) -> tuple[Weight, Weight]:
+    """A weight that `shard_map` can cut, and the partition of each part: that of the axes which it spans.
+
+    Of a stored one the codes are cut. One that does not say how (a view that is turned or cut) is an array from here.
+    """
     names = tuple(spec) + (None,) * (weight.ndim - len(spec))
 
     def part(x: jax.Array, extra: int) -> Any:
         mine = [name if n == m else None for name, n, m in zip(names, x.shape, weight.shape, strict=False)]
         return PartitionSpec(*mine, *[None] * extra)
 
-    return weight.map(part)
+    if not hasattr(weight.w, "in_parts"):
+        weight = weight.opened()
+        return weight, weight.map(part)
+    codes, of_codes = weight.w.in_parts(mesh, PartitionSpec(*names), weight.path or "a weight in shard_map")
+    return weight.replace(w=codes), weight.map(part, lambda _: of_codes)
 
 
 def _partition(values: Sequence[Any], *counts: int) -> tuple[list[Any], ...]:

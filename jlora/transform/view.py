@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora import tree
+
 
 class Step(NamedTuple):
     """One operation on the last axes of an array, whatever stands before them: what follows keeps its leading axes.
@@ -75,6 +77,11 @@ class View:
     def dtype(self) -> Any:
         return self._result().dtype
 
+    @property
+    def words(self) -> str:
+        """How the leaf is held."""
+        return str(getattr(self.stored, "words", type(self.stored).__name__))
+
     def _result(self) -> jax.ShapeDtypeStruct:
         return jax.eval_shape(self._after, jax.ShapeDtypeStruct(self.stored.shape, self.stored.dtype))
 
@@ -85,6 +92,12 @@ class View:
 
     def dequantise(self) -> jax.Array:
         return self._after(self.stored.dequantise())
+
+    def as_held(self) -> tuple[jax.Array, tuple[int, ...]]:
+        if any(step.op != "cast" for step in self.steps):
+            return self.dequantise(), tuple(range(len(self.shape)))
+        array, order = tree.as_held(self.stored)
+        return self._after(array), order
 
 
 def cast(w: Any, dtype: Any) -> Any:

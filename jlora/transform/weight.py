@@ -142,6 +142,11 @@ class Weight:
             changes["place"] = dataclasses.replace(self.place, **moved)
         return dataclasses.replace(self, **changes)
 
+    @property
+    def is_frozen_codes(self) -> bool:
+        """Whether it is a stored leaf and no more: nothing of it is trained."""
+        return tree.is_stored(self.w) and not self.rank and self.gain is None and not self.gathered
+
     def spans(self, part: jax.Array) -> frozenset[int]:
         """The axes that a part has as W has them: what is done to W along one of these is done to the part as well.
 
