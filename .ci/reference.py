@@ -16,7 +16,7 @@ import jlora.interop.formats
 import jlora.interop.loralib
 import jlora.interop.merge_folder
 
-PACKAGES = (jlora, jlora.methods, jlora.models, jlora.checkpoint)
+PACKAGES = (jlora, jlora.methods, jlora.models, jlora.checkpoint, jlora.planning)
 MODULES = (
     jlora.peft, jlora.diffusers, jlora.kohya, jlora.interop.formats, jlora.interop.loralib, jlora.interop.merge_folder,
 )  # fmt: skip

@@ -72,6 +72,7 @@ from jlora.methods import together as together
 from jlora.methods import top_layers as top_layers
 from jlora.methods import vera as vera
 from jlora.optim import optimizer as optimizer
+from jlora.planning import plan as plan
 from jlora.state import TrainState as TrainState
 from jlora.train import train_step as train_step
 from jlora.transform.lift import lift as lift

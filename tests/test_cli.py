@@ -89,7 +89,7 @@ def kohya(pipeline: Path, tmp_path: Path) -> Path:
 
 # -- help --------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("inspect", "merge", "convert", "combine", "extract", "count", "verify", "card", "push", "pull")
+COMMANDS = ("inspect", "merge", "convert", "combine", "extract", "count", "plan", "verify", "card", "push", "pull")
 WRITES = ("merge", "convert", "combine", "extract", "card", "push", "pull")
 
 

@@ -48,7 +48,7 @@ LAYERS = (
     ("checkpoint", "sharding"),
     ("objective", "arguments"),
     ("train",),
-    ("plan",),
+    ("planning",),
     ("interop",),
     ("cli",),
 )

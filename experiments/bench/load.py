@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora import models
-from jlora.models.gpt2 import GPT2, PRESETS
+from jlora.models.gpt2 import GPT2, PRESETS, GPT2Config
 
-# What runs in the other process: JAX is up before the first reading, so that it is not counted.
+# What runs in the other process: JAX and its compiler are up before the first reading, with a tiny checkpoint's help, so
+# that they are not counted.
 _CHILD = """
 import json, sys
 import jax, jax.numpy as jnp
@@ -30,9 +31,9 @@ from jlora import models
 def memory(name):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-folder, options = sys.argv[1], json.loads(sys.argv[2])
-models.build(folder, **options)
-jax.block_until_ready(jax.device_put(jnp.zeros((8, 8))) + 1)
+folder, small, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+jax.block_until_ready(models.load(small, **options).params)
+models.build(folder, **{k: v for k, v in options.items() if k != "quantize"})
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
 before = memory("VmRSS")
 params = jax.block_until_ready(models.load(folder, **options).params)
@@ -41,12 +42,26 @@ print(json.dumps({"parameters": size, "peak": memory("VmHWM") - before, "after":
 """
 
 
+QUANTISED: tuple[dict[str, Any], ...] = (
+    {"scan": True, "param_dtype": "bfloat16", "quantize": "nf4"},
+    {"param_dtype": "bfloat16", "quantize": "int8"},
+)
+
+
 def measured(folder: Path, **options: Any) -> dict[str, int]:
     """Bytes of the parameters, and by how much the process grew: at its peak, and afterwards."""
-    command = [sys.executable, "-c", _CHILD, str(folder), json.dumps(options)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as small:
+        _write(Path(small), GPT2Config(vocab_size=64, context=16, width=64, layers=1, heads=2, scan=True))
+        command = [sys.executable, "-c", _CHILD, str(folder), small, json.dumps(options)]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, int] = json.loads(result.stdout.splitlines()[-1])
     return found
+
+
+def _write(folder: Path, config: GPT2Config) -> None:
+    model = GPT2(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    models.save(folder, model, params, largest_shard=10**9)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,10 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="gpt2", choices=sorted(PRESETS))
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        model = GPT2(replace(PRESETS[options.preset], scan=True))
-        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-        models.save(folder, model, params, largest_shard=10**9)
-        for settings in ({}, {"scan": True}, {"param_dtype": "bfloat16"}):
+        _write(Path(folder), replace(PRESETS[options.preset], scan=True))
+        for settings in ({}, {"scan": True}, {"param_dtype": "bfloat16"}, *QUANTISED):
             found = measured(Path(folder), **settings)
             print(
                 f"{options.preset} {settings or ''}: {found['parameters'] / 1e6:,.0f} MB of parameters; at the peak "

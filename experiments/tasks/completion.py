@@ -33,6 +33,8 @@ from experiments.tasks.task import (
 from jlora import models
 
 Measure = Callable[[Sequence[str], Sequence[References]], Scores]
+LARGE = 8192
+"""Ids of a vocabulary whose logits outweigh a model's other activations: losses are then taken in chunks of tokens."""
 
 
 class Splits(NamedTuple):
@@ -88,7 +90,7 @@ class Completion:
         writers = {side: self._writer(model, tokenizer, marks, found) for side, found in prompts.items()}
 
         def evaluator(apply: Apply) -> Evaluate:
-            mean_loss = mean_token_loss(apply)
+            mean_loss = mean_token_loss(model, apply)
 
             def evaluate(params: Params, split: Split, side: Side) -> Scores:
                 if split == "validation":
@@ -205,12 +207,26 @@ def logits_of(apply: Apply, params: Params, batch: Batch, **rest: Any) -> Any:
     return apply({"params": params}, batch["tokens"], **_inputs(batch), **rest)
 
 
-def losses(apply: Apply, params: Params, batch: Batch, smoothing: float, **rest: Any) -> jax.Array:
-    """Sum of the losses and number of the tokens that count, per row: (batch, 2)."""
-    logits = logits_of(apply, params, batch, **rest)[:, :-1]
-    counts = batch["loss_mask"][:, 1:].astype(jnp.float32)
-    lost = smoothed(logits, batch["tokens"][:, 1:], smoothing) * counts
-    return jnp.stack([lost.sum(axis=1), counts.sum(axis=1)], axis=1)
+def losses(apply: Apply, params: Params, batch: Batch, smoothing: float, *, in_chunks: bool, **rest: Any) -> jax.Array:
+    """Sum of the losses and number of the tokens that count, per row: (batch, 2).
+
+    `in_chunks`: by the model itself, which never has all logits at once.
+    """
+    counts, after = batch["loss_mask"][:, 1:].astype(jnp.float32), batch["tokens"][:, 1:]
+    if in_chunks:
+        labels = jnp.pad(after, ((0, 0), (0, 1)))  # nothing follows the last token, and that loss is left out
+        each = logits_of(apply, params, batch, labels=labels, smoothing=smoothing, **rest)[:, :-1]
+    else:
+        each = smoothed(logits_of(apply, params, batch, **rest)[:, :-1], after, smoothing)
+    return jnp.stack([(each * counts).sum(axis=1), counts.sum(axis=1)], axis=1)
+
+
+def is_large(model: Any) -> bool:
+    """Whether a model's loss is better taken in chunks of tokens.
+
+    With few ids there is little to save, and the program, to the last digit of what it computes, stays what it was.
+    """
+    return bool(model.config.vocab_size >= LARGE)
 
 
 def token_loss(model: Any, smoothing: float) -> Callable[[Params, Batch, jax.Array], jax.Array]:
@@ -218,14 +234,14 @@ def token_loss(model: Any, smoothing: float) -> Callable[[Params, Batch, jax.Arr
 
     def loss(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
         rest: dict[str, Any] = {"deterministic": False, "rngs": {"dropout": key}}
-        return per_token(losses(model.apply, params, batch, smoothing, **rest), batch)
+        return per_token(losses(model.apply, params, batch, smoothing, in_chunks=is_large(model), **rest), batch)
 
     return loss
 
 
-def mean_token_loss(apply: Apply) -> Callable[[Params, Batches], float]:
+def mean_token_loss(model: Any, apply: Apply) -> Callable[[Params, Batches], float]:
     """(params, batches of all rows) -> the mean loss of the tokens that count, in nats."""
-    forward = jax.jit(lambda params, batch: losses(apply, params, batch, 0.0))
+    forward = jax.jit(lambda params, batch: losses(apply, params, batch, 0.0, in_chunks=is_large(model)))
 
     def mean(params: Params, batches: Batches) -> float:
         total, count = outputs_of(forward, params, batches, ())["out"].sum(axis=0)

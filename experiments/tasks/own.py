@@ -176,7 +176,7 @@ class OwnData:
         }
 
         def evaluator(apply: Apply) -> Evaluate:
-            mean_loss = mean_token_loss(apply)
+            mean_loss = mean_token_loss(model, apply)
 
             def evaluate(params: Params, split: Split, side: Side) -> Scores:
                 mean = mean_loss(params, held_out[split])

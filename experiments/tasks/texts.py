@@ -69,7 +69,7 @@ class Texts:
         windows, ratio = self._windows(data, tokenizer)
 
         def evaluator(apply: Apply) -> Evaluate:
-            mean_loss = mean_token_loss(apply)
+            mean_loss = mean_token_loss(model, apply)
 
             def evaluate(params: Params, split: Split, side: Side) -> Scores:
                 held_out = Batches(windows[side, split], evaluate_batch, last="pad", epochs=1)

@@ -13,18 +13,15 @@ from jax.sharding import NamedSharding
 from jlora import tree
 from jlora.adapted.adapted import Adapted, from_arrays, to_arrays
 from jlora.adapted.select import Pattern, known_sites, listing, matching, select
-from jlora.methods.checks import whole
 from jlora.methods.residual import taken_out
-from jlora.quant.formats import BLOCKS, Format, format_of
+from jlora.quant.choice import check_block, check_double, is_head
+from jlora.quant.formats import Format, format_of
 from jlora.quant.layout import Layout, layout_of
 from jlora.quant.nested import Nested
 from jlora.quant.place import shardings_of
 from jlora.quant.quantised import Quantised, encode
 from jlora.transform.explicit import on_auto_axes
 from jlora.transform.sites import Site, Target
-
-# Modules that make the model's output: kept in full precision by default, as bitsandbytes keeps `lm_head`.
-HEADS = ("head", "lm_head", "score", "classifier", "qa_outputs", "logits", "out_proj_head", "output_projection")
 
 
 def quantize(
@@ -141,7 +138,7 @@ class Storage:
           ValueError: as `quantize` says.
         """
         number = format_of(number_format)
-        return cls(number, _check_block(number, block), _check_double(number, double))
+        return cls(number, check_block(number, block), check_double(number, double))
 
     def quantise(self, leaf: Any, site: Site | Target) -> Quantised:
         """One weight."""
@@ -227,30 +224,6 @@ def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list
             "which are no default targets: choose them with targets="
         )
     return chosen
-
-
-def is_head(path: str) -> bool:
-    """Whether a leaf belongs to a module that makes the model's output, by the module's whole name."""
-    return bool(set(path.split("/")[:-1]) & set(HEADS))
-
-
-def _check_block(number: Format, block: Any) -> int:
-    if not number.blocks:
-        if block is not None:
-            raise ValueError(f"{number.name} has one scale for each output channel: leave out block={block!r:.50}")
-        return 0
-    size = 64 if block is None else whole(block)
-    if size not in BLOCKS:
-        raise ValueError(f"block={block!r:.50} does not fit: it is a power of two from {BLOCKS[0]} to {BLOCKS[-1]}")
-    return size
-
-
-def _check_double(number: Format, double: Any) -> bool:
-    if double not in (None, True, False):
-        raise ValueError(f"double is True, False or None, not {double!r:.50}")
-    if double and not number.blocks:
-        raise ValueError(f"{number.name} has one scale for each output channel, too few to be quantised: double=False")
-    return number.blocks if double is None else bool(double)
 
 
 def check_quantisable(path: str, leaf: Any) -> None:

@@ -13,6 +13,7 @@ from jlora.cli.extract import extract
 from jlora.cli.hub import pull, push
 from jlora.cli.inspect import inspect
 from jlora.cli.merge import merge
+from jlora.cli.plan import plan
 from jlora.cli.verify import verify
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     combine: "jlora combine both/ one/ other/ --weights 0.7,0.3",
     extract: "jlora extract Llama-3.1-8B/ my-fine-tuned/ adapter/ --rank 32",
     count: 'jlora count llama-3.1-8b "dora(16)"',
+    plan: "jlora plan llama-2-7b --method 'lora(16)' --batch 1x512 --device h100",
     verify: "jlora verify adapter/ Llama-3.1-8B/",
     card: "jlora card adapter/ --base-model meta-llama/Llama-3.1-8B",
     push: "jlora push adapter/ me/llama-3.1-8b-mine",

@@ -19,11 +19,12 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from jlora.models import files, place, reading
+from jlora.models import bnb, bnb_tensors, files, place, quantised, reading
 from jlora.models.architecture import Architecture, Head, names_of, number_of, object_of
 from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.fields import LABELS, shown
 from jlora.models.tensors import Leaf, Shape, differences, tensor_shape, tensor_slices, to_tensor, to_tensors
+from jlora.quant.formats import Format
 
 Params = Any
 Sharding = jax.sharding.Sharding
@@ -63,12 +64,19 @@ def load(
     sharding: Place | None = None,
     revision: str | None = None,
     seed: int = 0,
+    quantize: str | Format | Callable[[str, jax.ShapeDtypeStruct], str | None] | None = None,
+    block: int | None = None,
+    double: bool | None = None,
     **options: Any,
 ) -> Pretrained:
     """A pretrained model from a folder, or by the name of its repository on the Hugging Face hub.
 
     Each tensor goes from the file to its dtype and devices before the next is read, the largest first, and of a sharded
-    parameter each process reads its own slices: no second copy of the parameters is ever held.
+    parameter each process reads its own slices: no second copy of the parameters is ever held. What is quantised on the
+    way is so some rows at a time: its 16 bits are never held.
+
+    A checkpoint that transformers saved in bitsandbytes' 4 bits is read as it is, code for code: its weights are
+    `jlora.quant.Quantised`, and the model is called through `jlora.lift`.
 
     Args:
       name: a folder with config.json and model.safetensors (or its shards and index), or "openai-community/gpt2".
@@ -79,6 +87,9 @@ def load(
         when None.
       revision: of the repository: a branch, tag or commit.
       seed: of a new head's values.
+      quantize: the format in which linear weights are held ("nf4", "fp4", "int4", "int8", "fp8"; see `jlora.quantize`):
+        one for all but those of the head, or a function of path and `jax.ShapeDtypeStruct`, None for as they are.
+      block, double: as of `jlora.quantize`.
       options: fields of the model's config, such as `scan=True`, `remat=True`, `dropout=0.1`, `dtype="bfloat16"` and
         `param_dtype`. Both dtypes are the checkpoint's by default; but with float16, whose gradients vanish, the
         computation is in float32. Dropout is 0 whatever config.json says.
@@ -88,7 +99,9 @@ def load(
       ValueError: for an architecture, a head or a setting that is not supported; a number in config.json that cannot
         be, or more layers than there are tensors of; a damaged file, or one that is no regular file of the folder (the
         hub's own links are followed); an address that is no local folder (`gs://`); and keys that are missing,
-        unexpected or misshaped: all of them in one error.
+        unexpected or misshaped: all of them in one error. For a checkpoint of another quantiser than bitsandbytes' 4
+        bits, or whose codes and scales contradict each other; an unknown format to quantise to, naming the nearest, a
+        weight that is quantised already or not finite, and a mesh that cuts through a block.
       TypeError: for an option that the model's config does not have.
 
     Example:
@@ -101,6 +114,7 @@ def load(
       >>> jlora.models.load(folder, scan=True).params["h"]["attn"]["query"]["kernel"].shape
       (1, 8, 8)
     """
+    choose = quantised.choice(quantize, block, double)
     folder, architecture, asked, found, unused, model = _opened(name, head, labels, revision, options)
     config: Any = model.config
     table = architecture.table(config)
@@ -122,7 +136,7 @@ def load(
     params = _initial(model, architecture.inputs(config), fresh, seed, shapes, sharding)
     for row in sorted(table, key=lambda row: -shapes[row.path].size):
         if row not in new:
-            params[row.path] = _placed(row, [found[key] for key in row.keys], shapes[row.path], sharding)
+            params[row.path] = _read(row, [found[key] for key in row.keys], shapes[row.path], sharding, choose)
     tree = traverse_util.unflatten_dict({path: params[path] for path in shapes}, sep="/")
     return Pretrained(model, tree, folder, tuple(fresh), tuple(sorted(unused)))
 
@@ -141,7 +155,8 @@ def save(
     Args:
       folder: a local one, or its `file://` URL; made if absent.
       model: one of jlora's.
-      params: plain parameters, such as `jlora.merge(adapted)`.
+      params: parameters, such as `jlora.merge(adapted)`. Those quantised to "nf4" or "fp4" are written as bitsandbytes
+        has them, code for code.
       source: the checkpoint that the model was loaded from, a folder or a repository's name as in `load`: its tokenizer
         is copied, and what else its config.json says.
       revision: of that repository.
@@ -149,8 +164,8 @@ def save(
 
     Raises:
       ValueError: if the parameters are not the model's: all differences in one error; if they are spread over several
-        processes; if the config cannot be written as its family's; or for an address that is no local folder
-        (`gs://`). What was in the folder then stays.
+        processes; if they are quantised as bitsandbytes' files cannot hold them; if the config cannot be written as its
+        family's; or for an address that is no local folder (`gs://`). What was in the folder then stays.
     """
     folder, config = place.folder_of(folder), model.config
     architecture = next((a for a in ARCHITECTURES if type(config) is a.config and a.fits(config)), None)
@@ -163,7 +178,11 @@ def save(
     record = _record(architecture, config, str(next(iter(flat.values())).dtype), origin)
     strip = config.head == "none" and architecture.bare
     table = architecture.table(config)
+    bnb_tensors.check(table, flat)
     named = {key: key.removeprefix(architecture.prefix) if strip else key for row in table for key in row.keys}
+    record.pop("quantization_config", None)  # of the checkpoint that it comes from
+    if small := bnb_tensors.config(table, flat, named):
+        record["quantization_config"] = small
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder, table, flat, named, largest_shard)
     _write_json(folder / files.CONFIG, record)
@@ -217,15 +236,12 @@ def _opened(
     record = reading.read_json(folder / files.CONFIG)
     architecture = _architecture(folder, record)
     saved = _saved_head(folder, record, architecture, head)
-    if quantised := record.get("quantization_config"):
-        how = quantised.get("quant_method", "in some way") if isinstance(quantised, dict) else quantised
-        how = how if isinstance(how, str) else shown(how)
-        raise ValueError(f"'{folder}' is quantised ({how[:80]}): load the checkpoint that it was made from")
-    found = files.tensors(folder)
+    found = bnb.weights(folder, record, files.tensors(folder))
     if labels is not None and not (head or saved).endswith("classification"):
         raise ValueError(f"load: labels={labels} are of a classification, and the head is {head or saved!r}")
     config = _config(folder, record, architecture, head or saved, labels, found, options)
     found, unused = _canonical(found, architecture, config)
+    found = _turned(found, architecture, config)
     _check_layers(folder, architecture, config, found)
     asked = head not in (None, saved) or labels not in (None, _labels(folder, record))
     return _Opened(folder, architecture, asked, found, unused, architecture.build(config))
@@ -352,6 +368,13 @@ def _canonical(
     return tensors, [key for key in tensors if key in known - mine]
 
 
+def _turned(found: dict[str, files.Tensor], architecture: Architecture, config: Any) -> dict[str, files.Tensor]:
+    """The tensors, those in 4 bits with the shape that they had before: they are (out, in) whatever they were."""
+    rows = architecture.table(dataclasses.replace(config, scan=True))
+    same = {key for row in rows if row.order is None for key in row.keys if key in found and found[key].packed}
+    return {key: t._replace(shape=t.shape[::-1]) if key in same else t for key, t in found.items()}
+
+
 def _new_head(
     table: list[Leaf],
     found: Mapping[str, files.Tensor],
@@ -372,6 +395,22 @@ def _new_head(
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
+def _read(
+    row: Leaf, tensors: list[files.Tensor], like: jax.ShapeDtypeStruct, place: Place | None, choose: quantised.Choose
+) -> Any:
+    """A parameter: as it is, in 4 bits as the checkpoint has it, or quantised."""
+    packed = any(tensor.packed for tensor in tensors)
+    scheme = choose(row.path, like) if quantised.is_matrix(row, like) else None
+    if not packed and scheme is None:
+        return _placed(row, tensors, like, place)
+    if packed and scheme is not None:
+        raise ValueError(f"load: {row.path!r} is quantised already ({row.keys[0]!r}): leave out quantize=")
+    where = None if place is None else _sharding(row.path, like, place)
+    if scheme is None:
+        return quantised.read(row, tensors, like, where)
+    return quantised.quantise(row, tensors, like, scheme, where)
+
+
 def _placed(row: Leaf, tensors: list[files.Tensor], like: jax.ShapeDtypeStruct, place: Place | None) -> jax.Array:
     """A parameter, on its devices: each of them is given its own slice alone."""
     read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same slices
@@ -384,7 +423,7 @@ def _placed(row: Leaf, tensors: list[files.Tensor], like: jax.ShapeDtypeStruct, 
         return read[place]
 
     def fresh(index: tuple[slice, ...]) -> np.ndarray:
-        out = _aligned(tuple(i.stop - i.start for i in index), like.dtype)
+        out = files.aligned(tuple(i.stop - i.start for i in index), like.dtype)
         slices = tensor_slices(row, like.shape, index)
         for layer, tensor in zip(out, tensors[index[0]], strict=True) if row.stacked else [(out, tensors[0])]:
             files.read_into(to_tensor(row, layer), tensor, slices)
@@ -394,14 +433,6 @@ def _placed(row: Leaf, tensors: list[files.Tensor], like: jax.ShapeDtypeStruct, 
     if place is None:
         return jax.device_put(part(whole))
     return jax.make_array_from_callback(like.shape, _sharding(row.path, like, place), part)
-
-
-def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An empty array at an address that JAX takes over on the CPU; another it would copy."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    offset = -memory.ctypes.data % 64
-    return memory[offset : offset + size].view(dtype).reshape(shape)
 
 
 def _sharding(path: str, like: jax.ShapeDtypeStruct, place: Place) -> Sharding:
@@ -461,7 +492,7 @@ def _check_params(flat: Mapping[str, Any], expected: Mapping[str, Shape]) -> Non
     ]
     if wrong:
         raise ValueError("save: the parameters are not the model's:\n  " + "\n  ".join(wrong))
-    for path, value in flat.items():
+    for path, value in ((path, array) for path, leaf in flat.items() for array in jax.tree.leaves(leaf)):
         if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
             raise ValueError(f"save: {path!r} is spread over several processes: replicate the parameters, save on one")
 
@@ -474,24 +505,27 @@ def _write_tensors(
     for row in table:
         value = flat[row.path]
         for key in row.keys:
-            sizes[key] = sizes.get(key, 0) + value.size * value.dtype.itemsize // len(row.keys)
+            sizes[key] = sizes.get(key, 0) + sum(x.nbytes for x in jax.tree.leaves(value)) // len(row.keys)
     groups = files.shards(sizes, largest)
-    weight_map: dict[str, str] = {}
+    total, weight_map = 0, {}
     written: dict[Path, Path] = {}
     for number, group in enumerate(groups, 1):
         name = files.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        rows = [_within(row, group) for row in table if set(row.keys) & set(group)]
+        small = [row for row in table if bnb_tensors.is_quantised(flat[row.path])]
+        rows = [_within(row, group) for row in table if set(row.keys) & set(group) and row not in small]
         values = {row.path: _rows_of(flat[row.path], full, row) for full, row in _pairs(table, rows)}
         tensors = {named[key]: tensor for key, tensor in to_tensors(rows, values).items()}
+        tensors |= bnb_tensors.tensors(small, flat, {key: named[key] for key in group})
         written[folder / name] = folder / f".{name}.tmp"
         save_file(tensors, written[folder / name], metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
     for old in [*folder.glob("model*.safetensors"), folder / files.INDEX]:  # all is written: what was there may go
         old.unlink(missing_ok=True)
     for path, temporary in written.items():
         temporary.replace(path)
     if len(groups) > 1:
-        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / files.INDEX, content)
 
 

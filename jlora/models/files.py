@@ -25,12 +25,16 @@ WANTED = (*SMALL, "model*.safetensors")  # no pickles, no other copies of the te
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies, and what it is: dtype in safetensors' names, "F32", "BF16"."""
+    """Where a tensor lies, and what it is: dtype in safetensors' names, "F32", "BF16".
+
+    `packed` is a `bnb.Packed` if several tensors hold it in 4 bits: then shape and dtype are those of the weight.
+    """
 
     file: Path
     key: str
     shape: Shape
     dtype: str
+    packed: Any = None
 
 
 def folder_of(
@@ -182,6 +186,14 @@ def read_into(out: np.ndarray, tensor: Tensor, index: tuple[slice, ...]) -> None
         stop = min(start + rows, first.stop)
         with _opened(tensor.file) as opened:  # anew: closing it gives the pages back
             out[start - first.start : stop - first.start] = opened.get_slice(tensor.key)[(slice(start, stop), *rest)]
+
+
+def aligned(shape: Shape, dtype: Any) -> np.ndarray:
+    """An empty array at an address that JAX takes over on the CPU; another it would copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    offset = -memory.ctypes.data % 64
+    return memory[offset : offset + size].view(dtype).reshape(shape)
 
 
 def shards(sizes: Mapping[str, int], largest: int) -> list[list[str]]:

@@ -33,11 +33,20 @@ class Wide(Dtypes, Protocol):
 
 
 def dense(
-    c: Dtypes, features: int, name: str, *, std: float = 0.02, bias: bool = True, init: Callable[..., Any] | None = None
+    c: Dtypes,
+    features: int,
+    name: str,
+    *,
+    std: float = 0.02,
+    bias: bool = True,
+    init: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> placed.Dense:
-    """A linear layer whose kernel starts as N(0, std^2), or as `init` draws it."""
+    """A linear layer whose kernel starts as N(0, std^2), or as `init` draws it; `options` are those of `nn.Dense`."""
     init = nn.initializers.normal(std) if init is None else init
-    return placed.Dense(features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name=name)
+    return placed.Dense(
+        features, use_bias=bias, dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name=name, **options
+    )
 
 
 def norm(c: Normed, name: str) -> placed.LayerNorm:

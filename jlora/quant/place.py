@@ -2,18 +2,17 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.quant.nested import Nested
-
-if TYPE_CHECKING:
-    from jlora.quant.quantised import Quantised
+from jlora.quant.nested import Nested, encode
+from jlora.transform.explicit import on_auto_axes
 
 
-def shardings_of(of: "Quantised", sharding: NamedSharding, path: str) -> "Quantised":
-    """Shardings of codes and scales, in their places, for the sharding of the weight (or of shapes of it).
+def shardings_of(of: Any, sharding: NamedSharding, path: str) -> Any:
+    """Shardings of the codes and scales of a `Quantised` (or of its shapes), in their places, for that of the weight.
 
     A block lies on one device whole. Scales in 8 bits follow the weight; those of the second level, one to 16,384
     weights, are on every device.
@@ -37,7 +36,19 @@ def shardings_of(of: "Quantised", sharding: NamedSharding, path: str) -> "Quanti
     return dataclasses.replace(of, codes=place(names), scales=of_scales)
 
 
-def _check_tail(of: "Quantised", sharding: NamedSharding, names: list[Any], path: str) -> None:
+def nest(scales: jax.Array, stack: int, where: Nested) -> Nested:
+    """Scales in 8 bits, of which the first `stack` axes are a stack, on the devices that `where` says."""
+    named = all(isinstance(at, NamedSharding) for at in jax.tree.leaves(where))
+
+    def run(scales: jax.Array) -> Nested:
+        specs = lambda _: jax.tree.map(lambda at: at.spec, where)
+        return on_auto_axes(lambda x: encode(x, stack), scales, place=specs) if named else encode(scales, stack)
+
+    nested: Nested = jax.jit(run, out_shardings=where)(scales)
+    return nested
+
+
+def _check_tail(of: Any, sharding: NamedSharding, names: list[Any], path: str) -> None:
     tail, block = of.layout.tail, of.layout.block
     first, *rest = names[-len(tail) :]
     order = of.layout.order_of(of.ndim)[-len(tail) :]

@@ -88,17 +88,17 @@ class Quantised:
         values = on_auto_axes(_dequantised, self, place=lambda _: PartitionSpec(*names))
         return values, self.layout.order_of(self.ndim)
 
-    def in_parts(self, mesh: Any, spec: PartitionSpec) -> tuple["Quantised", "Quantised"]:
+    def in_parts(self, mesh: Any, spec: PartitionSpec, path: str) -> tuple["Quantised", "Quantised"]:
         """The weight for `shard_map`, and how its arrays are cut so that each part is that of the weight by `spec`.
 
         Scales in 8 bits are float32 from here: what they share is in no part whole.
 
         Raises:
-          ValueError: if the mesh cuts through a block.
+          ValueError: if the mesh cuts through a block, naming the leaf.
         """
         scales = self.scales.decode() if isinstance(self.scales, Nested) else self.scales
         whole = dataclasses.replace(self, scales=scales)
-        places = shardings_of(whole, NamedSharding(mesh, spec), "a weight in shard_map")
+        places = shardings_of(whole, NamedSharding(mesh, spec), path)
         return whole, jax.tree.map(lambda place: place.spec, places)
 
     def transpose(self, permutation: Sequence[int]) -> "Quantised":

@@ -365,7 +365,7 @@ def _in_parts(weight: Weight, mesh: Any, spec: PartitionSpec) -> tuple[Weight, W
     if not hasattr(weight.w, "in_parts"):
         weight = weight.opened()
         return weight, weight.map(part)
-    codes, of_codes = weight.w.in_parts(mesh, PartitionSpec(*names))
+    codes, of_codes = weight.w.in_parts(mesh, PartitionSpec(*names), weight.path or "a weight in shard_map")
     return weight.replace(w=codes), weight.map(part, lambda _: of_codes)
 
 

@@ -16,7 +16,7 @@ from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention, Implementation
 from jlora.models.cache import Cache, Context, KeyValue
-from jlora.models.heads import last_token
+from jlora.models.heads import check_labels, last_token, tied_losses
 from jlora.models.layers import dense, embed, norm, residual_std
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
 from jlora.models.stack import check_remat, stack
@@ -105,6 +105,8 @@ class GPT2(nn.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         last: bool = False,
+        labels: jax.Array | None = None,
+        smoothing: float = 0.0,
         deterministic: bool = True,
     ) -> jax.Array | tuple[jax.Array, Cache]:
         """See the class.
@@ -117,9 +119,13 @@ class GPT2(nn.Module):
           cache: from `empty_cache`, or of the call before. It is returned with the tokens of this call, after the
             output; `positions` must then be given. A cache that is too small raises, and under jit gives NaN.
           last: the output of the last token alone, (batch, 1, ...), in place of all.
+          labels: the id that follows each token, (batch, length), of a causal LM: its output are the losses, (batch,
+            length), in nats, and the logits are never there all at once. See `jlora.models.losses`.
+          smoothing: of the labels.
           deterministic: no dropout.
         """
         c = self.config
+        check_labels(labels, c.head)
         length = tokens.shape[1]
         if length > c.context:
             raise ValueError(f"the sequence has {length} tokens, the model's context is {c.context}")
@@ -135,7 +141,9 @@ class GPT2(nn.Module):
         if last:
             h = h[:, -1:]
         h = norm(c, "ln_f")(h)  # (batch, length, width)
-        if c.head == "causal_lm":
+        if labels is not None:
+            h = tied_losses(wte, h, labels, smoothing)  # (batch, length)
+        elif c.head == "causal_lm":
             h = wte.attend(h)  # (batch, length, vocab_size)
         elif c.head == "sequence_classification":
             h = dense(c, c.labels, "score", bias=False)(last_token(h, None if last else mask))  # (batch, labels)

@@ -19,7 +19,7 @@ from jlora.models import fields, placed
 from jlora.models.architecture import Head, check_head
 from jlora.models.attention import DotProductAttention, Implementation, causal_mask
 from jlora.models.cache import Cache, Context, KeyValue
-from jlora.models.heads import last_token
+from jlora.models.heads import check_labels, last_token, losses_of, tied_losses
 from jlora.models.layers import dense, residual_std
 from jlora.models.llama.rope import Default, Dynamic, Llama3, Rope, Turn, turn, turned
 from jlora.models.nonlinear import NONLINEARITIES, Nonlinearity
@@ -133,6 +133,7 @@ def _check_heads(c: LlamaConfig) -> None:
 
 
 _LLAMA2 = LlamaConfig()
+_LLAMA1 = replace(_LLAMA2, context=2048, epsilon=1e-6)
 _LLAMA3 = LlamaConfig(
     vocab_size=128256, context=131072, key_heads=8, hidden=14336, rope=Llama3(8.0, 1.0, 4.0, 8192, 500000.0)
 )
@@ -146,6 +147,10 @@ _QWEN3 = LlamaConfig(
     epsilon=1e-6, rope=Default(1000000.0), qk_norm=True,
 )  # fmt: skip
 PRESETS = {
+    "llama-7b": _LLAMA1,
+    "llama-13b": replace(_LLAMA1, width=5120, layers=40, heads=40, hidden=13824),
+    "llama-33b": replace(_LLAMA1, width=6656, layers=60, heads=52, hidden=17920),
+    "llama-65b": replace(_LLAMA1, epsilon=1e-5, width=8192, layers=80, heads=64, hidden=22016),
     "llama-2-7b": _LLAMA2,
     "llama-2-13b": replace(_LLAMA2, width=5120, layers=40, heads=40, hidden=13824),
     "llama-2-70b": replace(_LLAMA2, width=8192, layers=80, heads=64, key_heads=8, hidden=28672),
@@ -204,6 +209,8 @@ class Llama(nn.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         last: bool = False,
+        labels: jax.Array | None = None,
+        smoothing: float = 0.0,
         deterministic: bool = True,
     ) -> jax.Array | tuple[jax.Array, Cache]:
         """See the class.
@@ -216,9 +223,13 @@ class Llama(nn.Module):
           cache: from `empty_cache`, or of the call before. It is returned with the tokens of this call, after the
             output; `positions` must then be given. A cache that is too small raises, and under jit gives NaN.
           last: the output of the last token alone, (batch, 1, ...), in place of all.
+          labels: the id that follows each token, (batch, length), of a causal LM: its output are the losses, (batch,
+            length), in nats, and the logits are never there all at once. See `jlora.models.losses`.
+          smoothing: of the labels.
           deterministic: no dropout.
         """
         c = self.config
+        check_labels(labels, c.head)
         length = tokens.shape[1]
         if length > c.longest:
             raise ValueError(f"the sequence has {length} tokens, the model's context is {c.longest}")
@@ -234,7 +245,11 @@ class Llama(nn.Module):
         if last:
             h = h[:, -1:]
         h = _norm(c, "ln_f")(h)  # (batch, length, width)
-        if c.head == "causal_lm":
+        if labels is not None and c.tied:
+            h = tied_losses(wte, h, labels, smoothing)  # (batch, length)
+        elif labels is not None:
+            h = dense(c, c.vocab_size, "head", bias=False, dot_general=losses_of(labels, smoothing))(h)
+        elif c.head == "causal_lm":
             h = (
                 wte.attend(h) if c.tied else dense(c, c.vocab_size, "head", bias=False)(h)
             )  # (batch, length, vocab_size)

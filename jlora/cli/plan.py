@@ -1,0 +1,90 @@
+"""`jlora plan`: whether a training step fits on a device, by the device's own compiler and without the device."""
+
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+from rich.console import Console
+
+from jlora.cli import show, workload
+from jlora.cli.options import Json
+from jlora.planning.planned import plan as planned
+from jlora.planning.report import Plan
+
+
+def plan(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="A config of experiments (.py), or a model: a size, a config.json.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Of a config: train.batch=4.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Of a model: lora(16), dora(16). Default lora(16).")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", help="Of a model: rows x length, 1x512. Default 1x512.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option("--targets", help="Of a model: pattern of weights; several times for several.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of a model: bfloat16 (default) or float32.")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Of a config with several runs: which.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="Of a config: its small form.")] = False,
+    quantize: Annotated[str | None, typer.Option("--quantize", help="Hold the base in this form: nf4, int8.")] = None,
+    remat: Annotated[bool, typer.Option("--remat", help="Compute activations again in the backward pass.")] = False,
+    accumulate: Annotated[int | None, typer.Option("--accumulate", min=1, help="Micro-batches of a step.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, h100, a6000, v5e, v5e-16, 8xh100, ...")] = "cpu",
+    mesh: Annotated[str | None, typer.Option("--mesh", help="Axes of the devices: fsdp=8,tp=2.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compiles a training step on shapes, for a device that need not be there, and says what it takes and if it fits.
+
+    Real devices need their compilers: "jlora[plan]" has that of TPUs, "jlora[plan-gpu]" that of NVIDIA's GPUs.
+    """
+    axes = _mesh(mesh)
+    jax.config.update("jax_platforms", "cpu")  # nothing is run, and a GPU that is here is left alone
+    if what.endswith(".py"):
+        given = {"--method": method, "--batch": batch, "--targets": targets, "--dtype": dtype}
+        if stray := [name for name, value in given.items() if value]:
+            raise ValueError(
+                f"{', '.join(stray)}: of a model; a config has its own, and fields are set as in train.batch=4"
+            )
+        step = workload.of_config(
+            Path(what), overrides or (), run=run, small=small, accumulate=accumulate, remat=remat, quantize=quantize
+        )  # fmt: skip
+    else:
+        if stray := [*(overrides or ()), *(["--run"] if run else ()), *(["--small"] if small else ())]:
+            raise ValueError(f"{', '.join(stray)}: for a config (.py), and {what!r} is a model")
+        step = workload.of_model(
+            what, method or "lora(16)", batch or "1x512", targets=targets, dtype=dtype or "bfloat16",
+            accumulate=accumulate or 1, remat=remat, quantize=quantize,
+        )  # fmt: skip
+    found = planned(
+        step.loss, step.adapted, step.tx, step.batch, axes, device, **step.options
+    )  # fmt: skip
+    shapes = {name: list(x.shape) for name, x in step.batch.items()}
+    report = {
+        "command": "plan",
+        "model": step.name,
+        "method": repr(step.method),
+        "batch_shapes": shapes,
+        **found.as_dict(),
+    }
+    show.show(report, as_json, lambda console: _text(console, step, found))
+
+
+def _text(console: Console, step: workload.Workload, found: Plan) -> None:
+    rows = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in step.batch.items())
+    console.print(f"{step.name}, {step.method!r}, {rows}", markup=False)
+    console.print(str(found), markup=False)
+
+
+def _mesh(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and size.isdigit() and int(size) for name, _, size in pairs):
+        raise ValueError(f"--mesh is name=size, several with commas: fsdp=8,tp=2; got {text!r}")
+    return {name.strip(): int(size) for name, _, size in pairs}

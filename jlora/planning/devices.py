@@ -1,0 +1,102 @@
+"""Devices by the names that people give them: their memory, and the compiler that a plan for them asks."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of device.
+
+    Attributes:
+      name: as `plan` takes it.
+      memory: bytes that a program may fill; 0 for "cpu", whose limit is this machine's memory.
+      compiler: that makes its programs: "tpu" (libtpu), "cuda" (JAX's CUDA plugin) or "cpu".
+      target: device that is compiled for: its own name, or the nearest one whose programs can be made.
+    """
+
+    name: str
+    memory: int
+    compiler: Literal["cpu", "tpu", "cuda"]
+    target: str
+
+
+class Wanted(NamedTuple):
+    """A device, the number of them (None: not said), and a TPU's topology ("4x4"; "" for any)."""
+
+    device: Device
+    number: int | None
+    topology: str
+
+
+# What XLA:TPU itself allows, from its own message on programs that are too large; what XLA's descriptions of GPUs say.
+_TPU = {"v4": 30.75, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "7x": 94.74}
+_GPU = {"a100": 85100068864, "h100": 84942979072, "h200": 151397597184, "b200": 191514411008}
+# Judged by the size that they are sold with, in GB of 10^9 bytes (they have a little more).
+_NEAREST = {
+    "a100": {
+        "a100-40gb": 40, "a6000": 48, "a40": 48, "a10": 24, "rtx3090": 24, "rtx3080": 10, "rtx3060": 12, "v100": 32,
+        "v100-16gb": 16, "t4": 16, "p100": 16, "titan": 24,
+    },
+    "h100": {
+        "rtx6000-ada": 48, "l40s": 48, "l40": 48, "l4": 24, "rtx4090": 24, "rtx4080": 16, "h100-nvl": 94, "gh200": 96,
+        "h20": 96, "mi300x": 192, "mi250x": 64,
+    },
+    "b200": {"gb200": 186, "rtx5090": 32, "rtx5080": 16, "rtx-pro-6000": 96, "b300": 288},
+}  # fmt: skip
+DEVICES: dict[str, Device] = {
+    "cpu": Device("cpu", 0, "cpu", "cpu"),
+    **{name: Device(name, int(size * GIB), "tpu", name) for name, size in _TPU.items()},
+    **{name: Device(name, size, "cuda", name) for name, size in _GPU.items()},
+    **{
+        name: Device(name, size * 10**9, "cuda", target)
+        for target, sizes in _NEAREST.items()
+        for name, size in sizes.items()
+    },
+}
+_ALSO = {
+    "a100-80gb": "a100", "h100-80gb": "h100", "h200-141gb": "h200", "b200-192gb": "b200", "b200-180gb": "b200",
+    "a6000-48gb": "a6000", "rtx-a6000": "a6000", "rtxa6000": "a6000", "a40-48gb": "a40", "l40s-48gb": "l40s",
+    "v100-32gb": "v100", "t4-16gb": "t4", "l4-24gb": "l4", "a10-24gb": "a10", "a10g": "a10", "h100-94gb": "h100-nvl",
+    "6000-ada": "rtx6000-ada", "rtx-6000-ada": "rtx6000-ada",
+    **{f"rtx-{n}": f"rtx{n}" for n in (3060, 3080, 3090, 4080, 4090, 5080, 5090)},
+    **{str(n): f"rtx{n}" for n in (3060, 3080, 3090, 4080, 4090, 5080, 5090)},
+    "v5litepod": "v5e", "v5-lite": "v5e", "v5lite": "v5e", "v5": "v5p", "v6": "v6e", "v6-lite": "v6e",
+    "trillium": "v6e", "ironwood": "7x", "tpu7x": "7x", "v7x": "7x", "v7": "7x",
+}  # fmt: skip
+_NAMES = {**{name: name for name in DEVICES}, **_ALSO}
+_CORES = ("v4", "v5p")  # Cloud's names count their TensorCores, two to a chip, which JAX shows as one device
+
+
+def find(name: str) -> Wanted:
+    """The device of a name: "h100", "H100 80GB", "8xH100", "v5e-16" as Cloud counts it, "v5e:4x4", "7x", "cpu".
+
+    Raises:
+      ValueError: naming the nearest device.
+
+    >>> find("NVIDIA H100 80GB").device.name, find("v5p-16").number, find("8xH100").number
+    ('h100', 8, 8)
+    """
+    text = re.sub(r"[\s_]+", "-", str(name).strip().lower())
+    text = re.sub(r"^(google-|cloud-)?tpu-|^(nvidia-)?(geforce-|tesla-)?|-(sxm\d?|pcie|hbm\d?e?)(?=-|$)", "", text)
+    text = re.sub(r"(\d)-gb\b", r"\1gb", text)
+    if text in _NAMES:
+        return Wanted(DEVICES[_NAMES[text]], None, "")
+    if (found := re.fullmatch(r"(\d+)-?x-?([a-z].*)", text)) and found[2] in _NAMES:
+        return Wanted(DEVICES[_NAMES[found[2]]], int(found[1]), "")
+    if (found := re.fullmatch(r"(.+):(\d+(?:x\d+)+)", text)) and found[1] in _NAMES:
+        device = DEVICES[_NAMES[found[1]]]
+        if device.compiler == "tpu":
+            return Wanted(device, None, found[2])
+    if (found := re.fullmatch(r"(.+)-(\d+)", text)) and found[1] in _NAMES:
+        device, count = DEVICES[_NAMES[found[1]]], int(found[2])
+        return Wanted(device, count // 2 if device.name in _CORES and count > 1 else count, "")
+    near = difflib.get_close_matches(re.sub(r"[-:]\d[\dx]*$", "", text), _NAMES, 1, 0.0)[0]
+    raise ValueError(
+        f"device={name!r} is unknown; the nearest is {_NAMES[near]!r}. There are {', '.join(DEVICES)}; several as "
+        "'v5e-16', 'v5e:4x4' or '8xh100'"
+    )

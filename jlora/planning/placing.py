@@ -1,0 +1,139 @@
+"""Where the arrays of a plan lie: shapes on the devices, or the mesh, that it is made for."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jlora import tree
+from jlora.planning import targets
+from jlora.planning.devices import Wanted
+
+PyTree = Any
+Axes = Mesh | AbstractMesh | Mapping[str, int] | tuple[tuple[str, int], ...]
+Rule = Callable[[str, jax.ShapeDtypeStruct], PartitionSpec | None]
+
+
+def places(wanted: Wanted, mesh: Axes | None) -> Mesh | SingleDeviceSharding:
+    """The mesh over the devices of a plan, or its one device.
+
+    Raises:
+      ValueError: if the mesh has another number of devices than the name says.
+    """
+    count = targets.count_of(wanted.topology, wanted.device) if wanted.topology else wanted.number
+    if mesh is None and (count or 1) == 1:
+        return SingleDeviceSharding(targets.devices_of(wanted, 1)[0])
+    names, sizes, kinds = _axes({"fsdp": count} if mesh is None else mesh)
+    whole = math.prod(sizes)
+    if count is not None and count != whole:
+        mine = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
+        raise ValueError(f"the device's name says {count} devices, and mesh {mine} has {whole}")
+    found = targets.devices_of(wanted, whole)
+    return Mesh(targets.arranged(sizes, found), names, axis_types=kinds)
+
+
+def _axes(mesh: Any) -> tuple[tuple[str, ...], tuple[int, ...], tuple[AxisType, ...]]:
+    if isinstance(mesh, Mesh | AbstractMesh):
+        return mesh.axis_names, tuple(mesh.shape[name] for name in mesh.axis_names), mesh.axis_types
+    try:
+        sizes = {str(name): int(size) for name, size in dict(mesh).items()}
+    except (TypeError, ValueError):
+        sizes = {}
+    if not sizes or min(sizes.values()) < 1:
+        raise TypeError(f"mesh is a jax.sharding.Mesh, an AbstractMesh or a dict such as {{'fsdp': 16}}, got {mesh!r}")
+    return tuple(sizes), tuple(sizes.values()), (AxisType.Explicit,) * len(sizes)
+
+
+def placed(name: str, of: PyTree, place: Mesh | SingleDeviceSharding, rule: Rule | None) -> PyTree:
+    """The tree's shapes, lying where the rule says, else as they did on their own mesh, else whole.
+
+    Raises:
+      ValueError: for a spec that names no axis of the mesh, or whose axes do not divide the leaf's.
+    """
+
+    def one(keys: tuple[Any, ...], leaf: Any) -> Any:
+        if not hasattr(leaf, "dtype"):
+            leaf = np.asarray(leaf) if isinstance(leaf, bool | int | float) and name == "batch" else leaf
+        x = tree.abstract(leaf)
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return leaf
+        kind = getattr(x.sharding, "memory_kind", None)
+        kind = kind if kind == "pinned_host" else None  # another one is the default of the device where it lies
+        if isinstance(place, SingleDeviceSharding):
+            (device,) = place.device_set
+            return x.update(sharding=SingleDeviceSharding(device, memory_kind=kind))
+        path = "/".join(filter(None, (name, tree.name(keys))))
+        spec = rule(path, x) if rule is not None else _spec(x.sharding)
+        spec = PartitionSpec() if spec is None else PartitionSpec(*spec)
+        _check(path, x, spec, place)
+        return x.update(sharding=NamedSharding(place, spec, memory_kind=kind))
+
+    return jax.tree_util.tree_map_with_path(one, of)
+
+
+def is_placed(*trees: PyTree) -> bool:
+    """Whether an array says that it is split over a mesh."""
+    return any(_spec(tree.placement(leaf)) for leaf in jax.tree.leaves(trees))
+
+
+def fully_sharded(mesh: Mesh) -> Rule:
+    """The rule where nothing says anything: each weight split over the whole mesh, along its largest axis that can be.
+
+    The first of several axes of a stack (scanned layers) stays whole. The batch's rows are split, the factors whole.
+    """
+    names, size = tuple(mesh.axis_names), mesh.size
+
+    def rule(path: str, x: jax.ShapeDtypeStruct) -> PartitionSpec | None:
+        if path.startswith("batch"):
+            return PartitionSpec(names) if x.shape and x.shape[0] % size == 0 else None
+        if not path.startswith("base"):
+            return None
+        able = [axis for axis in range(x.ndim > 2, x.ndim) if x.shape[axis] % size == 0 and x.shape[axis]]
+        if not able:
+            return None
+        most = max(able, key=lambda axis: x.shape[axis])
+        return PartitionSpec(*(names if axis == most else None for axis in range(x.ndim)))
+
+    return rule
+
+
+def _spec(sharding: Sharding | None) -> Any:
+    return sharding.spec if isinstance(sharding, NamedSharding) else None
+
+
+def _check(path: str, x: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: Mesh) -> None:
+    if len(spec) > x.ndim:
+        raise ValueError(f"{path} has shape {x.shape}, and its spec {spec} has more axes")
+    for axis, names in enumerate(spec):
+        names = () if names is None else names if isinstance(names, tuple) else (names,)
+        for name in names:
+            if name not in mesh.shape:
+                raise ValueError(f"{path}: {spec} names {name!r}, and the mesh has {', '.join(map(repr, mesh.shape))}")
+        parts = math.prod(mesh.shape[name] for name in names)
+        if x.shape[axis] % parts:
+            raise ValueError(
+                f"{path} has shape {x.shape}, and its axis {axis} of {x.shape[axis]} is not a multiple of {parts}, the "
+                f"devices of {'x'.join(names)}: leave the axis whole, or split another one"
+            )
+
+
+def bytes_of(trees: PyTree) -> int:
+    """Bytes of a tree's arrays on one device: the shapes of their shards, times the size of an element."""
+    return sum(map(_bytes, jax.tree.leaves(trees)))
+
+
+def _bytes(x: Any) -> int:
+    if not hasattr(x, "dtype"):
+        return 0
+    sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct | jax.Array) else None
+    shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+    return -(-math.prod(shape) * _bits(x.dtype) // 8)
+
+
+def _bits(dtype: Any) -> int:
+    if jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
+        return 8 * int(np.prod(jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype)).shape)) * 4
+    return int(jax.numpy.iinfo(dtype).bits) if "int" in str(dtype) else int(np.dtype(dtype).itemsize) * 8

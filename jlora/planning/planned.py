@@ -1,0 +1,233 @@
+"""The training step compiled on shapes for a device that need not be there: `plan`."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from jlora.adapted.adapted import Adapted
+from jlora.arguments import Arguments
+from jlora.planning import devices, targets
+from jlora.planning.advice import Facts, advice
+from jlora.planning.collectives import Collective, collectives
+from jlora.planning.devices import Device, Wanted
+from jlora.planning.flops import flops, has
+from jlora.planning.placing import Axes, Rule, bytes_of, fully_sharded, is_placed, placed, places
+from jlora.planning.report import Plan
+from jlora.state import TrainState
+from jlora.train import train_step
+
+PyTree = Any
+
+
+def plan(
+    loss_fn: Callable[..., Any],
+    adapted: Adapted | TrainState,
+    tx: optax.GradientTransformation,
+    batch: PyTree,
+    mesh: Axes | None = None,
+    device: str = "cpu",
+    *,
+    rule: Rule | None = None,
+    **options: Any,
+) -> Plan:
+    """The memory, FLOPs and traffic of a training step, before anything is allocated: does it fit, and what if not.
+
+    The step of `jlora.train_step(loss_fn, tx, **options)` is compiled on shapes, for the device itself by its own
+    compiler, wherever this runs. `print(plan)` is a table, `plan.as_dict()` JSON.
+
+        peak <= arguments + temporaries + results,    arguments = weights + factors + optimizer state + batch
+
+    Args:
+      loss_fn: as `train_step` takes it.
+      adapted: from `jlora.apply`, of arrays or of shapes (`jax.ShapeDtypeStruct`), its leaves plain or `tree.Stored`;
+        or a `TrainState`, whose optimizer state lies where its own shardings say.
+      tx: the optimizer.
+      batch: arrays or shapes.
+      mesh: axes of the devices, `{"fsdp": 16}`, or a `Mesh` or `AbstractMesh`, which is made anew of the device's own.
+        A dict's axes are Explicit, as those of `jax.make_mesh`. None: one device, or of "v5e-16" {"fsdp": 16}.
+      device: "cpu"; "v4", "v5e", "v5p", "v6e", "7x" (`pip install "jlora[plan]"`); "a100", "h100", "h200", "b200"
+        (`"jlora[plan-gpu]"`). Others ("a6000", "rtx4090", "v100", ...) are compiled for the nearest of these, or
+        for the CPU where its compiler is not installed, and judged by their own memory; the plan's notes say so.
+        Several as "v5e-16" (Cloud's name), "v5e:4x4" (a topology) or "8xh100".
+      rule: on a mesh (path, shape) -> PartitionSpec or None (whole), paths as "base/h/attn/query/kernel",
+        "factors/h/attn/query/kernel/A" and "batch/tokens". None: as the leaves' own shardings say, whole where there is
+        none; if no leaf has one, each weight is split over all devices along its largest axis, and the batch's rows.
+      options: of `jlora.train_step`: `accumulate`, `has_aux`, `weighted`, `pass_key`, `nonfinite`, `donate`.
+
+    Raises:
+      ValueError: for an unknown device (with the nearest), a mesh of another size than the device's name says, or one
+        that does not divide a leaf.
+      ImportError: with what to install, if the device's compiler is not there.
+      TypeError: if `adapted` is neither.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora, optax
+      >>> params = {"w": jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)}
+      >>> loss = lambda params, x: jnp.mean(x @ params["w"]).astype(jnp.float32)
+      >>> batch = jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)
+      >>> found = jlora.plan(loss, jlora.apply(params, rank=4), optax.adam(1e-3), batch)
+      >>> found.weights, found.factors, found.fits
+      (131072, 8192, True)
+    """
+    if not isinstance(adapted, Adapted | TrainState):
+        raise TypeError(
+            f"plan takes an Adapted, jlora.apply(params, ...), or a TrainState of it, got {type(adapted).__name__}"
+        )
+    if options.get("parallel", "jit") != "jit":
+        raise ValueError("a plan is made for parallel='jit': give it a mesh in place of 'pmap'")
+    wanted = devices.find(device)
+    used, notes = _compiled_for(wanted.device)
+    place = places(Wanted(used, wanted.number, wanted.topology), mesh)
+    step = train_step(loss_fn, tx, **options)
+    state, batch = _placed(adapted, batch, step.tx, place, rule)
+    arguments = step.arguments(state, batch)
+    traced = step.compiled(arguments).trace(*arguments)
+    made = _compile(traced, used)
+    count = place.size if isinstance(place, Mesh) else 1
+    found = _plan(wanted.device, used, place, arguments, made, flops(traced.jaxpr) / count)
+    if has(traced.jaxpr, "while"):
+        notes.append("FLOPs count the body of a while loop once: how often it runs is not known")
+    rows = [x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "shape", ())]
+    parts = int(options.get("accumulate", 1))
+    matrices = [x for x in jax.tree.leaves(state.adapted.base) if getattr(x, "ndim", 0) > 1 and _is_float(x)]
+    facts = Facts(
+        rows=rows[0] // parts if rows else 1,
+        accumulate=parts,
+        remat=has(traced.jaxpr, "checkpoint", "remat", "remat2"),
+        dense=sum(bytes_of(x) // x.dtype.itemsize for x in matrices),
+        dense_bytes=bytes_of(matrices),
+    )
+    return dataclasses.replace(found, advice=advice(found, facts), notes=(*found.notes, *notes))
+
+
+def _compiled_for(device: Device) -> tuple[Device, list[str]]:
+    """The device that is compiled for, with the memory of the one that is asked for; and what to say of that."""
+    if device.compiler == "cpu" or device.target == device.name:
+        targets.check_compiler(device)
+        return device, []
+    if targets.has_compiler(device):
+        return device, [
+            f"compiled for {device.target}, whose compiler is nearest, and judged by {device.name}'s memory"
+        ]
+    note = (
+        f"compiled for the CPU, whose temporaries are others, and judged by {device.name}'s memory: pip install "
+        f'"jlora[plan-gpu]" for the compiler of {device.target}'
+    )
+    return devices.DEVICES["cpu"], [note]
+
+
+def _placed(
+    adapted: Adapted | TrainState, batch: PyTree, tx: Any, place: Mesh | SingleDeviceSharding, rule: Rule | None
+) -> tuple[TrainState, PyTree]:
+    """The state and the batch as shapes on these devices. What the optimizer keeps for a factor lies as it does."""
+    if isinstance(place, Mesh) and rule is None and not is_placed(adapted, batch):
+        rule = fully_sharded(place)
+    of = adapted.adapted if isinstance(adapted, TrainState) else adapted
+    base, factors = placed("base", of.base, place, rule), placed("factors", of.factors, place, rule)
+    rest = {"buffers": placed("buffers", of.buffers, place, rule), "key": placed("key", of.key, place, None)}
+    of = of.replace(base=base, factors=factors, **rest)
+    if isinstance(adapted, TrainState):
+        parts = {name: getattr(adapted, name) for name in ("opt_state", "step", "key", "loss", "skipped")}
+        state = TrainState(of, **{name: placed(name, part, place, None) for name, part in parts.items()})
+    else:
+        state = TrainState.create(of, tx)
+        state = placed("", state, place, None)
+    return state, placed("batch", batch, place, rule)
+
+
+def _is_float(x: Any) -> bool:
+    return bool(jax.numpy.issubdtype(x.dtype, jax.numpy.floating)) and x.dtype.itemsize > 1
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+
+class _Made:
+    """Outcome of a compilation: a program, or a compiler's refusal with the bytes that were needed."""
+
+    def __init__(self, compiled: Any, needed: int, said: list[str]) -> None:
+        self.compiled, self.needed, self.said = compiled, needed, said
+
+
+_TOO_LARGE = re.compile(r"Ran out of memory.*?\(?([\d.]+)([KMGT]?)\)? (?:exceeds|of)", re.DOTALL)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _compile(traced: Any, device: Device) -> _Made:
+    lowered = traced.lower()
+    needed, said = 0, []
+    compiled = None
+    try:
+        with targets.loading(device) as said:
+            try:
+                compiled = lowered.compile(targets.options_of(device))
+            except jax.errors.JaxRuntimeError as error:
+                found = _TOO_LARGE.search(str(error))
+                if not found:
+                    raise
+                needed = int(float(found[1]) * _UNITS[found[2]])
+    except jax.errors.JaxRuntimeError as error:
+        if "ptxas" in str(error):
+            raise ImportError(
+                'the compiler of GPUs found no ptxas: pip install "jlora[plan-gpu]", which has it'
+            ) from error
+        raise
+    return _Made(compiled, needed, said)
+
+
+def _plan(
+    device: Device,
+    used: Device,
+    place: Mesh | SingleDeviceSharding,
+    arguments: Arguments,
+    made: _Made,
+    counted: float,
+) -> Plan:
+    carry, kept = arguments.carry, arguments.kept
+    whole = bytes_of((carry, kept, arguments.key, arguments.batch, arguments.loss))
+    many = place.size if isinstance(place, Mesh) else 1
+    read, temporaries, peak, host = whole, max(made.needed - whole, 0), made.needed, 0
+    sent: dict[str, Collective] = {}
+    notes = []
+    if made.compiled is None:
+        notes = ["the compiler refused the program: the peak is what it says is needed, the temporaries are the rest"]
+    else:
+        memory = made.compiled.memory_analysis()
+        read, temporaries, peak = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes
+        if used.compiler == "cpu":  # whose figure leaves the temporaries out
+            peak = read + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+        sent = collectives(made.compiled.as_text(), many) if many > 1 else {}
+    if any("Involuntary full rematerialization" in line for line in made.said):
+        notes = [*notes, "XLA copies a whole array to every device, for want of a better way between two shardings"]
+    unused = max(whole - read - host, 0)
+    return Plan(
+        device=device.name,
+        devices=many,
+        mesh=dict(place.shape) if isinstance(place, Mesh) else {},
+        compiler=used.target,
+        limit=device.memory or _memory_here() // many,
+        weights=bytes_of(kept),
+        factors=bytes_of(carry.factors),
+        gradients=bytes_of(carry.factors),
+        optimizer_state=bytes_of(carry.opt_state),
+        batch=bytes_of(arguments.batch),
+        arguments=read,
+        temporaries=temporaries,
+        peak=peak,
+        unused=unused if unused > 1024 else 0,  # else the key, or the last loss
+        host=host,
+        flops=counted,
+        collectives=sent,
+        notes=tuple(notes),
+    )
+
+
+def _memory_here() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
