@@ -70,13 +70,6 @@ def as_held(x: Any) -> tuple[jax.Array, tuple[int, ...]]:
     return x.as_held() if hasattr(x, "as_held") else (x.dequantise(), tuple(range(len(x.shape))))
 
 
-def stored_as(x: Any) -> str:
-    """Words for how a leaf is held: "nf4, 64, twice" of a quantised one, "bfloat16" of an array."""
-    if is_stored(x):
-        return str(getattr(x, "words", type(x).__name__))
-    return str(getattr(x, "dtype", type(x).__name__))
-
-
 def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:
     """The leaves by path, "h_0/attn/query/kernel", in tree order, and the tree's structure. A stored leaf is one.
 
