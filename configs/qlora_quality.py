@@ -117,7 +117,7 @@ def shakespeare() -> Experiment:
         name="shakespeare",
         task=dataclasses.replace(whole.task, length=128),
         runs=runs(3e-3, 1e-2, 3e-2),
-        train=dataclasses.replace(whole.train, steps=100, batch=8, evaluate_every=100, keep="last"),
+        train=dataclasses.replace(whole.train, steps=60, batch=8, evaluate_every=60, keep="last"),
         seeds=SEEDS,
         measure=Measure(rounds=6),
     )

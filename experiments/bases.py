@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from experiments.progress import Phase
 from experiments.resume import loaded
 from experiments.tasks.task import Files, Opened, Params
 from experiments.trainer import Point, Shared, Trainer, read_curve, train
+from jlora import tree
 
 NAME = "base.safetensors"
 LABEL = "pretraining"
@@ -66,23 +68,21 @@ def trainer_of(experiment: Experiment, shared: Shared) -> Trainer:
     return Trainer(run, shared, base.train, base.learning_rate, side="old")
 
 
-def of_checkpoint(opened: Opened, seed: int, hold: Callable[[Params], Params]) -> Base:
+def of_checkpoint(opened: Opened, seed: int, load: Callable[[int], Params]) -> Base:
     """A checkpoint's parameters, those of one seed at a time: the old ones go before new ones come.
 
     Args:
       opened: the task.
       seed: the first.
-      hold: the parameters as all runs hold them.
+      load: seed -> the parameters, as all runs hold them.
     """
-    first = opened.params(seed)
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
-    there: dict[int, Params] = {seed: hold(first)}
-    del first
+    there: dict[int, Params] = {seed: load(seed)}
+    total = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in tree.leaves(there[seed])[0].values())
 
     def params(seed: int) -> Params:
         if seed not in there and opened.head:  # another head
             there.clear()
-            there[seed] = hold(opened.params(seed))
+            there[seed] = load(seed)
         return next(iter(there.values()))
 
     return Base(params, total)

@@ -15,12 +15,17 @@ from jlora.quant.choice import is_head
 
 
 def chosen(sites: Sequence[jlora.Site], kept: str = "") -> frozenset[str]:
-    """Paths of the linear weights, but for heads and for leaves that fit the pattern `kept`: they are trained."""
+    """Paths of the linear weights, but for heads, tables that are heads too, and leaves that fit the pattern `kept`."""
+    linear = [site for site in sites if site.kind == "linear" and "gather" not in site.uses]
     return frozenset(
-        site.path
-        for site in sites
-        if site.kind == "linear" and not is_head(site.path) and not (kept and re.search(kept, site.path))
+        site.path for site in linear if not is_head(site.path) and not (kept and re.search(kept, site.path))
     )
+
+
+def while_loading(held: Held, kept: str = "") -> dict[str, Any]:
+    """Arguments of `jlora.models.load` that hold a checkpoint so from the file on: its 16 bits are never in memory."""
+    wanted = lambda path, like: None if is_head(path) or (kept and re.search(kept, path)) else held.quantize
+    return {"quantize": wanted, "block": held.block, "double": held.double}
 
 
 def hold(params: Params, held: Held, sites: Sequence[jlora.Site], kept: str = "") -> Params:

@@ -29,7 +29,7 @@ from experiments.config import Experiment, Pretrain, Study, all_of
 from experiments.configfile import ConfigError
 from experiments.data.files import DataError
 from experiments.folder import located, open_run_folder
-from experiments.held import hold
+from experiments.held import hold, while_loading
 from experiments.price import Plan, planned, priced
 from experiments.progress import Progress
 from experiments.report.results import outcome_of
@@ -37,6 +37,7 @@ from experiments.tasks.task import Opened, Params
 from experiments.trainer import Shared, Trainer, pattern_of, sites_of
 from experiments.trial import Trial
 from jlora import tree
+from jlora.quant import FORMATS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +121,7 @@ def _prepared(experiment: Experiment, opened: Opened, folder: Path) -> Work:
         if isinstance(experiment.base, Pretrain):
             shapes = jax.eval_shape(lambda: _held_by_all(experiment, opened, opened.params(seed)))
         else:
-            base = bases.of_checkpoint(opened, seed, partial(_held_by_all, experiment, opened))
+            base = bases.of_checkpoint(opened, seed, partial(_loaded, experiment, opened))
             shapes = jax.eval_shape(lambda params: params, base.params(seed))
     shared = Shared.of(experiment, opened, shapes)
     trials = []
@@ -139,6 +140,14 @@ def _held_by_all(experiment: Experiment, opened: Opened, params: Params) -> Para
     if held.plain:
         return params
     return hold(params, held, sites_of(experiment, opened, params), pattern_of(opened.head, run.extras))
+
+
+def _loaded(experiment: Experiment, opened: Opened, seed: int) -> Params:
+    """A checkpoint as all runs hold it. What they hold in 4 or 8 bits is never held in more."""
+    held = experiment.held_by_all
+    if held.quantize not in FORMATS:
+        return _held_by_all(experiment, opened, opened.params(seed))
+    return opened.params(seed, **while_loading(held, pattern_of(opened.head, experiment.runs[0].extras)))
 
 
 def _base(work: Work, progress: Progress, *, resume: bool) -> Base:

@@ -88,12 +88,19 @@ class Shared:
       sites: of its loss.
       statistics: training batches that data-driven methods start from.
       already: how the parameters are held that come, where all runs have them so; None for as they are.
+      stored: whether some of those are held in few bits, as a checkpoint's may be by itself.
     """
 
     def __init__(
-        self, opened: Opened, sites: tuple[jlora.Site, ...], statistics: int, already: Held | None = None
+        self,
+        opened: Opened,
+        sites: tuple[jlora.Site, ...],
+        statistics: int,
+        already: Held | None = None,
+        *,
+        stored: bool = False,
     ) -> None:
-        self.opened, self.sites, self.statistics, self.already = opened, sites, statistics, already
+        self.opened, self.sites, self.statistics, self.already, self.stored = opened, sites, statistics, already, stored
         self._held: dict[tuple[Held, str], tuple[Params, Params]] = {}
 
     @functools.cached_property
@@ -104,12 +111,12 @@ class Shared:
     @property
     def apply(self) -> Apply:
         """The model's function of the base as it is kept."""
-        return self.opened.model.apply if self.already is None else jlora.lift(self.opened.model.apply)
+        return self.opened.model.apply if not self.stored else jlora.lift(self.opened.model.apply)
 
     @functools.cached_property
     def of_base(self) -> Evaluate:
         """The scores of the base as it is kept."""
-        return self.plain if self.already is None else self.opened.evaluator(self.apply)
+        return self.plain if not self.stored else self.opened.evaluator(self.apply)
 
     def held(self, run: Run, params: Params) -> Params:
         """The base as a run holds it; runs that hold it alike share it. One that is held so already stays."""
@@ -139,7 +146,8 @@ class Shared:
         """Shared parts of an experiment. Axes are read from the loss: no name says those of stacked layers."""
         already = experiment.held_by_all
         sites = sites_of(experiment, opened, params)
-        return cls(opened, sites, experiment.statistics, None if already.plain else already)
+        stored = any(map(tree.is_stored, tree.leaves(params)[0].values()))
+        return cls(opened, sites, experiment.statistics, None if already.plain else already, stored=stored)
 
 
 def sites_of(experiment: Experiment, opened: Opened, params: Params) -> tuple[jlora.Site, ...]:
@@ -209,7 +217,7 @@ class Trainer:
     @property
     def merges(self) -> bool:
         """Whether the method gives plain weights, and those of the base take the update without rounding it away."""
-        takes = self.run.held.plain and self.opened.model.config.param_dtype == "float32"
+        takes = self.run.held.plain and not self.shared.stored and self.opened.model.config.param_dtype == "float32"
         return takes and not self.run.method.acts.unmergeable
 
     def held(self, params: Params, seed: int) -> Params:

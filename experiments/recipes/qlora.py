@@ -36,7 +36,7 @@ from experiments.tasks.completion import Completion, Splits
 from experiments.tasks.task import Scores
 
 LINEAR = r"(attn|mlp)/"
-HUMAN, ASSISTANT, NEXT = "### Human:", "### Assistant:", "###"
+HUMAN, ASSISTANT = "### Human:", "### Assistant:"
 VALIDATION, ASKED = 1_000, 100  # rows
 LONGEST = 2_000  # characters of a question that is asked
 
@@ -108,7 +108,7 @@ def splits(train: Sequence[str], asked: Sequence[str], validation: int) -> Split
 def question(text: str) -> References:
     """The first question of a conversation, and its answer."""
     asked, marker, rest = text.partition(ASSISTANT)
-    return References(asked + marker, (rest.partition(NEXT)[0].strip(),))
+    return References(asked + marker, (rest.partition(HUMAN)[0].strip(),))
 
 
 def read_guanaco(path: Path) -> list[str]:
@@ -137,5 +137,5 @@ def _text(row: Any) -> str:
 
 def measure(texts: Sequence[str], items: Sequence[References]) -> Scores:
     """ROUGE-L of the answers, in percent."""
-    answers = [text.partition(NEXT)[0].strip() for text in texts]
+    answers = [text.partition(HUMAN)[0].strip() for text in texts]
     return {"ROUGE-L": metrics.rouge_l(answers, [item.texts for item in items])}

@@ -209,7 +209,9 @@ def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list
     if targets is not None:
         chosen = select(known, targets, read_from_program=read, caller="quantize", done="quantised")
     else:
-        chosen = [site for site in known if site.kind == "linear" and not is_head(site.path)]
+        # A table that is the head as well, looked up and multiplied, is no linear weight here.
+        linear = [site for site in known if site.kind == "linear" and "gather" not in site.uses]
+        chosen = [site for site in linear if not is_head(site.path)]
         linear = [site for site in known if site.kind in ("linear", "unknown")]
         if any(site.kind == "unknown" for site in linear):  # raises for what is ambiguous
             select(linear, None, read_from_program=read, caller="quantize", done="quantised")

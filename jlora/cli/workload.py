@@ -93,9 +93,8 @@ def of_model(
         labels = batch["inputs"][:, 1:] if causal else batch["labels"]
         return cross_entropy(logits[:, :-1] if causal else logits, labels).mean()
 
-    places = sites(loss, params, data)
-    held = params if quantised is None else quantize(params, quantised, sites=places)
-    adapted = apply(held, method=made, targets=targets or None, sites=places)
+    hold = lambda params, places: params if quantised is None else quantize(params, quantised, sites=places)
+    adapted = _adapted(loss, params, data, hold=hold, method=made, targets=targets or None)
     options = {"accumulate": accumulate} if accumulate > 1 else {}
     return Workload(name, made, loss, adapted, optax.adamw(RATE), data, options)
 
@@ -108,6 +107,14 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def params_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     """The shapes of a model's parameters."""
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+def _adapted(
+    loss: Callable[..., Any], params: Any, batch: Any, *key: jax.Array, hold: Callable[[Any, Any], Any], **choice: Any
+) -> Adapted:
+    """The shapes with the method's; held in another form after the axes of each weight were read from the loss."""
+    places = sites(loss, params, batch, *key)
+    return apply(hold(params, places), sites=places, **choice)
 
 
 def _inputs(name: str, module: Any, like: jax.ShapeDtypeStruct, batch: str) -> jax.ShapeDtypeStruct:
@@ -144,7 +151,7 @@ def of_config(
       run: which of its runs, by name, where there are several.
       small: its small form.
       remat: compute activations again, though the config does not.
-      quantised: a format of `jlora.quantize` for the base, in place of how the config's run holds it.
+      quantised: a format of `jlora.quantize`, in place of the config's.
       accumulate: micro-batches, in place of the config's.
 
     Raises:
@@ -173,12 +180,11 @@ def of_config(
     loss = completion.token_loss(module, train.label_smoothing)
     params = params_shapes(module, inputs)
     extras = {"extras": chosen.extras} if chosen.extras else {}
-    places = sites(loss, params, batch, jax.random.key(0))
-    if quantised is None:
-        params = held.hold(params, experiment.held_by(chosen), places)
-    else:
-        params = quantize(params, quantised, sites=places)
-    adapted = apply(params, method=chosen.method, targets=chosen.targets, sites=places, **extras)
+    key = jax.random.key(0)
+    choice = {"method": chosen.method, "targets": chosen.targets, **extras}
+    how = experiment.held_by(chosen) if quantised is None else config.Held(quantised)
+    hold = lambda params, places: held.hold(params, how, places, chosen.extras or "")
+    adapted = _adapted(loss, params, batch, key, hold=hold, **choice)
     tx = trainer.optimizer(train, RATE, 10**9)
     options = {"pass_key": True, "accumulate": accumulate or train.accumulate}
     return Workload(
