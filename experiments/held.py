@@ -11,7 +11,7 @@ import jlora
 from experiments.config import Held
 from experiments.tasks.task import Params
 from jlora import tree
-from jlora.adapted.quantize import is_head
+from jlora.quant.choice import is_head
 
 
 def chosen(sites: Sequence[jlora.Site], kept: str = "") -> frozenset[str]:
