@@ -2,18 +2,15 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.quant.nested import Nested
 
-if TYPE_CHECKING:
-    from jlora.quant.quantised import Quantised
 
-
-def shardings_of(of: "Quantised", sharding: NamedSharding, path: str) -> "Quantised":
-    """Shardings of codes and scales, in their places, for the sharding of the weight (or of shapes of it).
+def shardings_of(of: Any, sharding: NamedSharding, path: str) -> Any:
+    """Shardings of codes and scales of a `Quantised`, in their places, for the sharding of the weight (or of shapes of it).
 
     A block lies on one device whole. Scales in 8 bits follow the weight; those of the second level, one to 16,384
     weights, are on every device.
@@ -37,7 +34,7 @@ def shardings_of(of: "Quantised", sharding: NamedSharding, path: str) -> "Quanti
     return dataclasses.replace(of, codes=place(names), scales=of_scales)
 
 
-def _check_tail(of: "Quantised", sharding: NamedSharding, names: list[Any], path: str) -> None:
+def _check_tail(of: Any, sharding: NamedSharding, names: list[Any], path: str) -> None:
     tail, block = of.layout.tail, of.layout.block
     first, *rest = names[-len(tail) :]
     order = of.layout.order_of(of.ndim)[-len(tail) :]
