@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from experiments.progress import Phase
 from experiments.resume import loaded
 from experiments.tasks.task import Files, Opened, Params
 from experiments.trainer import Point, Shared, Trainer, read_curve, train
+from jlora import tree
 
 NAME = "base.safetensors"
 LABEL = "pretraining"
@@ -66,21 +68,29 @@ def trainer_of(experiment: Experiment, shared: Shared) -> Trainer:
     return Trainer(run, shared, base.train, base.learning_rate, side="old")
 
 
-def of_checkpoint(opened: Opened, seed: int) -> Base:
-    """A checkpoint's parameters, those of one seed at a time: the old ones go before new ones come."""
-    held: dict[int, Params] = {seed: opened.params(seed)}
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(held[seed]))
+def of_checkpoint(opened: Opened, seed: int, load: Callable[[int], Params]) -> Base:
+    """A checkpoint's parameters, those of one seed at a time: the old ones go before new ones come.
+
+    Args:
+      opened: the task.
+      seed: the first.
+      load: seed -> the parameters, as all runs hold them.
+    """
+    there: dict[int, Params] = {seed: load(seed)}
+    total = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in tree.leaves(there[seed])[0].values())
 
     def params(seed: int) -> Params:
-        if seed not in held and opened.head:  # another head
-            held.clear()
-            held[seed] = opened.params(seed)
-        return next(iter(held.values()))
+        if seed not in there and opened.head:  # another head
+            there.clear()
+            there[seed] = load(seed)
+        return next(iter(there.values()))
 
     return Base(params, total)
 
 
-def pretrained(trainer: Trainer, folder: Path, seed: int, phase: Phase, *, resume: bool = False) -> Base:
+def pretrained(
+    trainer: Trainer, folder: Path, seed: int, phase: Phase, hold: Callable[[Params], Params], *, resume: bool = False
+) -> Base:
     """The base from a file in `folder` if there is one with the same model, data and pretraining, else trained.
 
     Args:
@@ -88,6 +98,7 @@ def pretrained(trainer: Trainer, folder: Path, seed: int, phase: Phase, *, resum
       folder: of bases of all kinds; each has a folder of its own in it.
       seed: of the initial values and the batches.
       phase: where progress is shown.
+      hold: the parameters as all runs hold them.
       resume: keep what an interrupted pretraining left.
 
     Raises:
@@ -109,7 +120,7 @@ def pretrained(trainer: Trainer, folder: Path, seed: int, phase: Phase, *, resum
                 raise FloatingPointError(f"the base: {result.diverged}")
             write(own, trainer.merged(loaded(own, initial)))
             shutil.rmtree(own / "adapter")
-    params = read(own, initial)
+    params = hold(read(own, initial))
     return Base(lambda _: params, size(own / NAME), read_curve(own))
 
 

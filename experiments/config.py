@@ -1,5 +1,6 @@
 """The config of an experiment: a base, a task, the runs that adapt the one to the other, and measurements of them."""
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from typing import Any, Literal
 import jlora
 from experiments.configfile import ConfigError as ConfigError
 from experiments.tasks.task import Task
+from jlora.methods.residual import is_taken_out
 from jlora.models.sampling import Sampling
+from jlora.quant import FORMATS
 
 Duration = int | str
 """How long: a number of steps, "2 epochs" or "5000 examples"."""
@@ -137,6 +140,55 @@ Base = str | Callable[[Path], Path] | Pretrain
 """A repository on the hub or a folder, a function that makes a checkpoint below a folder and returns where, or here."""
 
 
+HOLDINGS = (*FORMATS, "bf16", "none")
+
+
+@dataclass(frozen=True)
+class Held:
+    """How the base's linear weights but heads are held. By name: `base.quantize=nf4`, `runs.lora.base.quantize=int8`.
+
+    Attributes:
+      quantize: a format of `jlora.quantize`: "nf4", "fp4", "int4", "int8", "fp8"; "bf16" for a cast to bfloat16, "none"
+        for no change. None: of an experiment no change, of a run what the experiment has.
+      block, double: as in `jlora.quantize`.
+      loftq: steps of `jlora.loftq`, which starts the factors from what quantising loses; None for no such start.
+    """
+
+    quantize: str | None = None
+    block: int | None = None
+    double: bool | None = None
+    loftq: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantize is not None and self.quantize not in HOLDINGS:
+            near = difflib.get_close_matches(self.quantize.lower(), HOLDINGS, 1, 0.0)[0]
+            raise ConfigError(
+                f"base.quantize={self.quantize!r} is one of {', '.join(HOLDINGS)}; the nearest is {near!r}"
+            )
+        if self.quantize not in FORMATS and (self.block, self.double, self.loftq) != (None, None, None):
+            raise ConfigError(
+                f"base.block, base.double and base.loftq go with base.quantize={', '.join(FORMATS)}, which is "
+                f"{self.quantize!r}"
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is changed."""
+        return self.quantize in (None, "none")
+
+    @property
+    def in_words(self) -> str:
+        """For people: "nf4, blocks of 64, scales twice"."""
+        if self.quantize not in FORMATS or not FORMATS[self.quantize].blocks:
+            return str(self.quantize)
+        twice = "" if self.double is False else ", scales in 8 bits"
+        return f"{self.quantize}, blocks of {self.block or 64}{twice}"
+
+
+UNDER_BASE = {"under": "base"}
+"""Of a field that overrides know as a part of the base."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A way to adapt the base. Full fine-tuning is a method like any other: `jlora.full()`.
@@ -151,6 +203,7 @@ class Run:
       targets: which weights, as in `jlora.apply`.
       extras: leaves trained as they are; a new head always is.
       family: runs of one family have one colour in the plots that compare many.
+      held: how this run holds the base.
     """
 
     name: str
@@ -161,10 +214,22 @@ class Run:
     extras: str | None = None
     rates: tuple[float, ...] = ()
     family: str = ""
+    held: Held = field(default=Held(), metadata=UNDER_BASE)
 
     def __post_init__(self) -> None:
+        if self.is_full and not self.held.plain:
+            raise ConfigError(
+                f"runs.{self.name}: full fine-tuning trains the weights themselves, which a base held in "
+                f"{self.held.quantize} does not have: take a method with factors, such as lora(16), or leave "
+                f"runs.{self.name}.base.quantize out"
+            )
         if list(self.rates) != sorted(set(self.rates)) or any(rate <= 0 for rate in self.rates):
             raise ConfigError(f"runs.{self.name}.rates: positive and ascending; got {self.rates}")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all weights are trained."""
+        return any(part.name == "full" for part, _ in self.method.parts)
 
 
 @dataclass(frozen=True)
@@ -216,6 +281,7 @@ class Experiment:
       statistics: training batches that data-driven methods start from.
       measure: what else is measured.
       save: what is written beside the run's folder.
+      held: how the base is held by all runs that say nothing else, full fine-tuning aside.
     """
 
     name: str
@@ -231,6 +297,7 @@ class Experiment:
     statistics: int = 4
     measure: Measure = Measure()
     save: Save = Save()
+    held: Held = field(default=Held(), metadata=UNDER_BASE)
 
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]
@@ -247,6 +314,22 @@ class Experiment:
         for run in self.runs:
             if not self.rates_of(run):
                 raise ConfigError(f"runs.{run.name}: a learning_rate, or rates for a sweep")
+        if not self.held.plain and all(run.is_full for run in self.runs):
+            raise ConfigError(
+                f"base.quantize={self.held.quantize}: full fine-tuning trains the weights themselves, and "
+                f"{self.name!r} has no other runs: add one with a method such as lora(16)"
+            )
+
+    def held_by(self, run: Run) -> Held:
+        """How a run holds the base."""
+        return self.held if run.held.quantize is None and not run.is_full else run.held
+
+    @property
+    def held_by_all(self) -> Held:
+        """How all runs hold the base, so that it need not be kept as it is; else as it is."""
+        held = {(self.held_by(run), run.extras) for run in self.runs}
+        own = any(self.held_by(run).loftq or is_taken_out(run.method) for run in self.runs)
+        return next(iter(held))[0] if len(held) == 1 and not own else Held()
 
     def rates_of(self, run: Run) -> tuple[float, ...]:
         """The learning rates of a run: one, or those of a sweep."""

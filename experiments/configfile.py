@@ -105,7 +105,7 @@ def fields(node: Any, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(type(node))
     for field in dataclasses.fields(node):
-        path, value = prefix + field.name, getattr(node, field.name)
+        path, value = prefix + _name(field), getattr(node, field.name)
         if dataclasses.is_dataclass(value):
             found |= fields(value, f"{path}.")
         elif type(value) is tuple and any(map(dataclasses.is_dataclass, value)):  # each under its own name
@@ -116,16 +116,33 @@ def fields(node: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _name(field: Any) -> str:
+    """A field's name in overrides, where its own parts may stand below another field: `base.quantize`."""
+    return str(field.metadata.get("under", field.name))
+
+
 def _replace(node: Any, path: list[str], value: Any) -> Any:
     if isinstance(node, tuple):
         return tuple(_replace(item, path[1:], value) if item.name == path[0] else item for item in node)
     name, *rest = path
+    # Of two fields with one name the one that has the part.
+    name = next(
+        field.name
+        for field in dataclasses.fields(node)
+        if _name(field) == name and (not rest or _has(getattr(node, field.name), rest[0]))
+    )
     try:
         return dataclasses.replace(node, **{name: _replace(getattr(node, name), rest, value) if rest else value})
     except ConfigError:
         raise
     except ValueError as error:  # from a dataclass that checks itself, such as a model's config
         raise ConfigError(str(error)) from error
+
+
+def _has(value: Any, part: str) -> bool:
+    if isinstance(value, tuple):
+        return any(item.name == part for item in value)
+    return dataclasses.is_dataclass(value) and any(_name(field) == part for field in dataclasses.fields(value))
 
 
 def _parse(path: str, text: str, hint: Any) -> Any:

@@ -59,9 +59,9 @@ def write(experiment: Experiment, trials: Sequence[Trial], params: Params, sourc
         if not trial.results:
             lines.append(f"merged    nothing is saved of {trial.run.label}: it diverged")
             continue
-        adapted, opened = loaded(trial.place, params), trial.trainer.opened
+        adapted, opened = loaded(trial.place, trial.held(params)), trial.trainer.opened
         origin = source.folder if isinstance(source, Files) else None
-        models.save(folder, opened.model, jlora.merge(adapted), source=origin)
+        models.save(folder, opened.model, jlora.dequantize(jlora.merge(adapted)), source=origin)
         if opened.classes:
             _name_classes(folder, opened.classes)
         write_json(folder / MARK, _of(experiment, trial))

@@ -34,6 +34,7 @@ class Plan:
       factor_bytes, optimizer_bytes: of what is trained, and of the optimizer's state for it.
       temporary_bytes: the most that the compiled step holds beside its arguments and results.
       flops: of the compiled step, as XLA counts them.
+      base_bytes: of the base as the run holds it.
     """
 
     sites: int
@@ -43,6 +44,7 @@ class Plan:
     optimizer_bytes: int
     temporary_bytes: int
     flops: float
+    base_bytes: int = 0
 
     @property
     def percent(self) -> float:
@@ -85,6 +87,7 @@ def planned(trainer: Trainer, seed: int, params: Params) -> Plan:
         optimizer_bytes=_bytes(state.opt_state),
         temporary_bytes=temporary,
         flops=flops,
+        base_bytes=_bytes(state.adapted.base),
     )
 
 
@@ -102,7 +105,7 @@ def priced(experiment: Experiment, trials: Sequence[Trial], params: Params, fold
         return {}
     if path.exists():
         return read_json(path, lambda read: {name: Price(**price) for name, price in read.items()})
-    trained = {trial.run.name: (trial, loaded(trial.place, params)) for trial in trials}
+    trained = {trial.run.name: (trial, loaded(trial.place, trial.held(params))) for trial in trials}
     batch = trials[0].trainer.batches(0)(0)
     states = {name: TrainState.create(adapted, trial.trainer.step.tx) for name, (trial, adapted) in trained.items()}
     steps = {name: (trial.trainer.step, states[name]) for name, (trial, _) in trained.items()}
@@ -154,7 +157,7 @@ def _forward_seconds(
         leaves = jax.tree.leaves(params)
         calls[name, merged] = lambda: program(leaves, batch)
 
-    plain = program(opened.model.apply, base)
+    plain = program(next(iter(trained.values()))[0].trainer.shared.apply, base)
     add("", True, base, plain)
     for name, (trial, adapted) in trained.items():
         add(name, False, adapted, program(jlora.lift(opened.model.apply), adapted))

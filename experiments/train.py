@@ -16,7 +16,8 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -28,12 +29,15 @@ from experiments.config import Experiment, Pretrain, Study, all_of
 from experiments.configfile import ConfigError
 from experiments.data.files import DataError
 from experiments.folder import located, open_run_folder
+from experiments.held import hold, while_loading
 from experiments.price import Plan, planned, priced
 from experiments.progress import Progress
 from experiments.report.results import outcome_of
 from experiments.tasks.task import Opened, Params
-from experiments.trainer import Shared, Trainer
+from experiments.trainer import Shared, Trainer, pattern_of, sites_of
 from experiments.trial import Trial
+from jlora import tree
+from jlora.quant import FORMATS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,14 +119,14 @@ def _prepared(experiment: Experiment, opened: Opened, folder: Path) -> Work:
     seed, base = experiment.seed, None
     with _as_config_errors():
         if isinstance(experiment.base, Pretrain):
-            shapes = jax.eval_shape(lambda: opened.params(seed))
+            shapes = jax.eval_shape(lambda: _held_by_all(experiment, opened, opened.params(seed)))
         else:
-            base = bases.of_checkpoint(opened, seed)
+            base = bases.of_checkpoint(opened, seed, partial(_loaded, experiment, opened))
             shapes = jax.eval_shape(lambda params: params, base.params(seed))
     shared = Shared.of(experiment, opened, shapes)
     trials = []
     for each in experiment.runs:
-        rates = experiment.rates_of(each)
+        rates, each = experiment.rates_of(each), replace(each, held=experiment.held_by(each))
         trainer = Trainer(each, shared, experiment.train, rates[0])
         trainer.check(shapes)
         trials.append(Trial(trainer, rates, experiment.seeds, folder / each.name, experiment.measure.test))
@@ -130,12 +134,29 @@ def _prepared(experiment: Experiment, opened: Opened, folder: Path) -> Work:
     return Work(experiment, opened, folder, shared, trials, base)
 
 
+def _held_by_all(experiment: Experiment, opened: Opened, params: Params) -> Params:
+    """The base as all runs hold it, so that it is not kept beside that; as it is where they differ."""
+    held, run = experiment.held_by_all, experiment.runs[0]
+    if held.plain:
+        return params
+    return hold(params, held, sites_of(experiment, opened, params), pattern_of(opened.head, run.extras))
+
+
+def _loaded(experiment: Experiment, opened: Opened, seed: int) -> Params:
+    """A checkpoint as all runs hold it. What they hold in 4 or 8 bits is never held in more."""
+    held = experiment.held_by_all
+    if held.quantize not in FORMATS:
+        return _held_by_all(experiment, opened, opened.params(seed))
+    return opened.params(seed, **while_loading(held, pattern_of(opened.head, experiment.runs[0].extras)))
+
+
 def _base(work: Work, progress: Progress, *, resume: bool) -> Base:
     """The checkpoint, or the base from an earlier start if there is one, else trained."""
     if work.loaded is not None:
         return work.loaded
     place, phase = work.folder.parent / "bases", progress.phase(bases.LABEL)
-    return bases.pretrained(work.base_trainer, place, work.experiment.seed, phase, resume=resume)
+    hold = partial(_held_by_all, work.experiment, work.opened)
+    return bases.pretrained(work.base_trainer, place, work.experiment.seed, phase, hold, resume=resume)
 
 
 def _plans(work: Work, params: Params) -> dict[str, Plan]:
@@ -166,8 +187,8 @@ def _measured(work: Work, base: Base, plans: dict[str, Plan], progress: Progress
         progress.print(shown)
     new = old = None
     if opened.old is not None and experiment.measure.test:
-        new, old = (work.shared.plain(params, "test", side) for side in ("new", "old"))
-    start = report.Start(sum(leaf.size for leaf in jax.tree.leaves(params)), base.bytes, new, old, base.curve)
+        new, old = (work.shared.of_base(params, "test", side) for side in ("new", "old"))
+    start = report.Start(sum(leaf.size for leaf in tree.leaves(params)[0].values()), base.bytes, new, old, base.curve)
     outcomes = tuple(outcome_of(t, plans[t.run.name], prices.get(t.run.name)) for t in work.trials)
     return report.Results.of(experiment, opened, start, outcomes)
 

@@ -16,13 +16,17 @@ import numpy as np
 import optax
 
 import jlora
-from experiments.config import ConfigError, Experiment, Run, Schedule, in_steps
+from experiments import held
+from experiments.config import ConfigError, Experiment, Held, Run, Schedule, in_steps
 from experiments.folder import read_json, write_json
 from experiments.progress import Phase
 from experiments.resume import loaded, restored
 from experiments.tasks.task import Apply, Batch, Evaluate, Opened, Params, Scores, Side, Split
 from experiments.tensorboard import TensorBoard
+from jlora import tree
 from jlora.checkpoint import Checkpoints
+from jlora.methods.residual import is_taken_out
+from jlora.quant import FORMATS
 from jlora.state import TrainState
 from jlora.train import Step, train_step
 
@@ -77,15 +81,60 @@ class Result:
 
 
 class Shared:
-    """Common parts of all runs of an experiment: the task, and one compiled evaluation of plain parameters."""
+    """Common parts of all runs of an experiment: the task, its sites, the base, one evaluation of plain parameters.
 
-    def __init__(self, opened: Opened, sites: tuple[jlora.Site, ...], statistics: int) -> None:
-        self.opened, self.sites, self.statistics = opened, sites, statistics
+    Attributes:
+      opened: the task.
+      sites: of its loss.
+      statistics: training batches that data-driven methods start from.
+      already: how the parameters are held that come, where all runs have them so; None for as they are.
+      stored: whether some of those are held in few bits, as a checkpoint's may be by itself.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        sites: tuple[jlora.Site, ...],
+        statistics: int,
+        already: Held | None = None,
+        *,
+        stored: bool = False,
+    ) -> None:
+        self.opened, self.sites, self.statistics, self.already, self.stored = opened, sites, statistics, already, stored
+        self._held: dict[tuple[Held, str], tuple[Params, Params]] = {}
 
     @functools.cached_property
     def plain(self) -> Evaluate:
         """The scores of plain parameters."""
         return self.opened.evaluator(self.opened.model.apply)
+
+    @property
+    def apply(self) -> Apply:
+        """The model's function of the base as it is kept."""
+        return self.opened.model.apply if not self.stored else jlora.lift(self.opened.model.apply)
+
+    @functools.cached_property
+    def of_base(self) -> Evaluate:
+        """The scores of the base as it is kept."""
+        return self.plain if not self.stored else self.opened.evaluator(self.apply)
+
+    def held(self, run: Run, params: Params) -> Params:
+        """The base as a run holds it; runs that hold it alike share it. One that is held so already stays."""
+        key = run.held, self.kept(run)
+        if key not in self._held or self._held[key][0] is not params:
+            self._held = {key: pair for key, pair in self._held.items() if pair[0] is params}  # another seed's go
+            self._held[key] = params, self.hold(run, params)
+        return self._held[key][1]
+
+    def hold(self, run: Run, params: Params) -> Params:
+        """The same, made anew; shapes of shapes."""
+        if run.held == self.already:
+            return params
+        return held.hold(params, run.held, self.sites, self.kept(run))
+
+    def kept(self, run: Run) -> str:
+        """A pattern of what a run trains as it is."""
+        return pattern_of(self.opened.head, run.extras)
 
     @functools.cached_property
     def merge(self) -> Callable[[jlora.Adapted], Params]:
@@ -95,8 +144,22 @@ class Shared:
     @classmethod
     def of(cls, experiment: Experiment, opened: Opened, params: Params) -> "Shared":
         """Shared parts of an experiment. Axes are read from the loss: no name says those of stacked layers."""
-        batch = opened.new.batches(experiment.train.batch, 0)(0)
-        return cls(opened, jlora.sites(opened.loss, params, batch, jax.random.key(0)), experiment.statistics)
+        already = experiment.held_by_all
+        sites = sites_of(experiment, opened, params)
+        stored = any(map(tree.is_stored, tree.leaves(params)[0].values()))
+        return cls(opened, sites, experiment.statistics, None if already.plain else already, stored=stored)
+
+
+def sites_of(experiment: Experiment, opened: Opened, params: Params) -> tuple[jlora.Site, ...]:
+    """The sites of the loss, for parameters or their shapes, of which some may be held in few bits."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params, is_leaf=tree.is_stored)
+    batch = opened.new.batches(experiment.train.batch, 0)(0)
+    return jlora.sites(opened.loss, shapes, batch, jax.random.key(0))
+
+
+def pattern_of(*patterns: str | None) -> str:
+    """A pattern that fits what one of several fits; "" of none."""
+    return "|".join(f"(?:{pattern})" for pattern in patterns if pattern)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +217,34 @@ class Trainer:
     @property
     def merges(self) -> bool:
         """Whether the method gives plain weights, and those of the base take the update without rounding it away."""
-        return not self.run.method.acts.unmergeable and self.opened.model.config.param_dtype == "float32"
+        takes = self.run.held.plain and not self.shared.stored and self.opened.model.config.param_dtype == "float32"
+        return takes and not self.run.method.acts.unmergeable
+
+    def held(self, params: Params, seed: int) -> Params:
+        """The base as the run holds it: a run's own where it is less what the factors start from (LoftQ, QPiSSA)."""
+        if not self.starts_from_base:
+            return self.shared.held(self.run, params)
+        return self._started(seed, params).base
+
+    def _started(self, seed: int, params: Params) -> jlora.Adapted:
+        """The start of a run whose base is its own, the last one kept: it takes singular values of every weight."""
+        if self._own.get("of") != (id(params), seed):
+            plain = self._beside(params, jax.random.key(seed)).replace(base=params)
+            adapted = held.hold_adapted(plain, self.run.held, self.shared.sites, self.shared.kept(self.run))
+            self._own.update(of=(id(params), seed), params=params, adapted=adapted)
+        adapted = self._own["adapted"]
+        # A training step gives its factors away.
+        return jax.tree.map(jnp.copy, adapted.replace(base=None)).replace(base=adapted.base)
+
+    @functools.cached_property
+    def _own(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether the factors' start is taken out of the base before it is quantised."""
+        run = self.run
+        return run.held.quantize in FORMATS and (run.held.loftq is not None or is_taken_out(run.method))
 
     def merged(self, adapted: jlora.Adapted) -> Params:
         """Parameters as `apply` takes them."""
@@ -173,7 +263,10 @@ class Trainer:
         return new, old
 
     def adapted(self, seed: int, params: Params) -> jlora.Adapted:
-        """The base with initial factors."""
+        """The base, held as the run has it, with initial factors."""
+        if self.starts_from_base:
+            return self._started(seed, params)
+        params = self.shared.held(self.run, params)
         run, opened, statistic = self.run, self.opened, self.run.method.acts.statistic
         if not statistic:
             return self._beside(params, jax.random.key(seed)).replace(base=params)
@@ -185,7 +278,7 @@ class Trainer:
 
     def _apply(self, params: Params, key: jax.Array, **statistics: Any) -> jlora.Adapted:
         run = self.run
-        extras = "|".join(f"(?:{pattern})" for pattern in (self.opened.head, run.extras) if pattern)
+        extras = self.shared.kept(run)
         options = statistics | ({"extras": extras} if extras else {})
         return jlora.apply(params, method=run.method, targets=run.targets, sites=self.shared.sites, key=key, **options)
 
@@ -193,6 +286,11 @@ class Trainer:
     def _beside(self) -> Callable[[Params, jax.Array], jlora.Adapted]:
         """All of an adapter but its base, which is not copied. One program for all shapes of factors and all seeds."""
         return jax.jit(lambda params, key: self._apply(params, key).replace(base=None))
+
+    def planned(self, params: Params) -> jlora.Adapted:
+        """Shapes of the start: a base that is quantised with its factors has those of one that is quantised alone."""
+        base = self.shared.hold(self.run, params)
+        return self._apply(params, jax.random.key(0)).replace(base=base)
 
     def start(self, seed: int, params: Params, learning_rate: float | None = None) -> TrainState:
         """The state before the first step."""
@@ -214,9 +312,10 @@ class Trainer:
         run = self.run
         if method.acts.statistic:  # abstract parameters have no data to start from
             run = dataclasses.replace(run, method=jlora.lora(method.rank or 1))
+        trainer = dataclasses.replace(self, run=run)
         try:
             self.optimizer(self.first_rate)
-            jax.eval_shape(functools.partial(dataclasses.replace(self, run=run).adapted, 0), shapes)
+            jax.eval_shape(trainer.planned, shapes)
         except ValueError as error:
             raise ConfigError(f"runs.{self.run.name}: {error}") from error
 
@@ -333,7 +432,7 @@ def score(trainer: Trainer, result: Result, folder: Path, params: Params, phase:
 
 
 def _tested(trainer: Trainer, result: Result, folder: Path, params: Params, board: TensorBoard, phase: Phase) -> Result:
-    new, old = trainer.evaluate(loaded(folder, params), "test")
+    new, old = trainer.evaluate(loaded(folder, trainer.held(params, result.seed)), "test")
     board.scalars(trainer.steps, _named("test", new, old))
     phase.say(f"{phase.title}: test {_text(new)}, of step {result.best}")
     return dataclasses.replace(result, test=new, old=old)

@@ -48,6 +48,10 @@ class Trial:
         """The folder of the first seed's training at the best rate."""
         return self._place(self.seeds[0], self.rates[0] if self.best is None else self.best)
 
+    def held(self, params: Params) -> Params:
+        """The base as the run holds it, with the first seed."""
+        return self.trainer.held(params, self.seeds[0])
+
     def train(self, seed: int, params: Params, progress: Progress) -> None:
         """The trainings of a seed, those of the first one first."""
         if seed == self.seeds[0]:

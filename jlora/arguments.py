@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jlora import tree
+from jlora import host, tree
 from jlora.adapted.adapted import Adapted, partition
 
 PyTree = Any
@@ -151,7 +151,10 @@ def _default_device() -> jax.Device:
 
 def _beside(home: Sharding, x: jax.Array) -> jax.Array:
     place = tree.placement(x)
-    return x if place is not None and place.device_set == home.device_set else _put(x, home)
+    if place is not None and place.device_set == home.device_set:
+        return x
+    kind = place.memory_kind if place is not None and host.waits(x) else None
+    return _put(x, home if kind is None else home.with_memory_kind(kind))
 
 
 def _settled(home: Sharding | None, x: Any) -> Any:
@@ -183,6 +186,11 @@ def pmap_arguments(accumulate: int, state: State, batch: PyTree) -> Arguments:
     mesh = Mesh(np.array(devices), (AXIS,))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
     carry, kept, skeleton = _split(state)
+    if any(map(host.waits, jax.tree.leaves(carry.opt_state))):
+        raise ValueError(
+            "this state's optimizer waits in the host's memory (memory_kind=), which parallel='pmap' does not know: "
+            "use parallel='jit'"
+        )
     moved = jax.tree.map(functools.partial(_replicated, everywhere), (carry, kept, state.key, state.loss))
     carry, kept, key, loss = moved
     if tree.is_abstract(carry.step):

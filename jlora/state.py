@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jlora import tree
+from jlora import host, tree
 from jlora.adapted.adapted import Adapted
 from jlora.optim import of_method, transformation
 
@@ -41,7 +41,14 @@ class TrainState:
     skipped: jax.Array = field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
     @classmethod
-    def create(cls, adapted: Adapted, tx: optax.GradientTransformation, *, key: int | jax.Array = 0) -> Self:
+    def create(
+        cls,
+        adapted: Adapted,
+        tx: optax.GradientTransformation,
+        *,
+        key: int | jax.Array = 0,
+        memory_kind: str | None = None,
+    ) -> Self:
         """The state before the first step.
 
         Factors and optimizer state are copied, so that donation leaves `adapted` as it is. NumPy leaves of the base are
@@ -57,16 +64,20 @@ class TrainState:
           adapted: from `jlora.apply` or `jlora.load`; one leaf that is a shape makes all of the state shapes.
           tx: the step's optimizer (`step.tx`, or the transformation that `train_step` was given).
           key: seed or key.
+          memory_kind: where the optimizer's arrays wait between two steps: "pinned_host" is the host's memory, as of
+            QLoRA's paged optimizer. A step brings them to the device for the update and puts them back, and so it does
+            with what a checkpoint restores. Scalars stay on the device. None: on the device, all of them. Under "jit"
+            alone, and not on JAX 0.10's CPU, which has no such programs.
 
         Raises:
           TypeError: if `adapted` is no `Adapted`, or `key` neither a seed nor a typed key.
-          ValueError: if there is nothing to train.
+          ValueError: if there is nothing to train, or if there is no memory of that kind.
         """
         if not isinstance(adapted, Adapted):
             raise TypeError(f"TrainState.create takes an Adapted (from jlora.apply), got {type(adapted).__name__}")
         tx = transformation(tx)
         if tree.is_abstract(adapted):
-            return cls._abstract(jax.tree.map(tree.abstract, adapted), tx, key)
+            return cls._abstract(jax.tree.map(tree.abstract, adapted), tx, key, memory_kind)
         key = tree.as_key(key)
         on_device = functools.partial(
             jax.tree.map, lambda x: jax.device_put(x) if isinstance(x, np.ndarray | np.generic) else x
@@ -75,14 +86,14 @@ class TrainState:
         factors = own(adapted.factors)
         return cls(
             adapted=adapted.replace(base=on_device(adapted.base), buffers=on_device(adapted.buffers), factors=factors),
-            opt_state=own(of_method(tx, adapted).init(factors)),
+            opt_state=host.placed(own(of_method(tx, adapted).init(factors)), memory_kind),
             step=jnp.zeros((), jnp.int32),
             key=key,
             loss=jnp.zeros((), jnp.float32),
         )
 
     @classmethod
-    def _abstract(cls, adapted: Adapted, tx: optax.GradientTransformation, key: Any) -> Self:
+    def _abstract(cls, adapted: Adapted, tx: optax.GradientTransformation, key: Any, memory_kind: str | None) -> Self:
         """The same of shapes. What an optimizer keeps for each factor (moments, averages) lies as the factor does."""
         factors = adapted.factors
         structure: Structure = jax.tree.structure(factors)
@@ -98,7 +109,7 @@ class TrainState:
         opt_state, step, loss, skipped = jax.eval_shape(rest, factors)
         opt_state = jax.tree.map(beside, opt_state, is_leaf=is_like_factors)
         key = jax.eval_shape(tree.as_key, key) if tree.is_abstract(key) else jax.eval_shape(lambda: tree.as_key(key))
-        return cls(adapted, opt_state, step, key, loss, skipped)
+        return cls(adapted, host.placed(opt_state, memory_kind), step, key, loss, skipped)
 
     def check(self) -> None:
         """Waits for the last step and raises FloatingPointError if its loss or its gradient was not finite.

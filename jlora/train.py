@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
-from jlora import tree
+from jlora import host, tree
 from jlora.arguments import AXIS, Arguments, Carry, Skeleton, jit_arguments, mesh_of, pmap_arguments
 from jlora.methods.checks import whole
 from jlora.objective import Loss, Metrics, Parts, Shape, objective, value, value_and_gradient
@@ -205,9 +205,10 @@ def _program(
 
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss.loss) & jnp.isfinite(norm)
+    before_it = host.fetched(carry.opt_state)
     updates, opt_state = tx.update(
         gradients,
-        carry.opt_state,
+        before_it,
         carry.factors,
         value=loss.loss,
         grad=gradients,
@@ -217,7 +218,8 @@ def _program(
     )
     whole = jnp.isfinite(optax.tree.norm(updates)) if nonfinite == "optimizer" else finite
     new = (optax.apply_updates(carry.factors, updates), opt_state)
-    factors, opt_state = jax.tree.map(functools.partial(jax.lax.select, whole), new, (carry.factors, carry.opt_state))
+    factors, opt_state = jax.tree.map(functools.partial(jax.lax.select, whole), new, (carry.factors, before_it))
+    opt_state = host.put_back(opt_state, carry.opt_state)
     skipped = carry.skipped + jnp.logical_not(finite).astype(jnp.int32)
     unusable = jnp.where(jnp.isfinite(loss.loss), jnp.float32(jnp.nan), loss.loss)
     if nonfinite != "raise":
@@ -263,7 +265,8 @@ def _jit(program: Callable[..., Any], donate: bool) -> Callable[[Arguments], Any
 
     def compiled(arguments: Arguments) -> Any:
         place = arguments.carry.step.sharding
-        if place is None or len(place.device_set) == 1:  # None: a shape that stands for an array of no place
+        alone = place is None or len(place.device_set) == 1  # None: a shape that stands for an array of no place
+        if alone and not any(map(host.waits, jax.tree.leaves(arguments.carry.opt_state))):
             return plain
         leaves, structure = jax.tree.flatten((arguments.carry, arguments.loss))
         return pinned(structure, tuple(leaf.sharding for leaf in leaves))

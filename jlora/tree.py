@@ -25,8 +25,9 @@ class Stored(Protocol):
     - `transpose(permutation)`: the leaf with its axes permuted. Of any other the array is, when it is dequantised.
     - `as_held()`: the array with its axes in the order in which a product meets it soonest, and the axis of the leaf
       behind each of these.
-    - `in_parts(mesh, spec, path)`: a leaf of the same array, and the tree of `PartitionSpec` by which its arrays are cut over
-      the mesh so that each part is the part of the leaf that `spec` says. Any other is dequantised before `shard_map`.
+    - `in_parts(mesh, spec, path)`: a leaf of the same array, and the tree of `PartitionSpec` by which its arrays are
+      cut over the mesh so that each part is the part of the leaf that `spec` says. Any other is dequantised before
+      `shard_map`.
     """
 
     @property

@@ -368,7 +368,8 @@ def test_a_save_that_cannot_be_leaves_what_was_there(tmp_path):
 def test_a_quantised_checkpoint_is_refused(folder):
     change(folder, quantization_config={"quant_method": "gptq"})
     assert error_of(lambda: models.load(folder)) == (
-        f"'{folder}' is quantised (gptq): load the checkpoint that it was made from"
+        f"'{folder}' is quantised (gptq), and jlora reads bitsandbytes' 4 bits alone: load the checkpoint that it was "
+        "made from, with quantize= for a base in few bits"
     )
     change(folder, quantization_config=None)
     retensor(folder, lambda tensors: tensors.update({"transformer.ln_f.bias": np.ones(16, np.int8)}))

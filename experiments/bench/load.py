@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jlora import models
 from jlora.models.gpt2 import GPT2, PRESETS, GPT2Config
 
-# What runs in the other process: JAX and its compiler are up before the first reading, with a tiny checkpoint's help, so
-# that they are not counted.
+# What runs in the other process: a tiny checkpoint is loaded before the first reading, so that JAX and its compiler are
+# not counted.
 _CHILD = """
 import json, sys
 import jax, jax.numpy as jnp
@@ -42,6 +42,7 @@ print(json.dumps({"parameters": size, "peak": memory("VmHWM") - before, "after":
 """
 
 
+PLAIN: tuple[dict[str, Any], ...] = ({}, {"scan": True}, {"param_dtype": "bfloat16"})
 QUANTISED: tuple[dict[str, Any], ...] = (
     {"scan": True, "param_dtype": "bfloat16", "quantize": "nf4"},
     {"param_dtype": "bfloat16", "quantize": "int8"},
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder), replace(PRESETS[options.preset], scan=True))
-        for settings in ({}, {"scan": True}, {"param_dtype": "bfloat16"}, *QUANTISED):
+        for settings in (*PLAIN, *QUANTISED):
             found = measured(Path(folder), **settings)
             print(
                 f"{options.preset} {settings or ''}: {found['parameters'] / 1e6:,.0f} MB of parameters; at the peak "

@@ -13,10 +13,10 @@ def samples(opened: Opened, trials: Sequence[Trial], params: Params, folder: Pat
     """Lines of the base and of every run's first seed, which `samples.txt` keeps; "" where a task has none."""
     if opened.samples is None:
         return ""
-    shown = [("before", opened.samples(opened.model.apply, params))]
+    shown = [("before", opened.samples(trials[0].trainer.shared.apply, params))]
     for trial in trials:
         if trial.results:
-            merged = trial.trainer.merged(loaded(trial.place, params))
+            merged = trial.trainer.merged(loaded(trial.place, trial.held(params)))
             shown.append((trial.run.label, opened.samples(trial.trainer.apply, merged)))
     text = "\n".join(f"{label}:\n" + "\n".join(f"  {line}" for line in lines) for label, lines in shown)
     write_text(folder / "samples.txt", text + "\n")

@@ -3,16 +3,17 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments.config import Experiment
+from experiments.config import Experiment, Held
+from experiments.held import in_bits
 from experiments.price import Plan, Price
 from experiments.report.results import Outcome, Results
 from experiments.tasks.task import Metric, Opened, Params
 from experiments.trainer import is_finite
 from experiments.trial import Trial
+from jlora import tree
 
 Cells = list[list[str]]
 """A table as text, its header first."""
@@ -52,11 +53,12 @@ def opening(experiment: Experiment, opened: Opened, steps: int) -> list[str]:
 
 def planned(opened: Opened, params: Params, trials: Sequence[Trial], plans: Mapping[str, Plan]) -> list[str]:
     """The model, and what each run trains and needs."""
-    leaves = jax.tree.leaves(params)
+    leaves = tree.leaves(params)[0].values()
     total, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
     dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
     width = max(len(trial.run.label) for trial in trials)
     lines = [f"model     {type(opened.model).__name__}, {total:,} parameters, {dtypes}, {in_bytes(size)}"]
+    lines += _held(params, trials, plans)
     for trial in trials:
         plan = plans[trial.run.name]
         lines.append(
@@ -68,6 +70,22 @@ def planned(opened: Opened, params: Params, trials: Sequence[Trial], plans: Mapp
             where = "" if trial.run.targets is None else f" on {trial.run.targets}"
             lines.append(f"method    {trial.run.label}: {trial.run.method!r}{where}")
     return lines
+
+
+def _held(params: Params, trials: Sequence[Trial], plans: Mapping[str, Plan]) -> list[str]:
+    """A line for each way in which runs hold the base otherwise than it is."""
+    lines: dict[Held, str] = {}
+    for trial in trials:
+        run, shared = trial.run, trial.trainer.shared
+        if run.held.plain or run.held in lines:
+            continue
+        number, bits = in_bits(trial.held(params), shared.sites, shared.kept(run))
+        by = [other.run.label for other in trials if other.run.held == run.held]
+        lines[run.held] = (
+            f"held      {number:,} parameters in {run.held.in_words}, {bits:.3f} bits each; the base has "
+            f"{in_bytes(plans[run.name].base_bytes)}" + ("" if len(by) == len(trials) else f": {', '.join(by)}")
+        )
+    return list(lines.values())
 
 
 def tables(results: Results) -> list[Cells]:
@@ -140,6 +158,8 @@ def _costs(results: Results) -> list[Quantity]:
     found: list[Quantity] = [("trainable parameters" if two else "trained", "", lambda o: f"{o.plan.trainable:,}")]
     if two:
         found.append(("  percent of all", "", lambda o: f"{o.plan.percent:.3g} %"))
+    if len({outcome.plan.base_bytes for outcome in results.outcomes}) > 1:
+        found.append(("base as held", "", lambda o: in_bytes(o.plan.base_bytes)))
     found += [
         ("optimizer state" if two else "optimizer", "", lambda o: in_bytes(o.plan.optimizer_bytes)),
         ("peak temporary memory, step" if two else "activations", "", lambda o: in_bytes(o.plan.temporary_bytes)),

@@ -13,19 +13,19 @@ class Headed(NamedTuple):
 
     Attributes:
       model: a linen module.
-      params: seed -> its parameters; a new head's are the seed's.
+      params: seed -> its parameters; a new head's are the seed's. With `quantize`, `block` and `double` of
+        `jlora.models.load` they are held in few bits from the file on.
     """
 
     model: Any
-    params: Callable[[int], Params]
+    params: Callable[..., Params]
 
 
 def headed(source: Files, **options: Any) -> Headed:
     """The checkpoint's model, its config with these options but where the experiment's base has others."""
     settings = {**options, **source.options}
-    return Headed(
-        models.build(source.folder, **settings), lambda seed: models.load(source.folder, seed=seed, **settings).params
-    )
+    load = lambda seed, **held: models.load(source.folder, seed=seed, **settings, **held).params
+    return Headed(models.build(source.folder, **settings), load)
 
 
 def check_fits(model: Any, tokenizer: models.Tokenizer, length: int) -> None:

@@ -95,7 +95,7 @@ class Opened:
     Attributes:
       model: a linen module, with the task's head.
       params: seed -> its parameters: those of the checkpoint, a new head's being the seed's; random ones where the base
-        is pretrained here.
+        is pretrained here. Those of a checkpoint take `quantize`, `block` and `double` of `jlora.models.load`.
       new, old: the domains; there may be no old one.
       loss: (params, batch, key) -> the mean loss in nats, with the model's dropout: what is trained.
       outputs: (apply, params, batch) -> the model's outputs without dropout, for a batch of training.
@@ -113,7 +113,7 @@ class Opened:
     """
 
     model: Any
-    params: Callable[[int], Params]
+    params: Callable[..., Params]
     new: Domain
     old: Domain | None
     loss: Callable[[Params, Batch, jax.Array], jax.Array]

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jlora import tree
 from jlora.adapted.adapted import Adapted, from_arrays, to_arrays
 from jlora.adapted.select import Pattern, known_sites, listing, matching, select
-from jlora.methods.residual import taken_out
+from jlora.methods.residual import is_taken_out, taken_out
 from jlora.quant.choice import check_block, check_double, is_head
 from jlora.quant.formats import Format, format_of
 from jlora.quant.layout import Layout, layout_of
@@ -157,7 +157,7 @@ def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Ada
         site.path: taken_out(named[site.path], site, adapted.buffers[site.path])
         for site in adapted.sites
         for method in (adapted.method.of(site),)
-        if method.acts.without_start(method) != method
+        if is_taken_out(method)
     }
     for path, leaf in named.items():
         wide = residual.get(path, leaf)
@@ -209,7 +209,9 @@ def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list
     if targets is not None:
         chosen = select(known, targets, read_from_program=read, caller="quantize", done="quantised")
     else:
-        chosen = [site for site in known if site.kind == "linear" and not is_head(site.path)]
+        # A table that is the head as well, looked up and multiplied, is no linear weight here.
+        linear = [site for site in known if site.kind == "linear" and "gather" not in site.uses]
+        chosen = [site for site in linear if not is_head(site.path)]
         linear = [site for site in known if site.kind in ("linear", "unknown")]
         if any(site.kind == "unknown" for site in linear):  # raises for what is ambiguous
             select(linear, None, read_from_program=read, caller="quantize", done="quantised")

@@ -52,14 +52,14 @@ def plan(
                 f"{', '.join(stray)}: of a model; a config has its own, and fields are set as in train.batch=4"
             )
         step = workload.of_config(
-            Path(what), overrides or (), run=run, small=small, accumulate=accumulate, remat=remat, quantize=quantize
+            Path(what), overrides or (), run=run, small=small, accumulate=accumulate, remat=remat, quantised=quantize
         )  # fmt: skip
     else:
         if stray := [*(overrides or ()), *(["--run"] if run else ()), *(["--small"] if small else ())]:
             raise ValueError(f"{', '.join(stray)}: for a config (.py), and {what!r} is a model")
         step = workload.of_model(
             what, method or "lora(16)", batch or "1x512", targets=targets, dtype=dtype or "bfloat16",
-            accumulate=accumulate or 1, remat=remat, quantize=quantize,
+            accumulate=accumulate or 1, remat=remat, quantised=quantize,
         )  # fmt: skip
     found = planned(
         step.loss, step.adapted, step.tx, step.batch, axes, device, **step.options

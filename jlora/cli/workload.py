@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import optax
 
 from jlora.adapted.adapted import Adapted
 from jlora.adapted.apply import apply
+from jlora.adapted.quantize import quantize
 from jlora.methods import Method, expression
 from jlora.models.sizes import PRESETS, model_of
 from jlora.transform.sites import sites
@@ -53,7 +55,7 @@ def of_model(
     targets: Sequence[str] | None = None,
     dtype: str = "bfloat16",
     remat: bool = False,
-    quantize: str | None = None,
+    quantised: str | None = None,
     accumulate: int = 1,
 ) -> Workload:
     """A step of AdamW on a published size, a folder or a config.json, its layers scanned.
@@ -65,7 +67,7 @@ def of_model(
       targets: patterns of weights.
       dtype: of the base and of the computation.
       remat: compute activations again.
-      quantize: a format of `jlora.quantize`.
+      quantised: a format of `jlora.quantize`, for the base.
       accumulate: micro-batches.
 
     Raises:
@@ -75,8 +77,8 @@ def of_model(
     made = expression.parse(method, "--method")
     module, inputs = model_of(name, scan=True, dtype=dtype, param_dtype=dtype, remat=remat)
     shapes = _inputs(name, module, inputs[0], batch)
-    params = _params(module, inputs, quantize)
-    out = jax.eval_shape(lambda params, x: module.apply({"params": params}, x), params_shapes(module, inputs), shapes)
+    params = params_shapes(module, inputs)
+    out = jax.eval_shape(lambda params, x: module.apply({"params": params}, x), params, shapes)
     if not hasattr(out, "shape") or len(out.shape) < 2:
         raise ValueError(f"{name!r} has no logits, of which the command makes a loss: call jlora.plan with your own")
     causal = getattr(module.config, "head", "") == "causal_lm"
@@ -84,11 +86,15 @@ def of_model(
     data = {"inputs": shapes} if causal else {"inputs": shapes, "labels": labels}
 
     def loss(params: Any, batch: Any) -> jax.Array:
+        if causal and "labels" in inspect.signature(type(module).__call__).parameters:
+            following = jnp.roll(batch["inputs"], -1, axis=1)  # the last of a row has none, and is left out
+            return jnp.asarray(module.apply({"params": params}, batch["inputs"], labels=following))[:, :-1].mean()
         logits = jnp.asarray(module.apply({"params": params}, batch["inputs"])).astype(jnp.float32)
         labels = batch["inputs"][:, 1:] if causal else batch["labels"]
         return cross_entropy(logits[:, :-1] if causal else logits, labels).mean()
 
-    adapted = apply(params, method=made, targets=targets or None, sites=sites(loss, params, data))
+    hold = lambda params, places: params if quantised is None else quantize(params, quantised, sites=places)
+    adapted = _adapted(loss, params, data, hold=hold, method=made, targets=targets or None)
     options = {"accumulate": accumulate} if accumulate > 1 else {}
     return Workload(name, made, loss, adapted, optax.adamw(RATE), data, options)
 
@@ -103,14 +109,12 @@ def params_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
-def _params(module: Any, inputs: tuple[jax.ShapeDtypeStruct, ...], quantize: str | None) -> Any:
-    params = params_shapes(module, inputs)
-    if quantize is None:
-        return params
-    make = getattr(importlib.import_module("jlora"), "quantize", None)  # the package itself imports nothing of here
-    if make is None:
-        raise ValueError("--quantize: this version of jlora has no jlora.quantize")
-    return make(params, quantize)
+def _adapted(
+    loss: Callable[..., Any], params: Any, batch: Any, *key: jax.Array, hold: Callable[[Any, Any], Any], **choice: Any
+) -> Adapted:
+    """The shapes with the method's; held in another form after the axes of each weight were read from the loss."""
+    places = sites(loss, params, batch, *key)
+    return apply(hold(params, places), sites=places, **choice)
 
 
 def _inputs(name: str, module: Any, like: jax.ShapeDtypeStruct, batch: str) -> jax.ShapeDtypeStruct:
@@ -136,7 +140,7 @@ def of_config(
     run: str | None = None,
     small: bool = False,
     remat: bool = False,
-    quantize: str | None = None,
+    quantised: str | None = None,
     accumulate: int | None = None,
 ) -> Workload:
     """The training step of an experiment on a checkpoint whose data are prompts and completions. No data are read.
@@ -147,14 +151,14 @@ def of_config(
       run: which of its runs, by name, where there are several.
       small: its small form.
       remat: compute activations again, though the config does not.
-      quantize: a format of `jlora.quantize`.
+      quantised: a format of `jlora.quantize`, in place of the config's.
       accumulate: micro-batches, in place of the config's.
 
     Raises:
       ImportError: if `experiments`, which is not in the wheel, is not there.
       ValueError: for another kind of experiment, or a run that it has not.
     """
-    configfile, config, completion, trainer = _experiments()
+    configfile, config, completion, trainer, held = _experiments()
     experiment = configfile.load(config.Experiment, path, overrides, small=small)
     task, train = experiment.task, experiment.train
     if not isinstance(task, completion.Completion) or isinstance(experiment.base, config.Pretrain):
@@ -174,10 +178,13 @@ def of_config(
     if task.packed:
         batch |= {"segments": shape(jnp.int32, *rows), "positions": shape(jnp.int32, *rows)}
     loss = completion.token_loss(module, train.label_smoothing)
-    params = _params(module, inputs, quantize)
-    places = sites(loss, params, batch, jax.random.key(0))
+    params = params_shapes(module, inputs)
     extras = {"extras": chosen.extras} if chosen.extras else {}
-    adapted = apply(params, method=chosen.method, targets=chosen.targets, sites=places, **extras)
+    key = jax.random.key(0)
+    choice = {"method": chosen.method, "targets": chosen.targets, **extras}
+    how = experiment.held_by(chosen) if quantised is None else config.Held(quantised)
+    hold = lambda params, places: held.hold(params, how, places, chosen.extras or "")
+    adapted = _adapted(loss, params, batch, key, hold=hold, **choice)
     tx = trainer.optimizer(train, RATE, 10**9)
     options = {"pass_key": True, "accumulate": accumulate or train.accumulate}
     return Workload(
@@ -187,7 +194,7 @@ def of_config(
 
 def _experiments() -> list[Any]:
     """The modules of `experiments`, of the repository that one stands in or that is installed in editable form."""
-    names = ("configfile", "config", "tasks.completion", "trainer")
+    names = ("configfile", "config", "tasks.completion", "trainer", "held")
     here = str(Path.cwd())
     beside = here not in sys.path
     if beside:

@@ -64,6 +64,11 @@ def from_initial(a: jax.Array, b: jax.Array, target: Target) -> Arrays:
     return {"A": a, "B": b, "A0": jnp.array(a, copy=True), "B0": jnp.array(b, copy=True)}
 
 
+def is_taken_out(method: Any) -> bool:
+    """Whether a method takes its start out of the weight, so that quantising the rest makes it a plain one."""
+    return bool(method.acts.without_start(method) != method)
+
+
 def taken_out(w: Any, target: Target, buffers: Arrays) -> jax.Array:
     """The residual `W - alpha / r * A0 B0` in float32."""
     scale = jnp.asarray(target.alpha / target.rank, buffers["A0"].dtype)

@@ -87,8 +87,8 @@ def _check_method(folder: Path, config: Any, packed: bool) -> None:
         how = "bitsandbytes in 8 bits" if eight else "bitsandbytes, and no tensor has a quant_state"
     how = how if isinstance(how, str) else shown(how)
     raise ValueError(
-        f"'{folder}' is quantised ({how[:80]}), and jlora reads bitsandbytes' 4 bits alone: load the checkpoint that it "
-        "was made from, with quantize= for a base in few bits"
+        f"'{folder}' is quantised ({how[:80]}), and jlora reads bitsandbytes' 4 bits alone: load the checkpoint that "
+        "it was made from, with quantize= for a base in few bits"
     )
 
 
@@ -140,7 +140,8 @@ def _state(key: str, kind: str, tensor: Tensor) -> dict[str, Any]:
         said = reading.parsed(whole(tensor).tobytes().decode("utf-8"))
     except ValueError as error:  # of the text, too
         raise ValueError(f"{name!r} {error}") from error
-    shape, block = said.get("shape"), said.get("blocksize")
+    shape: Any = said.get("shape")
+    block = said.get("blocksize")
     sizes = isinstance(shape, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
     wrong = {
         "quant_type": said.get("quant_type") != kind and f"expected {kind!r}",

@@ -1,4 +1,4 @@
-"""Quantised parameters as transformers saves weights in bitsandbytes' 4 bits: the tensors, and what config.json says."""
+"""Quantised parameters as transformers saves bitsandbytes' 4 bits: the tensors, and what config.json says."""
 
 import json
 import math

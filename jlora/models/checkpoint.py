@@ -507,7 +507,8 @@ def _write_tensors(
         for key in row.keys:
             sizes[key] = sizes.get(key, 0) + sum(x.nbytes for x in jax.tree.leaves(value)) // len(row.keys)
     groups = files.shards(sizes, largest)
-    total, weight_map = 0, {}
+    total = 0
+    weight_map: dict[str, str] = {}
     written: dict[Path, Path] = {}
     for number, group in enumerate(groups, 1):
         name = files.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"

@@ -1,7 +1,7 @@
 """Parameters in few bits: read from a checkpoint that has them so, or quantised while they are read.
 
-A kernel is (in, out), or (layers, in, out); its codes are those of the matrix (out, in), row-major. Where the inputs are
-whole blocks, codes and scales keep both axes, else they are one row ("flat").
+A kernel is (in, out), or (layers, in, out); its codes are those of the matrix (out, in), row-major. Where the inputs
+are whole blocks, codes and scales keep both axes, else they are one row ("flat").
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ class _Matrix(NamedTuple):
         return len(self.layout.tail) == 2
 
     def region(self, index: Sequence[slice], weights: int) -> tuple[range, slice, slice]:
-        """Layers, rows and columns of what lies at an index of an array with so many weights to an element; 0: a row."""
+        """Layers, rows and columns behind an index of an array that has so many weights to an element; 0 for a row."""
         stack, own = (index[0], index[1:]) if self.row.stacked else (slice(0, 1), index)
         layers, columns = range(stack.start, stack.stop), slice(0, self.inputs)
         if not self.flat:
@@ -123,11 +123,13 @@ def read(row: Leaf, tensors: Sequence[files.Tensor], like: jax.ShapeDtypeStruct,
       ValueError: if its layers are not quantised alike, or blocks cross from one of its tensor's parts to the next.
     """
     kinds = {(t.packed.number, t.packed.block) if t.packed else None for t in tensors}
-    if len(kinds) > 1 or not is_matrix(row, like):
+    if len(kinds) > 1:
         raise ValueError(
-            f"{row.keys[0]!r} and the other layers of {row.path!r} are not in the same format and blocks: load them one "
-            "by one, with scan=False" if len(kinds) > 1 else f"{row.keys[0]!r} is in 4 bits, and is no linear layer's"
-        )  # fmt: skip
+            f"{row.keys[0]!r} and the other layers of {row.path!r} are not in the same format and blocks: load them "
+            "one by one, with scan=False"
+        )
+    if not is_matrix(row, like):
+        raise ValueError(f"{row.keys[0]!r} is in 4 bits, and {row.path!r} is no kernel of a linear layer")
     packed: list[bnb.Packed] = [tensor.packed for tensor in tensors]
     of = _matrix(row, like, packed[0].number, packed[0].block)
     number, block = of.outputs * of.inputs, packed[0].block
@@ -170,7 +172,7 @@ def read(row: Leaf, tensors: Sequence[files.Tensor], like: jax.ShapeDtypeStruct,
 
 
 def _cut(take: Callable[[int, int], np.ndarray], first: int, columns: slice, width: int, out: np.ndarray) -> None:
-    """Fills `out` with columns of rows of a matrix of this width, which lie one after another from `first` of a vector."""
+    """Fills `out` with columns of a matrix of this width, whose rows are a vector from its element `first` on."""
     step = max(CHUNK // width, 1)
     for start in range(0, len(out), step):
         stop = min(start + step, len(out))
@@ -197,9 +199,9 @@ def quantise(
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
             chunk = _rows_of(of, tensors[layer], layer, slice(start, stop), wanted)
-            own, largest = _encoded(chunk, scheme)
-            if not np.isfinite(largest).all():
+            if not np.isfinite(chunk).all():  # the largest of a NaN is not always one, compiled
                 raise ValueError(f"{row.keys[layer]!r} is not finite: a block with a NaN or an infinity has no scale")
+            own, largest = _encoded(chunk, scheme)
             for out, found, weights in ((codes, own, 2), (scales, largest, scheme.block)):
                 if of.flat:
                     at = (start - rows.start) * of.inputs // weights
@@ -276,15 +278,16 @@ def _assembled(of: _Matrix, fill: Fill, dtype: Any, double: bool, place: Shardin
     """Codes, scales in a dtype (on the host without `place`), and where the leaf's scales go (None without)."""
     encoded = lambda w: encode(w, of.number, of.layout, 1, double)
     shapes = jax.eval_shape(encoded, of.like)
-    level = shapes.scales.codes if double else shapes.scales
+    level: Any = shapes.scales.codes if isinstance(shapes.scales, Nested) else shapes.scales
     if place is None:
         codes, scales = files.aligned(shapes.codes.shape, shapes.codes.dtype), files.aligned(level.shape, dtype)
         for layer in range(of.layers):
             own = (x[layer] if of.row.stacked else x for x in (codes, scales))
             fill(layer, slice(0, of.outputs), slice(0, of.inputs), *own)
         return jax.device_put(codes), scales, None
-    named = isinstance(place, jax.sharding.NamedSharding)
-    where = shardings_of(shapes, place, of.row.path) if named else jax.tree.map(lambda _: place, shapes)
+    where: Any = jax.tree.map(lambda _: place, shapes)
+    if isinstance(place, jax.sharding.NamedSharding):
+        where = shardings_of(shapes, place, of.row.path)
     read: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
 
     def at(given: tuple[slice, ...] | None, like: Any, weights: int, which: int) -> np.ndarray:
@@ -296,9 +299,10 @@ def _assembled(of: _Matrix, fill: Fill, dtype: Any, double: bool, place: Shardin
         return read[key][which].reshape([i.stop - i.start for i in index])
 
     bits, block = (2, of.layout.block) if of.number.blocks else (1, 0)
-    codes = jax.make_array_from_callback(shapes.codes.shape, where.codes, lambda i: at(i, shapes.codes, bits, 0))
     first = where.scales.codes if double else where.scales
-    return codes, jax.make_array_from_callback(level.shape, first, lambda i: at(i, level, block, 1)), where.scales
+    array = jax.make_array_from_callback
+    codes_at = array(shapes.codes.shape, where.codes, lambda index: at(index, shapes.codes, bits, 0))
+    return codes_at, array(level.shape, first, lambda index: at(index, level, block, 1)), where.scales
 
 
 def _filled(

@@ -1,9 +1,12 @@
 """Blocks one after another: unrolled or scanned, each computed again in the backward pass where that is asked for."""
 
+import difflib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Config(Protocol):
@@ -19,7 +22,7 @@ class Config(Protocol):
 
     @property
     def remat(self) -> bool | str:
-        """Compute activations again in the backward pass: False, True, or the name of a policy; see `check_remat`."""
+        """Compute activations again in the backward pass: False, True, or the name of a policy; see `POLICIES`."""
 
 
 def stack(
@@ -47,7 +50,9 @@ def stack(
     """
     last = last or block
     if config.remat:
-        policy = None if config.remat is True else getattr(jax.checkpoint_policies, config.remat)
+        policy = POLICIES[config.remat] if isinstance(config.remat, str) else None
+        if config.remat == "offload":
+            block, last = _named(block), _named(last)
         block, last = (nn.remat(kind, prevent_cse=not config.scan, policy=policy) for kind in (block, last))
     if config.scan:
         layers = nn.scan(
@@ -66,8 +71,40 @@ def stack(
     return h, None if each is None else tuple(new)
 
 
+_INPUT = "block input"
+_DEVICE, _HOST = "device", "pinned_host"
+POLICIES: dict[str, Callable[..., Any]] = {
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "everything_saveable": jax.checkpoint_policies.everything_saveable,
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT], offload_src=_DEVICE, offload_dst=_HOST
+    ),
+    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims(_DEVICE, _HOST),
+}
+"""What of a block is there in the backward pass; all else is computed again. By name, in `remat=` of a config:
+
+Those of `jax.checkpoint_policies` keep what their names say on the device. "offload" keeps nothing there but the input
+of the block at hand: each block's waits in the host's memory. "offload_dots" has the results of the linear layers wait
+there too, so that no product with a weight is done twice, for ten times the traffic. Both are meant for `scan=True`: of
+blocks that follow one another XLA fetches several at a time, which costs what is to be saved.
+"""
+
+
+def _named(block: type[nn.Module]) -> type[nn.Module]:
+    """The block, whose input a policy knows by its name: it is kept as that, not as an argument, which always stays."""
+
+    class Named(block):  # type: ignore[misc, valid-type]
+        def __call__(self, h: jax.Array, *rest: Any) -> Any:
+            return super().__call__(checkpoint_name(h, _INPUT), *rest)
+
+    return Named
+
+
 def check_remat(remat: bool | str) -> None:
-    """Raises a ValueError for what is neither a bool nor the name of a policy in `jax.checkpoint_policies`."""
-    policies = ("dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable", "nothing_saveable")
-    if not isinstance(remat, bool) and remat not in policies:
-        raise ValueError(f"remat={remat!r} is not False, True or one of {', '.join(policies)}")
+    """Raises a ValueError for what is neither a bool nor a name in `POLICIES`."""
+    if not isinstance(remat, bool) and remat not in POLICIES:
+        nearest = difflib.get_close_matches(str(remat), POLICIES, 1)
+        meant = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"remat={remat!r} is not False, True or one of {', '.join(POLICIES)}{meant}")

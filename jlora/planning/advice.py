@@ -68,7 +68,7 @@ def _on_weights(plan: Plan, facts: Facts, over: int) -> list[str]:
         return []
     after = int(facts.dense * _NF4)
     saved = facts.dense_bytes - after
-    if saved <= facts.dense_bytes / 10:
+    if saved <= plan.weights / 10:  # what is left is norms, or an embedding beside codes
         return []
     enough = "which is enough" if saved >= over else f"which is {size(over - saved)} short of enough"
     return [

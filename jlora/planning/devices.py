@@ -36,24 +36,24 @@ class Wanted(NamedTuple):
 # What XLA:TPU itself allows, from its own message on programs that are too large; what XLA's descriptions of GPUs say.
 _TPU = {"v4": 30.75, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "7x": 94.74}
 _GPU = {"a100": 85100068864, "h100": 84942979072, "h200": 151397597184, "b200": 191514411008}
-# Judged by the size that they are sold with, in GB of 10^9 bytes (they have a little more).
+# GiB, as CUDA reports them: of what a device is sold with, error correction and the driver keep a part.
 _NEAREST = {
     "a100": {
-        "a100-40gb": 40, "a6000": 48, "a40": 48, "a10": 24, "rtx3090": 24, "rtx3080": 10, "rtx3060": 12, "v100": 32,
-        "v100-16gb": 16, "t4": 16, "p100": 16, "titan": 24,
+        "a100-40gb": 39.4, "a6000": 47.5, "a40": 44.4, "a10": 22.2, "rtx3090": 23.7, "rtx3080": 9.8, "rtx3060": 11.8,
+        "v100": 31.7, "v100-16gb": 15.8, "t4": 14.7, "p100": 15.9, "titan": 23.6,
     },
     "h100": {
-        "rtx6000-ada": 48, "l40s": 48, "l40": 48, "l4": 24, "rtx4090": 24, "rtx4080": 16, "h100-nvl": 94, "gh200": 96,
-        "h20": 96, "mi300x": 192, "mi250x": 64,
+        "rtx6000-ada": 47.5, "l40s": 44.4, "l40": 44.4, "l4": 22.0, "rtx4090": 23.6, "rtx4080": 15.6, "h100-nvl": 93.1,
+        "gh200": 94.5, "h20": 95.1, "mi300x": 191.9, "mi250x": 63.9,
     },
-    "b200": {"gb200": 186, "rtx5090": 32, "rtx5080": 16, "rtx-pro-6000": 96, "b300": 288},
+    "b200": {"gb200": 184.0, "rtx5090": 31.4, "rtx5080": 15.5, "rtx-pro-6000": 94.9, "b300": 267.0},
 }  # fmt: skip
 DEVICES: dict[str, Device] = {
     "cpu": Device("cpu", 0, "cpu", "cpu"),
     **{name: Device(name, int(size * GIB), "tpu", name) for name, size in _TPU.items()},
     **{name: Device(name, size, "cuda", name) for name, size in _GPU.items()},
     **{
-        name: Device(name, size * 10**9, "cuda", target)
+        name: Device(name, int(size * GIB), "cuda", target)
         for target, sizes in _NEAREST.items()
         for name, size in sizes.items()
     },

@@ -10,6 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from jlora import tree
 from jlora.adapted.adapted import Adapted
 from jlora.arguments import Arguments
 from jlora.planning import devices, targets
@@ -95,7 +96,12 @@ def plan(
         notes.append("FLOPs count the body of a while loop once: how often it runs is not known")
     rows = [x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "shape", ())]
     parts = int(options.get("accumulate", 1))
-    matrices = [x for x in jax.tree.leaves(state.adapted.base) if getattr(x, "ndim", 0) > 1 and _is_float(x)]
+    named, _ = tree.leaves(state.adapted.base)
+    trained = {
+        path for path, arrays in state.adapted.factors.items() if "value" in arrays
+    }  # whole: not to be held in codes
+    dense = [x for path, x in named.items() if path not in trained and not tree.is_stored(x)]
+    matrices = [x for x in dense if getattr(x, "ndim", 0) > 1 and _is_float(x)]
     facts = Facts(
         rows=rows[0] // parts if rows else 1,
         accumulate=parts,

@@ -1,4 +1,4 @@
-"""What is quantised by default, and into what: the rules that `jlora.quantize` and the models' `load` share."""
+"""Rules that `jlora.quantize` and `load` of the models share: the weights that are quantised by default, and how."""
 
 import numbers
 from typing import Any

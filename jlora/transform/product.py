@@ -221,10 +221,10 @@ def _fresh_product(x: jax.Array, w: Any, spec: Spec, *others: jax.Array) -> tupl
     """`x W` in a forward pass; x and others to go on with. Past the barrier they are one buffer: of an x that is not
     XLA would make a second one, and keep what it was made of (3.4 layers more, on the compiler of an H100).
     """
-    array, labels, x, *others = _opened(w, spec.w, x, *others)
+    array, labels, x, *rest = _opened(w, spec.w, x, *others)
     if labels == spec.w:
-        return base_product(x, array, spec), x, *others
-    return contract(x, spec.x, array, labels, spec.y, spec.precision, spec.dtype), x, *others
+        return base_product(x, array, spec), x, *rest
+    return contract(x, spec.x, array, labels, spec.y, spec.precision, spec.dtype), x, *rest
 
 
 def _found(kept: jax.Array) -> jax.Array | None:

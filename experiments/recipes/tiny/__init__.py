@@ -13,6 +13,7 @@ from experiments.recipes.tiny.checkpoints import vit as vit
 from experiments.recipes.tiny.files import e2e as e2e
 from experiments.recipes.tiny.files import glue as glue
 from experiments.recipes.tiny.files import gsm8k as gsm8k
+from experiments.recipes.tiny.files import guanaco as guanaco
 from experiments.recipes.tiny.files import images as images
 from experiments.recipes.tiny.files import metamath as metamath
 from experiments.recipes.tiny.files import shakespeare as shakespeare

