@@ -37,9 +37,10 @@ from jlora.models.llama import llama2c
 from tests.tiers import thorough
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-OTHER = ("compare_methods", "own_data", "quickstart", "quickstart_sweep")
+OTHER = ("compare_methods", "own_data", "qlora_quality", "quickstart", "quickstart_sweep")
 TIMES = ("tokens_per_second", "seconds")
 GSM8K = [f"llama2_7b_gsm8k_{name}" for name in ("lora", "rslora", "dora", "pissa", "loraplus")]
+QLORA = {"qlora_llama2_7b": "llama-2-7b", "qlora_llama_65b": "llama-65b"}
 # Config -> the task that JLORA_GLUE_TASK names (another each time), and of each run the adapted weights (both layers of
 # a scanned model are one) and the trained parameters.
 ROWS = {
@@ -54,6 +55,7 @@ ROWS = {
     "minilm_trec": (None, {"lora_qv": (2, 3_302)}),
     "stories_shakespeare": (None, {"lora_r4": (7, 2_048)}),
     "bert_base_conll2003_lora": (None, {"lora": (2, 2_213)}),
+    **dict.fromkeys(QLORA, (None, {"qlora": (7, 69_632)})),
 }  # fmt: skip
 
 
@@ -273,6 +275,7 @@ MODELS = {
     "bert_base_conll2003_lora": (bert.Bert, bert.PRESETS["bert-base"], {"head": "token_classification", "labels": 9}),
     "vit_base_lora": (vit.ViT, vit.PRESETS["vit-base"], {"labels": 100}),
     **{name: (llama.Llama, llama.PRESETS["llama-2-7b"], {}) for name in GSM8K},
+    **{name: (llama.Llama, llama.PRESETS[size], {}) for name, size in QLORA.items()},
 }
 # Trained parameters of the factors, and with the head, where there is one.
 COUNTS = {
@@ -284,6 +287,8 @@ COUNTS = {
     "vit_base_lora": (294_912, 294_912 + 76_900),
     "bert_base_conll2003_lora": (294_912, 301_833),
     **{name: (21_348_352 if name.endswith("dora") else 19_988_480,) * 2 for name in GSM8K},
+    "qlora_llama2_7b": (159_907_840, 159_907_840),
+    "qlora_llama_65b": (799_539_200, 799_539_200),
 }
 
 
@@ -309,7 +314,9 @@ def test_a_config_trains_as_many_parameters_as_its_docstring_says(name):
     factors = sum(leaf.size for site in adapted.sites for leaf in adapted.factors[site.path].values())
     assert (factors, jlora.count(adapted).trainable) == COUNTS[name]
     linear = {"query", "key", "value", "out", "gate", "up", "down"}
-    assert {site.path.split("/")[-2] for site in adapted.sites} == (linear if name in GSM8K else {"query", "value"})
+    assert {site.path.split("/")[-2] for site in adapted.sites} == (
+        linear if name in (*GSM8K, *QLORA) else {"query", "value"}
+    )
     assert f"{factors:,}" in (CONFIGS / f"{name}.py").read_text()
 
 
@@ -326,6 +333,7 @@ SAID = {
     "minilm_trec": ("90.0 %",),
     "stories_shakespeare": ("karpathy/tinyllamas",),
     "bert_base_conll2003_lora": ("1810.04805", "base, fine-tuned | 96.4 | 92.4", "conll2003/"),
+    **dict.fromkeys(QLORA, ("2305.14314", "NF4 + DQ | 39.0 | 44.5 | 47.5 | 50.7 | 57.3 | 59.2 | 61.8 | 63.9 | 53.1", "OASST1")),
 }  # fmt: skip
 
 
