@@ -65,16 +65,16 @@ def dense(x: Any, path: str = "") -> Any:
         raise ValueError(f"{path!r}: {error}" if path else str(error)) from error
 
 
-def as_held(x: Any) -> tuple[jax.Array, tuple[int, ...]]:
-    """The array of a stored leaf in an order of axes of its own, and the axis of the leaf behind each of its axes."""
-    return x.as_held() if hasattr(x, "as_held") else (x.dequantise(), tuple(range(len(x.shape))))
-
-
 def stored_as(x: Any) -> str:
     """Words for how a leaf is held: "nf4, 64, twice" of a quantised one, "bfloat16" of an array."""
     if is_stored(x):
         return str(getattr(x, "words", type(x).__name__))
     return str(getattr(x, "dtype", type(x).__name__))
+
+
+def as_held(x: Any) -> tuple[jax.Array, tuple[int, ...]]:
+    """The array of a stored leaf in an order of axes of its own, and the axis of the leaf behind each of its axes."""
+    return x.as_held() if hasattr(x, "as_held") else (x.dequantise(), tuple(range(len(x.shape))))
 
 
 def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[dict[str, Any], Any]:

@@ -15,7 +15,7 @@ import pytest
 
 import jlora
 from jlora import tree
-from tests.conformance import close, normal, randomised
+from tests.conformance import close, normal, optimized, randomised
 from tests.test_methods import IDS, METHODS, adapt, model, of_weights
 from tests.tiers import thorough
 
@@ -280,6 +280,27 @@ def test_an_adapter_for_each_example_and_a_stack_of_bases():
     assert stacked["first"]["kernel"].shape == (2, 32, 64)
     got = jax.vmap(lambda base: jlora.lift(predict)(base, X))(stacked)
     close(got, jnp.stack([predict(PLAIN, X), predict(jlora.dequantize(other), X)]), 1e-5)
+
+
+def test_the_norm_of_dora_opens_one_layer_at_a_time():
+    layers, width = 8, 128
+    params = {"stack": normal(layers, width, width)}
+
+    def fn(params, x):
+        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["stack"])
+        return jnp.mean(h**2)
+
+    x = normal(2, width)
+    sites = jlora.sites(fn, params, x)
+    base = jlora.quantize(params, sites=sites)
+
+    def temporaries(method):
+        factors, frozen = jlora.partition(jlora.apply(base, method=method, sites=sites))
+        step = jax.grad(lambda factors, frozen: jlora.lift(fn)(jlora.combine(factors, frozen), x))
+        return optimized(step).lower(factors, frozen).compile().memory_analysis().temp_size_in_bytes
+
+    more = temporaries(jlora.dora(2)) - temporaries(jlora.lora(2))
+    assert more < 2 * 4 * width**2, f"{more / (4 * width**2):.2f} layers more than LoRA's"
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def _train_step(
 
 def measure(name: str, preset: Preset, dtype: str, variants: Sequence[Variant], rounds: int) -> list[Result]:
     """All variants of one model and dtype, side by side; the first one is what the ratios refer to."""
-    loss, params, tokens = _model(preset, dtype)
+    loss, params, tokens = model_of(preset, dtype)
     programs = []
     for variant in variants:
         _say(f"{name}, {dtype}: compiling {_title(variant)}")
@@ -233,7 +233,7 @@ def measure(name: str, preset: Preset, dtype: str, variants: Sequence[Variant], 
             program.advance()
             seconds[program.variant].append(time.perf_counter() - start)
     _say("")
-    reference = _compiled_cost(programs[0].compiled)
+    reference = compiled_cost(programs[0].compiled)
     return [
         _result(name, dtype, program, first_two, reference, seconds)
         for program, first_two in zip(programs, losses, strict=True)
@@ -248,7 +248,8 @@ class CompiledCost(NamedTuple):
     arguments: int
 
 
-def _compiled_cost(compiled: Any) -> CompiledCost:
+def compiled_cost(compiled: Any) -> CompiledCost:
+    """Costs of a compiled program, by XLA's own analysis."""
     memory = compiled.memory_analysis()
     return CompiledCost(
         float(compiled.cost_analysis()["flops"]), memory.temp_size_in_bytes, memory.argument_size_in_bytes
@@ -263,7 +264,7 @@ def _result(
     reference: CompiledCost,
     seconds: Mapping[Variant, list[float]],
 ) -> Result:
-    cost, variant, mine = _compiled_cost(program.compiled), program.variant, seconds[program.variant]
+    cost, variant, mine = compiled_cost(program.compiled), program.variant, seconds[program.variant]
     lora = dataclasses.replace(variant, method="lora")
 
     def over(other: Variant) -> float | None:
@@ -287,7 +288,7 @@ def _result(
     )
 
 
-def _model(preset: Preset, dtype: str) -> tuple[Loss, PyTree, jax.Array]:
+def model_of(preset: Preset, dtype: str) -> tuple[Loss, PyTree, jax.Array]:
     """The loss, parameters in `dtype`, and tokens: the targets are the tokens moved by one, (batch, length + 1)."""
     config = dataclasses.replace(preset.model, dtype=dtype, param_dtype=dtype)
     model = GPT2(config)

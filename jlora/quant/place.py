@@ -29,7 +29,7 @@ def shardings_of(of: Any, sharding: NamedSharding, path: str) -> Any:
     scales = of.scales.codes if isinstance(of.scales, Nested) else of.scales
     stack = of.scales.offset.ndim if isinstance(of.scales, Nested) else 0
     place: Any = lambda names: NamedSharding(sharding.mesh, PartitionSpec(*names))
-    of_scales = place(name if n != 1 else None for name, n in zip(names, scales.shape, strict=True))
+    of_scales: Any = place(name if n != 1 else None for name, n in zip(names, scales.shape, strict=True))
     if isinstance(of.scales, Nested):
         lead = place(names[:stack])
         of_scales = Nested(of_scales, lead, lead)
