@@ -24,7 +24,6 @@ HERE = Path(__file__).parent
 LINEAR = r"(^|/)h(_\d+)?/(attn|mlp)/"  # all linear layers of the blocks
 SEEDS = (0, 1, 2)
 STEPS = 80
-PISSA = 10.0  # times lower
 
 
 def config() -> Study:
@@ -48,20 +47,19 @@ def small() -> Study:
 
 
 def runs(*rates: float) -> tuple[Run, ...]:
-    """Ways to hold the base, and to start on it. PiSSA's factors are large from the start: their rates are lower."""
+    """Ways to hold the base, and to start on it."""
     lora, pissa = jlora.lora(8, alpha=16), jlora.pissa(8)
-    lower = tuple(rate / PISSA for rate in rates)
     return tuple(
-        Run(name, label, method, None, LINEAR, rates=grid, held=held)
-        for name, label, method, grid, held in (
-            ("bf16", "bfloat16", lora, rates, Held("bf16")),
-            ("int8", "int8", lora, rates, Held("int8")),
-            ("nf4", "NF4", lora, rates, Held("nf4", double=False)),
-            ("nf4_dq", "NF4 + DQ", lora, rates, Held("nf4")),
-            ("fp4", "FP4", lora, rates, Held("fp4", double=False)),
-            ("int4", "int4", lora, rates, Held("int4", double=False)),
-            ("loftq", "NF4 + DQ, LoftQ", lora, rates, Held("nf4", loftq=5)),
-            ("qpissa", "NF4 + DQ, QPiSSA", pissa, lower, Held("nf4")),
+        Run(name, label, method, None, LINEAR, rates=rates, held=held)
+        for name, label, method, held in (
+            ("bf16", "bfloat16", lora, Held("bf16")),
+            ("int8", "int8", lora, Held("int8")),
+            ("nf4", "NF4", lora, Held("nf4", double=False)),
+            ("nf4_dq", "NF4 + DQ", lora, Held("nf4")),
+            ("fp4", "FP4", lora, Held("fp4", double=False)),
+            ("int4", "int4", lora, Held("int4", double=False)),
+            ("loftq", "NF4 + DQ, LoftQ", lora, Held("nf4", loftq=5)),
+            ("qpissa", "NF4 + DQ, QPiSSA", pissa, Held("nf4")),
         )
     )
 
