@@ -74,6 +74,17 @@ def test_a_step_is_planned_on_shapes(monkeypatch):
     assert made["full fine-tuning"]["unused"] == pytest.approx(made["LoRA"]["weights"], abs=64)  # and counters
 
 
+@pytest.mark.loose_promotion  # Optax's AdamW multiplies a float by a counter
+def test_codes_are_split_with_their_weight_over_a_mesh(monkeypatch):
+    """The largest axis that keeps blocks whole; the scales of the second level, one to a layer's matrix, everywhere."""
+    monkeypatch.setattr(memory_table, "model_of", lambda name, **options: tiny(**options))
+    one, eight = (Case("llama-7b", "QLoRA", 8, 16).planned(device) for device in ("cpu", "8xcpu"))
+    linear = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    whole = one["weights"] - 7 * 2 * (4 + 4)  # a scale of scales and an offset
+    assert (eight["devices"], eight["weights"] - 7 * 2 * 8) == (8, pytest.approx(whole / 8, rel=0.02))
+    assert eight["collectives"] and whole > linear / 2
+
+
 def tiny(**options):
     return model_of("llama-7b", width=64, layers=2, heads=2, hidden=128, vocab_size=64, context=32, **options)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, AxisType
 
 import jlora
 from experiments.folder import read_json, write_json, write_text
@@ -59,9 +60,15 @@ class Case(NamedTuple):
         kind = "pinned_host" if self.method.endswith("paged") else None
         state = TrainState.create(adapted, TX, memory_kind=kind) if kind else adapted
         return {
-            **jlora.plan(loss, state, TX, batch, device=device).as_dict(),
+            **jlora.plan(loss, state, TX, batch, mesh_of(device), device).as_dict(),
             "trainable": jlora.count(adapted).trainable,
         }
+
+
+def mesh_of(device: str) -> AbstractMesh | None:
+    """All chips in one axis, along which XLA places what is computed."""
+    many = devices.find(device).number
+    return AbstractMesh((many,), ("fsdp",), axis_types=(AxisType.Auto,)) if many else None
 
 
 def method_of(name: str) -> jlora.Method:

@@ -11,10 +11,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jlora import tree
 from jlora.planning import targets
 from jlora.planning.devices import Wanted
+from jlora.quant.place import shardings_of
+from jlora.quant.quantised import Quantised
 
 PyTree = Any
 Axes = Mesh | AbstractMesh | Mapping[str, int] | tuple[tuple[str, int], ...]
-Rule = Callable[[str, jax.ShapeDtypeStruct], PartitionSpec | None]
+Rule = Callable[[str, Any], PartitionSpec | None]
 
 
 def places(wanted: Wanted, mesh: Axes | None) -> Mesh | SingleDeviceSharding:
@@ -71,7 +73,17 @@ def placed(name: str, of: PyTree, place: Mesh | SingleDeviceSharding, rule: Rule
         _check(path, x, spec, place)
         return x.update(sharding=NamedSharding(place, spec, memory_kind=kind))
 
-    return jax.tree_util.tree_map_with_path(one, of)
+    def whole(keys: tuple[Any, ...], leaf: Any) -> Any:
+        if rule is None or not isinstance(leaf, Quantised) or not isinstance(place, Mesh):
+            return jax.tree_util.tree_map_with_path(lambda inner, x: one((*keys, *inner), x), leaf)
+        # Codes and scales lie along the axes of the weight, of which the rule speaks.
+        path = "/".join(filter(None, (name, tree.name(keys))))
+        spec = PartitionSpec(*(rule(path, leaf) or ()))
+        _check(path, leaf, spec, place)
+        places = shardings_of(leaf, NamedSharding(place, spec), path)
+        return jax.tree.map(lambda x, sharding: tree.abstract(x).update(sharding=sharding), leaf, places)
+
+    return jax.tree_util.tree_map_with_path(whole, of, is_leaf=tree.is_stored)
 
 
 def is_placed(*trees: PyTree) -> bool:
@@ -82,29 +94,39 @@ def is_placed(*trees: PyTree) -> bool:
 def fully_sharded(mesh: Mesh) -> Rule:
     """The rule where nothing says anything: each weight split over the whole mesh, along its largest axis that can be.
 
-    The first of several axes of a stack (scanned layers) stays whole. The batch's rows are split, the factors whole.
+    The first of several axes of a stack (scanned layers) stays whole, and so does a block of codes. The batch's rows
+    are split, the factors whole.
     """
     names, size = tuple(mesh.axis_names), mesh.size
 
-    def rule(path: str, x: jax.ShapeDtypeStruct) -> PartitionSpec | None:
+    def rule(path: str, x: Any) -> PartitionSpec | None:
         if path.startswith("batch"):
             return PartitionSpec(names) if x.shape and x.shape[0] % size == 0 else None
         if not path.startswith("base"):
             return None
         able = [axis for axis in range(x.ndim > 2, x.ndim) if x.shape[axis] % size == 0 and x.shape[axis]]
-        if not able:
-            return None
-        most = max(able, key=lambda axis: x.shape[axis])
-        return PartitionSpec(*(names if axis == most else None for axis in range(x.ndim)))
+        for most in sorted(able, key=lambda axis: -x.shape[axis]):
+            spec = PartitionSpec(*(names if axis == most else None for axis in range(x.ndim)))
+            if not isinstance(x, Quantised) or _keeps_blocks(x, NamedSharding(mesh, spec), path):
+                return spec
+        return None
 
     return rule
+
+
+def _keeps_blocks(x: Quantised, sharding: NamedSharding, path: str) -> bool:
+    try:
+        shardings_of(x, sharding, path)
+    except ValueError:
+        return False
+    return True
 
 
 def _spec(sharding: Sharding | None) -> Any:
     return sharding.spec if isinstance(sharding, NamedSharding) else None
 
 
-def _check(path: str, x: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: Mesh) -> None:
+def _check(path: str, x: Any, spec: PartitionSpec, mesh: Mesh) -> None:
     if len(spec) > x.ndim:
         raise ValueError(f"{path} has shape {x.shape}, and its spec {spec} has more axes")
     for axis, names in enumerate(spec):
