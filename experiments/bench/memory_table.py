@@ -10,14 +10,14 @@ optimizer's state waits in the host's memory. `cells.json` keeps each plan, from
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import jlora
 from experiments.folder import read_json, write_json, write_text
@@ -25,6 +25,7 @@ from experiments.report.style import COLOURS, DASHED, INK, figure_of
 from experiments.report.tables import markdown_table
 from jlora.models.sizes import model_of
 from jlora.planning import devices
+from jlora.planning.placing import fully_sharded
 from jlora.state import TrainState
 
 SIZES = ("7b", "13b", "33b", "65b")
@@ -59,8 +60,10 @@ class Case(NamedTuple):
         adapted = jlora.apply(params, method=method_of(self.method), targets=targets_of(self.method), sites=sites)
         kind = "pinned_host" if self.method.endswith("paged") else None
         state = TrainState.create(adapted, TX, memory_kind=kind) if kind else adapted
+        mesh = mesh_of(device)
+        rule = None if mesh is None else split(mesh, whole=self.method != "full fine-tuning")
         return {
-            **jlora.plan(loss, state, TX, batch, mesh_of(device), device).as_dict(),
+            **jlora.plan(loss, state, TX, batch, mesh, device, rule=rule).as_dict(),
             "trainable": jlora.count(adapted).trainable,
         }
 
@@ -69,6 +72,12 @@ def mesh_of(device: str) -> AbstractMesh | None:
     """All chips in one axis, along which XLA places what is computed."""
     many = devices.find(device).number
     return AbstractMesh((many,), ("fsdp",), axis_types=(AxisType.Auto,)) if many else None
+
+
+def split(mesh: AbstractMesh, *, whole: bool) -> Callable[[str, Any], PartitionSpec | None]:
+    """Weights over all chips; what is trained too, if it is not to be whole on each."""
+    rule = fully_sharded(mesh)
+    return lambda path, x: rule(path if whole else path.replace("factors", "base", 1), x)
 
 
 def method_of(name: str) -> jlora.Method:

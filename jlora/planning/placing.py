@@ -91,7 +91,7 @@ def is_placed(*trees: PyTree) -> bool:
     return any(_spec(tree.placement(leaf)) for leaf in jax.tree.leaves(trees))
 
 
-def fully_sharded(mesh: Mesh) -> Rule:
+def fully_sharded(mesh: Mesh | AbstractMesh) -> Rule:
     """The rule where nothing says anything: each weight split over the whole mesh, along its largest axis that can be.
 
     The first of several axes of a stack (scanned layers) stays whole, and so does a block of codes. The batch's rows
