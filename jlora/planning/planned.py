@@ -69,8 +69,8 @@ def plan(
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora, optax
-      >>> params = {"w": jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)}
-      >>> loss = lambda params, x: jnp.mean(x @ params["w"]).astype(jnp.float32)
+      >>> params = {"kernel": jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)}
+      >>> loss = lambda params, x: jnp.mean(x @ params["kernel"]).astype(jnp.float32)
       >>> batch = jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)
       >>> found = jlora.plan(loss, jlora.apply(params, rank=4), optax.adam(1e-3), batch)
       >>> found.weights, found.factors, found.fits
@@ -206,8 +206,9 @@ def _plan(
     else:
         memory = made.compiled.memory_analysis()
         read, temporaries, peak = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes
-        if used.compiler == "cpu":  # whose figure leaves the temporaries out
-            peak = read + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        most = read + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        # XLA's figure leaves the temporaries out on the CPU, and counts what lies on the host on a GPU.
+        peak = most if used.compiler == "cpu" else min(peak, most)
         host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
         sent = collectives(made.compiled.as_text(), many) if many > 1 else {}
     if any("Involuntary full rematerialization" in line for line in made.said):
