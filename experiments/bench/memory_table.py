@@ -151,7 +151,7 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def cell(plan: Mapping[str, Any] | None) -> str:
-    """What the step needs, in bold where it fits."""
+    """Peak of the step, in bold where it fits."""
     if plan is None:
         return ""
     return f"**{gigabytes(whole(plan))}**" if plan["fits"] else gigabytes(whole(plan))
