@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import jlora
 from experiments.folder import read_json, write_json, write_text
-from experiments.report.style import COLOURS, DASHED, INK, figure_of
+from experiments.report.style import COLOURS, DASHED, INK, figure_of, legend
 from experiments.report.tables import markdown_table
 from jlora.models.sizes import model_of
 from jlora.planning import devices
@@ -179,7 +179,7 @@ def parts(plan: Mapping[str, Any]) -> dict[str, int]:
 def draw(path: Path, found: Mapping[str, Any]) -> None:
     """Stacked bars: a panel for each device, up to three times its limit; what is higher has its height written."""
     there = of_devices(found)
-    with figure_of(path, (4.0 * len(there), 5.5), len(there)) as (_, panels):
+    with figure_of(path, (4.0 * len(there), 5.5), len(there)) as (figure, panels):
         for axes, (device, plans) in zip(panels, there.items(), strict=True):
             names = [name for s in SIZES for m in METHODS if (name := f"llama-{s}, {m}") in plans]
             limit = next(iter(plans.values()))["limit"] / 1e9
@@ -195,7 +195,7 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
             axes.set_xticks(range(len(names)), [name.removeprefix("llama-") for name in names], rotation=90, fontsize=8)
             axes.set_title(f"{device}, {limit:.0f} GB (dashed)")
         panels[0].set_ylabel("GB on each device")
-        panels[0].legend()
+        legend(figure, panels[0].get_legend_handles_labels()[0])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
