@@ -238,7 +238,7 @@ def check_quantisable(path: str, leaf: Any) -> None:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return
     try:
-        finite = bool(np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf))
+        finite = _is_finite(leaf) if isinstance(leaf, np.ndarray) else bool(_all_finite(leaf))
     except jax.errors.ConcretizationTypeError:  # under jit a NaN gives a NaN
         return
     if not finite:
@@ -247,7 +247,13 @@ def check_quantisable(path: str, leaf: Any) -> None:
 
 @jax.jit
 def _all_finite(w: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(w))
+    return jnp.all(jnp.isfinite(w.astype(jnp.float32)))
+
+
+def _is_finite(w: np.ndarray) -> bool:
+    """Whether all numbers are finite in float32, in which the codes are computed."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(w.astype(np.float32, copy=False)).all())
 
 
 def _encoded(leaf: Any, number: Format, layout: Layout, inputs: int, double: bool, path: str) -> Quantised:

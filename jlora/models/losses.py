@@ -119,14 +119,15 @@ def _losses(z: jax.Array, labels: jax.Array, smoothing: float) -> tuple[jax.Arra
     """Losses, and logarithms of the sums of exponentials: (...), float32."""
     z = z.astype(jnp.float32)
     log_sum = jax.nn.logsumexp(z, axis=-1)
-    losses = log_sum - jnp.sum(_target(z, labels, smoothing) * z, axis=-1)
-    return jnp.where((labels >= 0) & (labels < z.shape[-1]), losses, jnp.nan), log_sum
+    target = _target(z, labels, smoothing)
+    losses = log_sum - jnp.sum(jnp.where(target == 0, 0, target * z), axis=-1)  # a logit of -inf may be nobody's label
+    return jnp.where((labels >= 0) & (labels.astype(jnp.int32) < z.shape[-1]), losses, jnp.nan), log_sum
 
 
 def _target(z: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
     """Probabilities that are asked for, (..., vocabulary), float32. No look-up: this fuses, and lies as z does."""
-    ids = jax.lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
-    return jnp.where(ids == labels[..., None], 1.0 - smoothing, 0.0) + smoothing / z.shape[-1]
+    ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)  # a byte's ids would begin anew at 256
+    return jnp.where(ids == labels[..., None].astype(jnp.int32), 1.0 - smoothing, 0.0) + smoothing / z.shape[-1]
 
 
 def _check(

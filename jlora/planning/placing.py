@@ -37,6 +37,13 @@ def places(wanted: Wanted, mesh: Axes | None) -> Mesh | SingleDeviceSharding:
     return Mesh(targets.arranged(sizes, found), names, axis_types=kinds)
 
 
+def automatic(place: Mesh | SingleDeviceSharding) -> Mesh | SingleDeviceSharding:
+    """The same mesh with axes of kind Auto."""
+    if isinstance(place, SingleDeviceSharding):
+        return place
+    return Mesh(place.devices, place.axis_names, axis_types=(AxisType.Auto,) * len(place.axis_names))
+
+
 def _axes(mesh: Any) -> tuple[tuple[str, ...], tuple[int, ...], tuple[AxisType, ...]]:
     if isinstance(mesh, Mesh | AbstractMesh):
         return mesh.axis_names, tuple(mesh.shape[name] for name in mesh.axis_names), mesh.axis_types

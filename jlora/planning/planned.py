@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted
@@ -18,7 +18,7 @@ from jlora.planning.advice import Facts, advice
 from jlora.planning.collectives import Collective, collectives
 from jlora.planning.devices import Device, Wanted
 from jlora.planning.flops import flops, has
-from jlora.planning.placing import Axes, Rule, bytes_of, fully_sharded, is_placed, placed, places
+from jlora.planning.placing import Axes, Rule, automatic, bytes_of, fully_sharded, is_placed, placed, places
 from jlora.planning.report import Plan
 from jlora.state import TrainState
 from jlora.train import train_step
@@ -51,7 +51,8 @@ def plan(
       tx: the optimizer.
       batch: arrays or shapes.
       mesh: axes of the devices, `{"fsdp": 16}`, or a `Mesh` or `AbstractMesh`, which is made anew of the device's own.
-        A dict's axes are Explicit, as those of `jax.make_mesh`. None: one device, or of "v5e-16" {"fsdp": 16}.
+        A dict's axes are Explicit, as those of `jax.make_mesh`, or Auto for a model that does not say where its
+        products lie (a note says so). None: one device, or of "v5e-16" {"fsdp": 16}.
       device: "cpu"; "v4", "v5e", "v5p", "v6e", "7x" (`pip install "jlora[plan]"`); "a100", "h100", "h200", "b200"
         (`"jlora[plan-gpu]"`). Others ("a6000", "rtx4090", "v100", ...) are compiled for the nearest of these, or
         for the CPU where its compiler is not installed, and judged by their own memory; the plan's notes say so.
@@ -85,13 +86,36 @@ def plan(
     wanted = devices.find(device)
     used, notes = _compiled_for(wanted.device)
     place = places(Wanted(used, wanted.number, wanted.topology), mesh)
+    make = lambda place: _planned(loss_fn, adapted, tx, batch, place, wanted.device, used, notes, rule, options)
+    try:
+        return make(place)
+    except Exception as error:
+        # JAX's own type of this error is private. A model that says nowhere how its products lie is no fault of a plan.
+        if type(error).__name__ != "ShardingTypeError" or isinstance(mesh, Mesh | AbstractMesh):
+            raise
+        notes.append("the model does not say where its products lie, so that XLA decided it (axes of kind Auto)")
+        return make(automatic(place))
+
+
+def _planned(
+    loss_fn: Callable[..., Any],
+    adapted: Adapted | TrainState,
+    tx: optax.GradientTransformation,
+    batch: PyTree,
+    place: Mesh | SingleDeviceSharding,
+    asked: Device,
+    used: Device,
+    notes: list[str],
+    rule: Rule | None,
+    options: dict[str, Any],
+) -> Plan:
     step = train_step(loss_fn, tx, **options)
     state, batch = _placed(adapted, batch, step.tx, place, rule)
     arguments = step.arguments(state, batch)
     traced = step.compiled(arguments).trace(*arguments)
     made = _compile(traced, used)
     count = place.size if isinstance(place, Mesh) else 1
-    found = _plan(wanted.device, used, place, arguments, made, flops(traced.jaxpr) / count)
+    found = _plan(asked, used, place, arguments, made, flops(traced.jaxpr) / count)
     if has(traced.jaxpr, "while"):
         notes.append("FLOPs count the body of a while loop once: how often it runs is not known")
     rows = [x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "shape", ())]

@@ -55,6 +55,9 @@ def encode(scales: jax.Array, stack: int) -> Nested:
     groups = -(-number // GROUP)
     flat = scales.reshape(*lead, number)
     offset = jnp.mean(flat, axis=-1)
+    # The sum of scales near float32's largest is none; all others have bitsandbytes' mean, bit for bit.
+    far = jnp.mean(flat * np.float32(2.0**-32), axis=-1) * np.float32(2.0**32)
+    offset = jnp.where(jnp.isfinite(offset), offset, far)
     centred = _grouped(flat - offset[..., None], groups)  # (*stack, groups, 256)
     largest = jnp.max(jnp.abs(centred), axis=-1)
     codes = nearest(to_unit(centred, largest, short=number % GROUP != 0)).reshape(*lead, groups * GROUP)[..., :number]

@@ -20,6 +20,8 @@ def on_arrays(fn: Callable[..., Any], stored: Any, *others: Any) -> Any:
         return fn(stored, *others)
 
     def run(stored: Any, *others: Any) -> Any:
+        # No sooner than its input is there: XLA would dequantise all weights of an unrolled model at the beginning.
+        stored, others = jax.lax.optimization_barrier((stored, others))
         return fn(jax.tree.map(tree.dense, stored, is_leaf=tree.is_stored), *others)
 
     return jax.checkpoint(run)(stored, *others)
