@@ -250,3 +250,20 @@ def test_bad_input_is_an_error_that_says_so(case: str) -> None:
     with pytest.raises(TypeError if case == "floats" else ValueError) as error:
         head_cross_entropy(**arguments)
     assert str(error.value) == text
+
+
+def test_labels_of_a_byte_are_ids_of_a_larger_vocabulary() -> None:
+    h, kernel = jax.random.normal(jax.random.key(0), (1, 4, 8)), jax.random.normal(jax.random.key(1), (8, 320))
+    labels = np.array([[3, 7, 1, 60]])
+    expected = head_cross_entropy(h, kernel, jnp.asarray(labels, jnp.int32))
+    for dtype in (np.uint8, np.int8, np.int16, np.uint32):
+        np.testing.assert_array_equal(head_cross_entropy(h, kernel, jnp.asarray(labels, dtype)), expected)
+
+
+def test_an_id_that_is_masked_out_by_minus_infinity_is_no_label() -> None:
+    h, kernel = jax.random.normal(jax.random.key(0), (1, 4, 8)), jax.random.normal(jax.random.key(1), (8, 12))
+    labels = jnp.array([[3, 7, 1, 0]])
+    bias = jnp.zeros(12).at[5].set(-jnp.inf)
+    kept = np.delete(np.arange(12), 5)
+    expected = head_cross_entropy(h, kernel[:, kept], jnp.where(labels > 5, labels - 1, labels))
+    np.testing.assert_allclose(head_cross_entropy(h, kernel, labels, bias=bias), expected, rtol=1e-5)

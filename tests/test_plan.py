@@ -674,6 +674,14 @@ def command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     return call
 
 
+def test_a_model_that_says_nothing_of_places_is_planned_on_automatic_axes():
+    params = {"a": {"kernel": jnp.ones((64, 32))}, "b": {"kernel": jnp.ones((32, 64))}}
+    loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"])
+    found = jlora.plan(loss, jlora.apply(params, rank=2), optax.sgd(0.1), jnp.ones((8, 64)), mesh={"fsdp": 4})
+    assert found.weights == 2 * 64 * 32 * 4 // 4
+    assert found.notes == ("the model does not say where its products lie, so that XLA decided it (axes of kind Auto)",)
+
+
 @pytest.mark.loose_promotion
 def test_the_command_plans_a_config(command: Any):
     told = json.loads(command(*SMALL, "train.batch=2", "--accumulate", "2"))

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
@@ -270,3 +271,33 @@ def test_no_gradient_of_the_base_is_formed() -> None:
     found = products(codes, "factors")
     assert (BATCH, 192) in found
     assert not {(IN, 192), (192, IN)} & found
+
+
+def test_forward_mode_and_explicit_axes_cost_one_layer_too() -> None:
+    """Products that autodiff differentiates dequantise a weight no sooner than its input is there."""
+    layers, width = 6, 256
+    rng = np.random.default_rng(0)
+    params = {
+        f"l{i}": {"kernel": jnp.asarray(rng.normal(size=(width, width)) / 16, jnp.float32)} for i in range(layers)
+    }
+
+    def forward(params: Any, x: jax.Array) -> jax.Array:
+        for i in range(layers):
+            x = jnp.tanh(x @ params[f"l{i}"]["kernel"])
+        return x.sum()
+
+    def temporaries(base: Any, x: jax.Array, forward_mode: bool) -> float:
+        adapted = jlora.apply(base, rank=4)
+        lifted = jlora.lift(forward, forward_mode=forward_mode)
+        loss = lambda factors, base, x: lifted(adapted.replace(base=base, factors=factors), x)
+        compiled = jax.jit(jax.grad(loss)).lower(adapted.factors, base, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (4 * width * width)
+
+    x = jnp.ones((8, width))
+    quantised = jlora.quantize(params)
+    assert temporaries(quantised, x, True) < temporaries(params, x, True) + 1.1
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    put = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, P(*spec)))
+    with jax.set_mesh(mesh):
+        of_codes = temporaries(put(quantised), put(x, "d"), False)
+        assert of_codes < temporaries(put(params), put(x, "d"), False) + 1.1

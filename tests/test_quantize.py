@@ -315,6 +315,15 @@ def test_wrong_weights() -> None:
         jlora.quantize({"head": {"kernel": jnp.ones((64, 8))}})
 
 
+def test_weights_near_the_largest_number() -> None:
+    """The sum of the scales is no number of float32; their mean is."""
+    w = jnp.asarray(np.random.default_rng(12).normal(size=(1024, 512)) * 2e37, jnp.float32)
+    values = jlora.quantize({"kernel": w})["kernel"].dequantise()
+    np.testing.assert_allclose(values / 2e37, quantised(w / 2e37, double=True).dequantise(), rtol=1e-3, atol=2e-2)
+    with pytest.raises(ValueError, match="'kernel' is not finite"):
+        jlora.quantize({"kernel": np.full((64, 64), 1e300)})
+
+
 def test_codes_and_scales_that_contradict_each_other() -> None:
     of = jlora.quantize({"kernel": jnp.ones((128, 8))}, double=False)["kernel"]
     wrong = quant.Quantised(of.codes, of.scales[:, :1], of.number, of.layout, of.dtype)
