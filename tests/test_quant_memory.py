@@ -23,6 +23,7 @@ from tests.tiers import thorough
 LAYERS, WIDTH, ROWS = 24, 256, 64
 LAYER = 2 * WIDTH * 2 * WIDTH * 2  # bytes of one layer's two weights in bfloat16
 FORMS = ("unrolled", "scanned")
+UNROLLED = "test_forward_mode_and_explicit_axes_cost_one_layer_too"
 TARGETS = {"v5e": "libtpu", "h100": "jax_cuda12_plugin"}
 
 # -- the compiled step -------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ ROWS_OF_STEPS = [
 DEFAULT_STEPS = [("nf4", "scanned", False, 1), ("int8", "unrolled", False, 1)]
 
 
-@pytest.mark.parametrize("row", thorough(ROWS_OF_STEPS, "test_a_step_holds_one_dequantised_layer", DEFAULT_STEPS))
+@pytest.mark.parametrize("row", thorough(ROWS_OF_STEPS, UNROLLED, DEFAULT_STEPS))
 def test_a_step_holds_one_dequantised_layer(row: Any) -> None:
     number, *setting = row
     more = temporaries(number, *setting) - plain_temporaries(*setting)
@@ -117,7 +118,7 @@ def compiled_for(target: str) -> None:
             print(json.dumps([form, number, more / (LAYER * (width // WIDTH) ** 2)]))
 
 
-@pytest.mark.parametrize("target", thorough(TARGETS, "test_a_step_holds_one_dequantised_layer"))
+@pytest.mark.parametrize("target", thorough(TARGETS, UNROLLED))
 def test_a_step_compiled_for_a_device_holds_one_dequantised_layer(target: str) -> None:
     if importlib.util.find_spec(TARGETS[target]) is None:
         pytest.skip(f"{TARGETS[target]} is not installed")
@@ -237,7 +238,7 @@ def both(case: Any, number: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("case", thorough(CASES, "test_autodiff_keeps_the_codes", DEFAULT_CASES))
+@pytest.mark.parametrize("case", thorough(CASES, UNROLLED, DEFAULT_CASES))
 def test_autodiff_keeps_the_codes(case: Any) -> None:
     """And the gradients are those of the dequantised base, held as a plain array."""
     (values, kept), (expected, of_plain) = both(case, "int8" if case[0] == "scan" else "nf4")

@@ -36,7 +36,7 @@ def bases(name: str) -> tuple:
     return quantised, jlora.dequantize(quantised)
 
 
-ONE = "test_function_gradient_and_merged_weights_are_those_of_the_dequantised_base"
+ONE = "tests/test_methods.py::test_start_merged_weights_and_gradients_in_one_program"
 DEFAULT = ("lora", "dora", "adalora", "pissa", "eva", "vera", "ia3", "oft", "together", "bitfit", "houlsby")
 
 
