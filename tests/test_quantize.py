@@ -263,6 +263,9 @@ def test_codes_lie_along_the_axes_of_their_weight(name: str, kind: AxisType) -> 
     back = jax.jit(lambda of: of.dequantise())(of)
     close(back, alone.dequantise())
     assert kind == AxisType.Auto or jax.typeof(back).sharding.spec == P("x", "y")
+    traced = jax.jit(lambda w: jlora.quantize({"kernel": w}, name)["kernel"])(put)
+    jax.tree.map(np.testing.assert_array_equal, traced, alone)
+    assert kind == AxisType.Auto or traced.codes.sharding.spec == P("y", "x")
     shapes = jlora.quantize({"kernel": jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=put.sharding)}, name)["kernel"]
     assert [x.sharding.spec for x in jax.tree.leaves(shapes)] == [x.sharding.spec for x in jax.tree.leaves(of)]
 
@@ -283,6 +286,7 @@ def test_a_mesh_that_cuts_through_blocks() -> None:
 
 
 WRONG = {
+    "a format of another type": ({"args": [["nf4"]]}, r"unknown format \['nf4'\]: it is one of nf4, fp4, int4, int8, fp8"),
     "an unknown format": ({"args": ["nf5"]}, r"unknown format 'nf5': it is one of nf4, fp4, int4, int8, fp8; the nearest is 'nf4'"),
     "a block that does not fit": ({"block": 48}, r"block=48 does not fit: it is a power of two from 32 to 4096"),
     "a block of 8 bits": ({"args": ["int8"], "block": 64}, r"int8 has one scale for each output channel: leave out block=64"),
@@ -299,6 +303,12 @@ def test_wrong_requests(case: str) -> None:
     kwargs = dict(kwargs)
     with pytest.raises(ValueError, match=text):
         jlora.quantize(params_of(), *kwargs.pop("args", []), **kwargs)
+
+
+@pytest.mark.parametrize("name", quant.FORMATS)
+def test_a_weight_without_elements(name: str) -> None:
+    of = jlora.quantize({"kernel": jnp.ones((0, 4))}, name)["kernel"]
+    assert of.shape == of.dequantise().shape == (0, 4)
 
 
 def test_wrong_weights() -> None:

@@ -295,7 +295,8 @@ def _compiled(number: Format, layout: Layout, inputs: int, double: bool, place: 
     """The program for weights of one layout: one compilation serves all layers of a shape."""
 
     def run(w: jax.Array) -> Quantised:
-        specs = lambda _: jax.tree.map(lambda at: at.spec, place.where)
+        # On explicit axes, which a traced weight's type tells as well as an array's.
+        specs = lambda of: jax.tree.map(lambda at: at.spec, shardings_of(of, jax.typeof(w).sharding, "a weight"))
         return on_auto_axes(lambda w: encode(w, number, layout, inputs, double), w, place=specs)
 
     return jax.jit(run, out_shardings=place.where)

@@ -6,7 +6,7 @@ from typing import Any
 from jlora.quant.formats import BLOCKS, Format
 
 # Modules that make the model's output: kept in full precision by default, as bitsandbytes keeps `lm_head`.
-HEADS = ("head", "lm_head", "score", "classifier", "qa_outputs", "logits", "out_proj_head", "output_projection")
+HEADS = ("head", "lm_head", "score", "classifier", "qa_outputs", "logits", "output_projection")
 
 
 def is_head(path: str) -> bool:

@@ -147,7 +147,7 @@ def format_of(name: Any) -> Format:
     """
     if isinstance(name, Format):
         return name
-    if name in FORMATS:
+    if isinstance(name, str) and name in FORMATS:
         return FORMATS[name]
     near = difflib.get_close_matches(str(name).lower(), FORMATS, 1, 0.0)[0]
     raise ValueError(f"unknown format {name!r}: it is one of {', '.join(FORMATS)}; the nearest is {near!r}")

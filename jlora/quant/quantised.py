@@ -205,5 +205,5 @@ def _code_blocks(w: jax.Array, number: Format, layout: Layout) -> tuple[jax.Arra
 
 
 def _code_channels(w: jax.Array, number: Format, inputs: int) -> tuple[jax.Array, jax.Array]:
-    scales = jnp.max(jnp.abs(w), axis=tuple(range(w.ndim - inputs, w.ndim)), keepdims=True)
+    scales = jnp.max(jnp.abs(w), axis=tuple(range(w.ndim - inputs, w.ndim)), keepdims=True, initial=0)
     return number.encode(over(w, scales)), scales
