@@ -89,7 +89,13 @@ def of_checkpoint(opened: Opened, seed: int, load: Callable[[int], Params]) -> B
 
 
 def pretrained(
-    trainer: Trainer, folder: Path, seed: int, phase: Phase, hold: Callable[[Params], Params], *, resume: bool = False
+    trainer: Trainer,
+    folder: Path,
+    seed: int,
+    phase: Phase,
+    hold: Callable[[Params], Params] | None = None,
+    *,
+    resume: bool = False,
 ) -> Base:
     """The base from a file in `folder` if there is one with the same model, data and pretraining, else trained.
 
@@ -98,7 +104,7 @@ def pretrained(
       folder: of bases of all kinds; each has a folder of its own in it.
       seed: of the initial values and the batches.
       phase: where progress is shown.
-      hold: the parameters as all runs hold them.
+      hold: gives the parameters as all runs hold them; None leaves them as they are.
       resume: keep what an interrupted pretraining left.
 
     Raises:
@@ -120,7 +126,8 @@ def pretrained(
                 raise FloatingPointError(f"the base: {result.diverged}")
             write(own, trainer.merged(loaded(own, initial)))
             shutil.rmtree(own / "adapter")
-    params = hold(read(own, initial))
+    params = read(own, initial)
+    params = params if hold is None else hold(params)
     return Base(lambda _: params, size(own / NAME), read_curve(own))
 
 

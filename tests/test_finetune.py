@@ -333,7 +333,8 @@ SAID = {
     "minilm_trec": ("90.0 %",),
     "stories_shakespeare": ("karpathy/tinyllamas",),
     "bert_base_conll2003_lora": ("1810.04805", "base, fine-tuned | 96.4 | 92.4", "conll2003/"),
-    **dict.fromkeys(QLORA, ("2305.14314", "NF4 + DQ | 39.0 | 44.5 | 47.5 | 50.7 | 57.3 | 59.2 | 61.8 | 63.9 | 53.1", "OASST1")),
+    "qlora_llama2_7b": ("2305.14314", "bfloat16 38.4, 45.6; FP4 37.2, 44.0; NF4 with double quantisation 39.0, 44.5", "OASST1"),
+    "qlora_llama_65b": ("2305.14314", "bfloat16 61.8, 62.5; FP4 61.3, 63.3; NF4 with double quantisation 61.8, 63.9", "OASST1"),
 }  # fmt: skip
 
 
