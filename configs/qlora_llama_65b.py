@@ -5,7 +5,7 @@ Data:      openassistant_best_replies_train.jsonl and _eval.jsonl in guanaco/ be
            timdettmers/openassistant-guanaco of the hub
 Model:     huggyllama/llama-65b, or a folder with the converted weights
 Hardware:  not run: needs a GPU of 80 GB and the hub: by the compiler of an A100 (jlora plan), 50.2 GiB, too much for
-           one of 48 GB by 3 GiB, of which the optimizer's state on the host would take 6, which experiments do not do yet
+           one of 48 GB by 3 GiB, of which the optimizer's state on the host would take 6 (not done here yet)
            (of 33B: base=huggyllama/llama-30b, all else the same)
 Trained:   799,539,200 parameters, 80 layers * r * (11 * 8192 + 3 * 22016): inputs and outputs of seven layers, r times.
 Recipe:    experiments/recipes/qlora.py, which says what is the paper's and what ours.
