@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import models, tree
@@ -98,6 +100,29 @@ def test_texts_are_those_of_the_dequantised_base(name):
     chex.assert_trees_all_equal(*texts)
     lifted = jlora.lift(lambda p: model.apply({"params": p}, TOKENS))
     close(lifted(adapted), lifted(plain), 1e-4)
+
+
+def test_a_model_on_explicit_axes_is_that_on_one_device():
+    """Its kernels are cut along their last axes, in the middle of which heads begin."""
+    model = GPT2(GPT2Config(**{**SIZES, "width": 64, "layers": 1}))
+    params = filled(jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"])
+    sites = jlora.sites(lambda p: model.apply({"params": p}, TOKENS), params)
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,))
+    spec = lambda x: P(*[None] * (x.ndim - 1), "model") if x.ndim > 1 else P()
+
+    def gradient(params):
+        adapted = randomised(jlora.apply(jlora.quantize(params, block=32, sites=sites), 2, sites=sites))
+        factors, frozen = jlora.partition(adapted)
+        lifted = jlora.lift(model.apply)
+        loss = lambda factors, frozen: jnp.mean(lifted({"params": jlora.combine(factors, frozen)}, TOKENS) ** 2)
+        return jax.jit(jax.grad(loss))(factors, frozen)
+
+    expected = gradient(params)
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), params)
+        found = gradient(placed)
+    assert "model" in jax.typeof(placed["h_0"]["attn"]["query"]["kernel"]).sharding.spec
+    close(jax.device_get(found), expected, 2e-5)
 
 
 PEFT = Path(__file__).with_name("golden") / "peft"

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jlora import tree
 from jlora.transform import rules
 from jlora.transform.dequantised import on_arrays
+from jlora.transform.explicit import explicit_mesh
 from jlora.transform.jaxprs import bind, constant, last_uses, open_jaxpr, opened_end, run_segment, scan_counts, scope
 from jlora.transform.marks import applications
 from jlora.transform.mean import count_of_mean
@@ -63,9 +64,11 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight | Trained | t
 
 
 def _array(argument: Any) -> Any:
-    """Array or shape that the function is traced on: a stored weight is an array to it."""
+    """Array or shape that the function is traced on: a stored weight is an array to it, which lies where its type says."""
     w = argument.w if isinstance(argument, Weight) else argument
-    return jax.ShapeDtypeStruct(w.shape, w.dtype) if tree.is_stored(w) else w
+    if not tree.is_stored(w):
+        return w
+    return jax.ShapeDtypeStruct(w.shape, w.dtype) if explicit_mesh(w) is None else jax.eval_shape(tree.dense, w)
 
 
 def _argument(weight: Any, trace: Trace) -> Any:

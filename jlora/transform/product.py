@@ -151,6 +151,11 @@ def plain_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: jax
     return add(_plain_base(x, w, spec), low_rank_product(z, u, v, spec))
 
 
+def placed_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
+    """`x W + (z u) v` of arrays that say where they lie: by autodiff, but for the product with a stored W."""
+    return add(_placed_base(x, w, spec), low_rank_product(z, u, v, spec))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def adapted_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
     """`x W + (z u) v`, whose backward pass recomputes `z u` and shares `G = g v^T` between dz and du.
@@ -174,6 +179,14 @@ class _Known:
 
     x: jax.ShapeDtypeStruct
     z: jax.ShapeDtypeStruct
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Type:
+    """The type of x, where it lies and all."""
+
+    x: Any
 
 
 def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
@@ -370,12 +383,17 @@ def _by_hand(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: j
 
 
 def _adapted(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
-    placed = spec.sharding is not None or any(map(is_placed, jax.tree.leaves((x, w, a, b))))
-    return (_plain if placed else _by_hand)(x, z, w, a, b, spec)
+    if spec.sharding is None and not any(map(is_placed, jax.tree.leaves((x, w, a, b)))):
+        return _by_hand(x, z, w, a, b, spec)
+    return placed_product(*_operands(x, z, w, a, b, spec), spec)
 
 
 def _plain_base(x: jax.Array, w: jax.Array, spec: Spec) -> jax.Array:
     return on_arrays(lambda w, x: base_product(x, w, spec), w, x)
+
+
+def _placed_base(x: jax.Array, w: Any, spec: Spec) -> jax.Array:
+    return stored_product(x, w, spec) if tree.is_stored(w) else base_product(x, w, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -399,9 +417,33 @@ def _frozen_backward(spec: Spec, residuals: Any, g: jax.Array) -> tuple[jax.Arra
 frozen_product.defvjp(_frozen_forward, _frozen_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def stored_product(x: jax.Array, w: Any, spec: Spec) -> jax.Array:
+    """`frozen_product` of arrays that say where they lie: its transpose is JAX's own, which says it of the result."""
+    return base_product(x, w.dequantise(), spec)
+
+
+def _stored_forward(x: jax.Array, w: Any, spec: Spec) -> tuple[jax.Array, Any]:
+    w, x_then = lax.optimization_barrier((w, x))
+    return base_product(x_then, w.dequantise(), spec), (w, _Type(jax.typeof(x)))
+
+
+def _stored_backward(spec: Spec, residuals: Any, g: jax.Array) -> tuple[jax.Array | None, None]:
+    w, known = residuals
+    if not jnp.issubdtype(known.x.dtype, jnp.inexact):
+        return None, None
+    w, g = lax.optimization_barrier((w, g))
+    return *jax.linear_transpose(lambda x: base_product(x, w.dequantise(), spec), known.x)(g), None
+
+
+stored_product.defvjp(_stored_forward, _stored_backward)
+
+
 def _base(x: jax.Array, w: Any, spec: Spec) -> jax.Array:
-    by_autodiff = spec.sharding is not None or not tree.is_stored(w) or any(map(is_placed, jax.tree.leaves((x, w))))
-    return _plain_base(x, w, spec) if by_autodiff else frozen_product(x, w, spec)
+    if not tree.is_stored(w):
+        return base_product(x, w, spec)
+    placed = spec.sharding is not None or any(map(is_placed, jax.tree.leaves((x, w))))
+    return (stored_product if placed else frozen_product)(x, w, spec)
 
 
 def _observed(every_row: bool) -> Multiply:

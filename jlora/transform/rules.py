@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from jlora import tree
+from jlora.transform import view
 from jlora.transform.convolution import conv_general_dilated
 from jlora.transform.jaxprs import varying_axes
 from jlora.transform.product import add, compute_dtype, is_linear, keeps
@@ -78,7 +79,10 @@ def _squeeze(weight: Weight, params: dict[str, Any]) -> Weight:
 
 def _constrain(weight: Weight, params: dict[str, Any]) -> Weight:
     # The factors are small: where the compiler puts them is left to it.
-    return weight.replace(w=lax.with_sharding_constraint(tree.dense(weight.w), params["sharding"]))
+    place = params["sharding"]
+    if tree.is_stored(weight.w):
+        return weight.replace(w=view.placed(weight.w, "constrain", place))
+    return weight.replace(w=lax.with_sharding_constraint(weight.w, place))
 
 
 UNARY: dict[str, Callable[[Weight, dict[str, Any]], Weight | list[Weight]]] = {
@@ -94,7 +98,7 @@ UNARY: dict[str, Callable[[Weight, dict[str, Any]], Weight | list[Weight]]] = {
     "split": _split,
     "tile": _tile,
     "unstack": _unstack,
-    "stop_gradient": lambda weight, params: weight.map(lambda x, extra: lax.stop_gradient(x)),
+    "stop_gradient": lambda weight, params: weight.map(lambda x, extra: lax.stop_gradient(x), stored=lambda w: w),
     "squeeze": _squeeze,
     "transpose": lambda weight, params: weight.transpose(params["permutation"]),
 }
@@ -107,7 +111,7 @@ def _reshard(weight: Weight, bind: Callable[..., Any], params: dict[str, Any]) -
     def part(x: jax.Array, extra: int) -> jax.Array:
         return bind(x, **{**params, "dst_sharding": restricted(target, x.shape, weight.shape)})
 
-    return weight.map(part)
+    return weight.map(part, stored=lambda w: view.placed(w, "reshard", target))
 
 
 def _vary(weight: Weight, bind: Callable[..., Any], params: dict[str, Any]) -> Weight:
@@ -117,7 +121,7 @@ def _vary(weight: Weight, bind: Callable[..., Any], params: dict[str, Any]) -> W
         missing = tuple(axis for axis in params["axes"] if axis not in varying_axes(x))
         return bind(x, **{**params, "axes": missing}) if missing else x
 
-    return weight.map(part)
+    return weight.map(part, stored=lambda w: jax.tree.map(lambda x: part(x, 0), w))
 
 
 PLACES: dict[str, Callable[[Weight, Callable[..., Any], dict[str, Any]], Weight]] = {

@@ -8,16 +8,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, reshard
 
 from jlora import tree
+
+_PLACE: dict[str, Callable[[jax.Array, NamedSharding], jax.Array]] = {
+    "constrain": lax.with_sharding_constraint,
+    "reshard": reshard,
+}
 
 
 class Step(NamedTuple):
     """One operation on the last axes of an array, whatever stands before them: what follows keeps its leading axes.
 
     Attributes:
-      op: "cast", "transpose", "reshape" or "slice".
-      what: the dtype, permutation, shape, or (start, limit, stride) of each axis, of the last axes alone.
+      op: "cast", "transpose", "reshape", "slice", or, of all axes, "constrain" (`lax.with_sharding_constraint`) or
+        "reshard" (to another place on an explicit mesh).
+      what: the dtype, permutation, shape, or (start, limit, stride) of each axis, of the last axes alone; the sharding.
     """
 
     op: str
@@ -31,6 +38,8 @@ class Step(NamedTuple):
             return lax.transpose(x, (*range(lead), *(axis + lead for axis in self.what)))
         if self.op == "reshape":
             return lax.reshape(x, (*x.shape[:lead], *self.what))
+        if self.op in _PLACE:
+            return _PLACE[self.op](x, self.what)
         bounds = (*((0, n, 1) for n in x.shape[:lead]), *self.what)
         return lax.slice(x, *zip(*bounds, strict=True)) if bounds else x
 
@@ -135,6 +144,12 @@ def cut(w: Any, bounds: Sequence[tuple[int, int, int]]) -> Any:
         return w
     view = _keep(_view(w), whole.index(False))
     return dataclasses.replace(view, steps=(*view.steps, Step("slice", tuple(bounds[view.lead :]))))
+
+
+def placed(w: Any, op: str, sharding: NamedSharding) -> Any:
+    """A stored weight that lies somewhere else once it is dequantised; `op` is "constrain" or "reshard"."""
+    view = _keep(_view(w), 0)
+    return dataclasses.replace(view, steps=(*view.steps, Step(op, sharding)))
 
 
 def leading(w: Any, act: Callable[[jax.Array], jax.Array]) -> Any:
