@@ -64,7 +64,7 @@ def trace_weights(fn: Callable[..., Any], weights: Sequence[Weight | Trained | t
 
 
 def _array(argument: Any) -> Any:
-    """Array or shape that the function is traced on: a stored weight is an array to it, which lies where its type says."""
+    """Array or shape that the function is traced on: a stored weight is an array to it, where its type says."""
     w = argument.w if isinstance(argument, Weight) else argument
     if not tree.is_stored(w):
         return w
