@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora import quant, tree
 from jlora.quant import formats, nested
+from jlora.quant.quantised import decode_halves, decode_in_place, decode_repeated
 from jlora.transform import view
 
 KERNEL = np.random.default_rng(0).normal(size=(128, 48)).astype(np.float32)  # (in, out)
@@ -103,6 +104,19 @@ def test_the_dynamic_map() -> None:
     assert table.shape == (256,) and (np.diff(table) > 0).all() and (table < 0).sum() == 127
     assert table[[0, -1]].tolist() == pytest.approx([-0.99296875, 1.0])
     assert table[128] == pytest.approx(5.5e-7) and table[127] == 0
+
+
+def test_ways_of_decoding_give_the_same_numbers() -> None:
+    """Which of them a backend takes is a matter of time and memory alone."""
+    codes = jnp.arange(256, dtype=jnp.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(nested._selected(codes), nested.dynamic_map()[np.asarray(codes)])
+    for number in quant.FORMATS.values():
+        if number.blocks:
+            halves, repeated, in_place = (
+                decode(number, codes) for decode in (decode_halves, decode_repeated, decode_in_place)
+            )
+            np.testing.assert_array_equal(halves, repeated)
+            np.testing.assert_array_equal(halves, in_place)
 
 
 def test_bytes_are_as_counted() -> None:

@@ -55,11 +55,11 @@ class Format(NamedTuple):
 
 
 def look_up(codes: jax.Array, table: tuple[float, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """`table[codes]` of a table of 16 numbers, by its four bits: no gather, which no backend fuses into a product."""
+    """`table[codes]` of a table of 16 or 128 numbers, by its bits: no gather, which no backend fuses into a product."""
     # Constants of the codes' own shape would be hoisted out of a scan over layers, and kept: 15 arrays of float32.
     zero = (codes & 0).astype(dtype)
     values: list[Any] = [zero + jnp.asarray(value, dtype) for value in table]
-    for bit in range(4):
+    for bit in range(len(table).bit_length() - 1):
         up = (codes & (1 << bit)) != 0
         values = [jnp.where(up, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
     return values[0]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import layout as in_memory
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.quant import nested
@@ -133,6 +134,7 @@ def _in_blocks(of: Quantised, sizes: Sequence[int], scales: jax.Array) -> jax.Ar
     values = lax.platform_dependent(
         of.codes,
         cpu=functools.partial(decode_halves, of.number),
+        tpu=functools.partial(decode_in_place, of.number),
         default=functools.partial(decode_repeated, of.number),
     )
     values = jnp.pad(values, [(0, 0)] * len(lead) + [(0, blocks * of.layout.block - 2 * columns)])
@@ -157,6 +159,13 @@ def decode_repeated(number: Format, codes: jax.Array) -> jax.Array:
     along = (*[1] * (codes.ndim - 1), twice.shape[-1])
     shift = 4 - 4 * (lax.broadcasted_iota(codes.dtype, along, codes.ndim - 1) & 1)
     return number.decode((twice >> shift) & 15)
+
+
+def decode_in_place(number: Format, codes: jax.Array) -> jax.Array:
+    """`decode_repeated` of codes that lie by rows. Blocks of 64 are fewer than a TPU's lanes, so it would lay the codes
+    out by columns, those of all layers of a stack outside of its loop: all of them once more in memory.
+    """
+    return decode_repeated(number, in_memory.with_layout_constraint(codes, in_memory.Layout(tuple(range(codes.ndim)))))
 
 
 def _by_channel(of: Quantised, scales: jax.Array) -> jax.Array:
