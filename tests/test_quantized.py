@@ -365,6 +365,33 @@ def test_what_cannot_be_quantised(name):
         jlora.quantize(params, **options)
 
 
+HELD = {"first/kernel": jlora.quantize({"kernel": jnp.ones((64, 32))})["kernel"], "last": jnp.ones(3)}
+NOT_DEQUANTISED = {
+    "nothing is quantised": (
+        {"a": jnp.ones(3)}, "a", ValueError,
+        "dequantize: none of the 1 leaves is quantised, and targets='a' is to name such: jlora.quantize(params) makes them",
+    ),
+    "a plain leaf": (
+        HELD, ["first", "last"], ValueError,
+        "dequantize: targets='last' matches 'last', which is not quantised; what is: 'first/kernel'",
+    ),
+    "a misspelt name": (
+        HELD, "frist", ValueError, "targets='frist' matches none of the 2 weights; the closest are 'first/kernel', 'last'",
+    ),
+    "a number": (HELD, 3, TypeError, "dequantize: targets= is a pattern or a list of patterns, not 3"),
+    "a list of numbers": (HELD, [3], TypeError, "dequantize: targets= is a pattern or a list of patterns, not [3]"),
+    "bytes": (HELD, b"a", TypeError, "dequantize: targets= is a pattern or a list of patterns, not b'a'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_DEQUANTISED)
+def test_what_cannot_be_dequantised(name):
+    params, targets, kind, message = NOT_DEQUANTISED[name]
+    with pytest.raises(kind) as error:
+        jlora.dequantize(params, targets)
+    assert str(error.value) == message
+
+
 def test_a_state_is_not_quantised():
     state = jlora.TrainState.create(jlora.apply(PARAMS, 2), optax.sgd(0.1))
     with pytest.raises(

@@ -15,6 +15,7 @@ from flax import nnx
 
 import jlora
 from jlora import models, tree
+from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from tests.conformance import close, filled, normal, randomised
@@ -129,3 +130,59 @@ def test_statistics_through_a_quantised_base():
     close(of_base, of_plain, 1e-5)
     outer = sum(np.asarray(x).T @ np.asarray(x) for x in batches)
     close(of_base["a/kernel"][0], jnp.asarray(outer / len(batches)), 1e-5)
+
+
+# -- every model of jlora.models ---------------------------------------------------------------------------------------
+
+FOLDERS = Path(__file__).parent / "golden" / "models"
+# Kernels that may be a convolution's, by names alone: no bias tells, or a window of one axis looks like a stack.
+LEFT = {
+    "gpt2_causal_lm": "", "llama2_causal_lm": "", "bert_base": "", "roberta_base": "", "deberta_v3_base": "",
+    "deberta_v2_xxl_base": "conv/conv/kernel", "vit_base": "", "clip": "vision/patch/kernel", "clip_text": "",
+    "clip_vision": "patch/kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_the_default_of_every_model(name):
+    """The same weights by their names as by the program; and the function is that of the dequantised ones."""
+    pretrained = models.load(FOLDERS / name, dtype="float32")
+    model, params = pretrained.model, pretrained.params
+    (architecture,) = [a for a in ARCHITECTURES if type(model.config) is a.config and a.fits(model.config)]
+    inputs = [filled(x) for x in architecture.inputs(model.config)]
+    fn = lambda params, *args: model.apply({"params": params}, *args)
+    if LEFT[name]:
+        left = rf"^quantize leaves 1 ambiguous kernels as they are, since their names do not tell .*: '{LEFT[name]}' \("
+        with pytest.warns(UserWarning, match=left):
+            quantised = jlora.quantize(params)
+    else:
+        quantised = jlora.quantize(params)
+    held = [path for path, leaf in tree.leaves(quantised)[0].items() if tree.is_stored(leaf)]
+    sites = jlora.sites(fn, params, *inputs)
+    by_program, _ = tree.leaves(jlora.quantize(params, sites=sites))
+    assert held == [path for path, leaf in by_program.items() if tree.is_stored(leaf)] and len(held) >= 12
+    close(jlora.lift(fn)(quantised, *inputs), fn(jlora.dequantize(quantised), *inputs), 1e-5)
+
+
+AMBIGUOUS = {
+    "layers in a stack": ({"a": {"kernel": (8, 8)}, "h": {"kernel": (2, 8, 8), "bias": (2, 8)}}, "'h/kernel' of shape"),
+    "a stack of attention": ({"a": {"kernel": (8, 8)}, "query": {"kernel": (2, 8, 2, 4)}}, "'query/kernel' of shape"),
+    "outputs first": ({"a": {"kernel": (8, 4), "bias": (8,)}}, "'a/kernel' of shape"),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_what_may_be_linear_is_not_left_silently(name):
+    shapes, text = AMBIGUOUS[name]
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    with pytest.raises(ValueError, match=f"^{text} .* is ambiguous: its name and rank do not tell"):
+        jlora.quantize(params)
+
+
+def test_a_weight_used_in_two_ways_is_left():
+    params = {"w": normal(4, 64, 8), "kernel": normal(64, 64)}
+    fn = lambda p, x: (jnp.einsum("bd,ndh->bnh", x, p["w"]) * (x @ p["w"][0])[:, None], x @ p["kernel"])
+    places = jlora.sites(fn, params, normal(3, 64))
+    with pytest.warns(UserWarning, match=r"since the program uses their axes in several ways: 'w' \(4, 64, 8\)"):
+        quantised = jlora.quantize(params, sites=places)
+    assert not tree.is_stored(quantised["w"]) and tree.is_stored(quantised["kernel"])

@@ -100,7 +100,7 @@ def select(
         chosen = [site for site in matched if site.kind in (*ADAPTABLE, "unknown")] or matched
         if not chosen:
             raise ValueError(f"targets= (a predicate) matches none of the {len(known)} weights: {listing(known)}")
-    elif not isinstance(targets, re.Pattern | Iterable):
+    elif not isinstance(targets, re.Pattern | Iterable) or isinstance(targets, bytes | Mapping):
         raise TypeError(f"targets= is a pattern, a list of them or a predicate on Site, not {targets!r:.200}")
     else:
         patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
@@ -380,16 +380,22 @@ def _search(pattern: Any, path: str, argument: str) -> bool:
 
 
 def _no_match(pattern: Any, paths: Sequence[str], argument: str) -> str:
+    near = ", ".join(map(repr, nearest(pattern, paths)))
+    return (
+        f"{argument}={getattr(pattern, 'pattern', pattern)!r} matches none of the {len(paths)} weights; the closest "
+        f"are {near}"
+    )
+
+
+def nearest(pattern: Any, paths: Sequence[str]) -> list[str]:
+    """The three paths that are nearest to a pattern that matches none, or to one of whose parts it is near."""
     pattern = getattr(pattern, "pattern", pattern)
     words = {path: path.split("/") + [path] for path in paths}
     score = {
         path: max(difflib.SequenceMatcher(None, pattern, word).ratio() for word in parts)
         for path, parts in words.items()
     }
-    near = sorted(paths, key=lambda path: -score[path])[:3]
-    return (
-        f"{argument}={pattern!r} matches none of the {len(paths)} weights; the closest are {', '.join(map(repr, near))}"
-    )
+    return sorted(paths, key=lambda path: -score[path])[:3]
 
 
 def listing(known: Sequence[Site]) -> str:
