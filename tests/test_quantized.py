@@ -211,7 +211,11 @@ def test_tables_and_counts_say_how_a_weight_is_held():
     codes = 2 * (1024 + 64 + 4 + 4)
     assert jlora.count(adapted).bytes == codes + 4 * (64 + 256 + 272)
     assert jlora.count(plain).bytes == 4 * total
-    assert jlora.summary(adapted).splitlines()[-1].endswith(f"; {jlora.count(adapted).bytes:,} bytes")
+    bits = 8 * codes / 4096
+    assert jlora.count(adapted).bits == bits and jlora.count(plain).bits is None
+    last = f"; {jlora.count(adapted).bytes:,} bytes, {bits:.3f} bits a quantised weight"
+    assert jlora.summary(adapted).splitlines()[-1].endswith(last)
+    assert repr(jlora.count(adapted)).endswith(f", bits={bits:.4g})") and "bits" not in repr(jlora.count(plain))
 
 
 def test_files_say_how_the_base_was_held(tmp_path):
@@ -376,7 +380,7 @@ NOT_DEQUANTISED = {
         "dequantize: targets='last' matches 'last', which is not quantised; what is: 'first/kernel'",
     ),
     "a misspelt name": (
-        HELD, "frist", ValueError, "targets='frist' matches none of the 2 weights; the closest are 'first/kernel', 'last'",
+        HELD, "frist", ValueError, "targets='frist' matches none of the 1 weights; the closest are 'first/kernel'",
     ),
     "a number": (HELD, 3, TypeError, "dequantize: targets= is a pattern or a list of patterns, not 3"),
     "a list of numbers": (HELD, [3], TypeError, "dequantize: targets= is a pattern or a list of patterns, not [3]"),

@@ -1,6 +1,7 @@
 """Quantised bases in the trees of libraries, in the models of jlora with a cache, and under PEFT's folders."""
 
 import json
+import re
 from pathlib import Path
 
 import chex
@@ -102,6 +103,7 @@ def test_texts_are_those_of_the_dequantised_base(name):
 
 
 PEFT = Path(__file__).with_name("golden") / "peft"
+FOLDERS = Path(__file__).parent / "golden" / "models"
 ROWS = ("lora", "dora_gpt2", "adalora", "pissa", "rslora", "lora_llama", "ia3_llama", "vera", "oft", "modules_to_save")
 
 
@@ -121,6 +123,47 @@ def test_folders_of_peft_on_a_base_in_4_bits(row, tmp_path):
     close(jlora.merge(again), jlora.merge(plain), 1e-6)
 
 
+STARTS = {
+    "loftq": lambda params: jlora.loftq(jlora.apply(params, 2, targets="query"), block=32, iterations=1),
+    "qpissa": lambda params: jlora.quantize(jlora.apply(params, method=jlora.pissa(2), targets="query"), block=32),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_folders_of_a_start_that_changed_the_base(start, tmp_path):
+    """They warn; what was learned, at twice the rank, fits the original base, and does not."""
+    own = models.load(FOLDERS / "llama2_causal_lm")
+    before = STARTS[start](own.params)
+    adapted = randomised(before)
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    text = (
+        f"'{file}' fits this base alone, not the model that it was made from: the start (LoftQ, QPiSSA) changed "
+        "2 weights, first 'h_0/attn/query/kernel'. Either save the base beside it and load the adapter onto that one: "
+        "jlora.models.save(folder, model, adapted.base). Or save what was learned, of twice the rank, which fits the "
+        "original weights: jlora.combine_adapters([adapted, start], [1, -1], 'cat').replace(base=params), `start` being "
+        "the adapter before training"
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(text)}$"):
+        jlora.peft.save(tmp_path / "out", adapted, model=own.model)
+    learned = jlora.combine_adapters([adapted, before], [1, -1], "cat").replace(base=own.params)
+    jlora.peft.save(tmp_path / "learned", learned, model=own.model)
+    again = jlora.peft.load(tmp_path / "learned", own.params, model=own.model)
+    assert {site.rank for site in again.sites} == {4}
+    path = "h_0/attn/query/kernel"
+    of = lambda adapted: tree.leaves(jlora.merge(adapted))[0][path]
+    close(of(again) - tree.leaves(own.params)[0][path], of(adapted) - of(before), 1e-4)
+
+
+def test_a_residual_says_that_it_is_one():
+    """A base that was quantised as it is, or again by merging, is none."""
+    params = {"a": {"kernel": normal(64, 64)}, "b": {"kernel": normal(64, 64)}}
+    after = jlora.loftq(jlora.apply(params, 2, targets="a"), iterations=1)
+    assert repr(after.base["a"]["kernel"]) == "Quantised(nf4, blocks of 64 twice, float32[64, 64], a residual)"
+    assert not after.base["b"]["kernel"].residual
+    assert not jlora.merge(after, requantize=True)["a"]["kernel"].residual
+    assert not jlora.quantize(jlora.apply(params, 2)).base["a"]["kernel"].residual
+
+
 def test_statistics_through_a_quantised_base():
     fn, params = of_nnx()
     base = jlora.quantize(params, block=32)
@@ -134,7 +177,6 @@ def test_statistics_through_a_quantised_base():
 
 # -- every model of jlora.models ---------------------------------------------------------------------------------------
 
-FOLDERS = Path(__file__).parent / "golden" / "models"
 # Kernels that may be a convolution's, by names alone: no bias tells, or a window of one axis looks like a stack.
 LEFT = {
     "gpt2_causal_lm": "", "llama2_causal_lm": "", "bert_base": "", "roberta_base": "", "deberta_v3_base": "",

@@ -102,7 +102,7 @@ def _alternate(
         codes = dataclasses.replace(how.quantise(residual, target), dtype=jnp.dtype(w.dtype))
         best = lambda wide, near, start: _best(wide - near.astype(jnp.float32), target, start, scale)
         arrays = on_auto_axes(best, wide, codes.dequantise(), start)
-    return codes, arrays
+    return dataclasses.replace(codes, residual=True), arrays
 
 
 def _best(lost: jax.Array, target: Target, start: Arrays, scale: float) -> Arrays:

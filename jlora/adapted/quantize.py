@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted, from_arrays, to_arrays
-from jlora.adapted.select import Pattern, known_sites, listing, matching, nearest, select
+from jlora.adapted.select import Pattern, known_sites, listing, matching, nearest, search, select
 from jlora.methods.residual import is_taken_out, taken_out
 from jlora.quant.choice import check_block, check_double, is_head
 from jlora.quant.formats import Format, format_of
@@ -128,10 +128,10 @@ def _stored_ones(named: dict[str, Any], stored: list[str], targets: Any) -> set[
             "jlora.quantize(params) makes them"
         )
     for pattern in patterns:
-        plain = matching(named, pattern, "targets")
-        if not plain & set(stored):
+        plain = [path for path in named if search(pattern, path, "targets")]
+        if plain and not set(plain) & set(stored):
             raise ValueError(
-                f"dequantize: targets={getattr(pattern, 'pattern', pattern)!r} matches {min(plain)!r}, which is not "
+                f"dequantize: targets={getattr(pattern, 'pattern', pattern)!r} matches {plain[0]!r}, which is not "
                 f"quantised; what is: {', '.join(map(repr, nearest(pattern, stored)))}"
             )
     return matching(stored, patterns, "targets")
@@ -187,7 +187,8 @@ def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Ada
     for path, leaf in named.items():
         wide = residual.get(path, leaf)
         if path in chosen:
-            named[path] = dataclasses.replace(how.quantise(wide, chosen[path]), dtype=jnp.dtype(leaf.dtype))
+            codes, dtype = how.quantise(wide, chosen[path]), jnp.dtype(leaf.dtype)
+            named[path] = dataclasses.replace(codes, dtype=dtype, residual=path in residual)
         elif path in residual:
             named[path] = wide.astype(leaf.dtype)
     base = jax.tree.unflatten(structure, named.values())

@@ -32,6 +32,8 @@ class Quantised:
       number: the format.
       layout: order of the weight's axes in the codes.
       dtype: of the weight.
+      residual: whether the weight is what a start left of the full one (LoftQ, QPiSSA): factors that were trained on it
+        fit no other.
     """
 
     codes: jax.Array
@@ -39,6 +41,7 @@ class Quantised:
     number: Format = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
+    residual: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,7 +112,8 @@ class Quantised:
     def __repr__(self) -> str:
         twice = " twice" if isinstance(self.scales, Nested) else ""
         block = f", blocks of {self.layout.block}{twice}" if self.number.blocks else ""
-        return f"Quantised({self.number.name}{block}, {jnp.dtype(self.dtype).name}{list(self.shape)})"
+        rest = ", a residual" if self.residual else ""
+        return f"Quantised({self.number.name}{block}, {jnp.dtype(self.dtype).name}{list(self.shape)}{rest})"
 
 
 def _dequantised(of: Quantised) -> jax.Array:
