@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,9 +59,12 @@ FACTORS = 4 * 2 * ((IN + HIDDEN) + (HIDDEN + OUT))  # float32, r = 2
 WEIGHTS = 2 * (IN * HIDDEN + HIDDEN * OUT)
 
 
+on_cpu = functools.partial(jlora.plan, device="cpu")
+
+
 @functools.cache
 def plain() -> Plan:
-    return jlora.plan(loss_fn, adapt(mlp()), TX, BATCH)
+    return on_cpu(loss_fn, adapt(mlp()), TX, BATCH)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ def _of_factors() -> int:
 
 def test_nothing_is_allocated_and_the_environment_stays():
     environment, before = dict(os.environ), len(jax.live_arrays())
-    jlora.plan(loss_fn, adapt(mlp(), 1), TX, BATCH)
+    on_cpu(loss_fn, adapt(mlp(), 1), TX, BATCH)
     assert len(jax.live_arrays()) == before and dict(os.environ) == environment
 
 
@@ -105,15 +109,15 @@ def test_arrays_shapes_and_a_state_give_one_plan():
     params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), mlp())
     adapted = adapt(params)
     batch = {"x": np.ones((ROWS, IN), jnp.bfloat16)}
-    assert jlora.plan(loss_fn, adapted, TX, batch) == plain()
+    assert on_cpu(loss_fn, adapted, TX, batch) == plain()
     state = TrainState.create(adapt(mlp()), train_step(loss_fn, TX).tx)
-    assert jlora.plan(loss_fn, state, TX, BATCH) == plain()
+    assert on_cpu(loss_fn, state, TX, BATCH) == plain()
 
 
 def test_codes_of_a_quantised_base_are_its_weights():
     params = {"up": Codes(shape(IN, HIDDEN, dtype=jnp.int8), shape(1, HIDDEN)), "down": shape(HIDDEN, OUT)}
     loss = lambda params, batch: loss_fn(params, {"x": batch["x"].astype(jnp.float32)})
-    found = jlora.plan(loss, adapt(params, fn=loss), TX, BATCH)
+    found = on_cpu(loss, adapt(params, fn=loss), TX, BATCH)
     assert found.weights == IN * HIDDEN + 4 * HIDDEN + 4 * HIDDEN * OUT
     assert found.arguments == found.weights + 2 * FACTORS + found.batch + 8
 
@@ -121,15 +125,15 @@ def test_codes_of_a_quantised_base_are_its_weights():
 def test_what_the_step_does_not_read_is_on_the_device_too():
     params = mlp() | {"unread": shape(300, 1000)}
     sites = jlora.sites(loss_fn, mlp(), BATCH)
-    found = jlora.plan(loss_fn, jlora.apply(params, rank=2, sites=sites), TX, BATCH)
+    found = on_cpu(loss_fn, jlora.apply(params, rank=2, sites=sites), TX, BATCH)
     assert (found.unused, found.peak) == (1_200_000 + 12, plain().peak)  # and the key, and the last loss
     assert "  unused by the step    1.14 MiB" in str(found).splitlines()
 
 
 def test_options_are_the_steps():
-    whole = jlora.plan(lambda p, b, key: loss_fn(p, b), adapt(mlp()), TX, BATCH, pass_key=True)
+    whole = on_cpu(lambda p, b, key: loss_fn(p, b), adapt(mlp()), TX, BATCH, pass_key=True)
     assert whole.flops == plain().flops
-    parts = jlora.plan(loss_fn, adapt(mlp()), TX, BATCH, accumulate=4)
+    parts = on_cpu(loss_fn, adapt(mlp()), TX, BATCH, accumulate=4)
     assert parts.flops == plain().flops and parts.temporaries != plain().temporaries
 
 
@@ -224,7 +228,7 @@ def test_flops_of_a_convolution(groups: int, strides: int):
 
 def test_a_loop_of_unknown_length_is_noted():
     loss = lambda params, batch: loss_fn(params, {"x": jax.lax.while_loop(lambda x: x[0, 0] > 9, jnp.sin, batch["x"])})
-    assert jlora.plan(loss, adapt(mlp()), TX, BATCH).notes == (
+    assert on_cpu(loss, adapt(mlp()), TX, BATCH).notes == (
         "FLOPs count the body of a while loop once: how often it runs is not known",
     )
 
@@ -345,14 +349,14 @@ def test_collectives_of_eight_devices():
     adapted = jlora.apply(STACK, rank=2, targets="out", sites=jlora.sites(scanned, STACK, {"x": shape(ROWS, IN)}))
     mesh = AbstractMesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rule = lambda path, x: P("data") if path.startswith("batch") else None
-    found = jlora.plan(scanned, adapted, TX, {"x": shape(ROWS, IN)}, mesh, rule=rule)
+    found = on_cpu(scanned, adapted, TX, {"x": shape(ROWS, IN)}, mesh, rule=rule)
     factors = 4 * 2 * (IN + OUT)
     assert set(found.collectives) == {"all-reduce"}
     assert factors <= found.collectives["all-reduce"].bytes <= factors + 16
     assert found.collectives["all-reduce"].wire == round(found.collectives["all-reduce"].bytes * 7 / 4)
     assert (found.devices, found.mesh, found.batch) == (8, {"data": 8}, ROWS * IN * 4 // 8)
     assert found.factors == factors and found.weights == 4 * (3 * IN * IN + IN * OUT)
-    alone = jlora.plan(scanned, adapted, TX, {"x": shape(ROWS, IN)})
+    alone = on_cpu(scanned, adapted, TX, {"x": shape(ROWS, IN)})
     assert found.flops == alone.flops / 8 and alone.collectives == {}
 
 
@@ -361,7 +365,7 @@ def test_weights_without_a_place_are_fully_sharded(kinds: AxisType):
     """The stack's first axis stays whole, and each layer is gathered in its turn: by hand, in both passes."""
     adapted = adapt(STACK, fn=scanned, batch={"x": shape(ROWS, IN)})
     mesh = AbstractMesh((8,), ("fsdp",), axis_types=(kinds,))
-    found = jlora.plan(_gathering, adapted, TX, {"x": shape(ROWS, IN)}, mesh)
+    found = on_cpu(_gathering, adapted, TX, {"x": shape(ROWS, IN)}, mesh)
     assert found.weights == 4 * (3 * IN * IN + IN * OUT) // 8
     assert found.arguments == found.weights + 2 * found.factors + found.batch + 8
     assert found.collectives["all-gather"].bytes >= 4 * (3 * IN * IN + IN * OUT)
@@ -394,7 +398,7 @@ def test_shardings_of_leaves_are_kept_on_the_devices_of_the_plan():
     split = lambda x, spec: x.update(sharding=NamedSharding(mesh, spec))
     params = {"up": split(mlp()["up"], P(None, "model")), "down": mlp()["down"]}
     batch = {"x": split(BATCH["x"], P("data"))}
-    found = jlora.plan(loss_fn, adapt(params), TX, batch, mesh)
+    found = on_cpu(loss_fn, adapt(params), TX, batch, mesh)
     assert found.weights == 2 * (IN * HIDDEN // 4 + HIDDEN * OUT) and found.batch == ROWS * IN * 2 // 2
     assert found.mesh == {"data": 2, "model": 4}
 
@@ -425,7 +429,7 @@ def test_names_of_devices(name: str, expected: tuple[str, int | None, str]):
 )
 def test_an_unknown_device_has_a_nearest_one(name: str, near: str):
     with pytest.raises(ValueError, match=rf"^device='{name}' is unknown; the nearest is '{near}'. There are cpu, v4, "):
-        jlora.plan(loss_fn, adapt(mlp()), TX, BATCH, device=name)
+        on_cpu(loss_fn, adapt(mlp()), TX, BATCH, device=name)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("v5e", "plan"), ("h100", "plan-gpu")])
@@ -434,12 +438,12 @@ def test_a_compiler_that_is_not_there(name: str, extra: str, monkeypatch: pytest
     with pytest.raises(
         ImportError, match=rf"^a plan for '{name}' is made by its own .*pip install \"jlora\[{extra}\]\""
     ):
-        jlora.plan(loss_fn, adapt(mlp()), TX, BATCH, device=name)
+        on_cpu(loss_fn, adapt(mlp()), TX, BATCH, device=name)
 
 
 def test_a_device_of_the_table_is_compiled_for_the_cpu_where_no_compiler_is(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(targets, "has_compiler", lambda device: device.compiler == "cpu")
-    found = jlora.plan(loss_fn, adapt(mlp()), TX, BATCH, device="RTX A6000")
+    found = on_cpu(loss_fn, adapt(mlp()), TX, BATCH, device="RTX A6000")
     assert (found.device, found.compiler, found.limit) == ("a6000", "cpu", int(47.5 * GIB))
     assert found.notes == (
         "compiled for the CPU, whose temporaries are others, and judged by a6000's memory: pip install "
@@ -494,7 +498,7 @@ def test_refused(name: str):
     options, kind, text = REFUSED[name]
     adapted = options.get("adapted", adapt(mlp()))
     with pytest.raises(kind, match=f"^{text}"):
-        jlora.plan(loss_fn, adapted, TX, BATCH, **{key: value for key, value in options.items() if key != "adapted"})
+        on_cpu(loss_fn, adapted, TX, BATCH, **{key: value for key, value in options.items() if key != "adapted"})
 
 
 @pytest.mark.parametrize(
@@ -580,7 +584,7 @@ def test_a_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(planned, "_memory_here", lambda: 10**6)
     params = {"up": shape(1000, 1000, dtype=jnp.bfloat16), "down": shape(1000, OUT, dtype=jnp.bfloat16)}
     batch = {"x": shape(4, 1000, dtype=jnp.bfloat16)}
-    found = jlora.plan(loss_fn, adapt(params, batch=batch), TX, batch)
+    found = on_cpu(loss_fn, adapt(params, batch=batch), TX, batch)
     assert not found.fits and found.limit == 10**6
     assert any(text.startswith("weights are 1.92 MiB of") for text in found.advice)
     assert f"It does not fit: {(found.peak - 10**6) / 2**20:.3g} MiB too much." in str(found).splitlines()
@@ -665,8 +669,9 @@ def command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     """Runs `jlora plan` in the repository: its output, or its one line of error."""
     monkeypatch.chdir(ROOT)
 
-    def call(*arguments: str, status: int = 0) -> str:
-        found = main(["plan", *arguments])
+    def call(*arguments: str, status: int = 0, default: bool = False) -> str:
+        device = () if "--device" in arguments or default else ("--device", "cpu")
+        found = main(["plan", *arguments, *device])
         out, err = capsys.readouterr()
         assert found == status, (found, out, err)
         return out if status == 0 else err.removeprefix("jlora plan: ").rstrip("\n")
@@ -674,10 +679,23 @@ def command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     return call
 
 
+def test_axes_along_which_nothing_is_split_are_noted():
+    """Sizes of 3 that 2 and 4 do not divide; an axis of one device has nothing to split."""
+    params, batch = {"w": shape(3, 3)}, {"x": shape(3, 3)}
+    loss = lambda p, b: jnp.mean(jnp.square(b["x"] @ p["w"]))
+    adapted = adapt(params, 1, loss, batch)
+    note = "the mesh's axis {!r} shards nothing: every leaf of state and batch lies whole on each of its {} devices"
+    idle = (note.format("x", 2), note.format("y", 4))
+    assert on_cpu(loss, adapted, TX, batch, {"x": 2, "y": 4, "z": 1}).notes == idle
+    rule = lambda path, x: P(("x", "z")) if path == "batch/x" else None
+    batch = {"x": shape(4, 3)}
+    assert on_cpu(loss, adapted, TX, batch, {"x": 2, "y": 4, "z": 1}, rule=rule).notes == idle[1:]
+
+
 def test_a_model_that_says_nothing_of_places_is_planned_on_automatic_axes():
     params = {"a": {"kernel": jnp.ones((64, 32))}, "b": {"kernel": jnp.ones((32, 64))}}
     loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"])
-    found = jlora.plan(loss, jlora.apply(params, rank=2), optax.sgd(0.1), jnp.ones((8, 64)), mesh={"fsdp": 4})
+    found = on_cpu(loss, jlora.apply(params, rank=2), optax.sgd(0.1), jnp.ones((8, 64)), mesh={"fsdp": 4})
     assert found.weights == 2 * 64 * 32 * 4 // 4
     assert found.notes == ("the model does not say where its products lie, so that XLA decided it (axes of kind Auto)",)
 
@@ -740,6 +758,18 @@ def test_the_command_holds_the_base_in_few_bits(command: Any, tmp_path: Path):
     assert bytes_of(None) - bytes_of("int8") == kernels * (2 - 1) - 4 * outputs
     said = "unknown format 'nf3': it is one of nf4, fp4, int4, int8, fp8; the nearest is 'nf4'"
     assert command(model, "--quantize", "nf3", "--batch", "1x8", status=2) == said
+
+
+@pytest.mark.loose_promotion
+def test_the_default_device_needs_its_compiler(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(targets, "has_compiler", lambda device: device.compiler == "cpu")
+    text = (
+        "a plan for 'v5e' is made by its own compiler, libtpu: pip install \"jlora[plan]\" (Linux on x86-64; no device "
+        "and no driver is needed). device='cpu' needs nothing"
+    )
+    with pytest.raises(ImportError, match=f"^{re.escape(text)}$"):
+        jlora.plan(loss_fn, adapt(mlp()), TX, BATCH)
+    assert command(gpt2(tmp_path), "--method", "lora(2)", "--batch", "1x8", status=2, default=True) == text
 
 
 def test_a_config_without_the_experiments(command: Any, monkeypatch: pytest.MonkeyPatch):
