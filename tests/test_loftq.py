@@ -206,7 +206,7 @@ REFUSED = {
     "traced": (
         lambda: _traced_error(PARAMS),
         TypeError,
-        r"^quantization_error: params is traced \(jit, grad, vmap\), and the errors are numbers of Python: call it outside",
+        r"^quantization_error: one of the trees is traced \(jit, grad, vmap\), and the errors are numbers of Python: call it",
     ),
     "an adapter first": (
         lambda: jlora.quantization_error(adapted(jlora.lora(2)), PARAMS),

@@ -167,7 +167,7 @@ def quantization_error(
     if isinstance(params, Adapted):
         raise TypeError("quantization_error: the first argument is the tree of full weights, got an Adapted")
     for which, given in (("params", params), ("the quantised tree", quantized)):
-        _check_numbers(given, which)
+        _check_arrays(given, which)
     params = tree.canonical(params)
     check_same_leaves(params, base, "quantization_error", ("params", "the quantised tree"))
     full, _ = tree.leaves(params)
@@ -186,19 +186,20 @@ def quantization_error(
         found = known_sites(params, full, sites)
         known = {site.path: site for site in found if site.kind in ADAPTABLE} | {s.path: s.site for s in own}
         check_axes_known(found, set(paths) - set(known), "quantization_error(nuclear=True)")
-    return {path: _error(full[path], _used(weights[path]), known.get(path)) for path in paths}
+    try:
+        return {path: _error(full[path], _used(weights[path]), known.get(path)) for path in paths}
+    except jax.errors.ConcretizationTypeError as error:
+        raise TypeError(
+            "quantization_error: one of the trees is traced (jit, grad, vmap), and the errors are numbers of Python: call "
+            "it outside, on arrays"
+        ) from error
 
 
-def _check_numbers(given: Any, which: str) -> None:
+def _check_arrays(given: Any, which: str) -> None:
     if tree.is_abstract(given):
         raise TypeError(
             f"quantization_error: {which} holds shapes (jax.ShapeDtypeStruct), of which no error can be computed: pass "
             "arrays"
-        )
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
-        raise TypeError(
-            f"quantization_error: {which} is traced (jit, grad, vmap), and the errors are numbers of Python: call it "
-            "outside, on arrays"
         )
 
 
