@@ -190,8 +190,8 @@ def quantization_error(
         return {path: _error(full[path], _used(weights[path]), known.get(path)) for path in paths}
     except jax.errors.ConcretizationTypeError as error:
         raise TypeError(
-            "quantization_error: one of the trees is traced (jit, grad, vmap), and the errors are numbers of Python: call "
-            "it outside, on arrays"
+            "quantization_error: one of the trees is traced (jit, grad, vmap), and the errors are numbers of Python: "
+            "call it outside, on arrays"
         ) from error
 
 
