@@ -240,6 +240,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         )
         for chunk in (0, -1, 2.5, 4.0, "2", True)
     },
+    "smoothing of text": ({"smoothing": "0.1"}, "smoothing is a part of the probability, in [0, 1], got '0.1'"),
     "floats": ({"labels": REAL}, "labels are ids, integers, got float32"),
 }
 
