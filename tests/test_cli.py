@@ -401,6 +401,25 @@ def test_count(jlora, parsed):
     assert "parameters are trained" in jlora("count", "bert-base", "dora(4)", "--dtype", "float32")
 
 
+@pytest.mark.loose_promotion
+def test_count_of_a_quantised_base(jlora, parsed):
+    """GPT-2's layers in NF4: half a byte, a byte for 64 of them, a float for 256 of those, another for each matrix."""
+    n, rest = 12 * 12 * 768**2, 124_439_808 - 12 * 12 * 768**2
+    report = parsed("count", "gpt2", "lora(8)", "--quantize", "nf4")
+    scales = 12 * (4 * 768**2 // 64 + 2 * 4 * 768**2 // 64)
+    codes = n // 2 + scales + 4 * scales // 256 + 4 * 12 * 6
+    assert report["quantize"] == "nf4" and report["bytes"]["parameters"] == codes + 2 * rest
+    assert report["bits"] == {"base": 8 * (codes + 2 * rest) / (n + rest), "quantised": 8 * codes / n}
+    assert round(report["bits"]["quantised"], 3) == 4.127
+    plain = parsed("count", "gpt2", "lora(8)")
+    assert plain["bits"] == {"base": 16, "quantised": None} and plain["quantize"] is None
+    assert plain["bytes"]["full_fine_tuning"] == report["bytes"]["full_fine_tuning"]
+    assert plain["trainable"] == report["trainable"] and plain["total"] == report["total"]
+    said = f"base, {report['bits']['base']:.4g} bits a parameter, 4.127 a quantised one (nf4)  "
+    assert said in jlora("count", "gpt2", "lora(8)", "--quantize", "nf4")
+    assert "base, 16 bits a parameter  " in jlora("count", "gpt2", "lora(8)")
+
+
 def test_verify(jlora, parsed):
     assert jlora("verify", LORA, GPT2) == f"{LORA} (LoRA, 2 layers) fits {GPT2}\n"
     report = parsed("verify", LORA, LLAMA, status=1)
@@ -731,6 +750,10 @@ def test_bad_options(jlora, tmp_path: Path, kohya: Path, pipeline: Path):
     assert (
         say("count", "gpt2", "lora(8)", "--dtype", "int4")
         == "jlora count: --dtype int4 is not one of float32, bfloat16, float16"
+    )
+    assert (
+        say("count", "gpt2", "lora(8)", "--quantize", "nf3")
+        == "jlora count: unknown format 'nf3': it is one of nf4, fp4, int4, int8, fp8; the nearest is 'nf4'"
     )
     assert (
         say("card", PEFT / "conv")

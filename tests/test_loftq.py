@@ -148,6 +148,19 @@ def test_what_quantising_keeps_exactly_leaves_the_start_as_it_was():
     assert float(jnp.abs(zero.factors["kernel"]["A"]).max()) > 0 == float(jnp.abs(zero.factors["kernel"]["B"]).max())
 
 
+def test_loftq_under_jit_is_loftq():
+    """Codes may turn by a rounding, so that what is compared is the weight."""
+    before = adapted(jlora.lora(RANK, 2.0), "dense")
+    start = lambda adapted: jlora.loftq(adapted, iterations=2, **OPTIONS)
+    now, traced = start(before), jax.jit(start)(before)
+    close(jlora.merge(traced)["dense"]["kernel"], jlora.merge(now)["dense"]["kernel"], 1e-4)
+    assert jax.tree.structure(jax.eval_shape(start, before)) == jax.tree.structure(now)
+
+
+def _traced_error(params):
+    return jax.jit(lambda p: jlora.quantization_error(p, jlora.quantize(PARAMS, **OPTIONS)))(params)
+
+
 REFUSED = {
     "a method": (lambda: jlora.loftq(adapted(jlora.dora(2)), **OPTIONS), ValueError, "loftq: the weight of dora"),
     "a frozen A": (lambda: jlora.loftq(adapted(jlora.lora_fa(2)), **OPTIONS), ValueError, "with A and B trained: take"),
@@ -177,6 +190,28 @@ REFUSED = {
         lambda: jlora.quantization_error(PARAMS, PARAMS),
         ValueError,
         "quantization_error: nothing in the second tree is quantised",
+    ),
+    "no numbers": (
+        lambda: jlora.quantization_error(jax.eval_shape(lambda: PARAMS), jlora.quantize(PARAMS, **OPTIONS)),
+        TypeError,
+        r"^quantization_error: params holds shapes \(jax.ShapeDtypeStruct\), of which no error can be computed: pass arr",
+    ),
+    "no numbers of the second": (
+        lambda: jlora.quantization_error(
+            PARAMS, jlora.apply(jlora.quantize(jax.eval_shape(lambda: PARAMS), **OPTIONS), 2, sites=SITES)
+        ),
+        TypeError,
+        "^quantization_error: the quantised tree holds shapes",
+    ),
+    "traced": (
+        lambda: _traced_error(PARAMS),
+        TypeError,
+        r"^quantization_error: one of the trees is traced \(jit, grad, vmap\), and the errors are numbers of Python: call it",
+    ),
+    "an adapter first": (
+        lambda: jlora.quantization_error(adapted(jlora.lora(2)), PARAMS),
+        TypeError,
+        "^quantization_error: the first argument is the tree of full weights, got an Adapted$",
     ),
     "another tree": (
         lambda: jlora.quantization_error({"dense": PARAMS["dense"]}, jlora.quantize(PARAMS, **OPTIONS)),

@@ -233,7 +233,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another width": ({"kernel": normal(3, 9, IDS)}, "the kernel is (width, vocabulary), got (9, 37) for a width of 8"),
     "a bias": ({"bias": normal(3, 5)}, "the bias is (vocabulary,), (37,), got (5,)"),
     "smoothing": ({"smoothing": 1.5}, "smoothing is a part of the probability, in [0, 1], got 1.5"),
-    "chunk": ({"chunk": 0}, "chunk is a number of positions, at least 1, got 0"),
+    **{
+        f"chunk {chunk!r}": (
+            {"chunk": chunk},
+            f"chunk is a number of positions, an integer of at least 1, or None, got {chunk!r}",
+        )
+        for chunk in (0, -1, 2.5, 4.0, "2", True)
+    },
+    "smoothing of text": ({"smoothing": "0.1"}, "smoothing is a part of the probability, in [0, 1], got '0.1'"),
     "floats": ({"labels": REAL}, "labels are ids, integers, got float32"),
 }
 

@@ -1,5 +1,6 @@
 """`quantize`: formats, blocks, layouts and places of codes, against NumPy; errors by text."""
 
+import re
 from typing import Any
 
 import jax
@@ -300,12 +301,17 @@ def test_a_mesh_that_cuts_through_blocks() -> None:
 
 
 WRONG = {
-    "a format of another type": ({"args": [["nf4"]]}, r"unknown format \['nf4'\]: it is one of nf4, fp4, int4, int8, fp8"),
     "an unknown format": ({"args": ["nf5"]}, r"unknown format 'nf5': it is one of nf4, fp4, int4, int8, fp8; the nearest is 'nf4'"),
     "a block that does not fit": ({"block": 48}, r"block=48 does not fit: it is a power of two from 32 to 4096"),
     "a block of 8 bits": ({"args": ["int8"], "block": 64}, r"int8 has one scale for each output channel: leave out block=64"),
     "double of 8 bits": ({"args": ["fp8"], "double": True}, r"fp8 has one scale for each output channel, too few to be quan"),
-    "double of another kind": ({"double": 2}, r"double is True, False or None, not 2"),
+    "double of another kind": ({"double": 1}, r"double is True, False or None, not 1$"),
+    "double of a list": ({"double": np.array([True, False])}, r"double is True, False or None, not array"),
+    **{
+        f"a block {block!r}": ({"block": block}, rf"^block={re.escape(repr(block))} does not fit: it is a power of two from 32")
+        for block in ("64", 64.0, True, (64,))
+    },
+    "no pattern": ({"targets": []}, r"^quantize: targets=\[\] holds no pattern: leave it out for the linear weights$"),
     "integers": ({"targets": "steps"}, r"'steps' matches 'steps', whose dtype is int32: only floating-point weights can be q"),
     "a name of no weight": ({"targets": "kernal"}, r"targets='kernal' matches none"),
 }  # fmt: skip
@@ -319,10 +325,37 @@ def test_wrong_requests(case: str) -> None:
         jlora.quantize(params_of(), *kwargs.pop("args", []), **kwargs)
 
 
+def _of_type(given: str) -> str:
+    names = "nf4, fp4, int4, int8, fp8"
+    return rf"^a format is one of the names {names}, or a jlora.quant.Format; got {given}$"
+
+
+WRONG_TYPES: dict[str, tuple[dict[str, Any], str]] = {
+    "a list of formats": ({"number_format": ["nf4"]}, _of_type(r"\['nf4'\], of type list")),
+    "a format in bytes": ({"number_format": b"nf4"}, _of_type("b'nf4', of type bytes")),
+    "no format": ({"number_format": None}, _of_type("None, of type NoneType")),
+    **{
+        f"targets {targets!r}": (
+            {"targets": targets}, rf"^targets= is a pattern, a list of them or a predicate on Site, not {re.escape(repr(targets))}$"
+        )
+        for targets in (3, True, b"kernel", {"kernel": "nf4"})
+    },
+    "sites": ({"sites": "kernel"}, r"^sites= is what jlora.sites\(fn, params, \*args\) gives, a sequence of Site, not 'kernel'$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_TYPES)
+def test_requests_of_wrong_types(case: str) -> None:
+    kwargs, text = WRONG_TYPES[case]
+    with pytest.raises(TypeError, match=text):
+        jlora.quantize(params_of(), **kwargs)
+
+
 @pytest.mark.parametrize("name", quant.FORMATS)
-def test_a_weight_without_elements(name: str) -> None:
-    of = jlora.quantize({"kernel": jnp.ones((0, 4))}, name)["kernel"]
-    assert of.shape == of.dequantise().shape == (0, 4)
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+def test_a_weight_without_elements(name: str, shape: tuple[int, int]) -> None:
+    of = jlora.quantize({"kernel": jnp.ones(shape)}, name)["kernel"]
+    assert of.shape == of.dequantise().shape == shape
 
 
 def test_wrong_weights() -> None:

@@ -211,7 +211,11 @@ def test_tables_and_counts_say_how_a_weight_is_held():
     codes = 2 * (1024 + 64 + 4 + 4)
     assert jlora.count(adapted).bytes == codes + 4 * (64 + 256 + 272)
     assert jlora.count(plain).bytes == 4 * total
-    assert jlora.summary(adapted).splitlines()[-1].endswith(f"; {jlora.count(adapted).bytes:,} bytes")
+    bits = 8 * codes / 4096
+    assert jlora.count(adapted).bits == bits and jlora.count(plain).bits is None
+    last = f"; {jlora.count(adapted).bytes:,} bytes, {bits:.3f} bits a quantised weight"
+    assert jlora.summary(adapted).splitlines()[-1].endswith(last)
+    assert repr(jlora.count(adapted)).endswith(f", bits={bits:.4g})") and "bits" not in repr(jlora.count(plain))
 
 
 def test_files_say_how_the_base_was_held(tmp_path):
@@ -363,6 +367,33 @@ def test_what_cannot_be_quantised(name):
     params, options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         jlora.quantize(params, **options)
+
+
+HELD = {"first/kernel": jlora.quantize({"kernel": jnp.ones((64, 32))})["kernel"], "last": jnp.ones(3)}
+NOT_DEQUANTISED = {
+    "nothing is quantised": (
+        {"a": jnp.ones(3)}, "a", ValueError,
+        "dequantize: none of the 1 leaves is quantised, and targets='a' is to name such: jlora.quantize(params) makes them",
+    ),
+    "a plain leaf": (
+        HELD, ["first", "last"], ValueError,
+        "dequantize: targets='last' matches 'last', which is not quantised; what is: 'first/kernel'",
+    ),
+    "a misspelt name": (
+        HELD, "frist", ValueError, "targets='frist' matches none of the 1 weights; the closest are 'first/kernel'",
+    ),
+    "a number": (HELD, 3, TypeError, "dequantize: targets= is a pattern or a list of patterns, not 3"),
+    "a list of numbers": (HELD, [3], TypeError, "dequantize: targets= is a pattern or a list of patterns, not [3]"),
+    "bytes": (HELD, b"a", TypeError, "dequantize: targets= is a pattern or a list of patterns, not b'a'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_DEQUANTISED)
+def test_what_cannot_be_dequantised(name):
+    params, targets, kind, message = NOT_DEQUANTISED[name]
+    with pytest.raises(kind) as error:
+        jlora.dequantize(params, targets)
+    assert str(error.value) == message
 
 
 def test_a_state_is_not_quantised():

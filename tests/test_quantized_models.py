@@ -1,6 +1,7 @@
 """Quantised bases in the trees of libraries, in the models of jlora with a cache, and under PEFT's folders."""
 
 import json
+import re
 from pathlib import Path
 
 import chex
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import models, tree
+from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from tests.conformance import close, filled, normal, randomised
@@ -126,6 +128,7 @@ def test_a_model_on_explicit_axes_is_that_on_one_device():
 
 
 PEFT = Path(__file__).with_name("golden") / "peft"
+FOLDERS = Path(__file__).parent / "golden" / "models"
 ROWS = ("lora", "dora_gpt2", "adalora", "pissa", "rslora", "lora_llama", "ia3_llama", "vera", "oft", "modules_to_save")
 
 
@@ -145,6 +148,47 @@ def test_folders_of_peft_on_a_base_in_4_bits(row, tmp_path):
     close(jlora.merge(again), jlora.merge(plain), 1e-6)
 
 
+STARTS = {
+    "loftq": lambda params: jlora.loftq(jlora.apply(params, 2, targets="query"), block=32, iterations=1),
+    "qpissa": lambda params: jlora.quantize(jlora.apply(params, method=jlora.pissa(2), targets="query"), block=32),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_folders_of_a_start_that_changed_the_base(start, tmp_path):
+    """They warn; what was learned, at twice the rank, fits the original base, and does not."""
+    own = models.load(FOLDERS / "llama2_causal_lm")
+    before = STARTS[start](own.params)
+    adapted = randomised(before)
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    text = (
+        f"'{file}' fits this base alone, not the model that it was made from: the start (LoftQ, QPiSSA) changed "
+        "2 weights, first 'h_0/attn/query/kernel'. Either save the base beside it and load the adapter onto that one: "
+        "jlora.models.save(folder, model, adapted.base). Or save what was learned, of twice the rank, which fits the "
+        "original weights: jlora.combine_adapters([adapted, start], [1, -1], 'cat').replace(base=params), `start` being "
+        "the adapter before training"
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(text)}$"):
+        jlora.peft.save(tmp_path / "out", adapted, model=own.model)
+    learned = jlora.combine_adapters([adapted, before], [1, -1], "cat").replace(base=own.params)
+    jlora.peft.save(tmp_path / "learned", learned, model=own.model)
+    again = jlora.peft.load(tmp_path / "learned", own.params, model=own.model)
+    assert {site.rank for site in again.sites} == {4}
+    path = "h_0/attn/query/kernel"
+    of = lambda adapted: tree.leaves(jlora.merge(adapted))[0][path]
+    close(of(again) - tree.leaves(own.params)[0][path], of(adapted) - of(before), 1e-4)
+
+
+def test_a_residual_says_that_it_is_one():
+    """A base that was quantised as it is, or again by merging, is none."""
+    params = {"a": {"kernel": normal(64, 64)}, "b": {"kernel": normal(64, 64)}}
+    after = jlora.loftq(jlora.apply(params, 2, targets="a"), iterations=1)
+    assert repr(after.base["a"]["kernel"]) == "Quantised(nf4, blocks of 64 twice, float32[64, 64], a residual)"
+    assert not after.base["b"]["kernel"].residual
+    assert not jlora.merge(after, requantize=True)["a"]["kernel"].residual
+    assert not jlora.quantize(jlora.apply(params, 2)).base["a"]["kernel"].residual
+
+
 def test_statistics_through_a_quantised_base():
     fn, params = of_nnx()
     base = jlora.quantize(params, block=32)
@@ -154,3 +198,58 @@ def test_statistics_through_a_quantised_base():
     close(of_base, of_plain, 1e-5)
     outer = sum(np.asarray(x).T @ np.asarray(x) for x in batches)
     close(of_base["a/kernel"][0], jnp.asarray(outer / len(batches)), 1e-5)
+
+
+# -- every model of jlora.models ---------------------------------------------------------------------------------------
+
+# Kernels that may be a convolution's, by names alone: no bias tells, or a window of one axis looks like a stack.
+LEFT = {
+    "gpt2_causal_lm": "", "llama2_causal_lm": "", "bert_base": "", "roberta_base": "", "deberta_v3_base": "",
+    "deberta_v2_xxl_base": "conv/conv/kernel", "vit_base": "", "clip": "vision/patch/kernel", "clip_text": "",
+    "clip_vision": "patch/kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_the_default_of_every_model(name):
+    """The same weights by their names as by the program; and the function is that of the dequantised ones."""
+    pretrained = models.load(FOLDERS / name, dtype="float32")
+    model, params = pretrained.model, pretrained.params
+    (architecture,) = [a for a in ARCHITECTURES if type(model.config) is a.config and a.fits(model.config)]
+    inputs = [filled(x) for x in architecture.inputs(model.config)]
+    fn = lambda params, *args: model.apply({"params": params}, *args)
+    if LEFT[name]:
+        left = rf"^quantize leaves 1 ambiguous kernels as they are, since their names do not tell .*: '{LEFT[name]}' \("
+        with pytest.warns(UserWarning, match=left):
+            quantised = jlora.quantize(params)
+    else:
+        quantised = jlora.quantize(params)
+    held = [path for path, leaf in tree.leaves(quantised)[0].items() if tree.is_stored(leaf)]
+    sites = jlora.sites(fn, params, *inputs)
+    by_program, _ = tree.leaves(jlora.quantize(params, sites=sites))
+    assert held == [path for path, leaf in by_program.items() if tree.is_stored(leaf)] and len(held) >= 12
+    close(jlora.lift(fn)(quantised, *inputs), fn(jlora.dequantize(quantised), *inputs), 1e-5)
+
+
+AMBIGUOUS = {
+    "layers in a stack": ({"a": {"kernel": (8, 8)}, "h": {"kernel": (2, 8, 8), "bias": (2, 8)}}, "'h/kernel' of shape"),
+    "a stack of attention": ({"a": {"kernel": (8, 8)}, "query": {"kernel": (2, 8, 2, 4)}}, "'query/kernel' of shape"),
+    "outputs first": ({"a": {"kernel": (8, 4), "bias": (8,)}}, "'a/kernel' of shape"),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_what_may_be_linear_is_not_left_silently(name):
+    shapes, text = AMBIGUOUS[name]
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    with pytest.raises(ValueError, match=f"^{text} .* is ambiguous: its name and rank do not tell"):
+        jlora.quantize(params)
+
+
+def test_a_weight_used_in_two_ways_is_left():
+    params = {"w": normal(4, 64, 8), "kernel": normal(64, 64)}
+    fn = lambda p, x: (jnp.einsum("bd,ndh->bnh", x, p["w"]) * (x @ p["w"][0])[:, None], x @ p["kernel"])
+    places = jlora.sites(fn, params, normal(3, 64))
+    with pytest.warns(UserWarning, match=r"since the program uses their axes in several ways: 'w' \(4, 64, 8\)"):
+        quantised = jlora.quantize(params, sites=places)
+    assert not tree.is_stored(quantised["w"]) and tree.is_stored(quantised["kernel"])

@@ -208,17 +208,24 @@ class _Numbers(NamedTuple):
 
 
 class Count(_Numbers):
-    """Numbers of parameters, `trainable, total = count`, and `bytes` of base, factors and buffers as they are held."""
+    """Numbers of parameters, `trainable, total = count`, and what they take.
+
+    Attributes:
+      bytes: of base, factors and buffers as they are held.
+      bits: a parameter of the quantised weights, scales and constants included; None where none is quantised.
+    """
 
     bytes: int
+    bits: float | None
 
-    def __new__(cls, trainable: int, total: int, held: int = 0) -> "Count":
+    def __new__(cls, trainable: int, total: int, held: int = 0, bits: float | None = None) -> "Count":
         self = super().__new__(cls, trainable, total)
-        self.bytes = held
+        self.bytes, self.bits = held, bits
         return self
 
     def __repr__(self) -> str:
-        return f"Count(trainable={self.trainable}, total={self.total}, bytes={self.bytes})"
+        bits = "" if self.bits is None else f", bits={self.bits:.4g}"
+        return f"Count(trainable={self.trainable}, total={self.total}, bytes={self.bytes}{bits})"
 
     @property
     def percent(self) -> float:
@@ -326,7 +333,8 @@ def with_dropout(adapted: Adapted, key: int | jax.Array) -> Adapted:
 def count(adapted: Adapted) -> Count:
     """Trainable parameters, and those of the adapted model: the base's plus the factors, an extra counted once.
 
-    A quantised weight counts as the weight that it stands for; `bytes` are those of codes and scales.
+    A quantised weight counts as the weight that it stands for; `bytes` are those of codes and scales, `bits` what these
+    make a weight.
 
     Works on abstract trees (`jax.eval_shape`), so that nothing need be allocated.
     """
@@ -335,7 +343,7 @@ def count(adapted: Adapted) -> Count:
     inside = [e.path for e in adapted.extras if e.added is None]  # what is added to a leaf is no part of it
     extra = sum(size_of(adapted.factors[path]) for path in inside if path in adapted.factors)
     held = bytes_of((adapted.base, adapted.factors, adapted.buffers))
-    return Count(trainable, size_of(adapted.base) + trainable - extra, held)
+    return Count(trainable, size_of(adapted.base) + trainable - extra, held, bits_of(adapted.base))
 
 
 def _check_same_scale(mine: Method, other: Method) -> None:
@@ -381,3 +389,9 @@ def bytes_of(arrays: Any) -> int:
         for leaf in jax.tree.leaves(arrays)
         if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     )
+
+
+def bits_of(arrays: Any) -> float | None:
+    """Bits a parameter of the quantised leaves of a tree, with scales and constants; None where there are none."""
+    stored = [leaf for leaf in jax.tree.leaves(arrays, is_leaf=tree.is_stored) if tree.is_stored(leaf)]
+    return 8 * bytes_of(stored) / max(size_of(stored), 1) if stored else None

@@ -114,7 +114,8 @@ def _cells(row: Explained, several: bool) -> tuple[str, ...]:
 def summary(adapted: Adapted) -> str:
     """A table of what is trained: path, shape, axes, rank, parameters; and all of two axes or more that is not.
 
-    With a quantised base a column says how each weight is held, and the last line the bytes of all.
+    With a quantised base a column says how each weight is held, and the last line the bytes of all and
+    the bits a parameter of the quantised weights.
     """
     check_adapted(adapted, "summary")
     named, _ = tree.leaves(adapted.base)
@@ -153,6 +154,6 @@ def summary(adapted: Adapted) -> str:
         lines.append(f"frozen, of two axes or more: {shown}")
     lines.append(
         f"{adapted.method!r}: {total.trainable:,} of {total.total:,} parameters are trained ({total.percent:.4f} %)"
-        + (f"; {total.bytes:,} bytes" if quantised else "")
+        + (f"; {total.bytes:,} bytes, {total.bits:.3f} bits a quantised weight" if quantised else "")
     )
     return "\n".join(lines)

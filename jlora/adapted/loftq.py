@@ -102,7 +102,7 @@ def _alternate(
         codes = dataclasses.replace(how.quantise(residual, target), dtype=jnp.dtype(w.dtype))
         best = lambda wide, near, start: _best(wide - near.astype(jnp.float32), target, start, scale)
         arrays = on_auto_axes(best, wide, codes.dequantise(), start)
-    return codes, arrays
+    return dataclasses.replace(codes, residual=True), arrays
 
 
 def _best(lost: jax.Array, target: Target, start: Arrays, scale: float) -> Arrays:
@@ -125,9 +125,10 @@ def _scale(method: Method, target: Target) -> float:
     shapes = factor_shapes(method, target)
     if isinstance(acts, OnWeights) and set(shapes) == {"A", "B"} and not acts.frozen:
         w: Any = jax.ShapeDtypeStruct(target.shape, jnp.float32)
-        weight = acts.weight(w, target, {name: jnp.ones(shape) for name, shape in shapes.items()}, {})
-        if weight.w is w and weight.gain is None and weight.a is not None and weight.b is not None:
-            return float(weight.a.ravel()[0] * weight.b.ravel()[0])
+        with jax.ensure_compile_time_eval():  # a number under jit, too
+            weight = acts.weight(w, target, {name: jnp.ones(shape) for name, shape in shapes.items()}, {})
+            if weight.w is w and weight.gain is None and weight.a is not None and weight.b is not None:
+                return float(weight.a.ravel()[0] * weight.b.ravel()[0])
     raise ValueError(
         f"loftq: the weight of {method.name} ({target.path!r}) is not W + s A B with A and B trained: take jlora.lora, "
         "rslora, loraplus or dylora; jlora.quantize(adapted) quantises the base of any method, and that of PiSSA "
@@ -152,6 +153,7 @@ def quantization_error(
 
     Raises:
       ValueError: if the trees differ in their leaves or shapes, or nothing in the second one is quantised.
+      TypeError: if one of them holds shapes and no arrays, or is traced: these are numbers of Python.
 
     Source: Meng et al., "PiSSA", arXiv 2404.02948, section 4; Li et al., "LoftQ", arXiv 2310.08659, eq. 6.
 
@@ -162,6 +164,10 @@ def quantization_error(
       0.09
     """
     base = quantized.base if isinstance(quantized, Adapted) else quantized
+    if isinstance(params, Adapted):
+        raise TypeError("quantization_error: the first argument is the tree of full weights, got an Adapted")
+    for which, given in (("params", params), ("the quantised tree", quantized)):
+        _check_arrays(given, which)
     params = tree.canonical(params)
     check_same_leaves(params, base, "quantization_error", ("params", "the quantised tree"))
     full, _ = tree.leaves(params)
@@ -180,7 +186,21 @@ def quantization_error(
         found = known_sites(params, full, sites)
         known = {site.path: site for site in found if site.kind in ADAPTABLE} | {s.path: s.site for s in own}
         check_axes_known(found, set(paths) - set(known), "quantization_error(nuclear=True)")
-    return {path: _error(full[path], _used(weights[path]), known.get(path)) for path in paths}
+    try:
+        return {path: _error(full[path], _used(weights[path]), known.get(path)) for path in paths}
+    except jax.errors.ConcretizationTypeError as error:
+        raise TypeError(
+            "quantization_error: one of the trees is traced (jit, grad, vmap), and the errors are numbers of Python: "
+            "call it outside, on arrays"
+        ) from error
+
+
+def _check_arrays(given: Any, which: str) -> None:
+    if tree.is_abstract(given):
+        raise TypeError(
+            f"quantization_error: {which} holds shapes (jax.ShapeDtypeStruct), of which no error can be computed: pass "
+            "arrays"
+        )
 
 
 def _used(leaf: Any) -> jax.Array:

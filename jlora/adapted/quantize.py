@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted, from_arrays, to_arrays
-from jlora.adapted.select import Pattern, known_sites, listing, matching, select
+from jlora.adapted.select import Pattern, known_sites, listing, matching, nearest, search, select
 from jlora.methods.residual import is_taken_out, taken_out
 from jlora.quant.choice import check_block, check_double, is_head
 from jlora.quant.formats import Format, format_of
@@ -21,7 +23,7 @@ from jlora.quant.nested import Nested
 from jlora.quant.place import shardings_of
 from jlora.quant.quantised import Quantised, encode
 from jlora.transform.explicit import on_auto_axes
-from jlora.transform.sites import Site, Target
+from jlora.transform.sites import ATTENTION, Site, Target
 
 
 def quantize(
@@ -56,7 +58,8 @@ def quantize(
         row-major (outputs, inputs), as bitsandbytes has them. Not of the 8-bit formats.
       double: whether the scales are held in 8 bits themselves, in groups of 256. True when None, for 4 bits.
       targets: pattern, list of patterns or predicate on `Site`, as of `apply`. When None all linear weights but the
-        model's head (a module called head, lm_head, score, classifier, ...); no embeddings, norms or convolutions.
+        model's head (a module called head, lm_head, score, classifier, ...); no embeddings, norms or convolutions. What
+        may be a convolution's kernel is left as it is, too, with a warning; what may be a stack of layers is an error.
       sites: `jlora.sites(fn, params, *args)`, where names do not tell the axes: stacked layers, kernels of many axes.
 
     Returns:
@@ -65,6 +68,7 @@ def quantize(
     Raises:
       ValueError: for an unknown format or block, a target that is not of floating point, quantised already, not finite
         (an array; under `jit` a NaN gives NaN), or whose axes its name does not tell; a mesh that cuts through a block.
+      TypeError: for a format, targets or sites of another type.
 
     Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3; Meng et al.,
     "PiSSA", arXiv 2404.02948, section 4.
@@ -95,7 +99,9 @@ def dequantize(params: Any, targets: str | Sequence[str] | None = None) -> Any:
       targets: pattern or patterns of the quantised leaves; None for all of them.
 
     Raises:
-      ValueError: if codes and scales of a leaf contradict each other, naming it; for a pattern that matches none.
+      ValueError: if codes and scales of a leaf contradict each other, naming it; for a pattern that matches nothing
+        quantised.
+      TypeError: for targets that are no patterns.
 
     Example:
       >>> import jax, jlora
@@ -107,9 +113,28 @@ def dequantize(params: Any, targets: str | Sequence[str] | None = None) -> Any:
         return params.replace(base=dequantize(params.base, targets))
     named, structure = tree.leaves(params)
     stored = [path for path, leaf in named.items() if tree.is_stored(leaf)]
-    chosen = stored if targets is None else matching(stored, targets, "targets")
+    chosen = stored if targets is None else _stored_ones(named, stored, targets)
     leaves = [tree.dense(leaf, path) if path in chosen else leaf for path, leaf in named.items()]
     return jax.tree.unflatten(structure, leaves)
+
+
+def _stored_ones(named: dict[str, Any], stored: list[str], targets: Any) -> set[str]:
+    patterns = [targets] if isinstance(targets, str | re.Pattern) else targets
+    if not isinstance(patterns, list | tuple) or not all(isinstance(one, str | re.Pattern) for one in patterns):
+        raise TypeError(f"dequantize: targets= is a pattern or a list of patterns, not {targets!r:.200}")
+    if patterns and not stored:
+        raise ValueError(
+            f"dequantize: none of the {len(named)} leaves is quantised, and targets={targets!r:.200} is to name such: "
+            "jlora.quantize(params) makes them"
+        )
+    for pattern in patterns:
+        plain = [path for path in named if search(pattern, path, "targets")]
+        if plain and not set(plain) & set(stored):
+            raise ValueError(
+                f"dequantize: targets={getattr(pattern, 'pattern', pattern)!r} matches {plain[0]!r}, which is not "
+                f"quantised; what is: {', '.join(map(repr, nearest(pattern, stored)))}"
+            )
+    return matching(stored, patterns, "targets")
 
 
 def quantize_again(w: jax.Array, like: Quantised, path: str) -> Quantised:
@@ -162,7 +187,8 @@ def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Ada
     for path, leaf in named.items():
         wide = residual.get(path, leaf)
         if path in chosen:
-            named[path] = dataclasses.replace(how.quantise(wide, chosen[path]), dtype=jnp.dtype(leaf.dtype))
+            codes, dtype = how.quantise(wide, chosen[path]), jnp.dtype(leaf.dtype)
+            named[path] = dataclasses.replace(codes, dtype=dtype, residual=path in residual)
         elif path in residual:
             named[path] = wide.astype(leaf.dtype)
     base = jax.tree.unflatten(structure, named.values())
@@ -208,13 +234,20 @@ def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list
     known, read = known_sites(params, named, sites), sites is not None
     if targets is not None:
         chosen = select(known, targets, read_from_program=read, caller="quantize", done="quantised")
+        if not chosen:
+            raise ValueError(
+                f"quantize: targets={targets!r:.200} holds no pattern: leave it out for the linear weights"
+            )
     else:
         # A table that is the head as well, looked up and multiplied, is no linear weight here.
         linear = [site for site in known if site.kind == "linear" and "gather" not in site.uses]
         chosen = [site for site in linear if not is_head(site.path)]
-        linear = [site for site in known if site.kind in ("linear", "unknown")]
-        if any(site.kind == "unknown" for site in linear):  # raises for what is ambiguous
-            select(linear, None, read_from_program=read, caller="quantize", done="quantised")
+        unknown = [site for site in known if site.kind == "unknown"]
+        left = unknown if read else _no_layers(unknown, known)
+        odd = [site for site in unknown if site not in left]
+        if odd:  # which raises, naming the first: of a stack of layers nothing would be quantised
+            select(odd, None, read_from_program=read, caller="quantize", done="quantised")
+        linear = [site for site in known if site.kind == "linear"]
         if not linear:
             raise ValueError(
                 "quantize: none of the leaves is a linear weight of floating point: choose others with targets=, or "
@@ -225,7 +258,31 @@ def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list
             f"quantize: the linear weights are heads alone ({', '.join(s.path for s in known if s.kind == 'linear')}), "
             "which are no default targets: choose them with targets="
         )
+    if targets is None and left:
+        how = "the program uses their axes in several ways" if read else "their names do not tell which axes are inputs"
+        warnings.warn(
+            f"quantize leaves {len(left)} ambiguous kernels as they are, since {how}: {listing(left)}. Choose the "
+            f"weights with targets={'' if read else ', or pass sites=jlora.sites(fn, params, *args)'}",
+            stacklevel=3,
+        )
     return chosen
+
+
+def _no_layers(unknown: list[Site], known: Sequence[Site]) -> list[Site]:
+    """Those ambiguous kernels that are a convolution's rather than a stack of linear layers.
+
+    A stack's bias is stacked as well, and has more than (out,); without one, the kernels of stacked dense layers have
+    three axes, and those of stacked attention four, and its names.
+    """
+    shapes = {site.path: site.shape for site in known}
+    found = []
+    for site in unknown:
+        folder = site.path.rpartition("/")[0]
+        bias = shapes.get(f"{folder}/bias" if folder else "bias")
+        axes = 3 if bias == site.shape[-1:] else 4
+        if bias in (None, site.shape[-1:]) and len(site.shape) >= axes and folder.rpartition("/")[2] not in ATTENTION:
+            found.append(site)
+    return found
 
 
 def check_quantisable(path: str, leaf: Any) -> None:

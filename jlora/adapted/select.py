@@ -100,7 +100,7 @@ def select(
         chosen = [site for site in matched if site.kind in (*ADAPTABLE, "unknown")] or matched
         if not chosen:
             raise ValueError(f"targets= (a predicate) matches none of the {len(known)} weights: {listing(known)}")
-    elif not isinstance(targets, re.Pattern | Iterable):
+    elif not isinstance(targets, re.Pattern | Iterable) or isinstance(targets, bytes | Mapping):
         raise TypeError(f"targets= is a pattern, a list of them or a predicate on Site, not {targets!r:.200}")
     else:
         patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
@@ -113,7 +113,7 @@ def select(
 
 
 def _matches(pattern: str, known: Sequence[Site], argument: str, done: str = "adapted") -> list[Site]:
-    found = [site for site in known if _search(pattern, site.path, argument)]
+    found = [site for site in known if search(pattern, site.path, argument)]
     if not found:
         able = [site.path for site in known if site.kind in (*ADAPTABLE, "unknown")]
         raise ValueError(_no_match(pattern, able or [site.path for site in known], argument))
@@ -275,11 +275,11 @@ def resolve(
     for argument, patterns, able in (("ranks", list(ranks), ranked), ("alphas", list(scales), scaled)):
         paths = [site.path for site, i in selected if i in able]
         for pattern in patterns:
-            if not any(_search(pattern, path, argument) for path in paths):
+            if not any(search(pattern, path, argument) for path in paths):
                 raise ValueError(_no_match(pattern, paths, argument))
 
     def first(rules: Mapping[str, Any], path: str, default: Any) -> Any:
-        return next((value for pattern, value in rules.items() if _search(pattern, path, "")), default)
+        return next((value for pattern, value in rules.items() if search(pattern, path, "")), default)
 
     resolved = []
     for site, i in selected:
@@ -313,7 +313,7 @@ def select_extras(named: Mapping[str, Any], extras: Any) -> tuple[Extra, ...]:
     rules = rules if isinstance(rules, Mapping) else dict.fromkeys(rules)
     chosen: dict[str, Extra] = {}
     for pattern, rows in rules.items():
-        found = [path for path in named if _search(pattern, path, "extras")]
+        found = [path for path in named if search(pattern, path, "extras")]
         if not found:
             raise ValueError(_no_match(pattern, list(named), "extras"))
         trainable = [p for p in found if is_trainable(named[p])]
@@ -335,7 +335,7 @@ def matching(paths: Collection[str], patterns: str | Sequence[str], argument: st
     """The paths in which one of the patterns is found, each of which matches something."""
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str | re.Pattern) else patterns:
-        mine = {path for path in paths if _search(pattern, path, argument)}
+        mine = {path for path in paths if search(pattern, path, argument)}
         if not mine:
             raise ValueError(_no_match(pattern, list(paths), argument))
         found |= mine
@@ -372,7 +372,8 @@ def check_rows(extra: Extra, leaf: Any) -> None:
         raise ValueError(f"extras: rows {some} of {extra.path!r} must be distinct and within {shape}")
 
 
-def _search(pattern: Any, path: str, argument: str) -> bool:
+def search(pattern: Any, path: str, argument: str) -> bool:
+    """Whether a pattern is found in a path. Raises a ValueError, naming the argument, for what is no pattern."""
     try:
         return re.search(pattern, path) is not None
     except (re.error, TypeError) as error:
@@ -380,16 +381,22 @@ def _search(pattern: Any, path: str, argument: str) -> bool:
 
 
 def _no_match(pattern: Any, paths: Sequence[str], argument: str) -> str:
+    near = ", ".join(map(repr, nearest(pattern, paths)))
+    return (
+        f"{argument}={getattr(pattern, 'pattern', pattern)!r} matches none of the {len(paths)} weights; the closest "
+        f"are {near}"
+    )
+
+
+def nearest(pattern: Any, paths: Sequence[str]) -> list[str]:
+    """The three paths that are nearest to a pattern that matches none, or to one of whose parts it is near."""
     pattern = getattr(pattern, "pattern", pattern)
     words = {path: path.split("/") + [path] for path in paths}
     score = {
         path: max(difflib.SequenceMatcher(None, pattern, word).ratio() for word in parts)
         for path, parts in words.items()
     }
-    near = sorted(paths, key=lambda path: -score[path])[:3]
-    return (
-        f"{argument}={pattern!r} matches none of the {len(paths)} weights; the closest are {', '.join(map(repr, near))}"
-    )
+    return sorted(paths, key=lambda path: -score[path])[:3]
 
 
 def listing(known: Sequence[Site]) -> str:

@@ -6,8 +6,10 @@ import jax
 import typer
 from rich.console import Console
 
+from jlora.adapted.adapted import bytes_of
 from jlora.adapted.adapted import count as counted
 from jlora.adapted.apply import apply
+from jlora.adapted.quantize import quantize as quantized
 from jlora.cli import show
 from jlora.cli.options import Json
 from jlora.methods import expression
@@ -28,12 +30,15 @@ def count(
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of the base's parameters: float32, bfloat16 or float16.")
     ] = "bfloat16",
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="Hold the base's linear weights in this form: nf4, int8.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Counts what a method trains of a model, and the memory that training takes beside activations.
 
     Nothing is allocated: a model of 70 B is counted on any machine. Gradients and Adam's two moments are float32, as
-    the factors are.
+    the factors are. A quantised base is counted with its scales and constants, in bytes and in bits a parameter.
     """
     if dtype not in SIZES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(SIZES)}")
@@ -41,8 +46,11 @@ def count(
     module, inputs = model_of(model, scan=True, param_dtype=dtype, dtype=dtype)
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     places = found_sites(lambda params, *inputs: module.apply({"params": params}, *inputs), params, *inputs)
-    adapted = jax.eval_shape(lambda: apply(params_of(params), method=made, sites=places, targets=targets or None))
-    report = {"command": "count", "model": model, "method": repr(made), **_report(adapted, params)}
+    held = params if quantize is None else quantized(params, quantize, sites=places)
+    adapted = jax.eval_shape(lambda: apply(params_of(held), method=made, sites=places, targets=targets or None))
+    report = {
+        "command": "count", "model": model, "method": repr(made), "quantize": quantize, **_report(adapted, params)
+    }  # fmt: skip
     show.show(report, as_json, lambda console: _text(console, report))
 
 
@@ -53,16 +61,16 @@ def params_of(shapes: Any) -> Any:
 
 def _report(adapted: Any, params: Any) -> dict[str, Any]:
     numbers = counted(adapted)
-    base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    factors = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(adapted.factors))
+    base, plain, factors = bytes_of(adapted.base), bytes_of(params), bytes_of(adapted.factors)
     whole = sum(leaf.size for leaf in jax.tree.leaves(params))
     return {
         "trainable": numbers.trainable, "total": numbers.total, "percent": 100 * numbers.trainable / numbers.total,
         "sites": len(adapted.sites),
         "bytes": {
             "parameters": base, "factors": factors, "gradients": factors, "adam": 2 * factors,
-            "all": base + 4 * factors, "file": factors, "full_fine_tuning": base + 12 * whole,
+            "all": base + 4 * factors, "file": factors, "full_fine_tuning": plain + 12 * whole,
         },
+        "bits": {"base": 8 * base / whole, "quantised": numbers.bits},
     }  # fmt: skip
 
 
@@ -73,8 +81,11 @@ def _text(console: Console, report: dict[str, Any]) -> None:
         f"{report['model']}, {report['method']}: {of}",
         markup=False,
     )
+    bits = report["bits"]
+    base = f"base, {bits['base']:.4g} bits a parameter"
+    base += f", {bits['quantised']:.4g} a quantised one ({report['quantize']})" if bits["quantised"] else ""
     rows = [
-        ("base", b["parameters"]), ("factors", b["factors"]), ("gradients", b["gradients"]),
+        (base, b["parameters"]), ("factors", b["factors"]), ("gradients", b["gradients"]),
         ("Adam's moments", b["adam"]),
         ("together, beside activations", b["all"]), ("full fine-tuning, beside activations", b["full_fine_tuning"]),
         ("the adapter's file", b["file"]),

@@ -35,13 +35,14 @@ def plan(
     quantize: Annotated[str | None, typer.Option("--quantize", help="Hold the base in this form: nf4, int8.")] = None,
     remat: Annotated[bool, typer.Option("--remat", help="Compute activations again in the backward pass.")] = False,
     accumulate: Annotated[int | None, typer.Option("--accumulate", min=1, help="Micro-batches of a step.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, h100, a6000, v5e, v5e-16, 8xh100, ...")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu, h100, a6000, v5e, v5e-16, 8xh100, ...")] = "v5e",
     mesh: Annotated[str | None, typer.Option("--mesh", help="Axes of the devices: fsdp=8,tp=2.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compiles a training step on shapes, for a device that need not be there, and says what it takes and if it fits.
 
-    Real devices need their compilers: "jlora[plan]" has that of TPUs, "jlora[plan-gpu]" that of NVIDIA's GPUs.
+    Real devices need their compilers: "jlora[plan]" has that of TPUs, "jlora[plan-gpu]" that of NVIDIA's GPUs; --device
+    cpu needs neither.
     """
     axes = _mesh(mesh)
     jax.config.update("jax_platforms", "cpu")  # nothing is run, and a GPU that is here is left alone

@@ -125,6 +125,7 @@ def save(
     bases = {component: own.base for component, own in adapted.items()}
     models = pipeline.models_of(bases, names)
     layers = {component: pipeline.layers_of(own, names[component]) for component, own in adapted.items()}
+    pipeline.warn_of_residual(bases.values(), file)
     write(file, layers, models, metadata=metadata, dtype=dtype, force=force)
 
 

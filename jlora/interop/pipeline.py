@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -180,3 +181,18 @@ def _difference(layer: Layer, adapted: Adapted, names: Sequence[Leaf]) -> Layer:
     base = to_tensors(rows, {row.path: np.asarray(jax.device_get(tree.dense(leaves[row.path]))) for row in rows})
     added = np.asarray(layer.tensors["value"], np.float32) - np.asarray(base[layer.key], np.float32)
     return layer._replace(kind="diff", tensors={"added": added})
+
+
+def warn_of_residual(bases: Iterable[Any], file: str | os.PathLike[str]) -> None:
+    """Warns of starts that changed a base (LoftQ, QPiSSA): the adapter fits that alone, which no such file can say."""
+    leaves = [leaf for base in bases for leaf in tree.leaves(base)[0].items()]
+    changed = [path for path, leaf in leaves if getattr(leaf, "residual", False)]
+    if changed:
+        warnings.warn(
+            f"'{os.fspath(file)}' fits this base alone, not the model that it was made from: the start (LoftQ, QPiSSA) "
+            f"changed {len(changed)} weights, first {changed[0]!r}. Either save the base beside it and load the "
+            "adapter onto that one: jlora.models.save(folder, model, adapted.base). Or save what was learned, of twice "
+            "the rank, which fits the original weights: jlora.combine_adapters([adapted, start], [1, -1], 'cat')"
+            ".replace(base=params), `start` being the adapter before training",
+            stacklevel=3,
+        )

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def head_cross_entropy(
       Nats, (..., length), float32.
 
     Raises:
-      ValueError: if the shapes do not go together, `smoothing` is no part of 1, or `chunk` is below 1.
+      ValueError: if the shapes do not go together, `smoothing` is no part of 1, or `chunk` is no integer of at least 1.
       TypeError: if the labels are no integers.
 
     Example:
@@ -131,7 +132,7 @@ def _target(z: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
 
 
 def _check(
-    h: jax.Array, kernel: jax.Array, labels: jax.Array, bias: jax.Array | None, smoothing: float, chunk: int | None
+    h: jax.Array, kernel: jax.Array, labels: jax.Array, bias: jax.Array | None, smoothing: Any, chunk: Any
 ) -> None:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels are ids, integers, got {labels.dtype}")
@@ -145,7 +146,7 @@ def _check(
         raise ValueError(f"the kernel is (width, vocabulary), got {kernel.shape} for a width of {h.shape[-1]}{turned}")
     if bias is not None and bias.shape != kernel.shape[1:]:
         raise ValueError(f"the bias is (vocabulary,), {kernel.shape[1:]}, got {bias.shape}")
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing is a part of the probability, in [0, 1], got {smoothing}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is a number of positions, at least 1, got {chunk}")
+    if isinstance(smoothing, bool) or not isinstance(smoothing, numbers.Real) or not 0 <= float(smoothing) <= 1:
+        raise ValueError(f"smoothing is a part of the probability, in [0, 1], got {smoothing!r:.50}")
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, numbers.Integral) or chunk < 1):
+        raise ValueError(f"chunk is a number of positions, an integer of at least 1, or None, got {chunk!r:.50}")

@@ -32,7 +32,7 @@ def plan(
     tx: optax.GradientTransformation,
     batch: PyTree,
     mesh: Axes | None = None,
-    device: str = "cpu",
+    device: str = "v5e",
     *,
     rule: Rule | None = None,
     **options: Any,
@@ -53,10 +53,10 @@ def plan(
       mesh: axes of the devices, `{"fsdp": 16}`, or a `Mesh` or `AbstractMesh`, which is made anew of the device's own.
         A dict's axes are Explicit, as those of `jax.make_mesh`, or Auto for a model that does not say where its
         products lie (a note says so). None: one device, or of "v5e-16" {"fsdp": 16}.
-      device: "cpu"; "v4", "v5e", "v5p", "v6e", "7x" (`pip install "jlora[plan]"`); "a100", "h100", "h200", "b200"
-        (`"jlora[plan-gpu]"`). Others ("a6000", "rtx4090", "v100", ...) are compiled for the nearest of these, or
-        for the CPU where its compiler is not installed, and judged by their own memory; the plan's notes say so.
-        Several as "v5e-16" (Cloud's name), "v5e:4x4" (a topology) or "8xh100".
+      device: "v5e", "v4", "v5p", "v6e", "7x" (`pip install "jlora[plan]"`); "a100", "h100", "h200", "b200"
+        (`"jlora[plan-gpu]"`); "cpu", whose compiler is always there. Others ("a6000", "rtx4090", "v100", ...) are
+        compiled for the nearest of these, or for the CPU where its compiler is not installed, and judged by their own
+        memory; the plan's notes say so. Several as "v5e-16" (Cloud's name), "v5e:4x4" (a topology) or "8xh100".
       rule: on a mesh (path, shape) -> PartitionSpec or None (whole), paths as "base/h/attn/query/kernel",
         "factors/h/attn/query/kernel/A" and "batch/tokens". None: as the leaves' own shardings say, whole where there is
         none; if no leaf has one, each weight is split over all devices along its largest axis, and the batch's rows.
@@ -73,7 +73,7 @@ def plan(
       >>> params = {"kernel": jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)}
       >>> loss = lambda params, x: jnp.mean(x @ params["kernel"]).astype(jnp.float32)
       >>> batch = jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)
-      >>> found = jlora.plan(loss, jlora.apply(params, rank=4), optax.adam(1e-3), batch)
+      >>> found = jlora.plan(loss, jlora.apply(params, rank=4), optax.adam(1e-3), batch, device="cpu")
       >>> found.weights, found.factors, found.fits
       (131072, 8192, True)
     """
@@ -118,6 +118,7 @@ def _planned(
     found = _plan(asked, used, place, arguments, made, flops(traced.jaxpr) / count)
     if has(traced.jaxpr, "while"):
         notes.append("FLOPs count the body of a while loop once: how often it runs is not known")
+    notes += _idle(place, (state, batch))
     rows = [x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "shape", ())]
     parts = int(options.get("accumulate", 1))
     named, _ = tree.leaves(state.adapted.base)
@@ -169,6 +170,20 @@ def _placed(
         state = TrainState.create(of, tx)
         state = placed("", state, place, None)
     return state, placed("batch", batch, place, rule)
+
+
+def _idle(place: Mesh | SingleDeviceSharding, leaves: Any) -> list[str]:
+    """Notes on the axes of a mesh along which nothing is split: as many devices that all hold the same."""
+    if not isinstance(place, Mesh):
+        return []
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves(leaves) if hasattr(getattr(leaf, "sharding", None), "spec")]
+    used = {name for spec in specs for names in spec for name in (names if isinstance(names, tuple) else (names,))}
+    return [
+        f"the mesh's axis {name!r} shards nothing: every leaf of state and batch lies whole on each of its {size} "
+        "devices"
+        for name, size in place.shape.items()
+        if size > 1 and name not in used
+    ]
 
 
 def _is_float(x: Any) -> bool:

@@ -3,6 +3,8 @@
 import numbers
 from typing import Any
 
+import numpy as np
+
 from jlora.quant.formats import BLOCKS, Format
 
 # Modules that make the model's output: kept in full precision by default, as bitsandbytes keeps `lm_head`.
@@ -28,7 +30,7 @@ def check_block(number: Format, block: Any) -> int:
 
 def check_double(number: Format, double: Any) -> bool:
     """Whether scales are held in 8 bits. Raises a ValueError for what does not fit the format."""
-    if double not in (None, True, False):
+    if double is not None and not isinstance(double, bool | np.bool_):
         raise ValueError(f"double is True, False or None, not {double!r:.50}")
     if double and not number.blocks:
         raise ValueError(f"{number.name} has one scale for each output channel, too few to be quantised: double=False")

@@ -144,10 +144,16 @@ def format_of(name: Any) -> Format:
 
     Raises:
       ValueError: for another name, naming the nearest.
+      TypeError: for what is no name.
     """
     if isinstance(name, Format):
         return name
-    if isinstance(name, str) and name in FORMATS:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"a format is one of the names {', '.join(FORMATS)}, or a jlora.quant.Format; got {name!r:.200}, of type "
+            f"{type(name).__name__}"
+        )
+    if name in FORMATS:
         return FORMATS[name]
-    near = difflib.get_close_matches(str(name).lower(), FORMATS, 1, 0.0)[0]
+    near = difflib.get_close_matches(name.lower(), FORMATS, 1, 0.0)[0]
     raise ValueError(f"unknown format {name!r}: it is one of {', '.join(FORMATS)}; the nearest is {near!r}")

@@ -33,6 +33,8 @@ class Quantised:
       number: the format.
       layout: order of the weight's axes in the codes.
       dtype: of the weight.
+      residual: whether the weight is what a start left of the full one (LoftQ, QPiSSA): factors that were trained on it
+        fit no other.
     """
 
     codes: jax.Array
@@ -40,6 +42,7 @@ class Quantised:
     number: Format = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
+    residual: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,7 +113,8 @@ class Quantised:
     def __repr__(self) -> str:
         twice = " twice" if isinstance(self.scales, Nested) else ""
         block = f", blocks of {self.layout.block}{twice}" if self.number.blocks else ""
-        return f"Quantised({self.number.name}{block}, {jnp.dtype(self.dtype).name}{list(self.shape)})"
+        rest = ", a residual" if self.residual else ""
+        return f"Quantised({self.number.name}{block}, {jnp.dtype(self.dtype).name}{list(self.shape)}{rest})"
 
 
 def _dequantised(of: Quantised) -> jax.Array:
@@ -148,7 +152,9 @@ def decode_halves(number: Format, codes: jax.Array) -> jax.Array:
     The fastest on the CPU, in one loop: 0.31 ns a weight, 0.43 by `decode_repeated`, 0.53 if codes are interleaved
     (experiments/bench/quant.py).
     """
-    return jnp.stack([number.decode(codes >> 4), number.decode(codes & 15)], axis=-1).reshape(*codes.shape[:-1], -1)
+    return jnp.stack([number.decode(codes >> 4), number.decode(codes & 15)], axis=-1).reshape(
+        *codes.shape[:-1], 2 * codes.shape[-1]
+    )
 
 
 def decode_repeated(number: Format, codes: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from jlora.transform.trace import Use
 
 ADAPTABLE = ("linear", "conv", "embedding")
 KINDS = (*ADAPTABLE, "unknown", "other")
-_ATTENTION = ("query", "key", "value", "out")
+ATTENTION = ("query", "key", "value", "out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _by_convention(path: str, leaf: Any, shapes: Mapping[str, tuple[int, ...]], 
         return site("other")
     if ndim == 2:
         return site("unknown") if out_in else site("linear", (0,), (1,))
-    if ndim == 3 and part in _ATTENTION and _is_attention(f"{module}/" if module else "", shapes):
+    if ndim == 3 and part in ATTENTION and _is_attention(f"{module}/" if module else "", shapes):
         return site("linear", (0, 1), (2,)) if part == "out" else site("linear", (0,), (1, 2))
     if ndim in (4, 5) and _is_convolution(shape, shapes.get(f"{folder}/bias" if folder else "bias")):
         return site("conv", tuple(range(ndim - 1)), (ndim - 1,))
@@ -234,7 +234,7 @@ def _by_convention(path: str, leaf: Any, shapes: Mapping[str, tuple[int, ...]], 
 
 def _is_attention(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether query (in, heads, width) and out (heads, width, in) fit together; kernels of stacked layers do not."""
-    query, *others, out = (shapes.get(f"{prefix}{name}/kernel", ()) for name in _ATTENTION)
+    query, *others, out = (shapes.get(f"{prefix}{name}/kernel", ()) for name in ATTENTION)
     return all(len(shape) == 3 and shape[1] == query[1] for shape in (query, *others)) and query[1:] == out[:2]
 
 

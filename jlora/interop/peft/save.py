@@ -95,6 +95,10 @@ def save(
         finite.
       TypeError: unless one of model= and names= is given.
 
+    Warns:
+      UserWarning: where a start changed the base (`jlora.loftq`, PiSSA under `jlora.quantize`), which the folder fits
+        alone, and how it can be made to fit the original one.
+
     Source: PEFT 0.21, whose file format this is; see the README of `jlora/interop`.
 
     Example:
@@ -129,6 +133,7 @@ def save(
         raise ValueError(f"peft.save: dtype must be of floating-point numbers, not {dtype!r}")
     tensor_file.check_finite(place_of / TENSORS, tensors)
     cast = pipeline.cast(tensors, dtype)
+    pipeline.warn_of_residual([adapted.base], place_of / TENSORS)
     place_of.mkdir(parents=True, exist_ok=True)
     (place_of / CONFIG).unlink(missing_ok=True)  # between the two there is no adapter, and not half of one
     tensor_file.write(place_of / TENSORS, cast, {"format": "pt"}, force=force)
