@@ -23,7 +23,10 @@ from experiments.recipes import qlora
 
 def config() -> Experiment:
     """The experiment."""
-    return qlora.experiment("qlora_llama_65b", "LLaMA 65B", "huggyllama/llama-65b", 1e-4, 0.05, accumulate=16)
+    base = "huggyllama/llama-65b"
+    return qlora.experiment(
+        "qlora_llama_65b", "LLaMA 65B", base, 1e-4, 0.05, accumulate=16, optimizer_memory="pinned_host"
+    )
 
 
 def small() -> Experiment:
