@@ -126,6 +126,48 @@ def test_what_the_step_does_not_read_is_on_the_device_too():
     assert "  unused by the step    1.14 MiB" in str(found).splitlines()
 
 
+NO_SHAPES = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
+of_arrays_alone = pytest.mark.skipif(NO_SHAPES, reason="JAX 0.10 has no shapes of arrays on the host")
+
+
+@of_arrays_alone
+def test_a_state_on_the_host_is_told_apart(monkeypatch: pytest.MonkeyPatch):
+    here, there = plain(), jlora.plan(loss_fn, adapt(mlp()), TX, BATCH, memory_kind="pinned_host")
+    assert (here.optimizer_state, here.optimizer_state_on_host, here.host) == (FACTORS, 0, 0)
+    assert (there.optimizer_state, there.optimizer_state_on_host, there.host) == (0, FACTORS, FACTORS)
+    assert there.arguments == here.arguments - FACTORS and there.unused == 0
+    assert there.notes == ("a CPU's memory is the host's: what waits there is in the peak, too",)
+    lines = [" ".join(line.split()) for line in str(there).splitlines()]
+    assert f"on the host {FACTORS} B optimizer state of {FACTORS} B among them" in lines
+    monkeypatch.setattr(targets, "_cuda_plugins", lambda: [])
+    instead = jlora.plan(loss_fn, adapt(mlp()), TX, BATCH, device="a6000", memory_kind="pinned_host")
+    assert (instead.host, instead.peak) == (FACTORS, there.peak - FACTORS)
+
+
+@of_arrays_alone
+def test_a_state_says_where_it_lies_or_is_told():
+    expected = jlora.plan(loss_fn, adapt(mlp()), TX, BATCH, memory_kind="pinned_host")
+    create = lambda kind: TrainState.create(adapt(mlp()), train_step(loss_fn, TX).tx, memory_kind=kind)
+    assert jlora.plan(loss_fn, create("pinned_host"), TX, BATCH) == expected
+    assert jlora.plan(loss_fn, create(None), TX, BATCH, memory_kind="pinned_host") == expected
+    assert jlora.plan(loss_fn, create("pinned_host"), TX, BATCH, memory_kind="device") == plain()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("pinned-host", r"memory_kind='pinned-host' is not None or one of device, pinned_host; did you mean 'pinned_host'\?"),
+        pytest.param(
+            "pinned_host", r"JAX 0\.10\.\d does not tell a program that the array of a shape lies in 'pinned_host': .*",
+            marks=pytest.mark.skipif(not NO_SHAPES, reason="what JAX 0.10 cannot do"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_memory_that_cannot_be_planned(kind: str, text: str):
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        jlora.plan(loss_fn, adapt(mlp()), TX, BATCH, memory_kind=kind)
+
+
 def test_options_are_the_steps():
     whole = jlora.plan(lambda p, b, key: loss_fn(p, b), adapt(mlp()), TX, BATCH, pass_key=True)
     assert whole.flops == plain().flops
@@ -552,7 +594,11 @@ NO_FIT: dict[str, tuple[dict[str, int], Facts, list[str]]] = {
     ),
     "optimizer": (
         {"optimizer_state": 20, "factors": 10}, Facts(1, 1, True, 0, 0),
-        ["factors and optimizer state are 30.00 GiB: keep the state on the host (memory_kind='pinned_host'), which takes 20.00 GiB off"],
+        ["factors and optimizer state are 30.00 GiB: offload the state, which takes 20.00 GiB off the device (memory_kind='pinned_host' of TrainState.create and jlora.plan, train.optimizer_memory=pinned_host of a config, --optimizer-memory pinned_host of jlora plan), or train less"],
+    ),
+    "optimizer on the host": (
+        {"factors": 20, "optimizer_state_on_host": 40}, Facts(1, 1, True, 0, 0),
+        ["factors are 20.00 GiB, the optimizer state is on the host already: train less (a smaller rank, fewer targets)"],
     ),
 }  # fmt: skip
 
@@ -563,7 +609,8 @@ def test_advice_begins_with_the_largest_part(name: str):
     parts = {part: n * GIB for part, n in sizes.items()}
     limit = DEVICES["v5e"].memory
     found = planned.dataclasses.replace(
-        plain(), device="v5e", limit=limit, **{"weights": 0, "factors": 0, "optimizer_state": 0, **parts}, peak=sum(parts.values())
+        plain(), device="v5e", limit=limit, **{"weights": 0, "factors": 0, "optimizer_state": 0, **parts},
+        peak=sum(n for part, n in parts.items() if not part.endswith("on_host")),
     )  # fmt: skip
     told = advice(found, facts)
     assert len(told) >= len(expected) and all(text in line for text, line in zip(expected, told, strict=False)), told
@@ -720,6 +767,8 @@ def test_the_command_plans_a_model(command: Any, tmp_path: Path):
         (("gpt2", "--mesh", "8"), "--mesh is name=size, several with commas: fsdp=8,tp=2; got '8'"),
         (("gpt2", "train.batch=1"), "train.batch=1: for a config (.py), and 'gpt2' is a model"),
         (("gpt2", "--method", "lara(8)"), "--method: there is no method 'lara'; the nearest is 'lora'"),
+        (("gpt2", "--optimizer-memory", "pinned"), "memory_kind='pinned' is not None or one of device, pinned_host; did you mean 'pinned_host'?"),
+        ((*SMALL, "train.optimizer_memory=host"), "train.optimizer_memory is one of 'device', 'pinned_host', got 'host'"),
         (("gpt22",), "'gpt22' is no published size, no folder and no config.json; the nearest size is 'gpt2'"),
         ((*SMALL, "--batch", "1x8"), "--batch: of a model; a config has its own, and fields are set as in train.batch=4"),
         ((*SMALL, "--run", "lara"), "there is no run 'lara' in 'llama2_7b_gsm8k_lora_small': choose one with --run, lora"),
@@ -728,6 +777,20 @@ def test_the_command_plans_a_model(command: Any, tmp_path: Path):
 )  # fmt: skip
 def test_the_command_refuses(command: Any, arguments: tuple[str, ...], text: str):
     assert command(*arguments, status=2) == text
+
+
+@of_arrays_alone
+@pytest.mark.loose_promotion
+def test_the_command_has_the_state_on_the_host(command: Any, tmp_path: Path):
+    of = lambda *arguments: json.loads(command(*arguments, "--json"))
+    model, place = (gpt2(tmp_path), "--method", "lora(2)", "--batch", "1x8"), ("--optimizer-memory", "pinned_host")
+    here, there = of(*model), of(*model, *place)
+    assert here["optimizer_state_on_host"] == here["host"] == 0 and here["optimizer_state"] == 2 * here["factors"] + 4
+    assert there["optimizer_state_on_host"] == there["host"] == 2 * there["factors"] and there["optimizer_state"] == 4
+    config = ("configs/qlora_llama_65b.py", "--small", "train.optimizer_memory=pinned_host")
+    held, back = of(*config), of(*config, "--optimizer-memory", "device")
+    assert held["optimizer_state_on_host"] == held["host"] == 2 * held["factors"] > 0
+    assert back["host"] == 0 and back["optimizer_state"] == held["optimizer_state"] + held["host"]
 
 
 @pytest.mark.loose_promotion

@@ -245,6 +245,13 @@ def _plan(
         # XLA's figure leaves the temporaries out on the CPU, and counts what lies on the host on a GPU.
         peak = most if used.compiler == "cpu" else min(peak, most)
         beside = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+        if used.compiler == "cpu" and waiting:  # it has one memory, and counts what waits among the arguments
+            beside = bytes_of(waiting)
+            read -= beside
+            if device.compiler == "cpu":
+                notes = ["a CPU's memory is the host's: what waits there is in the peak, too"]
+            else:
+                peak -= beside
         sent = collectives(made.compiled.as_text(), many) if many > 1 else {}
     if any("Involuntary full rematerialization" in line for line in made.said):
         notes = [*notes, "XLA copies a whole array to every device, for want of a better way between two shardings"]

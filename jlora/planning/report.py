@@ -32,8 +32,8 @@ class Plan:
       peak: the compiler's own figure for all of it. It can be less than arguments and temporaries, where those are let
         go of before these are made.
       unused: arguments that the program does not read, which the compiler leaves out of the peak; they lie there.
-      host: bytes in the host's memory, as the compiler counts them: that rest, and activations (`remat="offload"`). No
-        other figure has them.
+      host: bytes in the host's memory: that rest, and activations (`remat="offload"`). No other figure has them, but
+        the peak of a CPU.
       flops: of one step, `jlora.planning.flops` divided by the devices.
       collectives: by kind.
       fits: whether `peak + unused` is at most `limit`.
@@ -102,7 +102,7 @@ def _lines(plan: Plan) -> list[str]:
     rows += [("peak", plan.peak), ("limit", plan.limit)]
     notes = {"temporaries": f"gradients of {size(plan.gradients)} among them"}
     if plan.optimizer_state_on_host:
-        notes["on the host"] = f"optimizer state of {size(plan.optimizer_state_on_host)} among them; not in the peak"
+        notes["on the host"] = f"optimizer state of {size(plan.optimizer_state_on_host)} among them"
     found += [f"  {name:<18} {size(value):>11}  {notes.get(name, '')}".rstrip() for name, value in rows]
     found.append(f"  {'FLOPs':<18} {plan.flops:>11.3e}")
     found += [
