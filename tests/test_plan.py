@@ -139,7 +139,7 @@ def test_a_state_on_the_host_is_told_apart(monkeypatch: pytest.MonkeyPatch):
     assert there.notes == ("a CPU's memory is the host's: what waits there is in the peak, too",)
     lines = [" ".join(line.split()) for line in str(there).splitlines()]
     assert f"on the host {FACTORS} B optimizer state of {FACTORS} B among them" in lines
-    monkeypatch.setattr(targets, "_cuda_plugins", lambda: [])
+    monkeypatch.setattr(targets, "_cuda_plugins", list)
     instead = jlora.plan(loss_fn, adapt(mlp()), TX, BATCH, device="a6000", memory_kind="pinned_host")
     assert (instead.host, instead.peak) == (FACTORS, there.peak - FACTORS)
 
