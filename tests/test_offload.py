@@ -1,6 +1,7 @@
 """What waits in the host's memory: the optimizer's state between two steps, activations between two passes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -128,6 +129,33 @@ def test_a_memory_that_is_not_there_is_named() -> None:
     text = r"^memory_kind='pinned-host' is not None or one of device, pinned_host; did you mean 'pinned_host'\?$"
     with pytest.raises(ValueError, match=text):
         jlora.TrainState.create(adapt(model()), optax.adam(1e-2), memory_kind="pinned-host")
+
+
+def test_a_device_without_that_memory_says_what_it_has() -> None:
+    class Device:
+        def __str__(self) -> str:
+            return "TFRT_CPU_0"
+
+        def addressable_memories(self) -> list[Any]:
+            return [SimpleNamespace(kind=kind) for kind in ("unpinned_host", "device")]
+
+    text = (
+        r"^memory_kind='pinned_host' is no memory of TFRT_CPU_0, which has device, unpinned_host: leave memory_kind out, "
+        r"and the state lies on the device$"
+    )
+    with pytest.raises(ValueError, match=text):
+        host._check_there("pinned_host", Device())  # type: ignore[arg-type]
+
+
+def test_whether_programs_return_to_the_host_is_tried() -> None:
+    host.check_programs(None)
+    if runs_on_the_cpu():
+        host.check_programs("pinned_host")
+        return
+    with pytest.raises(
+        ValueError, match=r"^memory_kind='pinned_host': JAX 0\.10\.\d has no programs for cpu that return"
+    ):
+        host.check_programs("pinned_host")
 
 
 def test_pmap_takes_no_state_that_waits() -> None:
