@@ -13,7 +13,7 @@ Recipe:    experiments/recipes/qlora.py, which says what is the paper's and what
 Published: QLoRA, arXiv 2305.14314, Table 4: MMLU, 5-shot, of LLaMA 65B after Alpaca, after FLAN v2: the base in
            bfloat16 61.8, 62.5; FP4 61.3, 63.3; NF4 with double quantisation 61.8, 63.9.
 
-Target:    under 48 GB (reached by the compiler, see above), and the validation loss of the base in bfloat16. Guanaco 65B has
+Target:    under 48 GB (reached, see above), and the validation loss of the base in bfloat16. Guanaco 65B has
            99.3 % of ChatGPT's score on the Vicuna questions by GPT-4's judgement, which is not measured here.
 """
 
