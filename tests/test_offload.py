@@ -103,6 +103,9 @@ def test_on_a_mesh_and_from_a_checkpoint(tmp_path: Path) -> None:
         restored, _ = checkpoints.restore(fresh)
     assert kinds(restored.opt_state) == WAITS
     same(restored.opt_state, state.opt_state)
+    on, further = (step(one, rows)[0] for one in (restored, state))
+    assert kinds(on.opt_state) == WAITS
+    same(on.adapted.factors, further.adapted.factors)
 
 
 def test_a_state_of_shapes_says_where_its_arrays_will_lie() -> None:
