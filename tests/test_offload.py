@@ -201,3 +201,19 @@ def test_a_policy_that_is_not_there_is_named() -> None:
     text = f"remat='ofload' is not False, True or one of {', '.join(POLICIES)}; did you mean 'offload'?"
     with pytest.raises(ValueError, match=f"^{text.replace('?', '[?]')}$"):
         model(remat="ofload")
+
+
+# -- factors of scanned layers -----------------------------------------------------------------------------------------
+
+
+def test_the_scale_is_taken_inside_the_scan_over_layers() -> None:
+    """Before it, every A would be there a second time until the backward pass ends."""
+    of = model(scan=True, remat=True)
+    params = params_of(of)
+    sites = jlora.sites(loss_of(of), params, TOKENS)
+    adapted = jlora.apply(params, method=jlora.lora(2, alpha=3), sites=sites, targets="attn/(query|value)")
+    loss = lambda factors: jlora.lift(loss_of(of), strict=True)(adapted.replace(factors=factors), TOKENS)
+    gradient = jax.make_jaxpr(jax.grad(loss))(adapted.factors)
+    shapes = {arrays["A"].shape for arrays in adapted.factors.values()}
+    scaled = [e for e in gradient.eqns if e.primitive.name == "mul" and e.outvars[0].aval.shape in shapes]
+    assert scaled == [] and any(e.primitive.name == "scan" for e in gradient.eqns)
