@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jlora
+from experiments.configfile import UNSAID
 from experiments.configfile import ConfigError as ConfigError
 from experiments.tasks.task import Task
+from jlora import host
 from jlora.methods.residual import is_taken_out
 from jlora.models.sampling import Sampling
 from jlora.quant import FORMATS
@@ -52,6 +54,9 @@ class Schedule:
       label_smoothing: of the loss, in [0, 1).
       accumulate: micro-batches that a step is cut into.
       keep: which evaluation is a run's result: the best on the validation split, or the last.
+      optimizer_memory: where the optimizer's arrays wait between two steps: "device", or "pinned_host", the host's
+        memory, as of QLoRA's paged optimizer. The same numbers, less memory and more time of a step; see
+        `jlora.TrainState.create`.
     """
 
     steps: Duration
@@ -67,6 +72,7 @@ class Schedule:
     label_smoothing: float = 0.0
     accumulate: int = 1
     keep: Literal["best", "last"] = "best"
+    optimizer_memory: Literal["device", "pinned_host"] = field(default="device", metadata=UNSAID)
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
@@ -75,6 +81,16 @@ class Schedule:
             raise ConfigError(f"label_smoothing is in [0, 1), got {self.label_smoothing}")
         for duration in (self.steps, self.evaluate_every):
             in_steps(duration, batch=1, examples=1000)
+        if self.optimizer_memory not in host.KINDS:
+            near = difflib.get_close_matches(str(self.optimizer_memory), host.KINDS, 1, 0.0)[0]
+            raise ConfigError(
+                f"optimizer_memory={self.optimizer_memory!r} is one of {', '.join(host.KINDS)}; the nearest is {near!r}"
+            )
+
+    @property
+    def memory_kind(self) -> str | None:
+        """As `jlora.TrainState.create` takes it."""
+        return None if self.optimizer_memory == "device" else self.optimizer_memory
 
 
 @dataclass(frozen=True)

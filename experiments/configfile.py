@@ -200,12 +200,17 @@ def method(path: str, text: str) -> jlora.Method:
 # -- identity ----------------------------------------------------------------------------------------------------------
 
 
+UNSAID = {"unsaid": True}
+"""Of a field that a description leaves out at its default: one that configs of before did not have."""
+
+
 def describe(node: Any) -> Any:
     """A config as JSON: dataclasses as objects, functions by their names, methods as they are written."""
     if isinstance(node, jlora.Method):
         return repr(node)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return {field.name: describe(getattr(node, field.name)) for field in dataclasses.fields(node)}
+        said = [(field, getattr(node, field.name)) for field in dataclasses.fields(node)]
+        return {f.name: describe(x) for f, x in said if not (f.metadata.get("unsaid") and x == f.default)}
     if isinstance(node, list | tuple):
         return [describe(item) for item in node]
     if isinstance(node, Mapping):

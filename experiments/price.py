@@ -18,6 +18,7 @@ from experiments.resume import loaded
 from experiments.tasks.task import Batch, Params
 from experiments.trainer import Trainer
 from experiments.trial import Trial
+from jlora import host
 from jlora.state import TrainState
 from jlora.train import Step
 
@@ -107,7 +108,11 @@ def priced(experiment: Experiment, trials: Sequence[Trial], params: Params, fold
         return read_json(path, lambda read: {name: Price(**price) for name, price in read.items()})
     trained = {trial.run.name: (trial, loaded(trial.place, trial.held(params))) for trial in trials}
     batch = trials[0].trainer.batches(0)(0)
-    states = {name: TrainState.create(adapted, trial.trainer.step.tx) for name, (trial, adapted) in trained.items()}
+    kind = experiment.train.memory_kind
+    states = {
+        name: TrainState.create(adapted, trial.trainer.step.tx, memory_kind=kind)
+        for name, (trial, adapted) in trained.items()
+    }
     steps = {name: (trial.trainer.step, states[name]) for name, (trial, _) in trained.items()}
     seconds = step_seconds(steps, batch, measure.rounds)
     few = jax.device_put(jax.tree.map(lambda array: array[: measure.forward_batch], batch))
@@ -178,7 +183,10 @@ def compiled_cost(step: Step, state: TrainState, batch: Batch) -> tuple[float, i
 
 def step_seconds(programs: Mapping[str, tuple[Step, TrainState]], batch: Batch, rounds: int) -> dict[str, list[float]]:
     """The times of the training steps, taken in turn."""
-    states = {name: TrainState.create(state.adapted, step.tx) for name, (step, state) in programs.items()}
+    states = {
+        name: TrainState.create(state.adapted, step.tx, memory_kind=host.kind_of(state.opt_state))
+        for name, (step, state) in programs.items()
+    }
 
     def call(name: str) -> Callable[[], Any]:
         def one_step() -> Any:

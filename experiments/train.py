@@ -34,7 +34,7 @@ from experiments.price import Plan, planned, priced
 from experiments.progress import Progress
 from experiments.report.results import outcome_of
 from experiments.tasks.task import Opened, Params
-from experiments.trainer import Shared, Trainer, pattern_of, sites_of
+from experiments.trainer import Shared, Trainer, check_memory, pattern_of, sites_of
 from experiments.trial import Trial
 from jlora import tree
 from jlora.quant import FORMATS
@@ -117,6 +117,9 @@ class Work:
 def _prepared(experiment: Experiment, opened: Opened, folder: Path) -> Work:
     """The runs; one that cannot be is found here, on abstract parameters where the base is not there yet."""
     seed, base = experiment.seed, None
+    check_memory("train", experiment.train)
+    if isinstance(experiment.base, Pretrain):
+        check_memory("base.train", experiment.base.train)
     with _as_config_errors():
         if isinstance(experiment.base, Pretrain):
             shapes = jax.eval_shape(lambda: _held_by_all(experiment, opened, opened.params(seed)))

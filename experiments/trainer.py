@@ -23,7 +23,7 @@ from experiments.progress import Phase
 from experiments.resume import loaded, restored
 from experiments.tasks.task import Apply, Batch, Evaluate, Opened, Params, Scores, Side, Split
 from experiments.tensorboard import TensorBoard
-from jlora import tree
+from jlora import host, tree
 from jlora.checkpoint import Checkpoints
 from jlora.methods.residual import is_taken_out
 from jlora.quant import FORMATS
@@ -295,7 +295,8 @@ class Trainer:
     def start(self, seed: int, params: Params, learning_rate: float | None = None) -> TrainState:
         """The state before the first step."""
         rate = self.first_rate if learning_rate is None else learning_rate
-        return TrainState.create(self.adapted(seed, params), self.optimizer(rate), key=seed)
+        kind = self.schedule.memory_kind
+        return TrainState.create(self.adapted(seed, params), self.optimizer(rate), key=seed, memory_kind=kind)
 
     def check(self, shapes: Params) -> None:
         """Finds a run that cannot be, on abstract parameters, before anything is trained.
@@ -318,6 +319,14 @@ class Trainer:
             jax.eval_shape(trainer.planned, shapes)
         except ValueError as error:
             raise ConfigError(f"runs.{self.run.name}: {error}") from error
+
+
+def check_memory(name: str, schedule: Schedule) -> None:
+    """Raises ConfigError where the optimizer's state cannot wait where the schedule called `name` has it."""
+    try:
+        host.check_programs(schedule.memory_kind)
+    except ValueError as error:
+        raise ConfigError(f"{name}.optimizer_memory={schedule.optimizer_memory}: {error}") from error
 
 
 def optimizer(schedule: Schedule, learning_rate: float, steps: int) -> optax.GradientTransformation:

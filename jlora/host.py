@@ -4,6 +4,7 @@ import difflib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 PyTree = Any
@@ -16,7 +17,8 @@ def placed(state: PyTree, memory_kind: str | None) -> PyTree:
     Scalars stay: an update reads a count at once. A shape (`jax.ShapeDtypeStruct`) says where its array will lie.
 
     Raises:
-      ValueError: if there is no such memory, or if this JAX does not tell a program where the array of a shape lies.
+      ValueError: if there is no such memory, on an array's device or at all, or if this JAX does not tell a program
+        where the array of a shape lies.
     """
     if memory_kind is None:
         return state
@@ -28,10 +30,37 @@ def placed(state: PyTree, memory_kind: str | None) -> PyTree:
     def put(x: Any) -> Any:
         if x.ndim == 0:
             return x
-        place = (x.sharding or SingleDeviceSharding(jax.local_devices()[0])).with_memory_kind(memory_kind)
-        return _shape(x, place, memory_kind) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, place)
+        place = x.sharding or SingleDeviceSharding(jax.local_devices()[0])
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return _shape(x, place.with_memory_kind(memory_kind), memory_kind)
+        _check_there(memory_kind, next(iter(place.device_set)))
+        return jax.device_put(x, place.with_memory_kind(memory_kind))
 
     return jax.tree.map(put, state)
+
+
+def _check_there(memory_kind: str, device: jax.Device) -> None:
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if memory_kind not in kinds:
+        raise ValueError(
+            f"memory_kind={memory_kind!r} is no memory of {device}, which has {', '.join(kinds)}: leave memory_kind "
+            "out, and the state lies on the device"
+        )
+
+
+def check_programs(memory_kind: str | None) -> None:
+    """Raises ValueError where no program of the first device can return an array to that memory: a small one is run."""
+    if memory_kind in (None, "device"):
+        return
+    x = placed(jnp.zeros(1), memory_kind)
+    try:
+        jax.jit(lambda x: put_back(fetched(x) + 1, x), out_shardings=x.sharding)(x)
+    except jax.errors.JaxRuntimeError as error:
+        words = str(error).splitlines()[0]
+        raise ValueError(
+            f"memory_kind={memory_kind!r}: JAX {jax.__version__} has no programs for {jax.default_backend()} that "
+            f"return arrays to this memory ({words}): take JAX 0.11 or later, or leave the state on the device"
+        ) from error
 
 
 def _shape(x: jax.ShapeDtypeStruct, place: Sharding, memory_kind: str) -> jax.ShapeDtypeStruct:
@@ -54,6 +83,26 @@ def waits(x: Any) -> bool:
     """Whether an array, a shape or a traced value lies in the host's memory."""
     space: Any = jax.typeof(x).memory_space
     return bool(space == jax.memory.Space.Host)
+
+
+def known(state: PyTree) -> PyTree:
+    """The tree, whose arrays' types say so where they lie on the host; those that Orbax reads have the device's type.
+
+    A program for such a type takes the array for one of the device, and XLA ends the process over what it returns.
+    """
+
+    def one(x: Any) -> Any:
+        place = getattr(x, "sharding", None)
+        if place is None or place.memory_kind != "pinned_host" or waits(x):
+            return x
+        return jax.device_put(jax.device_put(x, place.with_memory_kind("device")), place)
+
+    return jax.tree.map(one, state)
+
+
+def kind_of(state: PyTree) -> str | None:
+    """The `memory_kind` that a tree was placed with; None where nothing of it waits."""
+    return "pinned_host" if any(map(waits, jax.tree.leaves(state))) else None
 
 
 def fetched(state: PyTree) -> PyTree:

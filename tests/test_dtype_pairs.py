@@ -55,7 +55,7 @@ def compare(cases: dict[Any, Case], forward_mode: bool = False) -> None:
 
         def lazy(x: jax.Array, parts: Any) -> jax.Array:
             trace = Trace(forward_mode=forward_mode)
-            weight = Weight(w, place=Place("w", tuple((i,) for i in range(w.ndim))), **parts)
+            weight = Weight(w, place=Place("w", tuple((i,) for i in range(w.ndim)))).replace(**parts)
             value = trace_weights(lambda w: fn(x, w), [weight], trace)
             assert [use.factored for use in trace.uses] == [factored], (name, trace.uses)
             return value

@@ -358,6 +358,12 @@ def test_every_config_is_tested():
     }
 
 
+@pytest.mark.parametrize(("name", "place"), [("qlora_llama2_7b", "device"), ("qlora_llama_65b", "pinned_host")])
+def test_the_optimizer_of_65b_waits_on_the_host(name, place):
+    small = configfile.load(Experiment, CONFIGS / f"{name}.py", small=True)
+    assert loaded(name).train.optimizer_memory == place and small.train.optimizer_memory == "device"
+
+
 def test_e2e_is_trained_and_decoded_as_in_the_paper():
     experiment = loaded("gpt2_medium_e2e_lora")
     run, train, decoding = experiment.runs[0], experiment.train, experiment.task.decoding

@@ -1,6 +1,7 @@
 """What waits in the host's memory: the optimizer's state between two steps, activations between two passes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -102,6 +103,9 @@ def test_on_a_mesh_and_from_a_checkpoint(tmp_path: Path) -> None:
         restored, _ = checkpoints.restore(fresh)
     assert kinds(restored.opt_state) == WAITS
     same(restored.opt_state, state.opt_state)
+    on, further = (step(one, rows)[0] for one in (restored, state))
+    assert kinds(on.opt_state) == WAITS
+    same(on.adapted.factors, further.adapted.factors)
 
 
 def test_a_state_of_shapes_says_where_its_arrays_will_lie() -> None:
@@ -128,6 +132,33 @@ def test_a_memory_that_is_not_there_is_named() -> None:
     text = r"^memory_kind='pinned-host' is not None or one of device, pinned_host; did you mean 'pinned_host'\?$"
     with pytest.raises(ValueError, match=text):
         jlora.TrainState.create(adapt(model()), optax.adam(1e-2), memory_kind="pinned-host")
+
+
+def test_a_device_without_that_memory_says_what_it_has() -> None:
+    class Device:
+        def __str__(self) -> str:
+            return "TFRT_CPU_0"
+
+        def addressable_memories(self) -> list[Any]:
+            return [SimpleNamespace(kind=kind) for kind in ("unpinned_host", "device")]
+
+    text = (
+        r"^memory_kind='pinned_host' is no memory of TFRT_CPU_0, which has device, unpinned_host: leave memory_kind out, "
+        r"and the state lies on the device$"
+    )
+    with pytest.raises(ValueError, match=text):
+        host._check_there("pinned_host", Device())  # type: ignore[arg-type]
+
+
+def test_whether_programs_return_to_the_host_is_tried() -> None:
+    host.check_programs(None)
+    if runs_on_the_cpu():
+        host.check_programs("pinned_host")
+        return
+    with pytest.raises(
+        ValueError, match=r"^memory_kind='pinned_host': JAX 0\.10\.\d has no programs for cpu that return"
+    ):
+        host.check_programs("pinned_host")
 
 
 def test_pmap_takes_no_state_that_waits() -> None:
@@ -170,3 +201,19 @@ def test_a_policy_that_is_not_there_is_named() -> None:
     text = f"remat='ofload' is not False, True or one of {', '.join(POLICIES)}; did you mean 'offload'?"
     with pytest.raises(ValueError, match=f"^{text.replace('?', '[?]')}$"):
         model(remat="ofload")
+
+
+# -- factors of scanned layers -----------------------------------------------------------------------------------------
+
+
+def test_the_scale_is_taken_inside_the_scan_over_layers() -> None:
+    """Before it, every A would be there a second time until the backward pass ends."""
+    of = model(scan=True, remat=True)
+    params = params_of(of)
+    sites = jlora.sites(loss_of(of), params, TOKENS)
+    adapted = jlora.apply(params, method=jlora.lora(2, alpha=3), sites=sites, targets="attn/(query|value)")
+    loss = lambda factors: jlora.lift(loss_of(of), strict=True)(adapted.replace(factors=factors), TOKENS)
+    gradient = jax.make_jaxpr(jax.grad(loss))(adapted.factors)
+    shapes = {arrays["A"].shape for arrays in adapted.factors.values()}
+    scaled = [e for e in gradient.eqns if e.primitive.name == "mul" and e.outvars[0].aval.shape in shapes]
+    assert scaled == [] and any(e.primitive.name == "scan" for e in gradient.eqns)

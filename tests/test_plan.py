@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora.planning import Plan, flops, placing
+from jlora.planning import Plan, flops, placing, targets
 from jlora.planning.collectives import Collective, collectives
 from jlora.state import TrainState
 from jlora.train import train_step
@@ -120,6 +120,48 @@ def test_what_the_step_does_not_read_is_on_the_device_too():
     found = on_cpu(loss_fn, jlora.apply(params, rank=2, sites=sites), TX, BATCH)
     assert (found.unused, found.peak) == (1_200_000 + 12, plain().peak)  # and the key, and the last loss
     assert "  unused by the step    1.14 MiB" in str(found).splitlines()
+
+
+NO_SHAPES = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
+of_arrays_alone = pytest.mark.skipif(NO_SHAPES, reason="JAX 0.10 has no shapes of arrays on the host")
+
+
+@of_arrays_alone
+def test_a_state_on_the_host_is_told_apart(monkeypatch: pytest.MonkeyPatch):
+    here, there = plain(), on_cpu(loss_fn, adapt(mlp()), TX, BATCH, memory_kind="pinned_host")
+    assert (here.optimizer_state, here.optimizer_state_on_host, here.host) == (FACTORS, 0, 0)
+    assert (there.optimizer_state, there.optimizer_state_on_host, there.host) == (0, FACTORS, FACTORS)
+    assert there.arguments == here.arguments - FACTORS and there.unused == 0
+    assert there.notes == ("a CPU's memory is the host's: what waits there is in the peak, too",)
+    lines = [" ".join(line.split()) for line in str(there).splitlines()]
+    assert f"on the host {FACTORS} B optimizer state of {FACTORS} B among them" in lines
+    monkeypatch.setattr(targets, "_cuda_plugins", list)
+    instead = jlora.plan(loss_fn, adapt(mlp()), TX, BATCH, device="a6000", memory_kind="pinned_host")
+    assert (instead.host, instead.peak) == (FACTORS, there.peak - FACTORS)
+
+
+@of_arrays_alone
+def test_a_state_says_where_it_lies_or_is_told():
+    expected = on_cpu(loss_fn, adapt(mlp()), TX, BATCH, memory_kind="pinned_host")
+    create = lambda kind: TrainState.create(adapt(mlp()), train_step(loss_fn, TX).tx, memory_kind=kind)
+    assert on_cpu(loss_fn, create("pinned_host"), TX, BATCH) == expected
+    assert on_cpu(loss_fn, create(None), TX, BATCH, memory_kind="pinned_host") == expected
+    assert on_cpu(loss_fn, create("pinned_host"), TX, BATCH, memory_kind="device") == plain()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("pinned-host", r"memory_kind='pinned-host' is not None or one of device, pinned_host; did you mean 'pinned_host'\?"),
+        pytest.param(
+            "pinned_host", r"JAX 0\.10\.\d does not tell a program that the array of a shape lies in 'pinned_host': .*",
+            marks=pytest.mark.skipif(not NO_SHAPES, reason="what JAX 0.10 cannot do"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_memory_that_cannot_be_planned(kind: str, text: str):
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        on_cpu(loss_fn, adapt(mlp()), TX, BATCH, memory_kind=kind)
 
 
 def test_options_are_the_steps():

@@ -10,7 +10,7 @@ import pytest
 import jlora
 from jlora.cli import main, workload
 from jlora.planning import placing, targets
-from tests.test_plan import BATCH, ROOT, TX, adapt, loss_fn, mlp
+from tests.test_plan import BATCH, ROOT, TX, adapt, loss_fn, mlp, of_arrays_alone
 
 SMALL = ("configs/llama2_7b_gsm8k_lora.py", "--small", "--json")
 
@@ -68,6 +68,8 @@ def test_the_command_plans_a_model(command: Any, tmp_path: Path):
         (("gpt2", "--mesh", "8"), "--mesh is name=size, several with commas: fsdp=8,tp=2; got '8'"),
         (("gpt2", "train.batch=1"), "train.batch=1: for a config (.py), and 'gpt2' is a model"),
         (("gpt2", "--method", "lara(8)"), "--method: there is no method 'lara'; the nearest is 'lora'"),
+        (("gpt2", "--optimizer-memory", "pinned"), "memory_kind='pinned' is not None or one of device, pinned_host; did you mean 'pinned_host'?"),
+        ((*SMALL, "train.optimizer_memory=host"), "train.optimizer_memory is one of 'device', 'pinned_host', got 'host'"),
         (("gpt22",), "'gpt22' is no published size, no folder and no config.json; the nearest size is 'gpt2'"),
         ((*SMALL, "--batch", "1x8"), "--batch: of a model; a config has its own, and fields are set as in train.batch=4"),
         ((*SMALL, "--run", "lara"), "there is no run 'lara' in 'llama2_7b_gsm8k_lora_small': choose one with --run, lora"),
@@ -76,6 +78,20 @@ def test_the_command_plans_a_model(command: Any, tmp_path: Path):
 )  # fmt: skip
 def test_the_command_refuses(command: Any, arguments: tuple[str, ...], text: str):
     assert command(*arguments, status=2) == text
+
+
+@of_arrays_alone
+@pytest.mark.loose_promotion
+def test_the_command_has_the_state_on_the_host(command: Any, tmp_path: Path):
+    of = lambda *arguments: json.loads(command(*arguments, "--json"))
+    model, place = (gpt2(tmp_path), "--method", "lora(2)", "--batch", "1x8"), ("--optimizer-memory", "pinned_host")
+    here, there = of(*model), of(*model, *place)
+    assert here["optimizer_state_on_host"] == here["host"] == 0 and here["optimizer_state"] == 2 * here["factors"] + 4
+    assert there["optimizer_state_on_host"] == there["host"] == 2 * there["factors"] and there["optimizer_state"] == 4
+    config = ("configs/qlora_llama_65b.py", "--small", "train.optimizer_memory=pinned_host")
+    held, back = of(*config), of(*config, "--optimizer-memory", "device")
+    assert held["optimizer_state_on_host"] == held["host"] == 2 * held["factors"] > 0
+    assert back["host"] == 0 and back["optimizer_state"] == held["optimizer_state"] + held["host"]
 
 
 @pytest.mark.loose_promotion

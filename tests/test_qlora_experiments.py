@@ -15,7 +15,7 @@ import pytest
 
 import jlora
 from experiments import bases, configfile, held, trainer
-from experiments.config import ConfigError, Experiment, Held, Run
+from experiments.config import ConfigError, Experiment, Held, Run, Schedule
 from experiments.data.files import DataError
 from experiments.recipes import qlora, tiny
 from experiments.resume import loaded
@@ -252,6 +252,71 @@ def test_an_interrupted_run_on_a_quantised_base_gives_the_same_numbers(ended, tm
     assert called(*command)[0] == 130
     assert called(*command, "--resume")[0] == 0 and len(calls) == 3
     assert numbers(tmp_path / "run") == numbers(ended[0])
+
+
+HOSTED = (*HERE, "train.optimizer_memory=pinned_host")
+OLD = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
+
+
+@pytest.mark.skipif(OLD, reason="JAX 0.10's CPU has no programs that return host memory")
+def test_an_interrupted_run_whose_optimizer_waits_on_the_host_gives_the_numbers_of_the_device(
+    ended, tmp_path, monkeypatch
+):
+    places, save, restore = [], trainer.Checkpoints.save, trainer.Checkpoints.restore
+    place = lambda state: places.append({x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim})
+
+    def interrupted(self, state, *arguments):
+        place(state)
+        if len(places) == 2:
+            raise KeyboardInterrupt
+        save(self, state, *arguments)
+
+    def again(self, *arguments):
+        found = restore(self, *arguments)
+        place(found[0])
+        return found
+
+    monkeypatch.setattr(trainer.Checkpoints, "save", interrupted)
+    monkeypatch.setattr(trainer.Checkpoints, "restore", again)
+    command = ("stories_shakespeare", "--folder", tmp_path / "run", *HOSTED, f"save.merged={tmp_path / 'out'}")
+    assert called(*command)[0] == 130
+    assert called(*command, "--resume")[0] == 0
+    assert places == [{"pinned_host"}] * 4  # saved, interrupted, restored, saved
+    found, expected = numbers(tmp_path / "run"), numbers(ended[0])
+    assert {name: results for name, (_, results) in found.items()} == {
+        n: results for n, (_, results) in expected.items()
+    }
+
+
+@pytest.mark.skipif(not OLD, reason="what JAX 0.10's CPU has not")
+def test_where_no_program_returns_to_the_host_it_is_said_before_the_training(tmp_path):
+    status, _, err = called("stories_shakespeare", "--folder", tmp_path / "run", *HOSTED)
+    assert status == 2 and re.fullmatch(
+        r"error: train\.optimizer_memory=pinned_host: memory_kind='pinned_host': JAX 0\.10\.\d has no programs for cpu that "
+        r"return arrays to this memory \(.*\): take JAX 0\.11 or later, or leave the state on the device\n",
+        err,
+    )
+
+
+def test_what_was_described_before_there_was_a_memory_to_choose_is_described_so_still():
+    schedule = Schedule(300, batch=8)
+    assert configfile.key(schedule) == "47bab1d95f72"  # that of 7297062, before the field
+    hosted = dataclasses.replace(schedule, optimizer_memory="pinned_host")
+    assert configfile.key(hosted) != configfile.key(schedule)
+    assert configfile.describe(hosted) == configfile.describe(schedule) | {"optimizer_memory": "pinned_host"}
+
+
+def test_a_run_whose_optimizer_lies_elsewhere_is_another(ended):
+    folder, out, _ = ended
+    status, _, err = called("stories_shakespeare", "--folder", folder, *HOSTED, f"save.merged={out}", "--resume")
+    what = "config.train.optimizer_memory is None there and 'pinned_host' here"
+    assert status == 2 and (OLD or f"belongs to another config: {what}" in err)
+
+
+def test_a_memory_that_is_not_there_is_refused():
+    text = "^optimizer_memory='pinned-host' is one of device, pinned_host; the nearest is 'pinned_host'$"
+    with pytest.raises(ConfigError, match=text):
+        Schedule(300, batch=8, optimizer_memory="pinned-host")
 
 
 def test_a_run_on_a_base_held_otherwise_is_another(ended, tmp_path):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jlora import tree
+from jlora import host, tree
 from jlora.adapted.adapted import Adapted, to_arrays, with_arrays
 from jlora.checkpoint import agreement, steps
 from jlora.checkpoint.adapter import describe, held_otherwise
@@ -170,7 +170,7 @@ class Checkpoints:
         plan = Plan.of(what, record["optimizer"], state.opt_state, optimizer)
         like = _like(state, plan, record)
         arrays = self._read(step, state=ocp.args.StandardRestore(like))
-        opt_state = plan.filled(state.opt_state, arrays["opt_state"], arrays["step"], hyperparams)
+        opt_state = host.known(plan.filled(state.opt_state, arrays["opt_state"], arrays["step"], hyperparams))
         key = key_of(what, arrays["key"], record.get("key"), state.key)
         rest = {name: value for name, value in arrays.items() if name not in ("factors", "opt_state", "key")}
         if hasattr(state, "skipped"):  # not among the arrays: checkpoints of before it was counted have none

@@ -35,6 +35,9 @@ def plan(
     quantize: Annotated[str | None, typer.Option("--quantize", help="Hold the base in this form: nf4, int8.")] = None,
     remat: Annotated[bool, typer.Option("--remat", help="Compute activations again in the backward pass.")] = False,
     accumulate: Annotated[int | None, typer.Option("--accumulate", min=1, help="Micro-batches of a step.")] = None,
+    optimizer_memory: Annotated[
+        str | None, typer.Option("--optimizer-memory", help="Where the optimizer's state waits: device, pinned_host.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, h100, a6000, v5e, v5e-16, 8xh100, ...")] = "v5e",
     mesh: Annotated[str | None, typer.Option("--mesh", help="Axes of the devices: fsdp=8,tp=2.")] = None,
     as_json: Json = False,
@@ -53,18 +56,19 @@ def plan(
                 f"{', '.join(stray)}: of a model; a config has its own, and fields are set as in train.batch=4"
             )
         step = workload.of_config(
-            Path(what), overrides or (), run=run, small=small, accumulate=accumulate, remat=remat, quantised=quantize
+            Path(what), overrides or (), run=run, small=small, accumulate=accumulate, remat=remat, quantised=quantize,
+            memory_kind=optimizer_memory,
         )  # fmt: skip
     else:
         if stray := [*(overrides or ()), *(["--run"] if run else ()), *(["--small"] if small else ())]:
             raise ValueError(f"{', '.join(stray)}: for a config (.py), and {what!r} is a model")
         step = workload.of_model(
             what, method or "lora(16)", batch or "1x512", targets=targets, dtype=dtype or "bfloat16",
-            accumulate=accumulate or 1, remat=remat, quantised=quantize,
+            accumulate=accumulate or 1, remat=remat, quantised=quantize, memory_kind=optimizer_memory,
         )  # fmt: skip
     found = planned(
-        step.loss, step.adapted, step.tx, step.batch, axes, device, **step.options
-    )  # fmt: skip
+        step.loss, step.adapted, step.tx, step.batch, axes, device, memory_kind=step.memory_kind, **step.options
+    )
     shapes = {name: list(x.shape) for name, x in step.batch.items()}
     report = {
         "command": "plan",

@@ -36,6 +36,7 @@ class Workload:
       tx: the optimizer.
       batch: shapes.
       options: of the train step.
+      memory_kind: where the optimizer's state waits between two steps.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Workload:
     tx: optax.GradientTransformation
     batch: dict[str, jax.ShapeDtypeStruct]
     options: dict[str, Any] = field(default_factory=dict)
+    memory_kind: str | None = None
 
 
 def of_model(
@@ -57,6 +59,7 @@ def of_model(
     remat: bool = False,
     quantised: str | None = None,
     accumulate: int = 1,
+    memory_kind: str | None = None,
 ) -> Workload:
     """A step of AdamW on a published size, a folder or a config.json, its layers scanned.
 
@@ -69,6 +72,7 @@ def of_model(
       remat: compute activations again.
       quantised: a format of `jlora.quantize`, for the base.
       accumulate: micro-batches.
+      memory_kind: where the optimizer's state waits, as in `jlora.plan`.
 
     Raises:
       ValueError: for a batch that the model does not take, or a model without logits.
@@ -96,7 +100,7 @@ def of_model(
     hold = lambda params, places: params if quantised is None else quantize(params, quantised, sites=places)
     adapted = _adapted(loss, params, data, hold=hold, method=made, targets=targets or None)
     options = {"accumulate": accumulate} if accumulate > 1 else {}
-    return Workload(name, made, loss, adapted, optax.adamw(RATE), data, options)
+    return Workload(name, made, loss, adapted, optax.adamw(RATE), data, options, memory_kind)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -142,6 +146,7 @@ def of_config(
     remat: bool = False,
     quantised: str | None = None,
     accumulate: int | None = None,
+    memory_kind: str | None = None,
 ) -> Workload:
     """The training step of an experiment on a checkpoint whose data are prompts and completions. No data are read.
 
@@ -153,6 +158,7 @@ def of_config(
       remat: compute activations again, though the config does not.
       quantised: a format of `jlora.quantize`, in place of the config's.
       accumulate: micro-batches, in place of the config's.
+      memory_kind: where the optimizer's state waits, in place of the config's `train.optimizer_memory`.
 
     Raises:
       ImportError: if `experiments`, which is not in the wheel, is not there.
@@ -188,8 +194,9 @@ def of_config(
     tx = trainer.optimizer(train, RATE, 10**9)
     options = {"pass_key": True, "accumulate": accumulate or train.accumulate}
     return Workload(
-        experiment.name if callable(experiment.base) else name, chosen.method, loss, adapted, tx, batch, options
-    )
+        experiment.name if callable(experiment.base) else name, chosen.method, loss, adapted, tx, batch, options,
+        train.memory_kind if memory_kind is None else memory_kind,
+    )  # fmt: skip
 
 
 def _experiments() -> list[Any]:

@@ -44,7 +44,7 @@ def lazy_weight(
     def place(weight: Weight) -> Weight:
         stack = PartitionSpec(*(axis if i in target.stack_axes else None for i, axis in enumerate(spec_of(w))))
         known = [(w.shape, stack), *((x.shape, spec_of(x)) for x in (*factors.values(), *buffers.values()))]
-        beside = {name: _beside(getattr(weight, name), target, known) for name in ("a", "b", "gain")}
+        beside = {name: _beside(getattr(weight, name), target, known) for name in ("unscaled", "b", "gain")}
         return weight.replace(w=None if weight.w is None else spec_of(w), **beside)
 
     weight = on_auto_axes(make, w, factors, buffers, place=place)

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora.methods.acts import Arrays, OnWeights, linear_in
 from jlora.methods.checks import check_alpha, check_number, check_rank
@@ -56,8 +55,8 @@ def scaled(name: str, scale: Any, rank: int, alpha: float | None, init: str, dro
         return low_rank_init(key, target, init)
 
     def weight(w: jax.Array, target: Target, factors: Arrays, buffers: Arrays) -> Weight:
-        a = jax.lax.mul(factors["A"], np.asarray(scale(target.alpha, target.rank), factors["A"].dtype))
-        return low_rank(w, target, a, factors["B"]).replace(dropout=dropout)
+        by = float(scale(target.alpha, target.rank))
+        return low_rank(w, target, factors["A"], factors["B"]).replace(by=by, dropout=dropout)
 
     return Method(config, rank, alpha, OnWeights(initialise, weight, rescale=linear_in("B")))
 

@@ -78,13 +78,15 @@ def _on_weights(plan: Plan, facts: Facts, over: int) -> list[str]:
 
 
 def _on_factors(plan: Plan) -> list[str]:
-    state = plan.optimizer_state
+    state, less = plan.optimizer_state, "train less (a smaller rank, fewer targets)"
+    if plan.optimizer_state_on_host:
+        return [f"factors are {size(plan.factors)}, the optimizer state is on the host already: {less}"]
     if not state:
         return []
     return [
-        f"factors and optimizer state are {size(plan.factors + state)}: keep the state on the host "
-        f"(memory_kind='pinned_host'), which takes {size(state)} off the device, or train less (a smaller rank, fewer "
-        "targets)"
+        f"factors and optimizer state are {size(plan.factors + state)}: offload the state, which takes {size(state)} "
+        "off the device (memory_kind='pinned_host' of TrainState.create and jlora.plan, "
+        f"train.optimizer_memory=pinned_host of a config, --optimizer-memory pinned_host of jlora plan), or {less}"
     ]
 
 

@@ -10,7 +10,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh, SingleDeviceSharding
 
-from jlora import tree
+from jlora import host, tree
 from jlora.adapted.adapted import Adapted
 from jlora.arguments import Arguments
 from jlora.planning import devices, targets
@@ -35,6 +35,7 @@ def plan(
     device: str = "v5e",
     *,
     rule: Rule | None = None,
+    memory_kind: str | None = None,
     **options: Any,
 ) -> Plan:
     """The memory, FLOPs and traffic of a training step, before anything is allocated: does it fit, and what if not.
@@ -60,11 +61,13 @@ def plan(
       rule: on a mesh (path, shape) -> PartitionSpec or None (whole), paths as "base/h/attn/query/kernel",
         "factors/h/attn/query/kernel/A" and "batch/tokens". None: as the leaves' own shardings say, whole where there is
         none; if no leaf has one, each weight is split over all devices along its largest axis, and the batch's rows.
+      memory_kind: where the optimizer's arrays wait between two steps, as in `TrainState.create`: "pinned_host" is the
+        host's memory. None: on the device, or where those of a `TrainState` are.
       options: of `jlora.train_step`: `accumulate`, `has_aux`, `weighted`, `pass_key`, `nonfinite`, `donate`.
 
     Raises:
       ValueError: for an unknown device (with the nearest), a mesh of another size than the device's name says, or one
-        that does not divide a leaf.
+        that does not divide a leaf; for an unknown `memory_kind`, or one that this JAX cannot plan.
       ImportError: with what to install, if the device's compiler is not there.
       TypeError: if `adapted` is neither.
 
@@ -86,7 +89,8 @@ def plan(
     wanted = devices.find(device)
     used, notes = _compiled_for(wanted.device)
     place = places(Wanted(used, wanted.number, wanted.topology), mesh)
-    make = lambda place: _planned(loss_fn, adapted, tx, batch, place, wanted.device, used, notes, rule, options)
+    lying = rule, memory_kind
+    make = lambda place: _planned(loss_fn, adapted, tx, batch, place, wanted.device, used, notes, lying, options)
     try:
         return make(place)
     except Exception as error:
@@ -106,11 +110,11 @@ def _planned(
     asked: Device,
     used: Device,
     notes: list[str],
-    rule: Rule | None,
+    lying: tuple[Rule | None, str | None],
     options: dict[str, Any],
 ) -> Plan:
     step = train_step(loss_fn, tx, **options)
-    state, batch = _placed(adapted, batch, step.tx, place, rule)
+    state, batch = _placed(adapted, batch, step.tx, place, *lying)
     arguments = step.arguments(state, batch)
     traced = step.compiled(arguments).trace(*arguments)
     made = _compile(traced, used)
@@ -154,7 +158,12 @@ def _compiled_for(device: Device) -> tuple[Device, list[str]]:
 
 
 def _placed(
-    adapted: Adapted | TrainState, batch: PyTree, tx: Any, place: Mesh | SingleDeviceSharding, rule: Rule | None
+    adapted: Adapted | TrainState,
+    batch: PyTree,
+    tx: Any,
+    place: Mesh | SingleDeviceSharding,
+    rule: Rule | None,
+    memory_kind: str | None,
 ) -> tuple[TrainState, PyTree]:
     """The state and the batch as shapes on these devices. What the optimizer keeps for a factor lies as it does."""
     if isinstance(place, Mesh) and rule is None and not is_placed(adapted, batch):
@@ -165,9 +174,10 @@ def _placed(
     of = of.replace(base=base, factors=factors, **rest)
     if isinstance(adapted, TrainState):
         parts = {name: getattr(adapted, name) for name in ("opt_state", "step", "key", "loss", "skipped")}
-        state = TrainState(of, **{name: placed(name, part, place, None) for name, part in parts.items()})
+        parts = {name: placed(name, part, place, None) for name, part in parts.items()}
+        state = TrainState(of, **{**parts, "opt_state": host.placed(parts["opt_state"], memory_kind)})
     else:
-        state = TrainState.create(of, tx)
+        state = TrainState.create(of, tx, memory_kind=memory_kind)
         state = placed("", state, place, None)
     return state, placed("batch", batch, place, rule)
 
@@ -235,9 +245,10 @@ def _plan(
     counted: float,
 ) -> Plan:
     carry, kept = arguments.carry, arguments.kept
+    waiting = [x for x in jax.tree.leaves(carry.opt_state) if host.waits(x)]
     whole = bytes_of((carry, kept, arguments.key, arguments.batch, arguments.loss))
     many = place.size if isinstance(place, Mesh) else 1
-    read, temporaries, peak, host = whole, max(made.needed - whole, 0), made.needed, 0
+    read, temporaries, peak, beside = whole, max(made.needed - whole, 0), made.needed, bytes_of(waiting)
     sent: dict[str, Collective] = {}
     notes = []
     if made.compiled is None:
@@ -248,11 +259,18 @@ def _plan(
         most = read + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
         # XLA's figure leaves the temporaries out on the CPU, and counts what lies on the host on a GPU.
         peak = most if used.compiler == "cpu" else min(peak, most)
-        host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+        beside = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+        if used.compiler == "cpu" and waiting:  # it has one memory, and counts what waits among the arguments
+            beside = bytes_of(waiting)
+            read -= beside
+            if device.compiler == "cpu":
+                notes = ["a CPU's memory is the host's: what waits there is in the peak, too"]
+            else:
+                peak -= beside
         sent = collectives(made.compiled.as_text(), many) if many > 1 else {}
     if any("Involuntary full rematerialization" in line for line in made.said):
         notes = [*notes, "XLA copies a whole array to every device, for want of a better way between two shardings"]
-    unused = max(whole - read - host, 0)
+    unused = max(whole - read - beside, 0)
     return Plan(
         device=device.name,
         devices=many,
@@ -262,13 +280,14 @@ def _plan(
         weights=bytes_of(kept),
         factors=bytes_of(carry.factors),
         gradients=bytes_of(carry.factors),
-        optimizer_state=bytes_of(carry.opt_state),
+        optimizer_state=bytes_of(carry.opt_state) - bytes_of(waiting),
+        optimizer_state_on_host=bytes_of(waiting),
         batch=bytes_of(arguments.batch),
         arguments=read,
         temporaries=temporaries,
         peak=peak,
         unused=unused if unused > 1024 else 0,  # else the key, or the last loss
-        host=host,
+        host=beside,
         flops=counted,
         collectives=sent,
         notes=tuple(notes),

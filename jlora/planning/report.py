@@ -23,7 +23,8 @@ class Plan:
       weights: of the base, in the form that it is stored in, and of what the method keeps beside it.
       factors: of what is trained.
       gradients: of the factors. They are among the temporaries, or in the place of what is donated, and add nothing.
-      optimizer_state: of the factors.
+      optimizer_state: of the factors, as much of it as lies on the device.
+      optimizer_state_on_host: the rest of it, which waits in the host's memory (`memory_kind="pinned_host"`).
       batch: of one step.
       arguments: of the program, as the compiler counts them: the four parts above, the key and the counters, but for
         what the program does not use.
@@ -31,7 +32,8 @@ class Plan:
       peak: the compiler's own figure for all of it. It can be less than arguments and temporaries, where those are let
         go of before these are made.
       unused: arguments that the program does not read, which the compiler leaves out of the peak; they lie there.
-      host: bytes in the host's memory (`memory_kind="pinned_host"`).
+      host: bytes in the host's memory: that rest, and activations (`remat="offload"`). No other figure has them, but
+        the peak of a CPU.
       flops: of one step, `jlora.planning.flops` divided by the devices.
       collectives: by kind.
       fits: whether `peak + unused` is at most `limit`.
@@ -48,6 +50,7 @@ class Plan:
     factors: int
     gradients: int
     optimizer_state: int
+    optimizer_state_on_host: int
     batch: int
     arguments: int
     temporaries: int
@@ -98,6 +101,8 @@ def _lines(plan: Plan) -> list[str]:
     rows = [(name, value) for name, value in rows if value or name not in ("unused by the step", "on the host")]
     rows += [("peak", plan.peak), ("limit", plan.limit)]
     notes = {"temporaries": f"gradients of {size(plan.gradients)} among them"}
+    if plan.optimizer_state_on_host:
+        notes["on the host"] = f"optimizer state of {size(plan.optimizer_state_on_host)} among them"
     found += [f"  {name:<18} {size(value):>11}  {notes.get(name, '')}".rstrip() for name, value in rows]
     found.append(f"  {'FLOPs':<18} {plan.flops:>11.3e}")
     found += [

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -83,24 +84,34 @@ class Weight:
 
     Attributes:
       w: the base weight, any number of axes: an array, or a `tree.Stored` that products dequantise.
-      a, b: the low-rank factors in broadcast form, the scale folded into `a`; None for a weight that is only followed.
-        Of an observed weight `a` is the sum of x x^T over the inputs x that is asked for, as its cotangent, and `b` the
-        identity.
+      unscaled, b: the low-rank factors in broadcast form, of which `a` is `by * unscaled`; None for a weight that is
+        only followed. Of an observed weight `a` is the sum of x x^T over the inputs x that is asked for, as its
+        cotangent, and `b` the identity.
       gain: a factor in broadcast form without the rank axis, or None.
       key: a dropout key per stacked weight, in broadcast form without the rank axis, or None.
       dropout: the probability with which an input of the low-rank branch is dropped; used where `key` is there.
       place: which stored parameter it is, and where its axes come from. Its fields are attributes of the weight, too.
       multiply: how an input meets it: `product.ADAPTED`, `PLAIN` (which forward mode can pass) or `OBSERVED`.
+      by: the scale. It is taken where `a` is used, which is inside a scan over layers: scaled before it, all of their
+        factors would be there twice from the forward pass to the end of the backward pass.
     """
 
     w: jax.Array
-    a: jax.Array | None = None
+    unscaled: jax.Array | None = None
     b: jax.Array | None = None
     gain: jax.Array | None = None
     key: jax.Array | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
     place: Place = dataclasses.field(default=Place(), metadata={"static": True})
     multiply: Multiply = dataclasses.field(default=ADAPTED, metadata={"static": True})
+    by: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+    @property
+    def a(self) -> jax.Array | None:
+        """The factor that takes the scale, with it."""
+        if self.unscaled is None or self.by == 1.0:
+            return self.unscaled
+        return lax.mul(self.unscaled, np.asarray(self.by, self.unscaled.dtype))
 
     @property
     def path(self) -> str:
@@ -133,10 +144,12 @@ class Weight:
     @property
     def rank(self) -> int:
         """The width of the low-rank part, 0 where there is none."""
-        return 0 if self.a is None else self.a.shape[-1]
+        return 0 if self.unscaled is None else self.unscaled.shape[-1]
 
     def replace(self, **changes: Any) -> "Weight":
-        """A copy with some fields, its own or those of its place, changed."""
+        """A copy with some fields, its own or those of its place, or `a`, changed."""
+        if "a" in changes:
+            changes |= {"unscaled": changes.pop("a"), "by": 1.0}
         moved = {name: changes.pop(name) for name in _PLACE & changes.keys()}
         if moved:
             changes["place"] = dataclasses.replace(self.place, **moved)
@@ -165,7 +178,7 @@ class Weight:
         stored: Callable[[Any], Any] | None = None,
         **changes: Any,
     ) -> "Weight":
-        """Applies `parts(array, number of trailing axes that are not W's)` to w, a, b, gain and key.
+        """Applies `parts(array, number of trailing axes that are not W's)` to w, a (before its scale), b, gain and key.
 
         A stored w is dequantised for it, unless `stored(w)` says how to do the same and leave it stored.
         """
@@ -174,7 +187,7 @@ class Weight:
             name: None if part is None else parts(part, trailing)
             for name, part, trailing in (
                 ("w", None if keeps else tree.dense(self.w), 0),
-                ("a", self.a, 1), ("b", self.b, 1), ("gain", self.gain, 0), ("key", self.key, 0)
+                ("unscaled", self.unscaled, 1), ("b", self.b, 1), ("gain", self.gain, 0), ("key", self.key, 0)
             )
         }  # fmt: skip
         if keeps and stored is not None:
@@ -351,7 +364,7 @@ class Weight:
         def complete(row: "Weight") -> "Weight":
             parts = {
                 name: getattr(self, name)[0]
-                for name in ("a", "b", "gain", "key")
+                for name in ("unscaled", "b", "gain", "key")
                 if getattr(self, name) is not None and getattr(row, name) is None
             }
             return row.replace(**parts, origin=self.origin[1:], stack=stack)
