@@ -145,6 +145,9 @@ def test_a_state_says_where_it_lies_or_is_told():
     expected = on_cpu(loss_fn, adapt(mlp()), TX, BATCH, memory_kind="pinned_host")
     create = lambda kind: TrainState.create(adapt(mlp()), train_step(loss_fn, TX).tx, memory_kind=kind)
     assert on_cpu(loss_fn, create("pinned_host"), TX, BATCH) == expected
+    arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), adapt(mlp()))
+    held = TrainState.create(arrays, train_step(loss_fn, TX).tx, memory_kind="pinned_host")
+    assert on_cpu(loss_fn, held, TX, BATCH) == expected
     assert on_cpu(loss_fn, create(None), TX, BATCH, memory_kind="pinned_host") == expected
     assert on_cpu(loss_fn, create("pinned_host"), TX, BATCH, memory_kind="device") == plain()
 

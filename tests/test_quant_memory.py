@@ -178,6 +178,12 @@ def constrained(params: Any, x: jax.Array) -> jax.Array:
     return x @ lax.with_sharding_constraint(params["w"], NamedSharding(mesh, P(None, "d")))
 
 
+def constrained_stack(params: Any, x: jax.Array) -> jax.Array:
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    stack = lax.with_sharding_constraint(params["w"], NamedSharding(mesh, P(None, None, "d")))
+    return lax.scan(layer, x, stack)[0]
+
+
 def in_parts_of_rows(params: Any, x: jax.Array) -> jax.Array:
     """The weight is the same in all parts, of which JAX says inside that it varies, as the rows do."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -214,6 +220,7 @@ PROGRAMS: dict[str, tuple[Any, Any]] = {
     "shard_map": ({"w": A}, in_parts),
     "shard_map of rows": ({"w": A}, in_parts_of_rows),
     "constraint": ({"w": A}, constrained),
+    "constraint of a stack": ({"w": STACK}, constrained_stack),
     "stop_gradient": ({"w": A}, lambda p, x: x @ lax.stop_gradient(p["w"]) + x @ p["w"]),
     "convolution": ({"w": TAPS}, convolved),
     "own derivative": ({"w": A, "still": B}, lambda p, x: own_derivative(x @ p["w"], p["still"])),
@@ -230,6 +237,7 @@ DEFAULT_CASES = [
     ("shard_map", "lora", False),
     ("shard_map of rows", "lora", False),
     ("constraint", "lora", False),
+    ("constraint of a stack", "lora", False),
     ("stop_gradient", "lora", False),
     ("own derivative", "lora", True),
     ("product", "dora", False),

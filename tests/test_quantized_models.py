@@ -149,7 +149,7 @@ def test_folders_of_peft_on_a_base_in_4_bits(row, tmp_path):
 
 
 STARTS = {
-    "loftq": lambda params: jlora.loftq(jlora.apply(params, 2, targets="query"), block=32, iterations=1),
+    "loftq": lambda params: jlora.loftq(jlora.apply(params, 2, targets="query"), block=32, iterations=2),
     "qpissa": lambda params: jlora.quantize(jlora.apply(params, method=jlora.pissa(2), targets="query"), block=32),
 }
 
@@ -180,13 +180,16 @@ def test_folders_of_a_start_that_changed_the_base(start, tmp_path):
 
 
 def test_a_residual_says_that_it_is_one():
-    """A base that was quantised as it is, or again by merging, is none."""
+    """A base that was quantised as it is, or again by merging, is none. Trees of both have one structure."""
     params = {"a": {"kernel": normal(64, 64)}, "b": {"kernel": normal(64, 64)}}
-    after = jlora.loftq(jlora.apply(params, 2, targets="a"), iterations=1)
+    start = jlora.apply(params, 2, targets="a")
+    after, first = jlora.loftq(start, iterations=2), jlora.loftq(start, iterations=1)
+    assert jax.tree.structure(after.base) == jax.tree.structure(jlora.quantize(params))
+    assert not first.base["a"]["kernel"].remark.residual
     assert repr(after.base["a"]["kernel"]) == "Quantised(nf4, blocks of 64 twice, float32[64, 64], a residual)"
-    assert not after.base["b"]["kernel"].residual
-    assert not jlora.merge(after, requantize=True)["a"]["kernel"].residual
-    assert not jlora.quantize(jlora.apply(params, 2)).base["a"]["kernel"].residual
+    assert not after.base["b"]["kernel"].remark.residual
+    assert not jlora.merge(after, requantize=True)["a"]["kernel"].remark.residual
+    assert not jlora.quantize(jlora.apply(params, 2)).base["a"]["kernel"].remark.residual
 
 
 def test_statistics_through_a_quantised_base():
@@ -234,6 +237,10 @@ def test_the_default_of_every_model(name):
 AMBIGUOUS = {
     "layers in a stack": ({"a": {"kernel": (8, 8)}, "h": {"kernel": (2, 8, 8), "bias": (2, 8)}}, "'h/kernel' of shape"),
     "a stack of attention": ({"a": {"kernel": (8, 8)}, "query": {"kernel": (2, 8, 2, 4)}}, "'query/kernel' of shape"),
+    "attention by another name": (
+        {"a": {"kernel": (8, 8)}, "q_proj": {"kernel": (2, 8, 2, 4)}},
+        "'q_proj/kernel' of shape",
+    ),
     "outputs first": ({"a": {"kernel": (8, 4), "bias": (8,)}}, "'a/kernel' of shape"),
 }
 
@@ -244,6 +251,23 @@ def test_what_may_be_linear_is_not_left_silently(name):
     params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
     with pytest.raises(ValueError, match=f"^{text} .* is ambiguous: its name and rank do not tell"):
         jlora.quantize(params)
+    if name != "outputs first":
+        adapted = jlora.apply(params, 2, targets="^a/")
+        for call in (jlora.quantize, jlora.loftq):
+            with pytest.raises(ValueError, match=f"^{text} .* is ambiguous: its name and rank do not tell"):
+                call(adapted)
+
+
+def test_a_window_is_left_of_an_adapter_too():
+    """The warning points at the caller's line."""
+    params = {"a": {"kernel": jnp.ones((64, 64))}, "patch": {"kernel": jnp.ones((2, 2, 3, 8))}}
+    adapted = jlora.apply(params, 2, targets="^a/")
+    for call, of in ((jlora.quantize, params), (jlora.quantize, adapted), (jlora.loftq, adapted)):
+        with pytest.warns(
+            UserWarning, match="^quantize leaves 1 ambiguous kernels as they are, since their names"
+        ) as said:
+            call(of)
+        assert [one.filename for one in said] == [__file__]
 
 
 def test_a_weight_used_in_two_ways_is_left():

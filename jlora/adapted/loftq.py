@@ -22,7 +22,7 @@ from jlora.methods.matrix import a_form, a_matrix, b_form, check_fits, matrices,
 from jlora.methods.method import factor_shapes
 from jlora.methods.pissa import principal
 from jlora.quant.formats import Format
-from jlora.quant.quantised import Quantised
+from jlora.quant.quantised import Quantised, Remark
 from jlora.transform.explicit import on_auto_axes
 from jlora.transform.sites import ADAPTABLE, Site, Target
 from jlora.transform.weight import Trained, Weight
@@ -72,7 +72,7 @@ def loftq(
         raise ValueError(f"loftq: iterations must be an integer from 1 to {_MOST}, not {iterations!r:.50}")
     how = Storage.parse(number_format, block, double)
     named, structure = tree.leaves(adapted.base)
-    chosen = {site.path: site for site in choose_of_adapted(adapted, targets, sites)}
+    chosen = {site.path: site for site in choose_of_adapted(adapted, targets, sites, stacklevel=3)}
     for path in chosen:
         check_quantisable(path, named[path])
     arrays = {path: dict(part) for path, part in to_arrays(adapted).items()}
@@ -102,7 +102,7 @@ def _alternate(
         codes = dataclasses.replace(how.quantise(residual, target), dtype=jnp.dtype(w.dtype))
         best = lambda wide, near, start: _best(wide - near.astype(jnp.float32), target, start, scale)
         arrays = on_auto_axes(best, wide, codes.dequantise(), start)
-    return dataclasses.replace(codes, residual=True), arrays
+    return dataclasses.replace(codes, remark=Remark(residual=iterations > 1)), arrays  # the first are the weight's own
 
 
 def _best(lost: jax.Array, target: Target, start: Arrays, scale: float) -> Arrays:

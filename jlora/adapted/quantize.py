@@ -21,7 +21,7 @@ from jlora.quant.formats import Format, format_of
 from jlora.quant.layout import Layout, layout_of
 from jlora.quant.nested import Nested
 from jlora.quant.place import shardings_of
-from jlora.quant.quantised import Quantised, encode
+from jlora.quant.quantised import Quantised, Remark, encode
 from jlora.transform.explicit import on_auto_axes
 from jlora.transform.sites import ATTENTION, Site, Target
 
@@ -84,7 +84,7 @@ def quantize(
         return _of_adapted(params, how, targets, sites)
     named, structure = tree.leaves(params)
     _check_params(params, named)
-    chosen = {site.path: site for site in choose(params, named, targets, sites)}
+    chosen = {site.path: site for site in choose(params, named, targets, sites, read=sites is not None, stacklevel=3)}
     for path in chosen:
         check_quantisable(path, named[path])
     leaves = [how.quantise(leaf, chosen[path]) if path in chosen else leaf for path, leaf in named.items()]
@@ -175,7 +175,7 @@ class Storage:
 
 def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Adapted:
     named, structure = tree.leaves(adapted.base)
-    chosen = {site.path: site for site in choose_of_adapted(adapted, targets, sites)}
+    chosen = {site.path: site for site in choose_of_adapted(adapted, targets, sites, stacklevel=4)}
     for path in chosen:
         check_quantisable(path, named[path])
     residual = {
@@ -188,7 +188,7 @@ def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Ada
         wide = residual.get(path, leaf)
         if path in chosen:
             codes, dtype = how.quantise(wide, chosen[path]), jnp.dtype(leaf.dtype)
-            named[path] = dataclasses.replace(codes, dtype=dtype, residual=path in residual)
+            named[path] = dataclasses.replace(codes, dtype=dtype, remark=Remark(residual=path in residual))
         elif path in residual:
             named[path] = wide.astype(leaf.dtype)
     base = jax.tree.unflatten(structure, named.values())
@@ -199,8 +199,14 @@ def _of_adapted(adapted: Adapted, how: Storage, targets: Any, sites: Any) -> Ada
     return from_arrays(base, arrays, method, adapted.sites, adapted.extras).replace(key=adapted.key)
 
 
-def choose_of_adapted(adapted: Adapted, targets: Any, sites: Any) -> list[Site]:
+def choose_of_adapted(adapted: Adapted, targets: Any, sites: Any, *, stacklevel: int) -> list[Site]:
     """The sites of an adapter's base that are to be quantised: its own tell their axes.
+
+    Args:
+      adapted: whose base it is.
+      targets: as `quantize` has them.
+      sites: as `quantize` has them.
+      stacklevel: of a warning, as seen from here.
 
     Raises:
       ValueError: for one that is trained as it is.
@@ -212,7 +218,7 @@ def choose_of_adapted(adapted: Adapted, targets: Any, sites: Any) -> list[Site]:
     trained = {extra.path for extra in adapted.extras}
     if targets is None:
         known = [site for site in known if site.path not in trained]
-    chosen = choose(adapted.base, named, targets, known)
+    chosen = choose(adapted.base, named, targets, known, read=sites is not None, stacklevel=stacklevel + 1)
     both = [site.path for site in chosen if site.path in trained]
     if both:
         raise ValueError(f"quantize: {both[0]!r} is trained as it is (extras=): leave it out with targets=")
@@ -229,9 +235,9 @@ def _check_params(params: Any, named: dict[str, Any]) -> None:
         raise ValueError("quantize: the tree holds no arrays")
 
 
-def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list[Site]:
-    """The sites that are to be quantised: see `quantize`."""
-    known, read = known_sites(params, named, sites), sites is not None
+def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any, *, read: bool, stacklevel: int) -> list[Site]:
+    """The sites that are to be quantised: see `quantize`. `read` says whether `sites` are those of a program."""
+    known = known_sites(params, named, sites)
     if targets is not None:
         chosen = select(known, targets, read_from_program=read, caller="quantize", done="quantised")
         if not chosen:
@@ -263,24 +269,29 @@ def choose(params: Any, named: dict[str, Any], targets: Any, sites: Any) -> list
         warnings.warn(
             f"quantize leaves {len(left)} ambiguous kernels as they are, since {how}: {listing(left)}. Choose the "
             f"weights with targets={'' if read else ', or pass sites=jlora.sites(fn, params, *args)'}",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     return chosen
+
+
+_LARGEST_WINDOW = 32
 
 
 def _no_layers(unknown: list[Site], known: Sequence[Site]) -> list[Site]:
     """Those ambiguous kernels that are a convolution's rather than a stack of linear layers.
 
-    A stack's bias is stacked as well, and has more than (out,); without one, the kernels of stacked dense layers have
-    three axes, and those of stacked attention four, and its names.
+    Before its last two axes a convolution has those of a window, equal and small, and its bias is (out,). That of a
+    stack is stacked as well; without one, the kernels of stacked dense layers have three axes, and those of stacked
+    attention the width beside the layers.
     """
     shapes = {site.path: site.shape for site in known}
     found = []
     for site in unknown:
         folder = site.path.rpartition("/")[0]
-        bias = shapes.get(f"{folder}/bias" if folder else "bias")
-        axes = 3 if bias == site.shape[-1:] else 4
-        if bias in (None, site.shape[-1:]) and len(site.shape) >= axes and folder.rpartition("/")[2] not in ATTENTION:
+        bias, window = shapes.get(f"{folder}/bias" if folder else "bias"), site.shape[:-2]
+        of_window = len(set(window)) == 1 and window[0] <= _LARGEST_WINDOW
+        biased = bias == site.shape[-1:] or (bias is None and len(window) > 1)
+        if of_window and biased and folder.rpartition("/")[2] not in ATTENTION:
             found.append(site)
     return found
 

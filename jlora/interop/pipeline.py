@@ -17,6 +17,7 @@ from jlora.interop import modules, onto, tensor_file
 from jlora.interop.layer import Layer
 from jlora.methods.checks import check_pattern
 from jlora.models.tensors import Leaf, tensor_slices, to_tensors
+from jlora.quant.quantised import Quantised
 
 SHOWN = 20  # lines of an error
 
@@ -186,7 +187,7 @@ def _difference(layer: Layer, adapted: Adapted, names: Sequence[Leaf]) -> Layer:
 def warn_of_residual(bases: Iterable[Any], file: str | os.PathLike[str]) -> None:
     """Warns of starts that changed a base (LoftQ, QPiSSA): the adapter fits that alone, which no such file can say."""
     leaves = [leaf for base in bases for leaf in tree.leaves(base)[0].items()]
-    changed = [path for path, leaf in leaves if getattr(leaf, "residual", False)]
+    changed = [path for path, leaf in leaves if isinstance(leaf, Quantised) and leaf.remark.residual]
     if changed:
         warnings.warn(
             f"'{os.fspath(file)}' fits this base alone, not the model that it was made from: the start (LoftQ, QPiSSA) "

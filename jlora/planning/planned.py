@@ -175,7 +175,8 @@ def _placed(
     if isinstance(adapted, TrainState):
         parts = {name: getattr(adapted, name) for name in ("opt_state", "step", "key", "loss", "skipped")}
         parts = {name: placed(name, part, place, None) for name, part in parts.items()}
-        state = TrainState(of, **{**parts, "opt_state": host.placed(parts["opt_state"], memory_kind)})
+        kind = memory_kind or host.kind_of(adapted.opt_state)
+        state = TrainState(of, **{**parts, "opt_state": host.placed(parts["opt_state"], kind)})
     else:
         state = TrainState.create(of, tx, memory_kind=memory_kind)
         state = placed("", state, place, None)

@@ -21,6 +21,25 @@ from jlora.transform.axes import inverse
 from jlora.transform.explicit import on_auto_axes, spec_of
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Remark:
+    """What is known of where a weight is from. It is no part of what it is: all are equal, and so are the structures of
+    trees whose weights differ in it.
+
+    Attributes:
+      residual: whether the weight is what a start left of the full one (LoftQ, QPiSSA): factors that were trained on it
+        fit no other. A weight that was read from a file or made by a program does not know.
+    """
+
+    residual: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remark)
+
+    def __hash__(self) -> int:
+        return hash(Remark)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised:
@@ -33,8 +52,7 @@ class Quantised:
       number: the format.
       layout: order of the weight's axes in the codes.
       dtype: of the weight.
-      residual: whether the weight is what a start left of the full one (LoftQ, QPiSSA): factors that were trained on it
-        fit no other.
+      remark: where it is from, as far as that is known.
     """
 
     codes: jax.Array
@@ -42,7 +60,7 @@ class Quantised:
     number: Format = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
-    residual: bool = dataclasses.field(default=False, metadata={"static": True})
+    remark: Remark = dataclasses.field(default=Remark(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,7 +131,7 @@ class Quantised:
     def __repr__(self) -> str:
         twice = " twice" if isinstance(self.scales, Nested) else ""
         block = f", blocks of {self.layout.block}{twice}" if self.number.blocks else ""
-        rest = ", a residual" if self.residual else ""
+        rest = ", a residual" if self.remark.residual else ""
         return f"Quantised({self.number.name}{block}, {jnp.dtype(self.dtype).name}{list(self.shape)}{rest})"
 
 

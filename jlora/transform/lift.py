@@ -14,7 +14,8 @@ from jlora.transform.reach import reached
 from jlora.transform.trace import UNTOUCHED, Trace
 from jlora.transform.weight import Trained, Weight
 
-_NO_FORWARD_MODE = "can't apply forward-mode autodiff (jvp) to a custom_vjp function"
+# The second is what JAX says of the same in `shard_map` that is not compiled.
+_NO_FORWARD_MODE = ("can't apply forward-mode autodiff (jvp) to a custom_vjp function", "unhashable type: 'Unhashable'")
 
 
 @runtime_checkable
@@ -69,7 +70,7 @@ def lift(fn: Callable[..., Any], *, strict: bool = False, forward_mode: bool = F
         try:
             return run(fn, args, kwargs, Trace(strict, forward_mode))
         except TypeError as error:
-            if forward_mode or _NO_FORWARD_MODE not in str(error):
+            if forward_mode or not any(text in str(error) for text in _NO_FORWARD_MODE):
                 raise
             raise TypeError(
                 "jax.jvp and jax.jacfwd of a lifted function need jlora.lift(fn, forward_mode=True): without it the "

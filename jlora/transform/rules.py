@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 
 from jlora import tree
 from jlora.transform import view
@@ -80,9 +81,9 @@ def _squeeze(weight: Weight, params: dict[str, Any]) -> Weight:
 def _constrain(weight: Weight, params: dict[str, Any]) -> Weight:
     # The factors are small: where the compiler puts them is left to it.
     place = params["sharding"]
-    if tree.is_stored(weight.w):
+    if tree.is_stored(weight.w) and isinstance(place, NamedSharding):
         return weight.replace(w=view.placed(weight.w, "constrain", place))
-    return weight.replace(w=lax.with_sharding_constraint(weight.w, place))
+    return weight.replace(w=lax.with_sharding_constraint(tree.dense(weight.w), place))
 
 
 UNARY: dict[str, Callable[[Weight, dict[str, Any]], Weight | list[Weight]]] = {

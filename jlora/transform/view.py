@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, reshard
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 from jlora import tree
 
@@ -22,8 +22,8 @@ class Step(NamedTuple):
     """One operation on the last axes of an array, whatever stands before them: what follows keeps its leading axes.
 
     Attributes:
-      op: "cast", "transpose", "reshape", "slice", or, of all axes, "constrain" (`lax.with_sharding_constraint`) or
-        "reshard" (to another place on an explicit mesh).
+      op: "cast", "transpose", "reshape", "slice", "constrain" (`lax.with_sharding_constraint`) or "reshard" (to another
+        place on an explicit mesh).
       what: the dtype, permutation, shape, or (start, limit, stride) of each axis, of the last axes alone; the sharding.
     """
 
@@ -39,7 +39,7 @@ class Step(NamedTuple):
         if self.op == "reshape":
             return lax.reshape(x, (*x.shape[:lead], *self.what))
         if self.op in _PLACE:
-            return _PLACE[self.op](x, self.what)
+            return _PLACE[self.op](x, _behind(self.what, lead))
         bounds = (*((0, n, 1) for n in x.shape[:lead]), *self.what)
         return lax.slice(x, *zip(*bounds, strict=True)) if bounds else x
 
@@ -47,6 +47,8 @@ class Step(NamedTuple):
         """The same operation on these many more axes, of these sizes, before its own."""
         if self.op == "cast" or not sizes:
             return self
+        if self.op in _PLACE:
+            return self._replace(what=_behind(self.what, len(sizes)))
         if self.op == "transpose":
             return self._replace(what=(*range(len(sizes)), *(axis + len(sizes) for axis in self.what)))
         before = tuple(sizes) if self.op == "reshape" else tuple((0, n, 1) for n in sizes)
@@ -148,8 +150,15 @@ def cut(w: Any, bounds: Sequence[tuple[int, int, int]]) -> Any:
 
 def placed(w: Any, op: str, sharding: NamedSharding) -> Any:
     """A stored weight that lies somewhere else once it is dequantised; `op` is "constrain" or "reshard"."""
-    view = _keep(_view(w), 0)
-    return dataclasses.replace(view, steps=(*view.steps, Step(op, sharding)))
+    spec = (*sharding.spec, *[None] * (len(w.shape) - len(sharding.spec)))
+    view = _keep(_view(w), next((i for i, name in enumerate(spec) if name is not None), len(spec)))
+    own = NamedSharding(sharding.mesh, PartitionSpec(*spec[view.lead :]))
+    return dataclasses.replace(view, steps=(*view.steps, Step(op, own)))
+
+
+def _behind(sharding: NamedSharding, lead: int) -> NamedSharding:
+    """The sharding with so many axes before its own, which are whole."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*[None] * lead, *sharding.spec))
 
 
 def leading(w: Any, act: Callable[[jax.Array], jax.Array]) -> Any:

@@ -149,7 +149,7 @@ class Weight:
     def replace(self, **changes: Any) -> "Weight":
         """A copy with some fields, its own or those of its place, or `a`, changed."""
         if "a" in changes:
-            changes |= {"unscaled": changes.pop("a"), "by": 1.0}
+            changes = {"by": 1.0, "unscaled": changes.pop("a"), **changes}
         moved = {name: changes.pop(name) for name in _PLACE & changes.keys()}
         if moved:
             changes["place"] = dataclasses.replace(self.place, **moved)
