@@ -14,6 +14,7 @@ from jlora.cli import show
 from jlora.cli.options import Json
 from jlora.methods import expression
 from jlora.models.sizes import PRESETS, model_of
+from jlora.quant.formats import format_of
 from jlora.transform.sites import sites as found_sites
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,6 +43,8 @@ def count(
     """
     if dtype not in SIZES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(SIZES)}")
+    if quantize is not None:
+        format_of(quantize)  # raises for an unknown one before the model is traced
     made = expression.parse(method, "METHOD")
     module, inputs = model_of(model, scan=True, param_dtype=dtype, dtype=dtype)
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
