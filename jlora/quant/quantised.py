@@ -23,7 +23,7 @@ from jlora.transform.explicit import on_auto_axes, spec_of
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Remark:
-    """What is known of where a weight is from. It is no part of what it is: all are equal, and so are the structures of
+    """Origin of a weight, as far as it is known. It is no part of the weight: all are equal, and so are the structures of
     trees whose weights differ in it.
 
     Attributes:
