@@ -23,8 +23,8 @@ from jlora.transform.explicit import on_auto_axes, spec_of
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Remark:
-    """Origin of a weight, as far as it is known. It is no part of the weight: all are equal, and so are the structures of
-    trees whose weights differ in it.
+    """Origin of a weight, as far as it is known. It is no part of the weight: all are equal, and so are the structures
+    of trees whose weights differ in it.
 
     Attributes:
       residual: whether the weight is what a start left of the full one (LoftQ, QPiSSA): factors that were trained on it
