@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 
 import jlora
 from jlora import tree
@@ -426,3 +427,18 @@ def test_bits_and_errors_of_the_formats_are_those_of_the_page(row):
     codes = jlora.quantize({"kernel": w}, name, double=False if single else None)["kernel"]
     assert round(8 * codes.nbytes / w.size, 3) == pytest.approx(float(bits), abs=1e-3)
     np.testing.assert_allclose(float(jnp.abs(codes.dequantise() - w).mean()), float(error), rtol=6e-3)
+
+
+def test_exported_programs():
+    """What the README says of jax.export: of a TPU's it asks to be told of the call that holds the codes' layout."""
+    codes = jlora.quantize({"kernel": normal(64, 64)})
+    arrays, structure = jax.tree.flatten(codes)
+    fn = jlora.lift(lambda params, x: x @ params["kernel"])
+    program = jax.jit(lambda arrays, x: fn(jax.tree.unflatten(structure, arrays), x))
+    x = normal(3, 64)
+    again = export.deserialize(export.export(program)(arrays, x).serialize())
+    close(again.call(arrays, x), x @ codes["kernel"].dequantise(), 1e-5)
+    with pytest.raises(ValueError, match="LayoutConstraint"):
+        export.export(program, platforms=["tpu"])(arrays, x)
+    told = [export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
+    assert export.export(program, platforms=["tpu"], disabled_checks=told)(arrays, x).platforms == ("tpu",)

@@ -55,8 +55,8 @@ class Format(NamedTuple):
 
 
 def look_up(codes: jax.Array, table: tuple[float, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """`table[codes]` of a table of 16 or 128 numbers, by its bits: no gather, which no backend fuses into a product."""
-    # Constants of the codes' own shape would be hoisted out of a scan over layers, and kept: 15 arrays of float32.
+    """`table[codes]` of 2^n numbers by the codes' bits: no gather, which no backend fuses into a product."""
+    # Constants of the codes' own shape would be hoisted out of a scan over layers, and kept: one array a number.
     zero = (codes & 0).astype(dtype)
     values: list[Any] = [zero + jnp.asarray(value, dtype) for value in table]
     for bit in range(len(table).bit_length() - 1):

@@ -383,9 +383,14 @@ def _by_hand(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: j
 
 
 def _adapted(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
-    if spec.sharding is None and not any(map(is_placed, jax.tree.leaves((x, w, a, b)))):
-        return _by_hand(x, z, w, a, b, spec)
-    return placed_product(*_operands(x, z, w, a, b, spec), spec)
+    if _says_where(spec, x, w, a, b):
+        return placed_product(*_operands(x, z, w, a, b, spec), spec)
+    return _by_hand(x, z, w, a, b, spec)
+
+
+def _says_where(spec: Spec, *operands: Any) -> bool:
+    """Whether a product, or one of its operands, says where it lies: see `is_placed`."""
+    return spec.sharding is not None or any(map(is_placed, jax.tree.leaves(operands)))
 
 
 def _plain_base(x: jax.Array, w: jax.Array, spec: Spec) -> jax.Array:
@@ -403,7 +408,7 @@ def frozen_product(x: jax.Array, w: Any, spec: Spec) -> jax.Array:
 
 
 def _frozen_forward(x: jax.Array, w: Any, spec: Spec) -> tuple[jax.Array, Any]:
-    return _fresh_product(x, w, spec)[0], (w, _Known(_like(x), _like(x)))
+    return _fresh_product(x, w, spec)[0], (w, _Type(jax.typeof(x)))
 
 
 def _frozen_backward(spec: Spec, residuals: Any, g: jax.Array) -> tuple[jax.Array | None, None]:
@@ -440,10 +445,9 @@ stored_product.defvjp(_stored_forward, _stored_backward)
 
 
 def _base(x: jax.Array, w: Any, spec: Spec) -> jax.Array:
-    if not tree.is_stored(w):
-        return base_product(x, w, spec)
-    placed = spec.sharding is not None or any(map(is_placed, jax.tree.leaves((x, w))))
-    return (stored_product if placed else frozen_product)(x, w, spec)
+    if tree.is_stored(w) and not _says_where(spec, x, w):
+        return frozen_product(x, w, spec)
+    return _placed_base(x, w, spec)
 
 
 def _observed(every_row: bool) -> Multiply:
