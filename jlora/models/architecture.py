@@ -26,7 +26,7 @@ class Architecture(NamedTuple):
     """A model of jlora as Hugging Face knows it.
 
     Attributes:
-      model_type: in config.json.
+      model_type: in config.json; of diffusers' parts the class there, "_class_name".
       config: the dataclass; it has `head`, `labels`, `dtype`, `param_dtype`, `scan` and the model's shape.
       classes: head -> the class of transformers; the first one with a head's name is written.
       read: (config.json, head) -> config. Raises a ValueError for what the model cannot do.
@@ -42,6 +42,7 @@ class Architecture(NamedTuple):
         memory, which adapters' files go by.
       layers: (path before the layers' own, such as "text/"; key of config.json that says how many there are).
       fits: config -> whether it is this architecture's; for those that share a dataclass.
+      library: whose checkpoints they are: diffusers has other names for files and for the class in config.json.
     """
 
     model_type: str
@@ -59,6 +60,7 @@ class Architecture(NamedTuple):
     modules: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = ()
     layers: tuple[tuple[str, str], ...] = (("", "num_hidden_layers"),)
     fits: Callable[[Any], bool] = lambda config: True
+    library: Literal["transformers", "diffusers"] = "transformers"
 
 
 def check_head(head: str, heads: tuple[Head, ...]) -> None:

@@ -7,6 +7,8 @@ from jlora.models.deberta.params import ARCHITECTURE as DEBERTA
 from jlora.models.gpt2.params import ARCHITECTURE as GPT2
 from jlora.models.llama.params import ARCHITECTURES as LLAMA
 from jlora.models.roberta.params import ARCHITECTURE as ROBERTA
+from jlora.models.unet.params import ARCHITECTURE as UNET
+from jlora.models.vae.params import ARCHITECTURE as VAE
 from jlora.models.vit.params import ARCHITECTURE as VIT
 
-ARCHITECTURES: tuple[Architecture, ...] = (GPT2, *LLAMA, BERT, ROBERTA, DEBERTA, VIT, *CLIP)
+ARCHITECTURES: tuple[Architecture, ...] = (GPT2, *LLAMA, BERT, ROBERTA, DEBERTA, VIT, *CLIP, UNET, VAE)

@@ -1,12 +1,11 @@
 """Hugging Face checkpoints to jlora's models, and back."""
 
 import dataclasses
-import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from safetensors.numpy import save_file
 
-from jlora.models import bnb, bnb_tensors, files, place, quantised, reading
+from jlora.models import bnb, bnb_tensors, files, place, quantised, reading, writing
 from jlora.models.architecture import Architecture, Head, names_of, number_of, object_of
 from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.fields import LABELS, shown
-from jlora.models.tensors import Leaf, Shape, differences, tensor_shape, tensor_slices, to_tensor, to_tensors
+from jlora.models.tensors import Leaf, differences, tensor_shape, tensor_slices, to_tensor
 from jlora.quant.formats import Format
 
 Params = Any
@@ -67,6 +65,7 @@ def load(
     quantize: str | Format | Callable[[str, jax.ShapeDtypeStruct], str | None] | None = None,
     block: int | None = None,
     double: bool | None = None,
+    variant: str | None = None,
     **options: Any,
 ) -> Pretrained:
     """A pretrained model from a folder, or by the name of its repository on the Hugging Face hub.
@@ -90,6 +89,7 @@ def load(
       quantize: the format in which linear weights are held ("nf4", "fp4", "int4", "int8", "fp8"; see `jlora.quantize`):
         one for all but those of the head, or a function of path and `jax.ShapeDtypeStruct`, None for as they are.
       block, double: as of `jlora.quantize`.
+      variant: of the files, as diffusers names them: "fp16"; those without one when None.
       options: fields of the model's config, such as `scan=True`, `remat=True`, `dropout=0.1`, `dtype="bfloat16"` and
         `param_dtype`. Both dtypes are the checkpoint's by default; but with float16, whose gradients vanish, the
         computation is in float32. Dropout is 0 whatever config.json says.
@@ -115,30 +115,56 @@ def load(
       (1, 8, 8)
     """
     choose = quantised.choice(quantize, block, double)
-    folder, architecture, asked, found, unused, model = _opened(name, head, labels, revision, options)
+    folder, architecture, asked, found, unused, model = _opened(name, head, labels, revision, options, variant)
     config: Any = model.config
     table = architecture.table(config)
     shapes = _shapes(model, architecture.inputs(config))
     new = _new_head(table, found, shapes, architecture, config) if asked else []
-    wrong = differences(
-        [row for row in table if row not in new],
-        {path: leaf.shape for path, leaf in shapes.items()},
-        {key: tensor.shape for key, tensor in found.items()},
-        optional=[*unused, *(key for row in new for key in row.keys)],
-    )
-    for key in (key for row in table if row not in new for key in row.keys if key in found):
+    fresh = [row.path for row in new]
+    start = _initial(model, architecture.inputs(config), fresh, seed, shapes, sharding)
+    rows = [row for row in table if row not in new]
+    what = f"'{folder}' is not the {architecture.model_type} of its config.json"
+    known = [*unused, *(key for row in new for key in row.keys)]
+    read = parameters(rows, shapes, found, what=what, optional=known, sharding=sharding, choose=choose)
+    tree = traverse_util.unflatten_dict({path: {**start, **read}[path] for path in shapes}, sep="/")
+    return Pretrained(model, tree, folder, tuple(fresh), tuple(sorted(unused)))
+
+
+def parameters(
+    table: Sequence[Leaf],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    found: Mapping[str, files.Tensor],
+    *,
+    what: str,
+    optional: Iterable[str] = (),
+    sharding: Place | None = None,
+    choose: quantised.Choose = lambda path, like: None,
+) -> dict[str, Any]:
+    """Parameters by path: those that the table has rows of, read from their tensors, the largest first.
+
+    Args:
+      table: rows of parameters.
+      shapes: of all parameters, by path; their dtypes are those that are read to.
+      found: the tensors by the table's keys.
+      what: the beginning of the error where they do not fit.
+      optional: keys that may be there and are not read.
+      sharding, choose: as in `load`; the format of a weight by path and shape, None for as it is.
+
+    Raises:
+      ValueError: for keys that are missing, unexpected, misshaped or of another dtype: all of them in one error.
+    """
+    own = {path: leaf.shape for path, leaf in shapes.items()}
+    wrong = differences(table, own, {key: tensor.shape for key, tensor in found.items()}, optional=optional)
+    for key in (key for row in table for key in row.keys if key in found):
         if found[key].dtype not in DTYPES:
             wrong.append(f"{key!r} is of {found[key].dtype}, expected one of {', '.join(DTYPES)}")
     if wrong:
         lines = "\n  ".join(wrong[:40] + ([f"and {len(wrong) - 40} more"] if len(wrong) > 40 else []))
-        raise ValueError(f"'{folder}' is not the {architecture.model_type} of its config.json:\n  {lines}")
-    fresh = [row.path for row in new]
-    params = _initial(model, architecture.inputs(config), fresh, seed, shapes, sharding)
-    for row in sorted(table, key=lambda row: -shapes[row.path].size):
-        if row not in new:
-            params[row.path] = _read(row, [found[key] for key in row.keys], shapes[row.path], sharding, choose)
-    tree = traverse_util.unflatten_dict({path: params[path] for path in shapes}, sep="/")
-    return Pretrained(model, tree, folder, tuple(fresh), tuple(sorted(unused)))
+        raise ValueError(f"{what}:\n  {lines}")
+    return {
+        row.path: _read(row, [found[key] for key in row.keys], shapes[row.path], sharding, choose)
+        for row in sorted(table, key=lambda row: -shapes[row.path].size)
+    }
 
 
 def save(
@@ -173,7 +199,7 @@ def save(
         raise ValueError(f"{type(model).__name__} is none of jlora's models: {_names()}")
     flat = traverse_util.flatten_dict(params, sep="/")
     expected = {path: leaf.shape for path, leaf in _shapes(model, architecture.inputs(config)).items()}
-    _check_params(flat, expected)
+    writing.check_params(flat, expected)
     origin = None if source is None else files.folder_of(source, revision, files.SMALL)
     record = _record(architecture, config, str(next(iter(flat.values())).dtype), origin)
     strip = config.head == "none" and architecture.bare
@@ -184,8 +210,8 @@ def save(
     if small := bnb_tensors.config(table, flat, named):
         record["quantization_config"] = small
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(folder, table, flat, named, largest_shard)
-    _write_json(folder / files.CONFIG, record)
+    writing.write_tensors(folder, table, flat, named, library=architecture.library, largest=largest_shard)
+    writing.write_json(folder / files.CONFIG, record)
     if origin is not None and origin.resolve() != folder.resolve():
         for name in TOKENIZER:
             if reading.has(origin / name):
@@ -229,19 +255,24 @@ class _Opened(NamedTuple):
 
 
 def _opened(
-    name: str | os.PathLike[str], head: Head | None, labels: int | None, revision: str | None, options: dict[str, Any]
+    name: str | os.PathLike[str],
+    head: Head | None,
+    labels: int | None,
+    revision: str | None,
+    options: dict[str, Any],
+    variant: str | None = None,
 ) -> _Opened:
     """A checkpoint of which the config and the tensors' headers are read."""
     folder = files.folder_of(name, revision)
     record = reading.read_json(folder / files.CONFIG)
     architecture = _architecture(folder, record)
     saved = _saved_head(folder, record, architecture, head)
-    found = bnb.weights(folder, record, files.tensors(folder))
+    found = bnb.weights(folder, record, files.tensors(folder, architecture.library, variant))
     if labels is not None and not (head or saved).endswith("classification"):
         raise ValueError(f"load: labels={labels} are of a classification, and the head is {head or saved!r}")
     config = _config(folder, record, architecture, head or saved, labels, found, options)
     found, unused = _canonical(found, architecture, config)
-    found = _turned(found, architecture, config)
+    found = _turned(found, architecture, config) if architecture.library == "transformers" else found
     _check_layers(folder, architecture, config, found)
     asked = head not in (None, saved) or labels not in (None, _labels(folder, record))
     return _Opened(folder, architecture, asked, found, unused, architecture.build(config))
@@ -252,7 +283,7 @@ def _names() -> str:
 
 
 def _architecture(folder: Path, record: Mapping[str, Any]) -> Architecture:
-    name = record.get("model_type")
+    name = record.get("model_type", record.get("_class_name"))
     found = [architecture for architecture in ARCHITECTURES if architecture.model_type == name]
     if not found:
         problem = "has no model_type" if name is None else f"is of model_type {shown(name)}"
@@ -461,12 +492,16 @@ def _initial(
     return found
 
 
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
 def _record(architecture: Architecture, config: Any, dtype: str, origin: Path | None) -> dict[str, Any]:
     """The config.json of a model, over that of the checkpoint which it comes from."""
     old = {} if origin is None else reading.read_json(origin / files.CONFIG)
-    own = {"model_type": architecture.model_type, **architecture.write(config)}
     with _naming(origin or Path()):
-        record = _merged(old, own)
+        record = _merged(old, {"model_type": architecture.model_type, **architecture.write(config)})
+    if architecture.library == "diffusers":
+        return {"_class_name": record.pop("model_type"), **record}
     record |= {"architectures": [architecture.classes[config.head]], "dtype": dtype}
     record.pop("torch_dtype", None)
     names = {} if origin is None else _names_of_labels(origin, old)
@@ -480,74 +515,3 @@ def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """`old` updated by `new`, and so the configs within, such as those of CLIP's towers."""
     parts = [k for k, v in new.items() if isinstance(v, Mapping) and "model_type" in v]
     return {**old, **new, **{k: _merged(object_of(old, k), new[k]) for k in parts}}
-
-
-def _check_params(flat: Mapping[str, Any], expected: Mapping[str, Shape]) -> None:
-    wrong = [f"{path!r} is missing" for path in expected if path not in flat]
-    wrong += [f"{path!r} is unexpected" for path in flat if path not in expected]
-    wrong += [
-        f"{path!r} has shape {np.shape(flat[path])}, expected {shape}"
-        for path, shape in expected.items()
-        if path in flat and np.shape(flat[path]) != shape
-    ]
-    if wrong:
-        raise ValueError("save: the parameters are not the model's:\n  " + "\n  ".join(wrong))
-    for path, value in ((path, array) for path, leaf in flat.items() for array in jax.tree.leaves(leaf)):
-        if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
-            raise ValueError(f"save: {path!r} is spread over several processes: replicate the parameters, save on one")
-
-
-def _write_tensors(
-    folder: Path, table: list[Leaf], flat: Mapping[str, Any], named: Mapping[str, str], largest: int
-) -> None:
-    """One file, or shards and their index. One shard's tensors are in memory at a time."""
-    sizes: dict[str, int] = {}
-    for row in table:
-        value = flat[row.path]
-        for key in row.keys:
-            sizes[key] = sizes.get(key, 0) + sum(x.nbytes for x in jax.tree.leaves(value)) // len(row.keys)
-    groups = files.shards(sizes, largest)
-    total = 0
-    weight_map: dict[str, str] = {}
-    written: dict[Path, Path] = {}
-    for number, group in enumerate(groups, 1):
-        name = files.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        small = [row for row in table if bnb_tensors.is_quantised(flat[row.path])]
-        rows = [_within(row, group) for row in table if set(row.keys) & set(group) and row not in small]
-        values = {row.path: _rows_of(flat[row.path], full, row) for full, row in _pairs(table, rows)}
-        tensors = {named[key]: tensor for key, tensor in to_tensors(rows, values).items()}
-        tensors |= bnb_tensors.tensors(small, flat, {key: named[key] for key in group})
-        written[folder / name] = folder / f".{name}.tmp"
-        save_file(tensors, written[folder / name], metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    for old in [*folder.glob("model*.safetensors"), folder / files.INDEX]:  # all is written: what was there may go
-        old.unlink(missing_ok=True)
-    for path, temporary in written.items():
-        temporary.replace(path)
-    if len(groups) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / files.INDEX, content)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _within(row: Leaf, group: list[str]) -> Leaf:
-    kept = set(group)
-    return row._replace(keys=tuple(key for key in row.keys if key in kept))
-
-
-def _pairs(table: list[Leaf], rows: list[Leaf]) -> list[tuple[Leaf, Leaf]]:
-    full = {row.path: row for row in table}
-    return [(full[row.path], row) for row in rows]
-
-
-def _rows_of(value: Any, full: Leaf, row: Leaf) -> np.ndarray:
-    """A parameter on the host; of a stacked one the layers that a shard has."""
-    if not row.stacked or row.keys == full.keys:
-        return np.asarray(jax.device_get(value))
-    return np.asarray(jax.device_get(value[jnp.asarray([full.keys.index(key) for key in row.keys])]))

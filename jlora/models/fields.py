@@ -78,6 +78,20 @@ class OneOf(NamedTuple):
         return None
 
 
+class Several(NamedTuple):
+    """A tuple of 1 to `most` values, each of which `each` allows."""
+
+    each: Rule
+    most: int
+
+    def wrong(self, name: str, value: Any) -> str | None:
+        """The error for a value that the rule forbids, or None; see `Rule`."""
+        if not isinstance(value, tuple) or not 0 < len(value) <= self.most:
+            return f"{name} must be a tuple of 1 to {self.most}, got {shown(value)}"
+        wrong = (self.each.wrong(f"{name}[{i}]", entry) for i, entry in enumerate(value))
+        return next((message for message in wrong if message), None)
+
+
 class FloatingPoint(NamedTuple):
     """Dtypes of floating-point numbers, as `jnp.dtype` takes them."""
 

@@ -16,6 +16,7 @@ from jlora.models.fields import shown
 from jlora.models.tensors import Shape
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # of the files, by whose they are
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 LARGEST_HEADER, LARGEST_INDEX = 2**25, 2**25  # bytes
 AXES = 32  # that a tensor may have
@@ -28,6 +29,7 @@ class Tensor(NamedTuple):
     """Where a tensor lies, and what it is: dtype in safetensors' names, "F32", "BF16".
 
     `packed` is a `bnb.Packed` if several tensors hold it in 4 bits: then shape and dtype are those of the weight.
+    `stored` is the shape in the file where that is another: with more axes of length 1 at the end, or fewer.
     """
 
     file: Path
@@ -35,6 +37,7 @@ class Tensor(NamedTuple):
     shape: Shape
     dtype: str
     packed: Any = None
+    stored: Shape | None = None
 
 
 def folder_of(
@@ -86,33 +89,61 @@ def folder_of(
         ) from error
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
+def names_of(library: str, variant: str | None = None) -> tuple[str, str]:
+    """Names of a checkpoint's one file, and of the index of several.
+
+    >>> names_of("diffusers", "fp16")
+    ('diffusion_pytorch_model.fp16.safetensors', 'diffusion_pytorch_model.safetensors.index.fp16.json')
+    """
+    stem, more = STEMS[library], "" if variant is None else f".{variant}"
+    return f"{stem}{more}.safetensors", f"{stem}.safetensors.index{more}.json"
+
+
+def tensors(folder: Path, library: str = "transformers", variant: str | None = None) -> dict[str, Tensor]:
     """All tensors of a checkpoint, by key, from one file or from those that an index names. Reads the headers alone.
+
+    Args:
+      folder: of the checkpoint.
+      library: whose checkpoint it is: a key of `STEMS`.
+      variant: of the files, "fp16"; those without a variant when None.
 
     Raises:
       FileNotFoundError: if there are none, or one that the index names is missing.
       ValueError: for a damaged file, a file that is not read (see `reading.regular`), or an index that says otherwise
         than its files.
     """
-    if reading.has(folder / SINGLE):
-        return _header(folder / SINGLE)
-    if not reading.has(folder / INDEX):
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"{pickles[0]} is a pickle" if pickles else "if its repository has pickles alone"
+    if variant is not None and not re.fullmatch("[A-Za-z0-9_-]+", variant):
+        raise ValueError(f"variant={shown(variant)} is no word that files are named by, such as 'fp16'")
+    single, several = names_of(library, variant)
+    if reading.has(folder / single):
+        return headers(folder / single)
+    if not reading.has(folder / several):
         raise FileNotFoundError(
-            f"'{folder}' holds neither {SINGLE} nor {INDEX}; {hint}: load it with transformers, and save it again"
+            f"'{folder}' holds neither {single} nor {several}; {_instead(folder, library, variant)}"
         )
-    index = _index(folder / INDEX)
+    index = _index(folder / several)
     found: dict[str, Tensor] = {}
     for name in sorted(set(index.values())):
-        for key, tensor in _header(folder / name).items():
+        for key, tensor in headers(folder / name).items():
             if key in found:
                 raise ValueError(f"'{folder}' holds {key!r} twice, in {found[key].file.name!r} and in {name!r}")
             found[key] = tensor
     wrong = [key for key, name in index.items() if key not in found or found[key].file.name != name]
     if wrong:
-        raise ValueError(f"'{folder / INDEX}' places {wrong[0]!r} in '{index[wrong[0]]}', and it is not there")
+        raise ValueError(f"'{folder / several}' places {wrong[0]!r} in '{index[wrong[0]]}', and it is not there")
     return found
+
+
+def _instead(folder: Path, library: str, variant: str | None) -> str:
+    """Advice where a checkpoint's files are not there."""
+    if variant is not None and any(reading.has(folder / name) for name in names_of(library)):
+        return f"there are files without a variant: leave out variant={variant!r}"
+    variants = sorted({path.name.split(".")[1] for path in folder.glob(f"{STEMS[library]}.*.safetensors")})
+    if variants:
+        return f"there are others: pass variant={variants[0]!r}"
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    hint = f"{pickles[0]} is a pickle" if pickles else "if its repository has pickles alone"
+    return f"{hint}: load it with {library}, and save it again"
 
 
 def _index(file: Path) -> dict[str, str]:
@@ -131,7 +162,8 @@ def _index(file: Path) -> dict[str, str]:
     return index
 
 
-def _header(file: Path) -> dict[str, Tensor]:
+def headers(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file, by key. Raises a ValueError for a damaged one, or one that is no regular file."""
     _check_header(file)
     with _opened(file) as opened:
         slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
@@ -180,12 +212,15 @@ def read_into(out: np.ndarray, tensor: Tensor, index: tuple[slice, ...]) -> None
         with _opened(tensor.file) as opened:
             out[...] = opened.get_tensor(tensor.key)
         return
-    first, *rest = index
+    axes = len(tensor.stored or tensor.shape)
+    first, *rest = index[:axes]
+    rest += [slice(None)] * (axes - len(index))  # of length 1, as are those that are left out
     rows = max(CHUNK // max(math.prod(out.shape[1:]), 1), 1)
     for start in range(first.start, first.stop, rows):
         stop = min(start + rows, first.stop)
         with _opened(tensor.file) as opened:  # anew: closing it gives the pages back
-            out[start - first.start : stop - first.start] = opened.get_slice(tensor.key)[(slice(start, stop), *rest)]
+            part = out[start - first.start : stop - first.start]
+            part[...] = opened.get_slice(tensor.key)[(slice(start, stop), *rest)].reshape(part.shape)
 
 
 def aligned(shape: Shape, dtype: Any) -> np.ndarray:

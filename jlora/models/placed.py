@@ -178,6 +178,14 @@ class LayerNorm(nn.LayerNorm):
         return whole(super().param(*args, **kwargs))
 
 
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` of whole features."""
+
+    @nn.nowrap
+    def param(self, *args: Any, **kwargs: Any) -> Any:
+        return whole(super().param(*args, **kwargs))
+
+
 class Conv(nn.Conv):
     """`nn.Conv` with a whole kernel."""
 

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jlora.models import bert, clip, deberta, files, gpt2, llama, roberta, vit
+from jlora.models import bert, clip, deberta, files, gpt2, llama, roberta, unet, vae, vit
 from jlora.models.architecture import Architecture
 from jlora.models.catalogue import ARCHITECTURES
 from jlora.models.checkpoint import described
 
 PRESETS: dict[str, Any] = {
     name: config
-    for package in (gpt2, llama, bert, roberta, deberta, vit, clip)
+    for package in (gpt2, llama, bert, roberta, deberta, vit, clip, unet, vae)
     for name, config in package.PRESETS.items()
 }
 

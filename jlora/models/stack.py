@@ -1,7 +1,7 @@
 """Blocks one after another: unrolled or scanned, each computed again in the backward pass where that is asked for."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -33,6 +33,9 @@ def stack(
     *shared: Any,
     deterministic: bool,
     last: type[nn.Module] | None = None,
+    layers: int | None = None,
+    name: str = "h",
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[jax.Array, Any]:
     """Sends `h` through `config.layers` blocks, called within a compact method.
 
@@ -44,31 +47,49 @@ def stack(
       shared: what all layers share, such as a mask.
       deterministic: no dropout.
       last: the last block, where it need not answer for every token. A scan has `block` there, too: it has one program.
+      layers: number of blocks; `config.layers` when None.
+      name: of the scanned blocks, and of others before their numbers.
+      options: further fields of the blocks.
 
     Returns:
       h, and what is new of all layers, in the form of `each`; None where that is.
     """
-    last = last or block
-    if config.remat:
-        policy = POLICIES[config.remat] if isinstance(config.remat, str) else None
-        if config.remat == "offload":
-            block, last = _named(block), _named(last)
-        block, last = (nn.remat(kind, prevent_cse=not config.scan, policy=policy) for kind in (block, last))
+    block, last = (computed_again(kind, config.remat, scanned=config.scan) for kind in (block, last or block))
+    count, options = config.layers if layers is None else layers, options or {}
     if config.scan:
-        layers = nn.scan(
+        scanned = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            length=config.layers,
+            length=count,
             in_axes=(0, *(nn.broadcast for _ in shared)),
         )
-        return layers(config, deterministic, name="h")(h, each, *shared)
+        return scanned(config, deterministic, **options, name=name)(h, each, *shared)
     new = []
-    for i in range(config.layers):
-        kind = last if i + 1 == config.layers else block
-        h, mine = kind(config, deterministic, name=f"h_{i}")(h, None if each is None else each[i], *shared)
+    for i in range(count):
+        kind = last if i + 1 == count else block
+        h, mine = kind(config, deterministic, **options, name=f"{name}_{i}")(
+            h, None if each is None else each[i], *shared
+        )
         new.append(mine)
     return h, None if each is None else tuple(new)
+
+
+def computed_again(block: type[nn.Module], remat: bool | str, *, scanned: bool = False) -> type[nn.Module]:
+    """A block whose activations are computed again in the backward pass, if `remat` says so; it is called with arrays.
+
+    Args:
+      block: the block.
+      remat: as in a config.
+      scanned: the block is the body of a scan, where XLA cannot find out that it computes things twice.
+    """
+    if not remat:
+        return block
+    policy = POLICIES[remat] if isinstance(remat, str) else None
+    again: type[nn.Module] = nn.remat(
+        _named(block) if remat == "offload" else block, prevent_cse=not scanned, policy=policy
+    )
+    return again
 
 
 _INPUT = "block input"

@@ -48,8 +48,13 @@ def linear(path: str, key: str, *, bias: bool = True) -> list[Leaf]:
     return [*rows, leaf(f"{path}/bias", f"{key}.bias")] if bias else rows
 
 
+def convolution(path: str, key: str) -> list[Leaf]:
+    """The rows of torch's Conv2d."""
+    return [leaf(f"{path}/kernel", f"{key}.weight", CONV), leaf(f"{path}/bias", f"{key}.bias")]
+
+
 def norm(path: str, key: str) -> list[Leaf]:
-    """The rows of a LayerNorm."""
+    """The rows of a LayerNorm or a GroupNorm."""
     return [leaf(f"{path}/scale", f"{key}.weight"), leaf(f"{path}/bias", f"{key}.bias")]
 
 
