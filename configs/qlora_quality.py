@@ -67,12 +67,12 @@ def runs(*rates: float) -> tuple[Run, ...]:
 
 def trec() -> Experiment:
     """MiniLM on TREC-6."""
-    return _minilm("trec", "minilm_trec", length=20, data=trec_fewer)
+    return _minilm("trec", "minilm_trec", length=20, data=trec_fewer, rates=(1e-3, 3e-3, 6e-3))
 
 
 def sst2() -> Experiment:
     """MiniLM on SST-2."""
-    return _minilm("sst2", "minilm_sst2", length=24, data=sst2_fewer)
+    return _minilm("sst2", "minilm_sst2", length=24, data=sst2_fewer, rates=(3e-4, 1e-3, 3e-3))
 
 
 def trec_fewer() -> Splits:
@@ -92,14 +92,16 @@ def _thinned(of: str, *, validation: int, test: int) -> Splits:
     return Splits(whole.train, whole.validation[::validation], whole.test[::test])
 
 
-def _minilm(name: str, of: str, *, length: int, data: Callable[[], Splits]) -> Experiment:
+def _minilm(
+    name: str, of: str, *, length: int, data: Callable[[], Splits], rates: tuple[float, ...]
+) -> Experiment:
     whole = load(Experiment, HERE / f"{of}.py")
     assert isinstance(whole.task, Classification)
     return dataclasses.replace(
         whole,
         name=name,
         task=dataclasses.replace(whole.task, length=length, data=data),
-        runs=runs(1e-3, 3e-3, 6e-3),
+        runs=runs(*rates),
         train=Schedule(STEPS, batch=8, evaluate_every=STEPS, weight_decay=0.01, keep="last"),
         seeds=SEEDS,
         options={**whole.options, "scan": True},
