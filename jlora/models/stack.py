@@ -46,7 +46,7 @@ def stack(
       last: the last block, where it need not answer for every token. A scan has `block` there, too: it has one program.
 
     Returns:
-      h, and what is new of all layers, in the form of `each`; None where that is.
+      h, and what is new of all layers: a tuple, or stacked on axis 0 when scanned; None where they return None.
     """
     last = last or block
     if config.remat:
@@ -68,7 +68,7 @@ def stack(
         kind = last if i + 1 == config.layers else block
         h, mine = kind(config, deterministic, name=f"h_{i}")(h, None if each is None else each[i], *shared)
         new.append(mine)
-    return h, None if each is None else tuple(new)
+    return h, None if each is None and all(mine is None for mine in new) else tuple(new)
 
 
 _INPUT = "block input"
