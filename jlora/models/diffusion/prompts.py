@@ -97,7 +97,7 @@ def _check_lengths(tokenizer: Tokenizer, texts: list[list[int]], context: int) -
         more = f" ({len(over)} of the {len(texts)} prompts are too long)" if len(over) > 1 else ""
         raise ValueError(
             f"prompts[{over[0]}] has {len(text) + AROUND} tokens, and the text encoder takes {context}{more}: "
-            f"{lost!r} would be lost. Shorten the prompt, pass long='chunk' to encode it in pieces of {room} tokens, or "
+            f"{lost!r} would be lost. Shorten the prompt, or pass long='chunk' to encode it in pieces of {room}, or "
             "long='cut' to drop the rest"
         )
 
