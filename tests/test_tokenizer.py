@@ -16,7 +16,14 @@ from jlora.models import Tokenizer
 pytestmark = pytest.mark.once
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
-NAMES = ("tokenizers/gpt2", "tokenizers/bert", "tokenizers/llama", "tokenizers/llama_legacy", "gpt2_causal_lm")
+NAMES = (
+    "tokenizers/gpt2",
+    "tokenizers/bert",
+    "tokenizers/clip",
+    "tokenizers/llama",
+    "tokenizers/llama_legacy",
+    "gpt2_causal_lm",
+)
 FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
     "config.json",
@@ -61,8 +68,8 @@ def vocabulary_alone(tmp_path, name):
 
 SOURCES = (
     [(name, lambda tmp_path, name: GOLDEN / name) for name in NAMES]
-    + [(name, from_pieces) for name in ("tokenizers/gpt2", "tokenizers/bert", "gpt2_causal_lm")]
-    + [("tokenizers/gpt2", openai), ("tokenizers/bert", vocabulary_alone)]
+    + [(name, from_pieces) for name in ("tokenizers/gpt2", "tokenizers/bert", "tokenizers/clip", "gpt2_causal_lm")]
+    + [("tokenizers/gpt2", openai), ("tokenizers/clip", openai), ("tokenizers/bert", vocabulary_alone)]
 )
 IDS = [*NAMES, *(f"{name}, {build.__name__}" for name, build in SOURCES[len(NAMES) :])]
 
@@ -223,6 +230,7 @@ def test_special_tokens_of_the_golden_files():
         "gpt2": {"bos": 0, "eos": 0, "pad": 0, "unk": 0},
         "gpt2_causal_lm": {"bos": 0, "eos": 0, "pad": 0, "unk": 0},
         "bert": {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4},
+        "clip": {"bos": 558, "eos": 559, "pad": 559, "unk": 559},
         "llama": llama,
         "llama_legacy": llama,
     }
@@ -238,7 +246,14 @@ ADDED = {"content": "<x>", "lstrip": False, "rstrip": False, "single_word": Fals
         ({"tokenizer_config": {"eos_token": END}}, {"eos": 0}),
         ({"tokenizer_config": {"eos_token": ADDED | {"content": END}}}, {"eos": 0}),
         ({"special_tokens_map": {"eos_token": ADDED | {"content": END}}}, {"eos": 0}),
-        ({"tokenizer_config": {"eos_token": "!"}, "special_tokens_map": {"eos_token": END}}, {"eos": 1}),
+        ({"tokenizer_config": {"eos_token": "!"}, "special_tokens_map": {"eos_token": END}}, {"eos": 0}),
+        (
+            {
+                "tokenizer_config": {"eos_token": "!", "added_tokens_decoder": {}},
+                "special_tokens_map": {"eos_token": END, "pad_token": END},
+            },
+            {"eos": 1, "pad": 0},
+        ),
         ({"config": {"eos_token_id": 0, "pad_token_id": 5}}, {"eos": 0, "pad": 5}),
         ({"config": {"eos_token_id": [3, 0]}}, {"eos": 3}),
         ({"config": {"eos_token_id": 50256, "pad_token_id": -1, "bos_token_id": None}}, {}),
@@ -440,7 +455,7 @@ def test_padding_takes_a_token(tmp_path):
 
 
 def test_a_pad_token_that_the_vocabulary_lacks(tmp_path):
-    source = folder(tmp_path, tokenizer_config_json={"pad_token": "[PAD]"})
+    source = folder(tmp_path, special_tokens_map_json={"pad_token": "[PAD]"})
     message = f"from 1 to 4 tokens, and '{source}' has not the '[PAD]' that it names: pass one, "
     with pytest.raises(ValueError, match=re.escape(message)):
         Tokenizer.load(source).batch(["the the the", "a"])
@@ -485,7 +500,7 @@ def test_vocabulary(tmp_path):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 CONVERT = "transformers makes a tokenizer.json of it, AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-BYTE_LEVEL = "vocab.json and merges.txt can be built GPT2Tokenizer, gpt2, RobertaTokenizer, roberta"
+BYTE_LEVEL = "vocab.json and merges.txt can be built GPT2Tokenizer, gpt2, RobertaTokenizer, roberta, CLIPTokenizer, clip, clip_text_model"
 PIECES = ("tokenizer.json",)
 BARE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -515,7 +530,7 @@ BARE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
         ("tokenizers/bert", PIECES, {"vocab_txt": "[UNK]\nthe\n"}, "no tokenizer can be made of vocab.txt in '{folder}': the cls token, '[CLS]', is not in the vocabulary"),
         ("tokenizers/bert", PIECES, {"tokenizer_config_json": {"tokenizer_class": "BertJapaneseTokenizer"}}, "'{folder}' has no tokenizer.json, and of vocab.txt can be built BertTokenizer, bert, DistilBertTokenizer, distilbert, ElectraTokenizer, electra, not 'BertJapaneseTokenizer': " + CONVERT),
         ("tokenizers/llama", PIECES, {}, "'{folder}' has no tokenizer.json, and of " + BYTE_LEVEL + ", not 'LlamaTokenizer': " + CONVERT),
-        ("tokenizers/gpt2", BARE, {"config_json": {"model_type": "clip"}}, "'{folder}' has no tokenizer.json, and of " + BYTE_LEVEL + ", not 'clip': " + CONVERT),
+        ("tokenizers/gpt2", BARE, {"config_json": {"model_type": "xlm"}}, "'{folder}' has no tokenizer.json, and of " + BYTE_LEVEL + ", not 'xlm': " + CONVERT),
         ("tokenizers/llama", BARE, {}, "'{folder}/vocab.json' has no piece with 'Ġ', the blank of GPT-2 and RoBERTa, and nothing says what it is: " + CONVERT),
         ("tokenizers/gpt2", PIECES, {"tokenizer_config_json": {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}}, "'{folder}/tokenizer_config.json' has add_bos_token, which takes a tokenizer.json: " + CONVERT),
     ],

@@ -17,7 +17,7 @@ from typing import Any
 LARGEST = 2**23  # bytes of a JSON file; those of vocabularies and indices may be larger
 DEEPEST = 64  # lists and objects within one another
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
-DIGITS = 20  # of a whole number: all of 64 bits have fewer
+DIGITS = 40  # of a whole number: transformers writes int(1e30) for a tokenizer's model_max_length without a limit
 
 
 def has(file: Path) -> bool:
@@ -86,7 +86,7 @@ def read_json(file: Path, largest: int = LARGEST) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError, ValueError: as `read`.
-      ValueError: for what is no JSON or no object, a key that an object has twice, whole numbers of over 20 digits,
+      ValueError: for what is no JSON or no object, a key that an object has twice, whole numbers of over 40 digits,
         others beyond the largest float, halves of characters, and lists or objects more than 64 deep. NaN and
         infinities are JSON to Python and pass: where a number is used, it is checked.
     """

@@ -52,7 +52,7 @@ def stack(
       options: further fields of the blocks.
 
     Returns:
-      h, and what is new of all layers, in the form of `each`; None where that is.
+      h, and what is new of all layers: a tuple, or stacked on axis 0 when scanned; None where they return None.
     """
     block, last = (computed_again(kind, config.remat, scanned=config.scan) for kind in (block, last or block))
     count, options = config.layers if layers is None else layers, options or {}
@@ -72,7 +72,7 @@ def stack(
             h, None if each is None else each[i], *shared
         )
         new.append(mine)
-    return h, None if each is None else tuple(new)
+    return h, None if each is None and all(mine is None for mine in new) else tuple(new)
 
 
 def computed_again(block: type[nn.Module], remat: bool | str, *, scanned: bool = False) -> type[nn.Module]:

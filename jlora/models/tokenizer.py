@@ -48,13 +48,14 @@ class Tokenizer:
     def load(cls, name: str | os.PathLike[str], revision: str | None = None, *, pad: str | None = None) -> "Tokenizer":
         """The tokenizer of a checkpoint.
 
-        It is read from tokenizer.json, or else built from vocab.json and merges.txt (GPT-2 and RoBERTa; also under
-        OpenAI's names, encoder.json and vocab.bpe) or from vocab.txt (BERT). tokenizer_config.json and config.json say
-        which it is, and without them the vocabulary does. BERT's do_lower_case, where no file gives it, is whether no
-        word has a capital.
+        It is read from tokenizer.json, or else built from vocab.json and merges.txt (GPT-2, RoBERTa and CLIP; also
+        under OpenAI's names, encoder.json and vocab.bpe) or from vocab.txt (BERT). tokenizer_config.json and
+        config.json say which it is, and without them the vocabulary does. BERT's do_lower_case, where no file gives it,
+        is whether no word has a capital.
 
         Each special token is the first that is found in tokenizer_config.json, special_tokens_map.json, the usual ones
-        of these three models, tokenizer.json's padding, and the ids of config.json; a null says that there is none.
+        of these four models, tokenizer.json's padding, and the ids of config.json; a null says that there is none. A
+        tokenizer_config.json without added_tokens_decoder is older, and special_tokens_map.json comes before it.
 
         Args:
           name: a folder with a tokenizer's files, a checkpoint's others are not needed; or "openai-community/gpt2".

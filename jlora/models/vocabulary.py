@@ -16,6 +16,8 @@ SETTINGS, SPECIALS, ADDED = "tokenizer_config.json", "special_tokens_map.json", 
 PIECES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("vocab.txt",))  # the second are OpenAI's names
 SENTENCEPIECE = ("tokenizer.model", "spm.model", "sentencepiece.bpe.model", "spiece.model")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of a token
+WORD_END = "</w>"  # closes the last piece of each word in CLIP's vocabulary
+CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 LARGEST = 2**27  # bytes of a vocabulary
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
@@ -33,6 +35,8 @@ def read(folder: Path) -> Read:
     """The tokenizer in a folder; errors are those of `Tokenizer.load`."""
     library, read = _library(), _Files.of(folder)
     backend, family = _backend(library, read)
+    if family is _CLIP:
+        _spell(library, backend)
     padding, truncation = backend.padding or {}, backend.truncation or {}
     backend.no_padding()
     backend.no_truncation()
@@ -116,7 +120,13 @@ class _Files(NamedTuple):
 
     @property
     def _beside(self) -> tuple[tuple[str, dict[str, Any]], ...]:
-        return (SETTINGS, self.settings), (SPECIALS, self.specials)
+        """The files that name special tokens, the one to believe first.
+
+        Since transformers 4.34 tokenizer_config.json has an added_tokens_decoder and says all; before, it was the map
+        that counted where the two disagree, as they do in Stable Diffusion 2.1 about the padding.
+        """
+        settings, specials = (SETTINGS, self.settings), (SPECIALS, self.specials)
+        return (settings, specials) if "added_tokens_decoder" in self.settings else (specials, settings)
 
     def number(self, role: str) -> int | None:
         """The token of a role by its id in config.json; None where there is none, which -1 says, too."""
@@ -315,6 +325,8 @@ class _Family(NamedTuple):
 def _family(read: _Files, names: tuple[str, ...], vocabulary: Mapping[str, Any]) -> _Family:
     if read.kind is None and len(names) == 1:
         return _BERT
+    if read.kind is None and {"<|startoftext|>", "<|endoftext|>", f"a{WORD_END}"} <= vocabulary.keys():
+        return _CLIP
     if read.kind is None:
         if not any("\u0120" in piece for piece in vocabulary):
             raise ValueError(
@@ -340,11 +352,16 @@ def _needed(read: _Files, family: _Family, role: str, vocabulary: Mapping[str, i
     return token, vocabulary[token]
 
 
-def _byte_level(library: ModuleType, read: _Files, vocabulary: dict[str, Any], merges: list[tuple[str, ...]]) -> Any:
+def _check_merges(vocabulary: Mapping[str, Any], merges: list[tuple[str, ...]], suffix: str = "") -> None:
+    """Raises a ValueError where many pieces cannot be reached."""
     made = {"".join(pair) for pair in merges}
-    lost = [piece for piece in vocabulary if len(piece) > 1 and piece not in made]
+    lost = [piece for piece in vocabulary if len(piece.removesuffix(suffix)) > 1 and piece not in made]
     if len(lost) > 0.1 * len(vocabulary):  # a few are special; a file of merges that is cut off is whole to its readers
         raise ValueError(f"{len(lost)} of {len(vocabulary)} pieces, such as {lost[-1]!r}, come of no merge")
+
+
+def _byte_level(library: ModuleType, read: _Files, vocabulary: dict[str, Any], merges: list[tuple[str, ...]]) -> Any:
+    _check_merges(vocabulary, merges)
     backend = library.Tokenizer(library.models.BPE(vocabulary, merges))
     blank = bool(read.flag("add_prefix_space"))
     backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=blank)
@@ -358,6 +375,27 @@ def _roberta(library: ModuleType, read: _Files, vocabulary: dict[str, Any], merg
     sep, cls = (_needed(read, _ROBERTA, role, vocabulary) for role in ("sep", "cls"))
     backend.post_processor = library.processors.RobertaProcessing(sep, cls)  # <s> A </s>, and <s> A </s></s> B </s>
     return backend
+
+
+def _clip(library: ModuleType, read: _Files, vocabulary: dict[str, Any], merges: list[tuple[str, ...]]) -> Any:
+    """Words in lower case, each closed by `</w>`; blanks are left out. <|startoftext|> A <|endoftext|>."""
+    _check_merges(vocabulary, merges, WORD_END)
+    eos, bos, unk = (_needed(read, _CLIP, role, vocabulary) for role in ("eos", "bos", "unk"))
+    backend = library.Tokenizer(library.models.BPE(vocabulary, merges, unk_token=unk[0], end_of_word_suffix=WORD_END))
+    normalizers, pre_tokenizers = library.normalizers, library.pre_tokenizers
+    blanks = normalizers.Replace(library.Regex(r"\s+"), " ")
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(library.Regex(CLIP_WORDS), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.post_processor = library.processors.RobertaProcessing(eos, bos, trim_offsets=False, add_prefix_space=False)
+    return backend
+
+
+def _spell(library: ModuleType, backend: Any) -> None:
+    """Has CLIP's texts spelt with a blank where a word ends; tokenizer.json leaves `</w>` there."""
+    decoders = library.decoders
+    ends, around = decoders.Replace(WORD_END, " "), decoders.Replace(library.Regex(r"\A\s+|\s+\z"), "")
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), ends, around])
 
 
 def _word_pieces(library: ModuleType, read: _Files, vocabulary: dict[str, Any], merges: list[tuple[str, ...]]) -> Any:
@@ -379,8 +417,10 @@ _ROBERTA = _Family({
     "bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>",
     "mask": {"content": "<mask>", "lstrip": True},  # takes the blank before it, as a word does
 }, _roberta)  # fmt: skip
+_CLIP = _Family(dict.fromkeys(("eos", "pad", "unk"), "<|endoftext|>") | {"bos": "<|startoftext|>"}, _clip)
 _BERT = _Family({role: f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}, _word_pieces)
 _FAMILIES = {
     "GPT2Tokenizer": _GPT2, "gpt2": _GPT2, "RobertaTokenizer": _ROBERTA, "roberta": _ROBERTA, "BertTokenizer": _BERT,
     "bert": _BERT, "DistilBertTokenizer": _BERT, "distilbert": _BERT, "ElectraTokenizer": _BERT, "electra": _BERT,
+    "CLIPTokenizer": _CLIP, "clip": _CLIP, "clip_text_model": _CLIP,
 }  # fmt: skip

@@ -25,7 +25,8 @@ warpers of sampling make of them; the metadata's `settings` says what each is.
 
 `tokenizers/<name>/` and `gpt2_causal_lm` hold the files of a hub repository and `golden.json`: `texts`, `pairs` (the second text of
 each), `encode`, a list of calls `{paired, arguments, input_ids, attention_mask, token_type_ids}`, and `decode`, a list of
-`{ids, skip_special_tokens, texts}`. AutoTokenizer and tokenizer.json read alone agree on all of it.
+`{ids, skip_special_tokens, texts}`. AutoTokenizer and tokenizer.json read alone agree on all of it, but for texts that CLIP's
+tokenizer decodes.
 """
 
 import copy
@@ -495,9 +496,24 @@ def llama_tokenizer(legacy: bool) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def clip_tokenizer(size: int) -> tokenizers.Tokenizer:
+    """The vocabulary in the order of OpenAI's: bytes, bytes that end a word, merges, the two around a text; normalizer and
+    the rest are those of CLIPTokenizer, which writes tokenizer.json."""
+    start, end, reader = "<|startoftext|>", "<|endoftext|>", transformers.CLIPTokenizer().backend_tokenizer
+    trained = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.normalizer, trained.pre_tokenizer = reader.normalizer, reader.pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=120, end_of_word_suffix="</w>", show_progress=False)
+    trained.train_from_iterator(SENTENCES, trainer)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]][: size - 2 * len(letters) - 2]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), start, end]
+    return transformers.CLIPTokenizer({piece: i for i, piece in enumerate(vocabulary)}, merges).backend_tokenizer
+
+
 END = "<|endoftext|>"
 GPT2_FILES = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
 GPT2_SPECIALS = {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": END}
+CLIP_SPECIALS = GPT2_SPECIALS | {"bos_token": "<|startoftext|>"}
 BERT_SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "mask", "pad", "sep", "unk")}
 LLAMA_SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
 # what builds it, the special token put into texts, tokenizer_config.json without the special tokens, those
@@ -505,6 +521,7 @@ TOKENIZERS = {
     "gpt2_causal_lm": (partial(gpt2_tokenizer, 64, []), END, GPT2_FILES, GPT2_SPECIALS),
     "tokenizers/gpt2": (partial(gpt2_tokenizer, 320, pre_tokenizers.ByteLevel.alphabet()), END, GPT2_FILES, GPT2_SPECIALS),
     "tokenizers/bert": (bert_tokenizer, "[MASK]", {"tokenizer_class": "BertTokenizer", "do_lower_case": True}, BERT_SPECIALS),
+    "tokenizers/clip": (partial(clip_tokenizer, 560), END, {"tokenizer_class": "CLIPTokenizer"}, CLIP_SPECIALS),
     "tokenizers/llama": (partial(llama_tokenizer, False), "</s>",
         {"tokenizer_class": "LlamaTokenizer", "legacy": False, "padding_side": "left"}, LLAMA_SPECIALS),
     "tokenizers/llama_legacy": (partial(llama_tokenizer, True), "</s>",  # LlamaTokenizer would put the newer form in its place
@@ -552,7 +569,8 @@ def tokenizer(name: str) -> None:
     for ids in (encode[3]["input_ids"], encode[6]["input_ids"]):
         for skip in (True, False):
             out = [read.decode(row, skip_special_tokens=skip) for row in ids]
-            assert out == [alone.decode(row, skip_special_tokens=skip) for row in ids], (name, ids)
+            if name != "tokenizers/clip":  # CLIPTokenizer alone makes blanks of </w>
+                assert out == [alone.decode(row, skip_special_tokens=skip) for row in ids], (name, ids)
             decode.append({"ids": ids, "skip_special_tokens": skip, "texts": out})
     versions = {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
     golden = {"class": type(read).__name__} | versions

@@ -175,7 +175,14 @@ PRESETS = {
         CLIPVisionConfig(patch_size=14, width=1024, layers=24, heads=16, hidden=4096, projection=768),
         projection=768,
     ),
+    "clip-vit-l-text": CLIPTextConfig(width=768, heads=12, hidden=3072, projection=768),
+    "openclip-vit-h-text": CLIPTextConfig(width=1024, layers=23, heads=16, hidden=4096, nonlinearity="gelu"),
+    "openclip-vit-bigg-text": CLIPTextConfig(
+        width=1280, layers=32, heads=20, hidden=5120, nonlinearity="gelu", head="projection", projection=1280
+    ),
 }
+"""Published sizes. The text towers alone are the text encoders of Stable Diffusion: "clip-vit-l-text" of 1.x and SDXL's
+first, "openclip-vit-h-text" of 2.x (23 of OpenCLIP's 24 blocks), "openclip-vit-bigg-text" SDXL's second."""
 
 
 class CLIP(nn.Module):
@@ -226,6 +233,14 @@ class CLIPText(nn.Module):
     """tokens (batch, length) -> {"out": the last norm's (batch, length, width), "pooled": (batch, width)}, float32.
 
     With a projection: {"out": (batch, projection), "hidden": the last norm's (batch, length, width)}.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> model = CLIPText(CLIPTextConfig(vocab_size=64, context=16, width=16, layers=2, heads=2, hidden=32, end=63))
+      >>> tokens = jnp.full((3, 7), 63)
+      >>> params = model.init(jax.random.key(0), tokens)["params"]
+      >>> model.apply({"params": params}, tokens, states=True)["states"].shape  # (layers + 1, batch, length, width)
+      (3, 3, 7, 16)
     """
 
     config: CLIPTextConfig
@@ -238,6 +253,8 @@ class CLIPText(nn.Module):
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         deterministic: bool = True,
+        states: bool = False,
+        skip: int = 0,
     ) -> dict[str, jax.Array]:
         """See the class.
 
@@ -246,19 +263,31 @@ class CLIPText(nn.Module):
           mask: (batch, length), False at padding; None for no padding, or padding that follows.
           positions: (batch, length), int32; 0, 1, ... when None.
           deterministic: no dropout.
+          states: also return "states", (layers + 1, batch, length, width), float32: the embedding and what each block
+            returns, all before the last norm.
+          skip: number of last blocks that the last norm's output leaves out ("clip skip"); what is pooled is of all.
         """
         c = self.config
+        if not 0 <= skip <= c.layers:
+            raise ValueError(f"skip={skip}, and the model has {c.layers} blocks: expected 0 to {c.layers}")
         length = tokens.shape[1]
         if length > c.context:
             raise ValueError(f"the sequence has {length} tokens, the model's context is {c.context}")
         wte, wpe = embed(c, c.vocab_size, "wte"), embed(c, c.context, "wpe", std=0.01)
         h = wte(tokens) + wpe(jnp.arange(length)[None] if positions is None else positions)  # (batch, length, width)
         seen = None if mask is None else mask[:, None, None, :].astype(bool)
-        h, _ = stack(Block, c, h, None, seen, deterministic=deterministic)
-        h = norm(c, "ln_f")(h)
+        first, block = h, Recorded if states or skip else Block
+        h, each = stack(block, c, h, None, seen, deterministic=deterministic)
+        ln_f = norm(c, "ln_f")
+        h = ln_f(h)
         ends = tokens if c.end == LARGEST else (tokens == c.end).astype(jnp.int32)
         pooled = placed.taken(h, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]  # (batch, width)
-        return _outputs(c, h, pooled)
+        if skip:
+            h = ln_f(first if skip == c.layers else each[-(skip + 1)])
+        out = _outputs(c, h, pooled)
+        if states:
+            out["states"] = _states(first, each).astype(jnp.float32)
+        return out
 
 
 class CLIPVision(nn.Module):
@@ -303,6 +332,14 @@ class Block(nn.Module):
         return h, each
 
 
+class Recorded(Block):
+    """A block that also returns its output as what is new of its layer."""
+
+    def __call__(self, h: jax.Array, each: None, seen: jax.Array | None) -> Any:
+        h, _ = super().__call__(h, each, seen)
+        return h, h
+
+
 class Attention(nn.Module):
     """Self-attention: of texts with what came before, of images with all."""
 
@@ -345,6 +382,13 @@ def _outputs(c: Tower, h: jax.Array, pooled: jax.Array) -> dict[str, jax.Array]:
         return {"out": h, "pooled": pooled.astype(jnp.float32)}
     embeds = dense(c, c.projection, "projection", std=c.width**-0.5, bias=False)(pooled)  # (batch, projection)
     return {"out": placed.output(embeds), "hidden": h}
+
+
+def _states(first: jax.Array, each: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
+    """Hidden states: the embedding and the outputs of all blocks -> (layers + 1, batch, length, width)."""
+    if isinstance(each, tuple):
+        return jnp.stack([first, *each])
+    return jnp.concatenate([placed.beside(first[None], each), each])
 
 
 def _residual(c: Tower) -> float:
