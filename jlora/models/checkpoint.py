@@ -19,7 +19,7 @@ from flax import traverse_util
 
 from jlora.models import bnb, bnb_tensors, files, place, quantised, reading, writing
 from jlora.models.architecture import Architecture, Head, names_of, number_of, object_of
-from jlora.models.catalogue import ARCHITECTURES
+from jlora.models.catalogue import ARCHITECTURES, architecture_of
 from jlora.models.fields import LABELS, shown
 from jlora.models.tensors import Leaf, differences, tensor_shape, tensor_slices, to_tensor
 from jlora.quant.formats import Format
@@ -194,7 +194,7 @@ def save(
         family's; or for an address that is no local folder (`gs://`). What was in the folder then stays.
     """
     folder, config = place.folder_of(folder), model.config
-    architecture = next((a for a in ARCHITECTURES if type(config) is a.config and a.fits(config)), None)
+    architecture = architecture_of(config)
     if architecture is None:
         raise ValueError(f"{type(model).__name__} is none of jlora's models: {_names()}")
     flat = traverse_util.flatten_dict(params, sep="/")

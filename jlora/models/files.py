@@ -47,6 +47,7 @@ def folder_of(
     *,
     config: str = CONFIG,
     what: str = "checkpoint",
+    below: bool = False,
 ) -> Path:
     """A checkpoint's folder: the one that is named, or the hub's snapshot, of which the `wanted` files are downloaded.
 
@@ -55,6 +56,7 @@ def folder_of(
       wanted: patterns of files.
       config: the file without which a folder is none.
       what: the folder holds, for errors.
+      below: of a repository, files of its folders are wanted, too.
 
     Raises:
       FileNotFoundError: if the name is no folder and no repository that can be had, or a folder without the config.
@@ -80,7 +82,10 @@ def folder_of(
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                str(name), revision=revision, allow_patterns=list(wanted), ignore_patterns=["*/*"]
+                str(name),
+                revision=revision,
+                allow_patterns=list(wanted),
+                ignore_patterns=[] if below else ["*/*"],
             )
         )
     except Exception as error:  # its own, its HTTP library's and the system's

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from jlora.models import bert, clip, deberta, files, gpt2, llama, roberta, unet, vae, vit
 from jlora.models.architecture import Architecture
-from jlora.models.catalogue import ARCHITECTURES
+from jlora.models.catalogue import architecture_of
 from jlora.models.checkpoint import described
 
 PRESETS: dict[str, Any] = {
@@ -41,7 +41,8 @@ def model_of(name: str, **options: Any) -> tuple[nn.Module, tuple[jax.ShapeDtype
     path = Path(name)
     if name in PRESETS:
         config = PRESETS[name]
-        (architecture,) = [a for a in ARCHITECTURES if type(config) is a.config and a.fits(config)]
+        architecture = architecture_of(config)
+        assert architecture is not None
         return _built(architecture, config, options)
     if HUB.fullmatch(name) and not path.exists():
         path = files.folder_of(name, wanted=(files.CONFIG,))
