@@ -51,7 +51,7 @@ class Noise:
     Example:
       >>> noise = Noise()
       >>> print(abar(noise)[[0, -1]])
-      [0.99915    0.00466009]
+      [0.99915   0.0046601]
     """
 
     steps: Annotated[int, Whole(1, 10**5)] = 1000
@@ -125,7 +125,7 @@ def add(noise: Noise, x0: Array, eps: Array, t: Array) -> jax.Array:
 
 
 def target(noise: Noise, x0: Array, eps: Array, t: Array) -> jax.Array:
-    """What the model should predict at `add(noise, x0, eps, t)`: eps, `sqrt(abar_t) eps - sqrt(1 - abar_t) x0`, or x0.
+    """Right prediction at `add(noise, x0, eps, t)`: eps, `sqrt(abar_t) eps - sqrt(1 - abar_t) x0`, or x0.
 
     Args:
       noise: of the model; its `prediction` says which.
@@ -240,7 +240,7 @@ def _linspace(first: float, last: float, count: int) -> np.ndarray:
 
 
 def _cosine(u: np.ndarray) -> np.ndarray:
-    """abar of the cosine schedule at the part u of the time. Nichol and Dhariwal, arXiv 2102.09672, eq. 17."""
+    """Value of abar in the cosine schedule at the part u of the time. Nichol and Dhariwal, arXiv 2102.09672, eq. 17."""
     return cast(np.ndarray, np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2)
 
 

@@ -6,14 +6,16 @@ from jlora.models.diffusion.noise import Noise, abar
 from jlora.models.fields import shown
 
 
-def check(noise: Noise, steps: int) -> None:
+def check(noise: Noise, steps: int, name: str = "steps") -> None:
     """Raises a ValueError for a number of steps that no spacing has."""
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
-        raise ValueError(f"steps must be a whole number, got {shown(steps)}")
+        raise ValueError(f"{name} must be a whole number, got {shown(steps)}")
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {shown(steps)}")
+        raise ValueError(f"{name} must be at least 1, got {shown(steps)}")
     if steps > noise.steps:
-        raise ValueError(f"steps={shown(steps)} is more than the {noise.steps} timesteps that the model was trained on")
+        raise ValueError(
+            f"{name}={shown(steps)} is more than the {noise.steps} timesteps that the model was trained on"
+        )
 
 
 def spaced(noise: Noise, steps: int, spacing: str, *, whole: bool = True) -> np.ndarray:
@@ -35,6 +37,7 @@ def spaced(noise: Noise, steps: int, spacing: str, *, whole: bool = True) -> np.
     """
     check(noise, steps)
     T, N = noise.steps, steps
+    times: np.ndarray
     if spacing == "leading":
         times = np.arange(N)[::-1] * (T // N) + noise.offset
     elif spacing == "trailing":
@@ -46,13 +49,14 @@ def spaced(noise: Noise, steps: int, spacing: str, *, whole: bool = True) -> np.
 
 
 def spaced_for_dpm(noise: Noise, steps: int, spacing: str) -> np.ndarray:
-    """Timesteps of DPM-Solver, (N,), float64: of N + 1 spaced ones (see `spaced`) all but the last; `trailing` as there.
+    """Timesteps of DPM-Solver, (N,), float64: of N + 1 spaced ones all but the last; `trailing` as in `spaced`.
 
     Raises:
-      ValueError: if the first timestep is past the last of the training, or two are the same (N near T).
+      ValueError: if the first timestep is past the last of the training, or two are the same (N = T).
     """
     check(noise, steps)
     T, N = noise.steps, steps
+    times: np.ndarray
     if spacing == "leading":
         times = np.arange(N + 1)[:0:-1] * (T // (N + 1)) + noise.offset
     elif spacing == "trailing":
@@ -60,7 +64,7 @@ def spaced_for_dpm(noise: Noise, steps: int, spacing: str) -> np.ndarray:
     else:
         times = np.round(np.linspace(0, T - 1, N + 1))[:0:-1]
     if N > 1 and np.max(np.diff(times)) >= 0:
-        raise ValueError(f"steps={N} visit a timestep twice with the spacing {spacing!r}: take at most {T // 2}")
+        raise ValueError(f"steps={N} visit a timestep twice with the spacing {spacing!r}: take at most {T - 1}")
     return _known(noise, steps, times.astype(np.float64))
 
 
