@@ -208,8 +208,8 @@ def _check(encoders: Sequence[CLIPText], params: Sequence[Any], tokens: Sequence
     ]
     if len({*shapes}) > 1:
         raise ValueError(
-            f"tokens are {' and '.join(map(str, shapes))} (prompts, pieces) for encoders 0 and 1: encode the same prompts "
-            f"for both, with long='chunk', chunks={max(pieces for _, pieces in shapes)} where they are long"
+            f"tokens are {' and '.join(map(str, shapes))} (prompts, pieces) for encoders 0 and 1: encode the same "
+            f"prompts for both, with long='chunk', chunks={max(pieces for _, pieces in shapes)} where they are long"
         )
     if xl and encoders[-1].config.head != "projection":
         raise ValueError(
