@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora import models
 from jlora.models.clip import CLIP, PRESETS, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from jlora.models.clip.params import read, read_text, read_vision
+from jlora.models.clip.params import read, read_text, read_vision, write_text
+from jlora.models.sizes import model_of
 from tests.conformance import normal, randomised
 from tests.tiers import thorough
 
@@ -80,6 +81,28 @@ def test_a_preset_has_the_published_number_of_parameters(name, scan, whole, text
     assert [kernel.shape for kernel in projections] == [(width, config.projection) for width in widths]
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),  # transformers' CLIPTextModel in Stable Diffusion 1.x and 2.x; SDXL's has a projection
+    [("clip-vit-l-text", 123_060_480), ("openclip-vit-h-text", 340_387_840), ("openclip-vit-bigg-text", 694_659_840)],
+)
+def test_a_text_encoder_of_stable_diffusion_has_the_published_number_of_parameters(name, parameters):
+    config = PRESETS[name]
+    assert size(shapes(dataclasses.replace(config, scan=True))) == parameters
+    nonlinearity = "quick_gelu" if name == "clip-vit-l-text" else "gelu"
+    assert (config.width // config.heads, config.nonlinearity) == (64, nonlinearity)
+    assert (config.epsilon, config.end, config.vocab_size, config.context) == (1e-5, 49407, 49408, 77)
+    assert model_of(name)[0] == CLIPText(config)
+
+
+@pytest.mark.parametrize("head", ["none", "projection"])
+@pytest.mark.parametrize("name", ["clip-vit-l-text", "openclip-vit-h-text", "openclip-vit-bigg-text"])
+def test_the_config_of_a_text_encoder_is_read_as_it_is_written(name, head):
+    """With the eos_token_id of 2 of the published ones, too, which stands for the largest token."""
+    config = dataclasses.replace(PRESETS[name], head=head)
+    assert read_text(write_text(config), head) == config
+    assert read_text(write_text(config) | {"eos_token_id": 2}, head) == dataclasses.replace(config, end=2)
+
+
 @pytest.mark.parametrize(("rank", "trained"), [(4, 294_912), (8, 589_824)])
 def test_lora_of_the_text_tower_of_stable_diffusion_has_the_published_size(rank, trained):
     tree = shapes(PRESETS["clip-vit-large-patch14"].text)
@@ -116,6 +139,65 @@ def test_a_tower_alone_is_the_one_in_the_model():
     np.testing.assert_allclose(whole["text_embeds"], cosine(text), atol=1e-6)
     by_hand = jnp.exp(params["logit_scale"]) * cosine(vision) @ cosine(text).T
     np.testing.assert_allclose(whole["out"], by_hand, atol=1e-5)
+
+
+# -- hidden states -----------------------------------------------------------------------------------------------------
+
+
+DEEP = dataclasses.replace(TEXT, layers=3, head="projection")
+
+
+@functools.cache
+def states(scan, remat=False):
+    """Parameters of the same values in both forms, and a call with all hidden states."""
+    params = parameters(DEEP)
+    if scan:
+        blocks = [params.pop(f"h_{i}") for i in range(DEEP.layers)]
+        params["h"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    model = CLIPText(dataclasses.replace(DEEP, scan=scan, remat=remat))
+    run = functools.partial(model.apply, {"params": params}, TOKENS)
+    return run, run(states=True)
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(True, False), (False, True), (True, True), (True, "offload")])
+def test_hidden_states_are_the_same_in_all_forms(scan, remat):
+    (_, expected), (_, got) = states(False), states(scan, remat)
+    assert got.keys() == {"out", "hidden", "states"} and got["states"].shape == (4, 2, 6, 16)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["", "scanned"])
+def test_skipped_blocks_leave_the_pooled_one_alone(scan):
+    """The last norm takes an earlier state, as that of a shorter model, and the projection what it always takes."""
+    run, whole = states(scan)
+    params = states(False)[0].args[0]["params"]
+    for skip in range(4):
+        out = run(skip=skip)
+        np.testing.assert_array_equal(out["out"], whole["out"])
+        shorter = CLIPText(dataclasses.replace(DEEP, layers=3 - skip)) if skip < 3 else None
+        h = whole["states"][-(skip + 1)]
+        centred = (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-5)
+        by_hand = centred * params["ln_f"]["scale"][None, None] + params["ln_f"]["bias"][None, None]
+        np.testing.assert_allclose(out["hidden"], by_hand, rtol=1e-5, atol=1e-5)
+        if shorter is not None:
+            few = {key: value for key, value in params.items() if not (key[:2] == "h_" and int(key[2:]) >= 3 - skip)}
+            alone = shorter.apply({"params": few}, TOKENS)["hidden"]
+            np.testing.assert_allclose(out["hidden"], alone, rtol=1e-5, atol=1e-5)
+    assert run(skip=2, states=True)["states"].shape == (4, 2, 6, 16)
+
+
+def test_a_call_that_asks_for_no_states_makes_none():
+    """The program is that of a stack of blocks that return nothing but the stream."""
+    for scan in (False, True):
+        run, _ = states(scan)
+        program = str(jax.make_jaxpr(run)())
+        assert ("4,2,6,16" in program, "3,2,6,16" in program) == (False, False)
+        asked = str(jax.make_jaxpr(functools.partial(run, states=True))())
+        assert "4,2,6,16" in asked
+    with pytest.raises(ValueError, match="^skip=4, and the model has 3 blocks: expected 0 to 3"):
+        states(False)[0](skip=4)
+    with pytest.raises(ValueError, match="^skip=-1, and the model has 3 blocks: expected 0 to 3"):
+        states(False)[0](skip=-1)
 
 
 # -- adapters, and forms of the same model -----------------------------------------------------------------------------

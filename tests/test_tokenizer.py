@@ -185,6 +185,39 @@ def test_a_blank_may_come_before_the_first_word(tmp_path):
     assert Tokenizer.load(spaced).encode("the cat") == plain.encode(" the cat") != plain.encode("the cat")
 
 
+# -- CLIP --------------------------------------------------------------------------------------------------------------
+
+
+def test_clip_composes_characters_and_lowers_them(tmp_path):
+    """As CLIPTokenizer does: an accent of its own joins its letter, and capitals are those of the small ones."""
+    tokenizer = Tokenizer.load(from_pieces(tmp_path, "tokenizers/clip"))
+    assert (
+        tokenizer.encode("CAFE\u0301\u00a0\n the") == tokenizer.encode("caf\u00e9 the") != tokenizer.encode("cafe the")
+    )
+    assert tokenizer.decode(tokenizer.encode(" CAFE\u0301  the")) == "caf\u00e9 the"
+    assert tokenizer.decode([]) == ""
+
+
+def test_clip_needs_the_two_tokens_around_a_text(tmp_path):
+    pieces = json.loads((GOLDEN / "tokenizers/clip/vocab.json").read_text())
+    pieces.pop("<|startoftext|>")
+    source = folder(tmp_path, "tokenizers/clip", ("tokenizer.json",), vocab_json=pieces)
+    message = (
+        f"no tokenizer can be made of vocab.json and merges.txt in '{source}': the bos token, '<|startoftext|>', is not"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)} in the vocabulary$"):
+        Tokenizer.load(source)
+
+
+def test_merges_of_clip_that_are_cut_off(tmp_path):
+    """Bytes that end a word come of no merge; the rest of what does not is what was cut off."""
+    pieces = json.loads((GOLDEN / "tokenizers/clip/vocab.json").read_text())
+    more = {f"{piece}xx": 560 + i for i, piece in enumerate(list(pieces)[:80])}
+    source = folder(tmp_path, "tokenizers/clip", ("tokenizer.json",), vocab_json=pieces | more)
+    with pytest.raises(ValueError, match="82 of 640 pieces, such as 'pxx', come of no merge"):
+        Tokenizer.load(source)
+
+
 # -- BERT's settings ---------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +340,12 @@ def test_padding_and_truncation_of_tokenizer_json_are_off(tmp_path):
     assert tokenizer.encode(text) == plain.encode(text)
     assert (tokenizer.pad, tokenizer.side, tokenizer.cut) == (0, "left", "left")
     assert tokenizer.batch([text], length=4, truncate=True).tokens.tolist() == [plain.encode(text)[-4:]]
+
+
+def test_no_limit_is_a_number_of_31_digits(tmp_path):
+    """transformers writes it for a tokenizer that was given no model_max_length."""
+    settings = {"model_max_length": int(1e30), "eos_token": END}
+    assert Tokenizer.load(folder(tmp_path, tokenizer_config_json=settings)).eos == 0
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

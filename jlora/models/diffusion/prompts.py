@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -164,16 +166,21 @@ def encode(
     _check(encoders, params, tokens, xl, skip)
     contexts, pooled = [], None
     for encoder, own, ids in zip(encoders, params, tokens, strict=True):
-        batch, length = ids.shape
-        pieces = length // encoder.config.context
-        rows = jnp.asarray(ids) if pieces == 1 else jnp.reshape(ids, (batch * pieces, -1))  # (batch * pieces, context)
+        (batch, length), context = ids.shape, encoder.config.context
+        pieces = length // context
+        rows = _in_pieces(partial(jnp.reshape, shape=(batch * pieces, context)), jnp.asarray(ids), pieces)
         call: Callable[..., Any] = encoder.apply if apply is None else apply(encoder.apply)
         out = call({"params": own}, rows, states=xl, skip=0 if xl else skip)
-        h = out["states"][-(skip + 2)] if xl else out.get("hidden", out["out"])
-        contexts.append(h if pieces == 1 else h.reshape(batch, length, -1))  # (batch, pieces * context, width)
+        h = out["states"][-(skip + 2)] if xl else out.get("hidden", out["out"])  # (batch * pieces, context, width)
+        contexts.append(_in_pieces(partial(jnp.reshape, shape=(batch, length, -1)), h, pieces))
         if xl:
-            pooled = out["out"] if pieces == 1 else out["out"][::pieces]  # (batch, projection), the last encoder's
+            pooled = _in_pieces(itemgetter(slice(None, None, pieces)), out["out"], pieces)  # the last encoder's
     return Encoded(contexts[0] if len(contexts) == 1 else placed.joined(contexts, axis=-1), pooled)
+
+
+def _in_pieces(change: Callable[[jax.Array], jax.Array], x: jax.Array, pieces: int) -> jax.Array:
+    """A change of the leading axis where there are several pieces; on a mesh of Explicit axes that lies as it did."""
+    return x if pieces == 1 else placed.on_auto_axes(change, placed.rows_of(x))(x)
 
 
 def _check(encoders: Sequence[CLIPText], params: Sequence[Any], tokens: Sequence[Any], xl: bool, skip: int) -> None:
@@ -200,10 +207,9 @@ def _check(encoders: Sequence[CLIPText], params: Sequence[Any], tokens: Sequence
         (ids.shape[0], ids.shape[1] // encoder.config.context) for encoder, ids in zip(encoders, tokens, strict=True)
     ]
     if len({*shapes}) > 1:
-        (rows, pieces), (others, more) = shapes[:2]
         raise ValueError(
-            f"tokens of encoder 0 are {rows} prompts in {pieces} pieces, of encoder 1 {others} in {more}: encode the "
-            f"same prompts for both, with long='chunk', chunks={max(pieces, more)} where they are long"
+            f"tokens are {' and '.join(map(str, shapes))} (prompts, pieces) for encoders 0 and 1: encode the same "
+            f"prompts for both, with long='chunk', chunks={max(pieces for _, pieces in shapes)} where they are long"
         )
     if xl and encoders[-1].config.head != "projection":
         raise ValueError(
