@@ -271,7 +271,7 @@ def test_adapted_encoders_are_lifted():
     for got, expected, before in zip(lifted, merged, plain, strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
         assert np.abs(got - before).max() > 1e-2
-    one = encode(encoders, (params[0], adapted[1]), ids, xl=True, apply=jlora.lift)
+    one = encode(encoders, (params[0], adapted[1]), ids, xl=True, lift=jlora.lift)
     np.testing.assert_allclose(one.context[..., :8], plain.context[..., :8], rtol=0, atol=TOLERANCE)
 
 

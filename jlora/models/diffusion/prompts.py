@@ -127,7 +127,7 @@ def encode(
     *,
     xl: bool,
     clip_skip: int | None = None,
-    apply: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    lift: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Encoded:
     """Hidden states of one or two text encoders: a pure function of tokens and parameters, for use under jit.
 
@@ -139,11 +139,11 @@ def encode(
 
     Args:
       encoders: the modules, (text_encoder,) or (text_encoder, text_encoder_2).
-      params: the parameters of each, in any dtype; adapted ones with `apply=jlora.lift`.
+      params: the parameters of each, in any dtype; adapted ones with `lift=jlora.lift`.
       tokens: for each encoder (batch, pieces * context), as `tokens_of` returns them.
       xl: SDXL's rule in place of that of 1.x and 2.x.
       clip_skip: k, as in diffusers; None for 0. "Clip skip n" of other programs is k = n - 1.
-      apply: makes the function that is called out of each module's `apply`: `jlora.lift`.
+      lift: makes the function that is called out of each module's `apply`: `jlora.lift`.
 
     Returns:
       context (batch, pieces * context, width) and pooled (batch, projection) or None, both float32. Pieces are encoded
@@ -169,7 +169,7 @@ def encode(
         (batch, length), context = ids.shape, encoder.config.context
         pieces = length // context
         rows = _in_pieces(partial(jnp.reshape, shape=(batch * pieces, context)), jnp.asarray(ids), pieces)
-        call: Callable[..., Any] = encoder.apply if apply is None else apply(encoder.apply)
+        call: Callable[..., Any] = encoder.apply if lift is None else lift(encoder.apply)
         out = call({"params": own}, rows, states=xl, skip=0 if xl else skip)
         h = out["states"][-(skip + 2)] if xl else out.get("hidden", out["out"])  # (batch * pieces, context, width)
         contexts.append(_in_pieces(partial(jnp.reshape, shape=(batch, length, -1)), h, pieces))
