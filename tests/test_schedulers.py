@@ -324,6 +324,16 @@ def test_table_of_abar():
     assert timesteps.sigmas(ZERO)[999] == pytest.approx(4096, rel=1e-6)
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_abar_of_every_curve_is_that_of_diffusers(zero):
+    """To a unit in the last place; with zero_snr diffusers rounds abar to betas and multiplies them again, 3.5e-6."""
+    for betas, expected in zip(
+        ("scaled_linear", "linear", "squaredcos_cap_v2"), GOLDEN["abars"][:, int(zero)], strict=True
+    ):
+        noise = Noise(betas=betas, prediction="v_prediction", zero_snr=zero)
+        np.testing.assert_allclose(noises.abar(noise)[::37], expected, rtol=5e-6 if zero else 1.2e-7)
+
+
 def test_min_snr_weights():
     """Hang et al., with gamma 5: SNR_0 is 1175, SNR_999 is 0.00468."""
     t = jnp.array([0, 999])
@@ -457,6 +467,7 @@ def test_written_files_are_those_that_diffusers_reads():
     ({"_class_name": None}, "_class_name=None is not one of " + ", ".join(scheduler_config.CLASSES)),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler"},
      "_class_name='FlowMatchEulerDiscreteScheduler' is not one of " + ", ".join(scheduler_config.CLASSES)),
+    ({"_class_name": "LCMScheduler", "timestep_scaling": 5}, "LCMScheduler with timestep_scaling=5 is not supported: only 10 is"),
     ({"skip_prk_steps": False}, "PNDMScheduler with skip_prk_steps=False is not supported: only True is"),
     ({"trained_betas": [0.1]}, "trained_betas, a table of betas, is not supported: only a beta_schedule by name is"),
     ({"beta_schedule": "sigmoid"}, "beta_schedule: betas='sigmoid' is not one of scaled_linear, linear, squaredcos_cap_v2"),
@@ -476,6 +487,16 @@ def test_written_files_are_those_that_diffusers_reads():
 def test_errors_of_files(change, text):
     with pytest.raises(ValueError, match=f"^{re.escape('scheduler_config.json: ' + text)}$"):
         scheduler_config.read(SD15 | change)
+
+
+def test_a_file_that_is_no_object_and_one_of_pndm_with_runge_kutta_steps():
+    with pytest.raises(ValueError, match=r"^scheduler_config.json must hold an object, got \[1\]$"):
+        scheduler_config.read([1])
+    with pytest.raises(
+        ValueError,
+        match=r"^scheduler_config.json: PNDMScheduler with skip_prk_steps=False is not supported: only True is$",
+    ):
+        scheduler_config.read({"_class_name": "PNDMScheduler"})  # which has them unless the file says no
 
 
 def test_a_class_without_a_sampler_gives_its_noise_and_an_error_when_sampled():

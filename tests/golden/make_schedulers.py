@@ -10,6 +10,7 @@ latents moved by one along their flattened axis. Latents are (2, 4, 3, 5).
 case is `start` times the first of them, z of step i is number i + 1. Of each case, one after the other: `start` (cases,);
 `evaluations` (cases,), how many; `timesteps`; `paths` (evaluations, 12), every tenth number of x after each step; `noised`
 (cases, 12): x0 = noises[1], eps = noises[2], at the noise of evaluation 1 (0 where there is one alone).
+`abars` (3 curves, 2, 28): every 37th of DDIM's, without and with zero SNR, in Stable Diffusion's betas.
 `configs`: JSON, what `write` should give for some noises, which diffusers read without a warning; `defaults`: JSON, diffusers' own,
 by class. float32 on the CPU.
 """
@@ -171,6 +172,13 @@ def written(logs):
         yield {"sampler": sampler, "noise": noise, "config": made}
 
 
+def abars():
+    for betas in ("scaled_linear", "linear", "squaredcos_cap_v2"):
+        for zero in (False, True):
+            made = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": betas, "rescale_betas_zero_snr": zero}
+            yield diffusers.DDIMScheduler(**made).alphas_cumprod[::37].numpy()  # 962 and 999 the last
+
+
 def defaults():
     for name in sorted(schedulers.scheduling_utils.KarrasDiffusionSchedulers.__members__) + [
         "LCMScheduler",
@@ -199,6 +207,7 @@ if __name__ == "__main__":
         timesteps=np.concatenate(timesteps),
         paths=np.concatenate(paths),
         noised=np.stack(noised),
+        abars=np.stack(list(abars())).reshape(3, 2, -1),
         configs=json.dumps(configs),
         defaults=json.dumps(dict(defaults())),
     )

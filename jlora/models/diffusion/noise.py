@@ -91,21 +91,22 @@ class Noise:
 
 
 def abar(noise: Noise) -> np.ndarray:
-    """abar_t of every timestep, (steps,), float32, falling: the square of the factor of x0 in x_t."""
+    """abar_t of every timestep, (steps,), float32, falling: the square of the factor of x0 in x_t.
+
+    The bits of diffusers' table, but for `zero_snr`, which it takes through the betas and back: 3.5e-6 apart.
+    """
     if noise.betas == "squaredcos_cap_v2":
         u = np.arange(noise.steps) / noise.steps
-        betas = np.minimum(1 - _cosine(u + 1 / noise.steps) / _cosine(u), 0.999).astype(np.float32)
+        betas: np.ndarray = np.minimum(1 - _cosine(u + 1 / noise.steps) / _cosine(u), 0.999).astype(np.float32)
     elif noise.betas == "linear":
         betas = _linspace(noise.first_beta, noise.last_beta, noise.steps)
     else:
         betas = _linspace(math.sqrt(noise.first_beta), math.sqrt(noise.last_beta), noise.steps) ** 2
-    table = _products(1 - betas)
+    table = cast(np.ndarray, np.cumprod(1 - betas, dtype=np.float64).astype(np.float32))
     if not noise.zero_snr:
         return table
     root = np.sqrt(table)
-    table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-    # Through the betas and back, which rounds abar just before the end by 1e-5: as the models were trained.
-    return _products(1 - (1 - np.append(table[:1], table[1:] / table[:-1])))
+    return cast(np.ndarray, ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2)
 
 
 def add(noise: Noise, x0: Array, eps: Array, t: Array) -> jax.Array:
@@ -222,11 +223,6 @@ def offset_noise(key: jax.Array, eps: Array, strength: float) -> jax.Array:
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def _products(factors: np.ndarray) -> np.ndarray:
-    """Running products, in float64 and rounded to float32."""
-    return cast(np.ndarray, np.cumprod(factors, dtype=np.float64).astype(np.float32))
 
 
 def _linspace(first: float, last: float, count: int) -> np.ndarray:

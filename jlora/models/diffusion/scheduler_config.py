@@ -33,7 +33,7 @@ class Class(NamedTuple):
       last_beta: the default of beta_end.
       betas: the default of beta_schedule.
       clips: the default of clip_sample.
-      only: values that the file may have, by key, if it has another sampler than this; the first is the default.
+      only: values that are supported, by key; the first stands for an absent key, unless `_ABSENT` has another.
     """
 
     sampler: str | None
@@ -44,6 +44,7 @@ class Class(NamedTuple):
     only: Mapping[str, tuple[Any, ...]] = {}
 
 
+_ABSENT = {"skip_prk_steps": False}  # values of absent keys that are not supported
 _X0 = {"thresholding": (False, None)}
 _SIGMAS = {"use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None), "final_sigmas_type": ("zero",)}
 _DPM = {
@@ -86,7 +87,7 @@ CLASSES: dict[str, Class] = {
         only=_X0 | {"original_inference_steps": (50,), "timestep_scaling": (10,)},
     ),
     "LMSDiscreteScheduler": Class(None),
-    "PNDMScheduler": Class("pndm", only={"skip_prk_steps": (False, True)}),
+    "PNDMScheduler": Class("pndm", only={"skip_prk_steps": (True,)}),
     "TCDScheduler": Class(None, 0.00085, 0.012, "scaled_linear"),
     "UniPCMultistepScheduler": Class(None),
 }
@@ -172,6 +173,8 @@ def read(config: Mapping[str, Any]) -> tuple[Noise, str]:
       (Noise(steps=1000, first_beta=0.0001, last_beta=0.02, betas='scaled_linear', prediction='epsilon',
       zero_snr=False, spacing=None, offset=1, set_alpha_to_one=None, karras=False, clip=None), 'euler')
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{FILE} must hold an object, got {shown(config)}")
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(f"{FILE}: _class_name={shown(name)} is not one of {', '.join(CLASSES)}")
@@ -179,7 +182,7 @@ def read(config: Mapping[str, Any]) -> tuple[Noise, str]:
     if config.get("trained_betas") is not None:
         raise ValueError(f"{FILE}: trained_betas, a table of betas, is not supported: only a beta_schedule by name is")
     for key, allowed in kind.only.items():
-        _check(name, key, config.get(key, allowed[0]), allowed[1:] if key == "skip_prk_steps" else allowed)
+        _check(name, key, config.get(key, _ABSENT.get(key, allowed[0])), allowed)
     defaults = {"beta_start": kind.first_beta, "beta_end": kind.last_beta, "beta_schedule": kind.betas}
     fields = {field: (defaults | dict(config))[key] for field, key in KEYS.items() if key in defaults | dict(config)}
     fields |= {field: False for field in ("zero_snr", "karras") if fields.get(field) is None}
@@ -231,6 +234,6 @@ def _sampler_of(name: str) -> str | None:
 
 
 def _check(name: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+    if value not in allowed:
         known = " or ".join(repr(one) for one in allowed if one is not None or len(allowed) == 1)
         raise ValueError(f"{FILE}: {name} with {key}={shown(value)} is not supported: only {known} is")
