@@ -92,9 +92,7 @@ def _thinned(of: str, *, validation: int, test: int) -> Splits:
     return Splits(whole.train, whole.validation[::validation], whole.test[::test])
 
 
-def _minilm(
-    name: str, of: str, *, length: int, data: Callable[[], Splits], rates: tuple[float, ...]
-) -> Experiment:
+def _minilm(name: str, of: str, *, length: int, data: Callable[[], Splits], rates: tuple[float, ...]) -> Experiment:
     whole = load(Experiment, HERE / f"{of}.py")
     assert isinstance(whole.task, Classification)
     return dataclasses.replace(

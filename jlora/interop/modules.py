@@ -127,6 +127,8 @@ def check_components(names: Iterable[str]) -> None:
 # -- spellings ---------------------------------------------------------------------------------------------------------
 
 ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v"}
+
+
 def text_spellings(module: str) -> tuple[str, ...]:
     """A text encoder's module with `text_model.` and without, as versions of transformers differ; with it first."""
     parts = module.split(".")

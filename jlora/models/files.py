@@ -143,7 +143,8 @@ def _instead(folder: Path, library: str, variant: str | None) -> str:
     """Advice where a checkpoint's files are not there."""
     if variant is not None and any(reading.has(folder / name) for name in names_of(library)):
         return f"there are files without a variant: leave out variant={variant!r}"
-    variants = sorted({path.name.split(".")[1] for path in folder.glob(f"{STEMS[library]}.*.safetensors")})
+    names = (path.name.split(".")[1] for path in folder.glob(f"{STEMS[library]}.*.safetensors"))
+    variants = sorted({re.sub(r"-\d+-of-\d+$", "", name) for name in names})
     if variants:
         return f"there are others: pass variant={variants[0]!r}"
     pickles = sorted(path.name for path in folder.glob("*.bin"))

@@ -15,7 +15,8 @@ in float32, and 1 more than that if it is a vector and its key ends in ".weight"
     <component>.jsonl           the layers, as in `modules/`; see make_modules.py
     <file>.safetensors          adapters, all on that base
     outputs.npz                 `inputs/<name>`, and for each file `<file>/<component>`, what the component puts out with it, and
-                                `<file>/merged/<component>.<layer>`, the weights that it then has, for some layers
+                                `<file>/merged/<component>.<layer>`, the weights that it then has, for some layers, and
+                                `<file>/half/<component>`, with the adapter at half its scale: PEFT's `scale_layer`, LyCORIS' multiplier
 
 in float32 on the CPU, in torch's layout. For text encoders the output is the last hidden state, with a projection its result.
 Diffusers reads the files of diffusers and of kohya again and computes the same, but for what it loses: the magnitudes in text
@@ -343,6 +344,7 @@ def make(style: str, file: File, given: Arrays) -> Arrays:
             apart,
         )
         print(f"{style}/{file.name} {component}: moves {moved:.2g}, read by diffusers {apart:.1g} apart")
+    found |= {f"half/{component}": value for component, value in halved(components, given).items()}
     merged = {}
     for component, model in components.items():
         for name, layer in model.named_modules():
@@ -352,6 +354,17 @@ def make(style: str, file: File, given: Arrays) -> Arrays:
     for (component, _), (name, layer) in merged.items():
         layer.merge()
         found[f"merged/{component}.{name}"] = layer.get_base_layer().weight.detach()
+    return found
+
+
+def halved(components: dict[str, torch.nn.Module], given: Arrays) -> Arrays:
+    """Outputs with all adapters at half their scale, as PEFT has it."""
+    layers = [layer for model in components.values() for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.scale_layer(0.5)
+    found = outputs(components, given)
+    for layer in layers:
+        layer.unscale_layer(0.5)
     return found
 
 
@@ -390,7 +403,7 @@ def make_lycoris(name: str, given: Arrays) -> Arrays:
     kind, arguments = LYCORIS[name]
     components, generator = models("sd1"), torch.Generator().manual_seed(zlib.crc32(name.encode()))
     torch.manual_seed(0)
-    tensors, wrapped = {}, {}
+    tensors, wrapped, wrappers = {}, {}, []
     for path in LYCORIS_LAYERS:
         component, layer = path.split(".", 1)
         module = components[component].get_submodule(layer)
@@ -406,6 +419,7 @@ def make_lycoris(name: str, given: Arrays) -> Arrays:
             for key, value in wrapper.state_dict(destination={}).items()
         }
         wrapped[path] = (module, shape)
+        wrappers.append(wrapper)
     metadata = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": kind.name} | arguments)}
     save_file(tensors, HERE / "sd1" / f"{name}.safetensors", metadata)
     found, plain = outputs(components, given), outputs(models("sd1"), given)
@@ -414,7 +428,12 @@ def make_lycoris(name: str, given: Arrays) -> Arrays:
     print(f"sd1/{name}: moves {moved}")
     if name in ("ia3", "diag_oft", "glora"):
         return {}
-    return found | {f"merged/{path}": effective(*layer) for path, layer in wrapped.items()}
+    found |= {f"merged/{path}": effective(*layer) for path, layer in wrapped.items()}
+    if "weight_decompose" in arguments:  # which has no half that others agree with
+        return found
+    for wrapper in wrappers:
+        wrapper.multiplier = 0.5
+    return found | {f"half/{component}": value for component, value in outputs(components, given).items()}
 
 
 if __name__ == "__main__":

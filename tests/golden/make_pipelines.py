@@ -125,7 +125,9 @@ def parts(family: str) -> dict[str, object]:
         "tokenizer": tokenizer(texts / "tokenizer"),
     }
     if family == "sdxl":
-        found["text_encoder_2"] = transformers.CLIPTextModelWithProjection.from_pretrained(texts / "text_encoder_2").float()
+        found["text_encoder_2"] = transformers.CLIPTextModelWithProjection.from_pretrained(
+            texts / "text_encoder_2"
+        ).float()
         found["tokenizer_2"] = tokenizer(texts / "tokenizer_2")
         return found | {"force_zeros_for_empty_prompt": True}
     return found | {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -135,7 +137,9 @@ def pipeline_of(family: str, case: dict, own: dict[str, object]) -> diffusers.Di
     kind = "InpaintPipeline" if "mask" in case else "Img2ImgPipeline" if "image" in case else "Pipeline"
     name, changes = case.get("scheduler", [SCHEDULERS[family][0], {}])
     scheduler = getattr(diffusers, name).from_config(SCHEDULERS[family][1] | changes)
-    pipeline = getattr(diffusers, f"StableDiffusion{'XL' if family == 'sdxl' else ''}{kind}")(**own, scheduler=scheduler)
+    pipeline = getattr(diffusers, f"StableDiffusion{'XL' if family == 'sdxl' else ''}{kind}")(
+        **own, scheduler=scheduler
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

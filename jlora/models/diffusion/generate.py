@@ -156,7 +156,9 @@ def _program(s: Setting, params: Mapping[str, Any], inputs: Inputs) -> tuple[jax
     modules: dict[str, Any] = dict(s.modules)
     vae, unet = modules["vae"], modules["unet"]
     call = lambda module: module.apply if s.lift is None else s.lift(module.apply)
-    sampler = s.sampler(s.noise, s.steps) if callable(s.sampler) else scheduler_config.sampler(s.sampler, s.noise, s.steps)
+    sampler = (
+        s.sampler(s.noise, s.steps) if callable(s.sampler) else scheduler_config.sampler(s.sampler, s.noise, s.steps)
+    )
     conditions = _conditions(s, modules, params, inputs)
     kept = _kept(s, call(vae), vae.config, params["vae"], inputs)
 
@@ -202,7 +204,9 @@ def _conditions(s: Setting, modules: Mapping[str, Any], params: Mapping[str, Any
 class _Kept(NamedTuple):
     latents: jax.Array | None  # of the image, scaled
     mask: jax.Array | None  # at the latents' resolution
-    beside: jax.Array | None  # the UNet's inputs beside its latents: mask, and latents of the image without what it hides
+    beside: (
+        jax.Array | None
+    )  # the UNet's inputs beside its latents: mask, and latents of the image without what it hides
 
 
 def _kept(s: Setting, call: Callable[..., Any], config: Any, params: Any, inputs: Inputs) -> _Kept:
@@ -302,7 +306,12 @@ def _sides(pipeline: Pipeline, image: Any, height: int | None, width: int | None
 
 
 def _check_image(
-    pipeline: Pipeline, image: Any, mask: Any, expected: tuple[int, int, int], shape: tuple[int, ...], strength: float | None
+    pipeline: Pipeline,
+    image: Any,
+    mask: Any,
+    expected: tuple[int, int, int],
+    shape: tuple[int, ...],
+    strength: float | None,
 ) -> None:
     unet, vae = _config(pipeline, "unet"), _config(pipeline, "vae")
     if unet.channels != vae.latents and mask is None:
@@ -321,7 +330,9 @@ def _check_image(
     if image is not None and image.shape == shape != pixels and unet.channels != vae.latents:
         raise ValueError("to paint in a mask this UNet has to see the image: pass its pixels, not its latents")
     if image is not None and image.shape == pixels and not (0 <= np.min(image) and np.max(image) <= 1):
-        raise ValueError(f"image has values from {np.min(image):g} to {np.max(image):g}, expected [0, 1]: divide by 255")
+        raise ValueError(
+            f"image has values from {np.min(image):g} to {np.max(image):g}, expected [0, 1]: divide by 255"
+        )
     if mask is not None and mask.shape != (*expected, 1):
         raise ValueError(f"mask is {mask.shape}, expected {(*expected, 1)}, 1 where to paint")
 

@@ -182,7 +182,9 @@ def check_parts(modules: Mapping[str, Any], *, xl: bool, what: str) -> None:
     if (unet.added is not None) != xl:
         wrong.append(f"the UNet takes {'no' if xl else 'a'} pooled text")
     elif xl and unet.pooled != texts[-1].projection:
-        wrong.append(f"the UNet's pooled texts have {unet.pooled} features, and text_encoder_2's {texts[-1].projection}")
+        wrong.append(
+            f"the UNet's pooled texts have {unet.pooled} features, and text_encoder_2's {texts[-1].projection}"
+        )
     if wrong:
         raise ValueError(f"the parts of {what} do not fit: {'; '.join(wrong)}")
 
@@ -200,9 +202,7 @@ def _kind(folder: Path, record: Mapping[str, Any]) -> bool:
     """Whether a pipeline is SDXL's. Raises a ValueError for one of another class."""
     name = record.get("_class_name")
     if not isinstance(name, str) or name not in CLASSES:
-        raise ValueError(
-            f"'{folder / INDEX}' is of the class {shown(name)}; supported are {', '.join(CLASSES)}"
-        )
+        raise ValueError(f"'{folder / INDEX}' is of the class {shown(name)}; supported are {', '.join(CLASSES)}")
     return CLASSES[name]
 
 

@@ -42,7 +42,9 @@ class Family(NamedTuple):
     noise: Noise | None
 
 
-VIT_L, VIT_H, BIG_G = (clip.PRESETS[name] for name in ("clip-vit-l-text", "openclip-vit-h-text", "openclip-vit-bigg-text"))
+VIT_L, VIT_H, BIG_G = (
+    clip.PRESETS[name] for name in ("clip-vit-l-text", "openclip-vit-h-text", "openclip-vit-bigg-text")
+)
 FAMILIES = (
     Family(
         "Stable Diffusion 1.x", 768, unet.PRESETS["sd15"], vae.PRESETS["sd15-vae"],

@@ -52,12 +52,13 @@ def read(json: Mapping[str, Any], head: Head) -> UNetConfig:
     """A UNet's config.json. "attention_head_dim" has the number of heads, there and in all files."""
     unsupported(json, **FIXED, **dict.fromkeys(ABSENT))
     widths = _several(json, "block_out_channels", [320, 640, 1280, 1280])
-    down = _blocks(json, "down_block_types", DOWN, len(widths))
-    up = _blocks(json, "up_block_types", UP, len(widths))
+    attends = [True] * (len(widths) - 1) + [False]
+    down = _blocks(json, "down_block_types", DOWN, attends)
+    up = _blocks(json, "up_block_types", UP, attends[::-1])
     if up != down[::-1]:
         raise ValueError(
-            "config.json has attention at other resolutions on the way up: "
-            f"up_block_types={shown(json.get('up_block_types'))}"
+            f"config.json has down_block_types={shown(json.get('down_block_types'))} and up_block_types="
+            f"{shown(json.get('up_block_types'))}: attention at different resolutions"
         )
     depths = _each(json, "transformer_layers_per_block", 1, len(widths))
     heads = _each(
@@ -84,7 +85,7 @@ def read(json: Mapping[str, Any], head: Head) -> UNetConfig:
 def write(c: UNetConfig) -> dict[str, Any]:
     """Keys that `read` reads."""
     attends = [bool(depth) for depth in c.depths]
-    names = lambda kinds, order: [next(name for name, attends in kinds.items() if attends == own) for own in order]
+    names = lambda kinds, order: [next(name for name, own in kinds.items() if own == wanted) for wanted in order]
     entries = {key: getattr(c, name) for name, key in KEYS.items()} | {
         "block_out_channels": list(c.widths),
         "down_block_types": names(DOWN, attends),
@@ -130,9 +131,11 @@ def _each(json: Mapping[str, Any], key: str, default: int, count: int) -> tuple[
     return value
 
 
-def _blocks(json: Mapping[str, Any], key: str, kinds: Mapping[str, bool], count: int) -> list[bool]:
-    """Whether there is attention at each resolution."""
-    names = _several(json, key, list(kinds)[:1] * (count - 1) + list(kinds)[1:])
+def _blocks(json: Mapping[str, Any], key: str, kinds: Mapping[str, bool], otherwise: list[bool]) -> list[bool]:
+    """Whether there is attention at each resolution; as `otherwise` says where the key is not there."""
+    if key not in json:
+        return otherwise
+    names, count = _several(json, key, []), len(otherwise)
     if len(names) != count or not all(isinstance(name, str) and name in kinds for name in names):
         raise ValueError(f"config.json has {key}={shown(list(names))}, expected {count} of {', '.join(kinds)}")
     return [kinds[name] for name in names]
