@@ -15,8 +15,9 @@ import jlora
 import jlora.interop.formats
 import jlora.interop.loralib
 import jlora.interop.merge_folder
+import jlora.models.diffusion
 
-PACKAGES = (jlora, jlora.methods, jlora.models, jlora.checkpoint, jlora.planning)
+PACKAGES = (jlora, jlora.methods, jlora.models, jlora.models.diffusion, jlora.checkpoint, jlora.planning)
 MODULES = (
     jlora.peft, jlora.diffusers, jlora.kohya, jlora.interop.formats, jlora.interop.loralib, jlora.interop.merge_folder,
 )  # fmt: skip

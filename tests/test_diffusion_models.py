@@ -16,7 +16,7 @@ from flax import traverse_util
 import jlora
 from jlora import models
 from jlora.interop import diffusers, kohya
-from jlora.models import resnet, unet, vae
+from jlora.models import clip, resnet, unet, vae
 from jlora.models.catalogue import architecture_of
 from jlora.models.checkpoint import described
 from jlora.models.fields import FieldError
@@ -66,6 +66,19 @@ def test_published_sizes_have_their_parameters_tensors_and_config(name, paramete
     if name in unet.PRESETS:
         layers = {key: shape for key, shape in keys.items() if key in pipelines.shapes(f"unet_{name}")}
         assert layers == pipelines.shapes(f"unet_{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "golden"),
+    [("clip-vit-l-text", "text_vit_l"), ("openclip-vit-h-text", "text_vit_h"), ("openclip-vit-bigg-text", "text_big_g")],
+)
+def test_text_encoders_have_the_layers_that_files_of_adapters_name(name, golden):
+    config = dataclasses.replace(clip.PRESETS[name], scan=True)
+    shapes, table = shapes_of(config), architecture_of(config).table(config)
+    keys = {key: tensor_shape(row, shapes[row.path]) for row in table for key in row.keys}
+    bare = lambda shapes: {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
+    own, theirs = bare(keys), bare(pipelines.shapes(golden))
+    assert {key: own.get(key) for key in theirs} == theirs
 
 
 @pytest.mark.parametrize("style", ["sd1", "sdxl"])

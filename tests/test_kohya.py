@@ -19,6 +19,7 @@ import jlora
 from jlora.interop import cloneofsimo, kohya, modules, pipeline
 from jlora.interop.layer import Layer, merged
 from jlora.interop.modules import Name
+from jlora.models.unet.ldm import ldm_names
 from tests.pipelines import exactly, low_rank, normal, placed, small, weights, whole
 
 pytestmark = pytest.mark.once
@@ -81,7 +82,7 @@ def test_tables_have_every_module(pipeline, attention, locon, all_of_unet, text)
             assert names[stem(inner, prefix)] == Name(component, module)
             if inner != "text_projection":
                 assert names[stem(f"text_model.{inner}", prefix)] == Name(component, module)
-    authors = modules.ldm_names(modules.parameters(models["unet"]))
+    authors = ldm_names(modules.parameters(models["unet"]))
     assert len(set(authors.values())) == len(authors) == len(modules.parameters(models["unet"]))
     written = {name for c in models for name in kohya.written(c, models).values()}
     assert len(written) == sum(len(modules.parameters(shapes)) for shapes in models.values())

@@ -23,6 +23,7 @@ READMES = (
     "jlora/methods/README.md",
     "jlora/interop/README.md",
     "jlora/models/README.md",
+    "jlora/models/diffusion/README.md",
     "jlora/planning/README.md",
     "jlora/quant/README.md",
     "experiments/README.md",

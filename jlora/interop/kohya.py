@@ -22,6 +22,7 @@ from jlora.interop.layer import Layer
 from jlora.interop.modules import Name, Shape, Shapes
 from jlora.interop.pipeline import File
 from jlora.models.tensors import Leaf
+from jlora.models.unet.ldm import ldm_names
 
 PREFIXES = {
     "unet": ("lora_unet_", "lycoris_"),
@@ -263,7 +264,7 @@ def written(component: str, models: Mapping[str, Shapes]) -> dict[str, str]:
     own = modules.parameters(models[component])
     names = {module: spelling for spelling, module in reversed(list(modules.spellings(component, own)))}
     if component == "unet" and xl:
-        names |= modules.ldm_names(own)
+        names |= ldm_names(own)
     prefix = "lora_te1_" if xl and component == "text_encoder" else PREFIXES[component][0]
     return {module: prefix + name.replace(".", "_") for module, name in names.items()}
 

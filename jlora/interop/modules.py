@@ -5,7 +5,7 @@ order of axes. Every spelling is made forwards, from the module to the name, and
 were dots, the name does not say.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np

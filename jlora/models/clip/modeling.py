@@ -168,7 +168,7 @@ class CLIPConfig:
         return {"head": "projection"} | {name: getattr(self, name) for name in names}
 
 
-PRESETS = {
+PRESETS: dict[str, Any] = {
     "clip-vit-base-patch32": CLIPConfig(),
     "clip-vit-large-patch14": CLIPConfig(
         CLIPTextConfig(width=768, heads=12, hidden=3072, projection=768),

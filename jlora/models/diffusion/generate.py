@@ -119,7 +119,7 @@ def generate(
     """
     _check_lifted(pipeline.params, lift)
     rows, scale = len(prompts), GUIDANCE[pipeline.xl] if guidance is None else guidance
-    unet, vae = _config(pipeline, "unet"), _config(pipeline, "vae")
+    vae = _config(pipeline, "vae")
     high, wide = _sides(pipeline, image, height, width)
     shape = (rows, high // vae.factor, wide // vae.factor, vae.latents)
     _check_image(pipeline, image, mask, (rows, high, wide), shape, strength)
@@ -172,14 +172,16 @@ def _program(s: Setting, params: Mapping[str, Any], inputs: Inputs) -> tuple[jax
         added = {"pooled": conditions.pooled, "sizes": twice(inputs.sizes)} if s.xl else {}
         out = call(unet)({"params": params["unet"]}, twice(given), times, conditions.context, **added)["out"]
         prediction = _guided(s, out, inputs) if s.guided else out
-        fresh = _noise(inputs.keys, x.shape[1:], i) if sampler.random else None
+        fresh = _noise(inputs.keys, x.shape, i) if sampler.random else None
         x, state = sampler.step(i, x, prediction, state, fresh)
         if kept.latents is not None and kept.beside is None and kept.mask is not None:
             x = kept.mask * x + (1 - kept.mask) * sampler.noised(i + 1, kept.latents, inputs.eps)
         return (x, state), None
 
-    whole = kept.latents is None or (s.first == 0 and inputs.mask is not None)  # nothing of the image is seen at first
-    x = sampler.start * inputs.eps if whole else sampler.noised(jnp.int32(s.first), kept.latents, inputs.eps)
+    if kept.latents is None or (s.first == 0 and inputs.mask is not None):  # nothing of an image is seen at first
+        x = sampler.start * inputs.eps
+    else:
+        x = sampler.noised(jnp.int32(s.first), kept.latents, inputs.eps)
     steps = jnp.arange(s.first, len(sampler.timesteps))
     (x, _), _ = jax.lax.scan(body, (x, sampler.init(x)), steps)
     images = call(vae)({"params": params["vae"]}, x / vae.config.scaling, method="decode")
@@ -224,7 +226,7 @@ def _kept(s: Setting, call: Callable[..., Any], config: Any, params: Any, inputs
     if inputs.mask is None:
         return _Kept(latents, None, None)
     mask = nearest(inputs.mask, *inputs.eps.shape[1:3])
-    if dict(s.modules)["unet"].config.channels == config.latents:  # type: ignore[attr-defined]
+    if dict(s.modules)["unet"].config.channels == config.latents:
         return _Kept(latents, mask, None)
     hidden = latents_of(jnp.where(inputs.mask < 0.5, inputs.image, 0.5))  # grey
     return _Kept(latents, mask, jnp.concatenate([mask, hidden], axis=-1))
@@ -276,9 +278,7 @@ def _tokens(
         raise ValueError(f"negative={negative!r} has to be a list of {len(prompts)}, one for each prompt")
     if negative is None and not (pipeline.xl and pipeline.zeros):
         negative = [""] * len(prompts)
-    texts = [list(prompts)] if negative is None or not guided else [list(prompts), list(negative)]
-    if isinstance(prompts, str):
-        texts[0] = prompts  # whose error is that of `tokens_of`
+    texts = [prompts] if negative is None or not guided else [prompts, negative]
     found: list[list[jax.Array]] = [[] for _ in texts]
     for part, tokenizer in pipeline.tokenizers.items():
         context = _config(pipeline, part).context
@@ -329,7 +329,7 @@ def _check_image(
         raise ValueError(f"image is {image.shape}, expected {pixels} in [0, 1], or latents of {shape}")
     if image is not None and image.shape == shape != pixels and unet.channels != vae.latents:
         raise ValueError("to paint in a mask this UNet has to see the image: pass its pixels, not its latents")
-    if image is not None and image.shape == pixels and not (0 <= np.min(image) and np.max(image) <= 1):
+    if image is not None and image.shape == pixels and (np.min(image) < 0 or np.max(image) > 1):
         raise ValueError(
             f"image has values from {np.min(image):g} to {np.max(image):g}, expected [0, 1]: divide by 255"
         )

@@ -1,4 +1,4 @@
-"""Stable Diffusion as diffusers keeps it: a folder with a UNet, an autoencoder, text encoders, tokenizers and a noise."""
+"""Stable Diffusion as diffusers keeps it: a folder of a UNet, an autoencoder, text encoders, tokenizers and a noise."""
 
 import dataclasses
 import os
@@ -67,7 +67,7 @@ class Pipeline:
 
     @property
     def adaptable(self) -> dict[str, Any]:
-        """Parameters of the parts that files of adapters speak of: `interop.diffusers.load(file, pipe.adaptable, ...)`."""
+        """Parameters of the parts that files of adapters speak of, for `jlora.diffusers.load(file, adaptable, tables)`."""
         return {name: own for name, own in self.params.items() if name != "vae"}
 
     @property

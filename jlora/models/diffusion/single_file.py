@@ -1,4 +1,4 @@
-"""Single-file checkpoints in the layout of the authors' code: UNet, autoencoder and text encoders in one .safetensors."""
+"""Checkpoints in one .safetensors file, in the layout of the authors' code: UNet, autoencoder and text encoders."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from jlora.models import checkpoint, clip, files, place, quantised, unet, vae
 from jlora.models.catalogue import architecture_of
 from jlora.models.clip.modeling import CLIPText, CLIPTextConfig
 from jlora.models.diffusion.noise import Noise
-from jlora.models.diffusion.pipeline import TEXTS, Pipeline, check_parts, table_of
+from jlora.models.diffusion.pipeline import Pipeline, check_parts, table_of
 from jlora.models.diffusion.prompts import with_tokenizer
 from jlora.models.tensors import LINEAR, Leaf, Part, embedding, layered, leaf, linear, norm, tensor_shape
 from jlora.models.tokenizer import Tokenizer
@@ -79,8 +79,8 @@ def load_file(
     Args:
       file: the checkpoint; its tensors go to the devices one by one.
       tokenizer: a folder with CLIP's vocab.json and merges.txt, which no such file has: that of any pipeline's.
-      noise: that the UNet was trained with. None for the family's; Stable Diffusion 2.x has two, which the file does not
-        tell: `Noise()` for 512 pixels, `Noise(prediction="v_prediction")` for 768.
+      noise: that the UNet was trained with. None for the family's; Stable Diffusion 2.x has two, which the file does
+        not tell: `Noise()` for 512 pixels, `Noise(prediction="v_prediction")` for 768.
       configs: part -> its config, of models of other shapes than the published ones.
       parts, options: as in `load`: `dtype`, `param_dtype`, `scan`, `remat`, `attention`, `quantize`.
 
@@ -96,8 +96,8 @@ def load_file(
     family = family_of(found, f"'{path}'")
     if noise is None and family.noise is None:
         raise ValueError(
-            f"'{path}' is of {family.name}, and no tensor says what its UNet predicts: pass noise=Noise() (512 pixels) or "
-            "noise=Noise(prediction='v_prediction') (768 pixels), of jlora.models.diffusion"
+            f"'{path}' is of {family.name}, and no tensor says what its UNet predicts: pass noise=Noise() (512 pixels) "
+            "or noise=Noise(prediction='v_prediction') (768 pixels), of jlora.models.diffusion"
         )
     xl, read = "text_encoder_2" in family.texts, {}
     for part, (kind, config, prefix, table, ignored) in _parts(family, found, configs or {}).items():
@@ -189,7 +189,7 @@ def _read(
 
 
 def fitted(found: Mapping[str, files.Tensor], expected: Mapping[str, tuple[int, ...]]) -> dict[str, files.Tensor]:
-    """The tensors, linear layers that are 1 x 1 convolutions in the file, or the reverse, with the shape that is expected."""
+    """The tensors with the shapes that are expected, where a linear layer is a 1 x 1 convolution in the file, or so."""
     result = {}
     for key, tensor in found.items():
         shape = expected.get(key, tensor.shape)

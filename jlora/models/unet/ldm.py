@@ -1,4 +1,4 @@
-"""The names that the authors' code has for a UNet's modules: those of single-file checkpoints, and of kohya's SDXL files.
+"""The names that the authors' code has for a UNet's modules: of single-file checkpoints and of kohya's SDXL files.
 
 Source: https://github.com/CompVis/latent-diffusion, ldm/modules/diffusionmodules/openaimodel.py.
 """
