@@ -149,10 +149,12 @@ def test_fields_that_cannot_be():
         unet.UNetConfig(depths=(1, 1))
     with pytest.raises(FieldError, match=r"widths\[1\] must be a whole number, got 1.5"):
         unet.UNetConfig(widths=(320, 1.5))
-    with pytest.raises(FieldError, match=r"widths must be a tuple of 1 to 16, got \[128\]"):
+    with pytest.raises(FieldError, match=r"widths must be a tuple of 1 to 8, got \[128\]"):
         vae.VAEConfig(widths=[128])
     with pytest.raises(FieldError, match=r"widths=\(100,\) are not all multiples of groups=32"):
         vae.VAEConfig(widths=(100,))
+    with pytest.raises(FieldError, match=r"layers=16 and depths=\(64, 64, 64, 0\) make 6468 blocks, at most 1024 are built"):
+        unet.UNetConfig(layers=16, depths=(64, 64, 64, 0))
     with pytest.raises(ValueError, match="middle=2 and depths="):
         architecture_of(unet.UNetConfig()).write(unet.UNetConfig(depths=(1, 1, 1, 1), middle=2))
 

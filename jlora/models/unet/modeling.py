@@ -20,8 +20,9 @@ from jlora.models.layers import dense
 from jlora.models.resnet import Downsample, Resnet, Upsample, conv, group_norm
 from jlora.models.stack import check_remat, computed_again, stack
 
-Widths = Annotated[tuple[int, ...], fields.Several(fields.Whole(1, 2**14), 16)]
-Depths = Annotated[tuple[int, ...], fields.Several(fields.Whole(0, 2**8), 16)]
+Widths = Annotated[tuple[int, ...], fields.Several(fields.Whole(1, 2**14), 8)]
+Depths = Annotated[tuple[int, ...], fields.Several(fields.Whole(0, 64), 8)]
+MOST = 1024  # blocks: no number in a file makes a model of more
 SIZES = 6  # numbers of `sizes`
 LAYER_NORM, GROUP_NORM = 1e-5, 1e-6  # epsilons within a transformer, whatever the config says
 
@@ -56,9 +57,9 @@ class UNetConfig:
     outputs: fields.Channels = 4
     widths: Widths = (320, 640, 1280, 1280)
     depths: Depths = (1, 1, 1, 0)
-    middle: Annotated[int, fields.Whole(1, 2**8)] = 1
+    middle: Annotated[int, fields.Whole(1, 64)] = 1
     heads: Widths = (8, 8, 8, 8)
-    layers: fields.Layers = 2
+    layers: Annotated[int, fields.Whole(1, 16)] = 2
     context_width: fields.Features = 768
     linear_projection: bool = False
     groups: fields.Heads = 32
@@ -88,6 +89,12 @@ class UNetConfig:
                     f"widths={self.widths} are not all multiples of groups={self.groups} and heads={self.heads}",
                     "widths", "groups", "heads",
                 )  # fmt: skip
+        blocks = sum((2 * self.layers + 1) * (1 + depth) for depth in self.depths)
+        if blocks > MOST:
+            raise fields.FieldError(
+                f"layers={self.layers} and depths={self.depths} make {blocks} blocks, at most {MOST} are built",
+                "layers", "depths",
+            )  # fmt: skip
         if self.added is not None and self.added <= SIZES * self.added_time:
             raise fields.FieldError(
                 f"added={self.added} leaves no room for a text beside {SIZES} sizes of added_time={self.added_time}",

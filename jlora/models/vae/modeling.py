@@ -44,8 +44,8 @@ class VAEConfig:
     size: fields.Pixels = 512
     channels: fields.Channels = 3
     latents: fields.Channels = 4
-    widths: Annotated[tuple[int, ...], fields.Several(fields.Whole(1, 2**14), 16)] = (128, 256, 512, 512)
-    layers: fields.Layers = 2
+    widths: Annotated[tuple[int, ...], fields.Several(fields.Whole(1, 2**14), 8)] = (128, 256, 512, 512)
+    layers: Annotated[int, fields.Whole(1, 16)] = 2
     groups: fields.Heads = 32
     epsilon: fields.Epsilon = 1e-6
     scaling: Annotated[float, fields.Real(0.0, 1e6, "low")] = 0.18215
