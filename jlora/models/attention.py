@@ -97,12 +97,17 @@ def _attend(
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
     if implementation == "cudnn" and bias is not None:  # and a bias of the operands' dtype
         bias = bias.astype(query.dtype)
+    length, lengths = query.shape[1], {}
+    if implementation == "cudnn" and not more:
+        query, key, value, lengths = _even(query, key, value)
     try:
         with jax.numpy_dtype_promotion("standard"):  # inside, it promotes half operands to float32 by itself
-            return jax.nn.dot_product_attention(
+            out = jax.nn.dot_product_attention(
                 query, key, value, bias, mask, scale=scale, is_causal=causal,
                 local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
+                **lengths,
             )  # fmt: skip
+            return out[:, :length]
     except RuntimeError as error:
         if "cuDNN" not in str(error):
             raise
@@ -110,6 +115,20 @@ def _attend(
             f"attention='cudnn' needs cuDNN's library where the program is made, which JAX's CUDA wheels bring "
             f"({error}); 'xla' is the plain form, 'auto' takes cuDNN's where it can"
         ) from error
+
+
+def _even(
+    query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Operands of even lengths, and the lengths that they had: flash attention has no gradient for odd ones.
+
+    That is JAX's check, which takes every program for one with a bias. A text of CLIP's has 77 tokens.
+    """
+    sizes = {"query_seq_lengths": query.shape[1], "key_value_seq_lengths": key.shape[1]}
+    if not any(size % 2 for size in sizes.values()):
+        return query, key, value, {}
+    query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    return query, key, value, {name: jnp.full(len(query), size, jnp.int32) for name, size in sizes.items()}
 
 
 def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:
@@ -124,7 +143,7 @@ def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:
 
 
 def _fits_flash(query: jax.Array, keys: int, *, masked: bool) -> bool:
-    """Whether cuDNN has flash attention, and its gradient, for such operands. With a mask it wants even lengths."""
+    """Whether cuDNN has flash attention, and its gradient, for such operands; with a mask, of even lengths alone."""
     width, odd = query.shape[-1], query.shape[1] % 2 or keys % 2
     return query.dtype in (jnp.bfloat16, jnp.float16) and not (width % 8 or width > 128 or (masked and odd))
 
