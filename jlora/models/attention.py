@@ -97,15 +97,16 @@ def _attend(
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
     if implementation == "cudnn" and bias is not None:  # and a bias of the operands' dtype
         bias = bias.astype(query.dtype)
-    length, lengths = query.shape[1], {}
-    if implementation == "cudnn" and not more:
-        query, key, value, lengths = _even(query, key, value)
+    length = query.shape[1]
+    lengths: tuple[jax.Array | None, jax.Array | None] = (None, None)
+    if implementation == "cudnn" and not more and (length % 2 or key.shape[1] % 2):
+        (query, key, value), lengths = _even(query, key, value)
     try:
         with jax.numpy_dtype_promotion("standard"):  # inside, it promotes half operands to float32 by itself
             out = jax.nn.dot_product_attention(
                 query, key, value, bias, mask, scale=scale, is_causal=causal,
                 local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
-                **lengths,
+                query_seq_lengths=lengths[0], key_value_seq_lengths=lengths[1],
             )  # fmt: skip
             return out[:, :length]
     except RuntimeError as error:
@@ -117,18 +118,13 @@ def _attend(
         ) from error
 
 
-def _even(
-    query: jax.Array, key: jax.Array, value: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Operands of even lengths, and the lengths that they had: flash attention has no gradient for odd ones.
+def _even(*operands: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
+    """Query, key and value of even lengths, and the lengths that they had: for others flash attention has no gradient.
 
     That is JAX's check, which takes every program for one with a bias. A text of CLIP's has 77 tokens.
     """
-    sizes = {"query_seq_lengths": query.shape[1], "key_value_seq_lengths": key.shape[1]}
-    if not any(size % 2 for size in sizes.values()):
-        return query, key, value, {}
-    query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
-    return query, key, value, {name: jnp.full(len(query), size, jnp.int32) for name, size in sizes.items()}
+    query, key, _ = (jnp.full(len(x), x.shape[1], jnp.int32) for x in operands)
+    return [jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in operands], (query, key)
 
 
 def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:
