@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.models import attention_blocks, placed
+
 Implementation = Literal["auto", "xla", "cudnn"]
 
 
@@ -25,6 +27,8 @@ class DotProductAttention(nn.Module):
         compiled for CUDA, whatever devices there are here, if the operands allow it and cuDNN is installed where it is
         compiled (JAX's CUDA wheels bring it); every other platform's program has the plain form alone. Where the GPUs
         at hand are older than Ampere, the plain form, too.
+      blocks: the plain form takes some queries at a time where there are many, see `attention_blocks`: not with a mask
+        or a bias, nor of arrays that lie split over a mesh.
     """
 
     takes_prefix: ClassVar[bool] = True  # whoever puts keys before the others widens the mask, and nothing else
@@ -34,6 +38,7 @@ class DotProductAttention(nn.Module):
     dropout: float = 0.0
     deterministic: bool = True
     implementation: Implementation = "auto"
+    blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -70,9 +75,14 @@ class DotProductAttention(nn.Module):
             _attend, scale=self.scale, causal=causal, window=window, masked=mask is not None, biased=bias is not None
         )
         more = [x for x in (mask, bias) if x is not None]
-        if self.implementation != "auto":
-            return attend(query, key, value, *more, implementation=self.implementation)
+        if self.implementation == "cudnn":
+            return attend(query, key, value, *more, implementation="cudnn")
         plain = functools.partial(attend, implementation="xla")
+        size = attention_blocks.size_of(length, keys) if self.blocks and not (causal or more) else None
+        if size is not None and query.shape == key.shape and not placed.split(query, key, value):
+            plain = functools.partial(attention_blocks.attend, size=size, scale=self.scale)
+        if self.implementation == "xla":
+            return plain(query, key, value, *more)
         if not (_fits_flash(query, keys, masked=bool(more)) and _has_flash()):
             return plain(query, key, value, *more)
         flash = functools.partial(attend, implementation="cudnn")
