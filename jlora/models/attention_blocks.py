@@ -13,7 +13,7 @@ def size_of(length: int, keys: int) -> int | None:
     """Queries at a time: the largest number up to `SIZE` that divides them; None where all at once is better.
 
     >>> size_of(4096, 4096), size_of(64 * 99, 64 * 99), size_of(4096, 77)
-    (128, 128, None)
+    (128, 99, None)
     """
     if min(length, keys) < LONG:
         return None
