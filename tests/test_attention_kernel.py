@@ -88,6 +88,33 @@ def test_without_cudnn_the_plain_form_is_compiled_and_asking_for_the_other_is_an
         fn(*args)
 
 
+@pytest.mark.parametrize(("length", "keys", "causal", "window"), [
+    (8, 7, False, None), (5, 6, False, None), (5, 5, True, None), (7, 7, True, 3), (6, 6, True, None),
+])  # fmt: skip
+def test_flash_attention_sees_even_lengths_alone(length, keys, causal, window, monkeypatch):
+    """JAX refuses the gradient of others; a text of CLIP's has 77 tokens. cuDNN's own form is JAX's plain one here."""
+    seen = []
+
+    def stand_in(query, key, value, *args, implementation, **options):
+        assert query.shape[1] % 2 == key.shape[1] % 2 == 0
+        seen.append([options[f"{of}_seq_lengths"] is not None for of in ("query", "key_value")])
+        return PLAIN(query, key, value, *args, implementation="xla", **options)
+
+    draw = jax.random.split(jax.random.key(length), 4)
+    q, cotangent = (jax.random.normal(k, (2, length, 2, 8)) for k in draw[:2])
+    k, v = (jax.random.normal(one, (2, keys, 2, 8)) for one in draw[2:])
+
+    def value_and_gradient(implementation):
+        attend = DotProductAttention(causal, window, implementation=implementation)
+        out, back = jax.vjp(lambda *args: attend.apply({}, *args), q, k, v)
+        return out, back(cotangent)
+
+    expected = value_and_gradient("xla")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    close(value_and_gradient("cudnn"), expected)
+    assert seen == [[bool(length % 2 or keys % 2)] * 2]
+
+
 @pytest.mark.usefixtures("cudnn")
 @pytest.mark.loose_promotion  # Flax's norms of bfloat16
 @pytest.mark.parametrize("scan", thorough([False, True], "test_the_platform_that_is_compiled_for_chooses", [True]))

@@ -401,6 +401,22 @@ def test_count(jlora, parsed):
     assert "parameters are trained" in jlora("count", "bert-base", "dora(4)", "--dtype", "float32")
 
 
+@pytest.mark.loose_promotion  # Flax's norms of bfloat16
+def test_count_of_a_unet(jlora, parsed):
+    report = parsed("count", "sd15", "--method", "lora(4)")
+    assert (report["targets"], report["trainable"], report["weights"]) == (["attention"], 797_184, 128)
+    assert report["model_parameters"] == 859_520_964 and report["bytes"]["file"] == 4 * 797_184
+    assert {name: own["trainable"] // 4 for name, own in report["sets"].items()} == {
+        "attention": 199_296, "cross_attention": 99_456, "transformers": 423_936, "locon": 1_050_816, "all": 1_058_216,
+    }  # fmt: skip
+    scanned = parsed("count", "sdxl", "lora(4)", "--targets", "cross_attention", "--targets", "^conv_in")
+    assert (scanned["sites"], scanned["weights"], scanned["sets"]) == (45, 281, {})
+    assert scanned["trainable"] == 4 * (785_920 + 9 * 4 + 320)
+    text = jlora("count", "clip-vit-l-text", "lora(4)")
+    assert "123,060,480 parameters of the model, 294,912 of the adapter: 48 weights, of attention\n" in text
+    assert text.rstrip().endswith("all             72  663,552")
+
+
 @pytest.mark.loose_promotion
 def test_count_of_a_quantised_base(jlora, parsed):
     """GPT-2's layers in NF4: half a byte, a byte for 64 of them, a float for 256 of those, another for each matrix."""
@@ -743,6 +759,11 @@ def test_bad_options(jlora, tmp_path: Path, kohya: Path, pipeline: Path):
     assert (
         say("count", "gpt2", "lora8") == "jlora count: METHOD is a method, written as a call: 'lora(...)'; got 'lora8'"
     )
+    assert (
+        say("count", "gpt2")
+        == "jlora count: count takes one method, as METHOD or by --method: jlora count sd15 'lora(4)'"
+    )
+    assert say("count", "gpt2", "lora(8)", "--method", "lora(8)") == say("count", "gpt2")
     assert (
         say("count", "gpt9", "lora(8)")
         == "jlora count: 'gpt9' is no published size, no folder and no config.json; the nearest size is 'gpt2'"

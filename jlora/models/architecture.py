@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
@@ -43,6 +44,7 @@ class Architecture(NamedTuple):
       layers: (path before the layers' own, such as "text/"; key of config.json that says how many there are).
       fits: config -> whether it is this architecture's; for those that share a dataclass.
       library: whose checkpoints they are: diffusers has other names for files and for the class in config.json.
+      targets: name -> pattern: sets of weights that people adapt, the usual one first.
     """
 
     model_type: str
@@ -61,6 +63,7 @@ class Architecture(NamedTuple):
     layers: tuple[tuple[str, str], ...] = (("", "num_hidden_layers"),)
     fits: Callable[[Any], bool] = lambda config: True
     library: Literal["transformers", "diffusers"] = "transformers"
+    targets: Mapping[str, str] = MappingProxyType({})
 
 
 def check_head(head: str, heads: tuple[Head, ...]) -> None:

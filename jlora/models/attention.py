@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jlora.models import attention_blocks, placed
+
 Implementation = Literal["auto", "xla", "cudnn"]
 
 
@@ -25,6 +27,8 @@ class DotProductAttention(nn.Module):
         compiled for CUDA, whatever devices there are here, if the operands allow it and cuDNN is installed where it is
         compiled (JAX's CUDA wheels bring it); every other platform's program has the plain form alone. Where the GPUs
         at hand are older than Ampere, the plain form, too.
+      blocks: the plain form takes some queries at a time where there are many, see `attention_blocks`: not with a mask
+        or a bias, nor of arrays that lie split over a mesh.
     """
 
     takes_prefix: ClassVar[bool] = True  # whoever puts keys before the others widens the mask, and nothing else
@@ -34,6 +38,7 @@ class DotProductAttention(nn.Module):
     dropout: float = 0.0
     deterministic: bool = True
     implementation: Implementation = "auto"
+    blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -70,9 +75,14 @@ class DotProductAttention(nn.Module):
             _attend, scale=self.scale, causal=causal, window=window, masked=mask is not None, biased=bias is not None
         )
         more = [x for x in (mask, bias) if x is not None]
-        if self.implementation != "auto":
-            return attend(query, key, value, *more, implementation=self.implementation)
+        if self.implementation == "cudnn":
+            return attend(query, key, value, *more, implementation="cudnn")
         plain = functools.partial(attend, implementation="xla")
+        size = attention_blocks.size_of(length, keys) if self.blocks and not (causal or more) else None
+        if size is not None and query.shape == key.shape and not placed.split(query, key, value):
+            plain = functools.partial(attention_blocks.attend, size=size, scale=self.scale)
+        if self.implementation == "xla":
+            return plain(query, key, value, *more)
         if not (_fits_flash(query, keys, masked=bool(more)) and _has_flash()):
             return plain(query, key, value, *more)
         flash = functools.partial(attend, implementation="cudnn")
@@ -97,12 +107,18 @@ def _attend(
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
     if implementation == "cudnn" and bias is not None:  # and a bias of the operands' dtype
         bias = bias.astype(query.dtype)
+    length = query.shape[1]
+    lengths: tuple[jax.Array | None, jax.Array | None] = (None, None)
+    if implementation == "cudnn" and not more and (length % 2 or key.shape[1] % 2):
+        (query, key, value), lengths = _even(query, key, value)
     try:
         with jax.numpy_dtype_promotion("standard"):  # inside, it promotes half operands to float32 by itself
-            return jax.nn.dot_product_attention(
+            out = jax.nn.dot_product_attention(
                 query, key, value, bias, mask, scale=scale, is_causal=causal,
                 local_window_size=None if window is None else (window - 1, 0), implementation=implementation,
+                query_seq_lengths=lengths[0], key_value_seq_lengths=lengths[1],
             )  # fmt: skip
+            return out[:, :length]
     except RuntimeError as error:
         if "cuDNN" not in str(error):
             raise
@@ -110,6 +126,15 @@ def _attend(
             f"attention='cudnn' needs cuDNN's library where the program is made, which JAX's CUDA wheels bring "
             f"({error}); 'xla' is the plain form, 'auto' takes cuDNN's where it can"
         ) from error
+
+
+def _even(*operands: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
+    """Query, key and value of even lengths, and the lengths that they had: for others flash attention has no gradient.
+
+    That is JAX's check, which takes every program for one with a bias. A text of CLIP's has 77 tokens.
+    """
+    query, key, _ = (jnp.full(len(x), x.shape[1], jnp.int32) for x in operands)
+    return [jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in operands], (query, key)
 
 
 def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:
@@ -124,7 +149,7 @@ def causal_mask(length: int, keys: int, window: int | None = None) -> jax.Array:
 
 
 def _fits_flash(query: jax.Array, keys: int, *, masked: bool) -> bool:
-    """Whether cuDNN has flash attention, and its gradient, for such operands. With a mask it wants even lengths."""
+    """Whether cuDNN has flash attention, and its gradient, for such operands; with a mask, of even lengths alone."""
     width, odd = query.shape[-1], query.shape[1] % 2 or keys % 2
     return query.dtype in (jnp.bfloat16, jnp.float16) and not (width % 8 or width > 128 or (masked and odd))
 

@@ -17,6 +17,7 @@ from jlora.models.clip.modeling import (
     CLIPVisionConfig,
     Tower,
 )
+from jlora.models.clip.targets import TARGETS
 from jlora.models.fields import shown
 from jlora.models.tensors import CONV, Leaf, embedding, layered, leaf, linear, norm
 
@@ -166,6 +167,7 @@ TEXT_ARCHITECTURE = Architecture(
     build=CLIPText,
     inputs=lambda c: (TOKENS,),
     table=text_table,
+    targets=TARGETS,
     prefix="text_model.",
     modules=((r"^text_model\.", ""),),
     bare=False,  # transformers 4 knows no others; 5 reads both

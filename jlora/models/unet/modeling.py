@@ -284,7 +284,7 @@ class Attention(nn.Module):
             placed.in_heads(dense(c, width, name, bias=False)(of), self.heads)  # (batch, length, heads, width / heads)
             for name, of in (("to_q", x), ("to_k", context), ("to_v", context))
         )
-        attend = DotProductAttention(implementation=c.attention, name="core")
+        attend = DotProductAttention(implementation=c.attention, blocks=True, name="core")
         return dense(c, width, "to_out")(attend(q, k, v).reshape(x.shape))
 
 

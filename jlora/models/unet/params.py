@@ -12,6 +12,7 @@ from jlora.models.resnet import dotted
 from jlora.models.resnet import rows as resnet
 from jlora.models.tensors import Leaf, convolution, layered, linear, norm
 from jlora.models.unet.modeling import SIZES, UNet, UNetConfig
+from jlora.models.unet.targets import TARGETS
 
 CLASS = "UNet2DConditionModel"
 KEYS = {
@@ -226,4 +227,5 @@ ARCHITECTURE = Architecture(
     inputs=_inputs,
     table=table,
     layers=(),
+    targets=TARGETS,
 )

@@ -1,0 +1,68 @@
+"""Attention by blocks of queries: the numbers and gradients of the plain form, and less memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jlora.models import attention_blocks
+from jlora.models.attention import DotProductAttention
+from tests.conformance import close
+
+
+def operands(length, heads=2, width=8, dtype=jnp.float32):
+    return tuple(
+        3 * jax.random.normal(key, (2, length, heads, width), dtype) for key in jax.random.split(jax.random.key(0), 3)
+    )
+
+
+def value_and_gradient(blocks, args, **options):
+    attend = functools.partial(DotProductAttention(blocks=blocks, implementation="xla", **options).apply, {})
+    out, back = jax.vjp(attend, *args)
+    return out, back(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(out.dtype))
+
+
+@pytest.mark.parametrize(("length", "scale"), [(512, None), (640, 0.7)])
+def test_numbers_and_gradients_are_those_of_the_plain_form(length, scale):
+    args = operands(length)
+    close(value_and_gradient(True, args, scale=scale), value_and_gradient(False, args, scale=scale))
+
+
+@pytest.mark.loose_promotion  # the plain form, in its gradient
+def test_half_precision_is_as_near_as_the_plain_form():
+    exact = value_and_gradient(False, operands(512))
+    args = operands(512, dtype=jnp.bfloat16)
+    gap = lambda found: [
+        float(jnp.abs(a.astype(jnp.float32) - b).max()) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+    ]  # fmt: skip
+    blocks, plain = gap(value_and_gradient(True, args)), gap(value_and_gradient(False, args))
+    assert all(one < 1.5 * other for one, other in zip(blocks, plain, strict=True))
+    assert value_and_gradient(True, args)[0].dtype == jnp.bfloat16
+
+
+def test_scores_of_all_queries_are_nowhere():
+    """16 x 1024 x 1024 scores are 64 MiB in float32; a block has 8."""
+    args = tuple(jax.ShapeDtypeStruct((2, 1024, 8, 8), jnp.float32) for _ in range(3))
+    loss = lambda blocks: lambda *args: jnp.sum(value_of(blocks, *args) ** 2)
+    held = [
+        jax.jit(jax.grad(loss(blocks), (0, 1, 2))).lower(*args).compile().memory_analysis().temp_size_in_bytes
+        for blocks in (False, True)
+    ]
+    assert held[0] > 64 * 2**20 and held[1] < 40 * 2**20
+
+
+def value_of(blocks, *args):
+    return DotProductAttention(blocks=blocks).apply({}, *args)
+
+
+def test_few_queries_texts_masks_and_lengths_without_divisors_are_taken_at_once():
+    assert [attention_blocks.size_of(*sizes) for sizes in ((4096, 4096), (256, 256), (4096, 77), (521, 521), (576, 576))] == [
+        128, None, None, None, 96,
+    ]  # fmt: skip
+    q, k, v = operands(512)
+    has_loop = lambda *args, **options: (
+        "scan" in str(jax.make_jaxpr(functools.partial(DotProductAttention(blocks=True, **options).apply, {}))(*args))
+    )
+    assert has_loop(q, k, v) and not has_loop(q, k[:, :77], v[:, :77])
+    assert not has_loop(q, k, v, causal=True) and not has_loop(q, k, v, jnp.ones((1, 1, 512, 512), bool))
