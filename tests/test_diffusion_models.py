@@ -70,7 +70,11 @@ def test_published_sizes_have_their_parameters_tensors_and_config(name, paramete
 
 @pytest.mark.parametrize(
     ("name", "golden"),
-    [("clip-vit-l-text", "text_vit_l"), ("openclip-vit-h-text", "text_vit_h"), ("openclip-vit-bigg-text", "text_big_g")],
+    [
+        ("clip-vit-l-text", "text_vit_l"),
+        ("openclip-vit-h-text", "text_vit_h"),
+        ("openclip-vit-bigg-text", "text_big_g"),
+    ],
 )
 def test_text_encoders_have_the_layers_that_files_of_adapters_name(name, golden):
     config = dataclasses.replace(clip.PRESETS[name], scan=True)
@@ -153,7 +157,9 @@ def test_fields_that_cannot_be():
         vae.VAEConfig(widths=[128])
     with pytest.raises(FieldError, match=r"widths=\(100,\) are not all multiples of groups=32"):
         vae.VAEConfig(widths=(100,))
-    with pytest.raises(FieldError, match=r"layers=16 and depths=\(64, 64, 64, 0\) make 6468 blocks, at most 1024 are built"):
+    with pytest.raises(
+        FieldError, match=r"layers=16 and depths=\(64, 64, 64, 0\) make 6468 blocks, at most 1024 are built"
+    ):
         unet.UNetConfig(layers=16, depths=(64, 64, 64, 0))
     with pytest.raises(ValueError, match="middle=2 and depths="):
         architecture_of(unet.UNetConfig()).write(unet.UNetConfig(depths=(1, 1, 1, 1), middle=2))

@@ -179,7 +179,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` of whole features."""
+    """`nn.GroupNorm` of whole features, with variance E (x - E x)^2: E x^2 - (E x)^2 loses it beside a large mean."""
+
+    use_fast_variance: bool = False
 
     @nn.nowrap
     def param(self, *args: Any, **kwargs: Any) -> Any:

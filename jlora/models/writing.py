@@ -1,6 +1,7 @@
 """Parameters to a checkpoint's safetensors files."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def write_tensors(
         save_file(tensors, written[folder / name], metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
-    for old in [*folder.glob(f"{stem}*.safetensors"), folder / several]:  # all is written: what was there may go
+    parts = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")  # without a variant
+    for old in [*(path for path in folder.iterdir() if parts.fullmatch(path.name)), folder / several]:  # all is written
         old.unlink(missing_ok=True)
     for path, temporary in written.items():
         temporary.replace(path)

@@ -71,7 +71,9 @@ def apart(pipeline: object, tensors: dict[str, torch.Tensor]) -> float:
         if any(key.startswith(prefix) for key in tensors):
             encoder = getattr(pipeline, part)
             found[part] = single_file_utils.convert_open_clip_checkpoint(encoder, dict(tensors), prefix=prefix)
-    bare = lambda tensors: {key.removeprefix("text_model."): x for key, x in tensors.items()}  # spelt with it and without
+    bare = lambda tensors: {
+        key.removeprefix("text_model."): x for key, x in tensors.items()
+    }  # spelt with it and without
     worst = 0.0
     for part, converted in found.items():
         own, converted = bare(getattr(pipeline, part).state_dict()), bare(converted)

@@ -22,7 +22,7 @@ from jlora.models.vae import sampled
 
 Lift = Callable[[Callable[..., Any]], Callable[..., Any]]
 Choice = str | Callable[[Noise, int], Sampler] | None
-GUIDANCE = {False: 7.5, True: 5.0}  # of SD and of SDXL, as in diffusers
+GUIDANCE = {False: 7.5, True: 5.0}  # of SD and of SDXL, as in diffusers from a text
 
 
 class Setting(NamedTuple):
@@ -35,8 +35,7 @@ class Setting(NamedTuple):
     first: int  # step to begin with
     guided: bool
     rescaled: bool
-    zeros: bool
-    clip_skip: int | None
+    clip_skip: int
     xl: bool
     lift: Lift | None
 
@@ -88,57 +87,74 @@ def generate(
         does not see.
       negative: for each image what is not to be seen; None for nothing ("", or SDXL's zeros).
       steps: of the sampler.
-      guidance: s; 7.5, and 5.0 of SDXL, when None. At 1 the negative prompts are not looked at.
+      guidance: s; 7.5, and 5.0 of SDXL, when None. Up to 1 there is none, as in diffusers (Turbo models say 0):
+        negative prompts and `rescale` are not looked at.
       sampler: a name in `samplers`, such as "dpmpp_2m"; a function of noise and steps, which is kept by the caller, for
         a new one compiles anew; or None for the pipeline's.
       height, width: of the images, in pixels: multiples of the autoencoder's factor, 8. When None those of `image`, or
         those that the UNet was trained with.
       latents: noise to start with, (images, height / 8, width / 8, channels), normal; drawn by `key` when None.
       image: to start from, (images, height, width, channels) in [0, 1]; or its latents as the UNet sees them.
-      mask: where to paint in `image`, (images, height, width, 1), 1 there and 0 elsewhere. By a UNet of 9 channels, or
-        by any: it sees at each step the image, with its noise, where the mask is 0.
+      mask: where to paint in `image`, (images, height, width, 1), 1 there and 0 elsewhere, parted at 0.5. By a UNet of
+        9 channels, or by any: it sees at each step the image, with its noise, where the mask is 0.
       strength: part of the steps that are made from `image`, in (0, 1]; 0.8, and 1 with a mask, when None.
       rescale: phi of Lin et al.: a share of the prediction is brought to the deviation that e_prompt has.
       sizes: SDXL's (images, 6), see `UNet`; when None those of a whole image of this height and width.
       clip_skip: blocks of the text encoders to leave out at the end, as in diffusers.
       long: a prompt of over 77 tokens is an error, "raise", or is "cut", or encoded in pieces, "chunk".
-      lift: for adapted or quantised parameters: `jlora.lift`.
-      sharding: of the images over devices, one axis; the parameters lie where the caller has them.
+      lift: for adapted or quantised parameters: `jlora.lift`. Keep a partial of it: a new one compiles anew.
+      sharding: of the images over devices, one axis, of a mesh with Auto axes; the parameters lie where the caller has
+        them.
 
     Returns:
       (images, height, width, channels), float32, in [0, 1].
 
     Raises:
       ValueError: for numbers of prompts, keys, images and masks that differ, sides that are no multiples of 8, shapes
-        of other inputs, a strength outside (0, 1], an unknown sampler, a mask without an image, a UNet that paints in
-        masks without one, adapted parameters without `lift`.
+        and values of other inputs, a strength outside (0, 1], an unknown sampler, a mask without an image, a UNet that
+        paints in masks without one, adapted parameters without `lift`, a sharding that does not fit.
+      TypeError: for a key that is none, one string in place of a list.
       FloatingPointError: if an image is NaN, as of a VAE in float16.
 
     Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598, eq. 6; Lin et al., "Common
     Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, eq. 14 to 16 (rescale).
     """
     _check_lifted(pipeline.params, lift)
-    rows, scale = len(prompts), GUIDANCE[pipeline.xl] if guidance is None else guidance
+    if isinstance(prompts, str):
+        raise TypeError("prompts is a string, expected a list of them: pass [prompt]")
+    if isinstance(sampler, Sampler):
+        raise TypeError(
+            "sampler= is a Sampler, expected its name or the function that makes it, such as diffusion.ddim"
+        )
+    rows, scale = len(prompts), GUIDANCE[pipeline.xl] if guidance is None else float(guidance)
+    image, mask = (None if x is None else np.asarray(x, np.float32) for x in (image, mask))
     vae = _config(pipeline, "vae")
     high, wide = _sides(pipeline, image, height, width)
     shape = (rows, high // vae.factor, wide // vae.factor, vae.latents)
     _check_image(pipeline, image, mask, (rows, high, wide), shape, strength)
     keys = _keys(key, rows)
-    guided = scale != 1
+    guided = scale > 1
     tokens, others = _tokens(pipeline, prompts, negative, guided, long)
     if latents is not None and latents.shape != shape:
         raise ValueError(f"latents is {latents.shape}, expected {shape} for images of {high} x {wide}")
+    if sizes is not None and not pipeline.xl:
+        raise ValueError("sizes= are conditions of SDXL: this pipeline's UNet takes none")
     if sizes is None:
         sizes = np.tile(np.asarray([[high, wide, 0, 0, high, wide]], np.float32), (rows, 1))
+    if np.shape(sizes) != (rows, 6):
+        raise ValueError(f"sizes is {np.shape(sizes)}, expected {(rows, 6)}")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale={rescale} is not in [0, 1]")
+    _check_sharding(sharding, rows)
     setting = Setting(
-        tuple(pipeline.modules.items()), pipeline.noise, sampler or pipeline.sampler, steps,
-        _first(steps, strength, image, mask), guided, rescale > 0, others is None, clip_skip, pipeline.xl, lift,
+        tuple(sorted(pipeline.modules.items())), pipeline.noise, sampler or pipeline.sampler, steps,
+        _first(steps, strength, image, mask), guided, rescale > 0, clip_skip or 0, pipeline.xl, lift,
     )  # fmt: skip
     inputs = Inputs(
         tokens, others, keys, _noise(keys, shape) if latents is None else jnp.asarray(latents, jnp.float32),
         jnp.asarray(sizes, jnp.float32), jnp.float32(scale), jnp.float32(rescale),
-        None if image is None else jnp.asarray(image, jnp.float32),
-        None if mask is None else jnp.asarray(mask, jnp.float32),
+        None if image is None else jnp.asarray(image),
+        None if mask is None else jnp.asarray(mask >= 0.5, jnp.float32),
     )  # fmt: skip
     if sharding is not None:
         inputs = jax.tree.map(lambda x: jax.device_put(x, sharding) if x.ndim else x, inputs)
@@ -167,7 +183,7 @@ def _program(s: Setting, params: Mapping[str, Any], inputs: Inputs) -> tuple[jax
         given = sampler.scale(i, x)
         if kept.beside is not None:
             given = jnp.concatenate([given, kept.beside], axis=-1)
-        twice = (lambda y: jnp.concatenate([y, y])) if s.guided else (lambda y: y)
+        twice = (lambda y: _paired(y, y)) if s.guided else (lambda y: y)
         times = jnp.broadcast_to(jnp.asarray(sampler.timesteps)[i], (len(conditions.context),))
         added = {"pooled": conditions.pooled, "sizes": twice(inputs.sizes)} if s.xl else {}
         out = call(unet)({"params": params["unet"]}, twice(given), times, conditions.context, **added)["out"]
@@ -190,7 +206,7 @@ def _program(s: Setting, params: Mapping[str, Any], inputs: Inputs) -> tuple[jax
 
 
 def _conditions(s: Setting, modules: Mapping[str, Any], params: Mapping[str, Any], inputs: Inputs) -> Encoded:
-    """Of the negative prompts, then of the prompts: the order of a guided batch."""
+    """Of each image's negative prompt and of its prompt, one after the other: both are on one device."""
     names = [name for name in TEXTS if name in modules]
     of = functools.partial(
         encode, [modules[name] for name in names], [params[name] for name in names], xl=s.xl, clip_skip=s.clip_skip,
@@ -200,7 +216,12 @@ def _conditions(s: Setting, modules: Mapping[str, Any], params: Mapping[str, Any
     if not s.guided:
         return own
     others = jax.tree.map(jnp.zeros_like, own) if inputs.negative is None else of(tokens=inputs.negative)
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), others, own)
+    return jax.tree.map(_paired, others, own)
+
+
+def _paired(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Rows of both in turn: a_0, b_0, a_1, ..."""
+    return jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])
 
 
 class _Kept(NamedTuple):
@@ -233,7 +254,7 @@ def _kept(s: Setting, call: Callable[..., Any], config: Any, params: Any, inputs
 
 
 def _guided(s: Setting, out: jax.Array, inputs: Inputs) -> jax.Array:
-    negative, prompt = jnp.split(out, 2)
+    negative, prompt = out[0::2], out[1::2]
     both = negative + inputs.guidance * (prompt - negative)
     if not s.rescaled:
         return both
@@ -261,8 +282,9 @@ def _config(pipeline: Pipeline, part: str) -> Any:
 
 def _keys(key: jax.Array, rows: int) -> jax.Array:
     """A key for each image."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"key is an array of {key.dtype}, expected jax.random.key(seed), or one for each image")
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        what = f"an array of {key.dtype}" if isinstance(key, jax.Array) else repr(key)
+        raise TypeError(f"key is {what}, expected jax.random.key(seed), or one for each image")
     if key.ndim == 0:
         return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
     if key.shape != (rows,):
@@ -279,16 +301,18 @@ def _tokens(
     if negative is None and not (pipeline.xl and pipeline.zeros):
         negative = [""] * len(prompts)
     texts = [prompts] if negative is None or not guided else [prompts, negative]
-    found: list[list[jax.Array]] = [[] for _ in texts]
-    for part, tokenizer in pipeline.tokenizers.items():
-        context = _config(pipeline, part).context
-        rows = [tokens_of(tokenizer, own, long=long, context=context) for own in texts]
-        chunks = max(row.shape[1] for row in rows) // context
-        if chunks > 1:
-            rows = [tokens_of(tokenizer, own, long=long, context=context, chunks=chunks) for own in texts]
-        for own, row in zip(found, rows, strict=True):
-            own.append(jnp.asarray(row))
-    return tuple(found[0]), tuple(found[1]) if len(found) > 1 else None
+    readers = [
+        (pipeline.tokenizers[part], _config(pipeline, part).context) for part in TEXTS if part in pipeline.modules
+    ]
+
+    def read(chunks: int) -> list[list[np.ndarray]]:
+        return [[tokens_of(by, own, long=long, context=n, chunks=chunks) for by, n in readers] for own in texts]
+
+    found = read(1)
+    chunks = max(row.shape[1] // n for rows in found for row, (_, n) in zip(rows, readers, strict=True))
+    found = read(chunks) if chunks > 1 else found  # as many pieces of all, also by another tokenizer
+    own, *others = (tuple(map(jnp.asarray, rows)) for rows in found)
+    return own, others[0] if others else None
 
 
 def _sides(pipeline: Pipeline, image: Any, height: int | None, width: int | None) -> tuple[int, int]:
@@ -297,9 +321,9 @@ def _sides(pipeline: Pipeline, image: Any, height: int | None, width: int | None
     if image is not None and image.ndim == 4:
         encoded = image.shape[-1] == vae.latents and vae.latents != vae.channels
         usual = (image.shape[1] * (vae.factor if encoded else 1), image.shape[2] * (vae.factor if encoded else 1))
-    sides = (height or usual[0], width or usual[1])
+    sides = (usual[0] if height is None else height, usual[1] if width is None else width)
     for name, side in zip(("height", "width"), sides, strict=True):
-        if side % vae.factor or side < vae.factor:
+        if not isinstance(side, int) or side % vae.factor or side < vae.factor:
             near = max(round(side / vae.factor), 1) * vae.factor
             raise ValueError(f"{name}={side} is no multiple of {vae.factor}, as the autoencoder wants it: {near} is")
     return sides
@@ -329,12 +353,33 @@ def _check_image(
         raise ValueError(f"image is {image.shape}, expected {pixels} in [0, 1], or latents of {shape}")
     if image is not None and image.shape == shape != pixels and unet.channels != vae.latents:
         raise ValueError("to paint in a mask this UNet has to see the image: pass its pixels, not its latents")
-    if image is not None and image.shape == pixels and (np.min(image) < 0 or np.max(image) > 1):
-        raise ValueError(
-            f"image has values from {np.min(image):g} to {np.max(image):g}, expected [0, 1]: divide by 255"
-        )
+    if image is not None and not np.isfinite(image).all():
+        raise ValueError("image has values that are not finite")
+    if image is not None and image.shape == pixels and (image.min() < 0 or image.max() > 1):
+        how = "divide by 255" if image.max() > 2 else "x / 2 + 0.5 of [-1, 1]"
+        raise ValueError(f"image has values from {image.min():g} to {image.max():g}, expected [0, 1]: {how}")
     if mask is not None and mask.shape != (*expected, 1):
         raise ValueError(f"mask is {mask.shape}, expected {(*expected, 1)}, 1 where to paint")
+    if mask is not None and not (np.isfinite(mask).all() and mask.min() >= 0 and mask.max() <= 1):
+        raise ValueError(
+            f"mask has values from {mask.min():g} to {mask.max():g}, expected 1 where to paint, 0 elsewhere"
+        )
+
+
+def _check_sharding(sharding: jax.sharding.Sharding | None, rows: int) -> None:
+    """Raises a ValueError for images that do not lie evenly, and for a mesh whose axes are no Auto axes."""
+    if sharding is None:
+        return
+    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    if any(kind != jax.sharding.AxisType.Auto for kind in kinds):
+        raise ValueError(
+            "sharding= is of a mesh with Explicit axes, and convolutions want Auto ones: "
+            "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
+        )
+    try:
+        sharding.shard_shape((rows,))
+    except ValueError as error:
+        raise ValueError(f"sharding= does not fit {rows} images, of which it says one axis: {error}") from error
 
 
 def _first(steps: int, strength: float | None, image: Any, mask: Any) -> int:

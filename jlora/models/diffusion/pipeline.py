@@ -4,20 +4,24 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flax import linen as nn
 
 from jlora.models import checkpoint, files, place, reading, writing
+from jlora.models.architecture import flag_of
 from jlora.models.catalogue import architecture_of
+from jlora.models.clip.modeling import CLIPTextConfig
 from jlora.models.diffusion import scheduler_config
 from jlora.models.diffusion.noise import Noise
 from jlora.models.diffusion.prompts import with_tokenizer
 from jlora.models.fields import shown
 from jlora.models.tensors import Leaf
 from jlora.models.tokenizer import Tokenizer
+from jlora.models.unet.modeling import UNetConfig
+from jlora.models.vae.modeling import VAEConfig
 
 INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
 SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
@@ -46,7 +50,7 @@ class Pipeline:
     """
 
     modules: Mapping[str, nn.Module]
-    params: Mapping[str, Any]
+    params: Mapping[str, Any] = field(repr=False)
     tokenizers: Mapping[str, Tokenizer]
     noise: Noise
     sampler: str = "pndm"
@@ -67,7 +71,7 @@ class Pipeline:
 
     @property
     def adaptable(self) -> dict[str, Any]:
-        """Parameters of the parts that files of adapters speak of, for `jlora.diffusers.load(file, adaptable, tables)`."""
+        """Parameters of the parts that files of adapters speak of: `jlora.diffusers.load(file, adaptable, tables)`."""
         return {name: own for name, own in self.params.items() if name != "vae"}
 
     @property
@@ -95,7 +99,8 @@ def load(
 
     Args:
       name: a folder with model_index.json, or "stabilityai/stable-diffusion-xl-base-1.0".
-      variant: of the files: "fp16"; those without one when None. A part that has none in this variant is an error.
+      variant: of the files: "fp16"; those without one when None. A part that has none in this variant is an error:
+        parts={"vae": {"variant": None}} takes its others.
       revision: of the repository: a branch, tag or commit.
       parts: part -> further options of that part alone: {"text_encoder": {"quantize": "nf4"}}.
       options: of every part, as of `jlora.models.load`: `dtype`, `param_dtype`, `scan`, `remat`, `attention`,
@@ -116,10 +121,15 @@ def load(
     for part in (*names, "scheduler", *(TEXTS[part] for part in names if part in TEXTS)):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"'{folder}' lacks its {part}: there is no folder of that name in it")
+        if not (folder / part).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"'{folder / part}' is a link that leads out of the pipeline's folder")
     own = {part: {**options, **(parts or {}).get(part, {})} for part in names}
     if xl:
         own["text_encoder_2"] = {"head": "projection", **own["text_encoder_2"]}
-    loaded = {part: checkpoint.load(folder / part, variant=variant, **own[part]) for part in names}
+    loaded = {part: checkpoint.load(folder / part, **{"variant": variant, **own[part]}) for part in names}
+    fresh = [f"{part}/{path}" for part, pretrained in loaded.items() for path in pretrained.fresh]
+    if fresh:
+        raise ValueError(f"'{folder}' lacks the values of {', '.join(fresh)}: its config.json is of another class")
     tokenizers = {part: Tokenizer.load(folder / TEXTS[part]) for part in names if part in TEXTS}
     modules = {part: pretrained.model for part, pretrained in loaded.items()}
     for part, tokenizer in tokenizers.items():
@@ -129,7 +139,7 @@ def load(
     noise, sampler = scheduler_config.read(reading.read_json(folder / "scheduler" / SCHEDULER))
     return Pipeline(
         modules, {part: pretrained.params for part, pretrained in loaded.items()}, tokenizers, noise, sampler, xl,
-        record.get("force_zeros_for_empty_prompt", True) is not False, folder,
+        _zeros(folder, record), folder,
     )  # fmt: skip
 
 
@@ -142,27 +152,26 @@ def save(folder: str | os.PathLike[str], pipeline: Pipeline, *, largest_shard: i
       largest_shard: in bytes; larger parts are cut into several files with an index.
 
     Raises:
-      ValueError: if parameters are not those of their module, as `jlora.models.save` says; if the pipeline was not
-        loaded from a folder that its tokenizers can be copied from, and the new folder has none.
+      ValueError: if parameters are not those of their module, as `jlora.models.save` says, or the sampler has no name
+        in diffusers. What is wrong with the parameters of a part is found before that part is written.
+      FileNotFoundError: if a tokenizer's files are no longer where it was loaded from.
     """
     folder, source = place.folder_of(folder), pipeline.folder
-    for part in pipeline.tokenizers:
-        if source is None and not (folder / TEXTS[part]).is_dir():
-            raise ValueError(
-                f"save: the pipeline has no folder to copy its tokenizers from: put {TEXTS[part]!r} into '{folder}' "
-                "first, or set folder= to one that has it"
-            )
+    old = {} if source is None else reading.read_json(source / INDEX)
+    scheduler = _scheduler(pipeline)
+    origins = {part: Path(tokenizer.source) for part, tokenizer in pipeline.tokenizers.items()}
+    for part, origin in origins.items():
+        if not origin.is_dir():
+            raise FileNotFoundError(f"save: the tokenizer of the {part} came from '{origin}', which is no folder here")
     for part, module in pipeline.modules.items():
         own = None if source is None else source / part
         checkpoint.save(folder / part, module, pipeline.params[part], source=own, largest_shard=largest_shard)
-    if source is not None and source.resolve() != folder.resolve():
-        for part in pipeline.tokenizers:
-            _copy_tokenizer(source / TEXTS[part], folder / TEXTS[part])
+    for part, origin in origins.items():
+        if origin.resolve() != (folder / TEXTS[part]).resolve():
+            _copy_tokenizer(origin, folder / TEXTS[part])
     (folder / "scheduler").mkdir(exist_ok=True)
-    written = scheduler_config.write(pipeline.noise, pipeline.sampler)
-    writing.write_json(folder / "scheduler" / SCHEDULER, written)
-    old = {} if source is None else reading.read_json(source / INDEX)
-    writing.write_json(folder / INDEX, _index(pipeline, old, str(written["_class_name"])))
+    writing.write_json(folder / "scheduler" / SCHEDULER, scheduler)
+    writing.write_json(folder / INDEX, _index(pipeline, old, str(scheduler["_class_name"])))
 
 
 def check_parts(modules: Mapping[str, Any], *, xl: bool, what: str) -> None:
@@ -173,6 +182,12 @@ def check_parts(modules: Mapping[str, Any], *, xl: bool, what: str) -> None:
       xl: the pipeline is of SDXL's kind.
       what: they are, for the error.
     """
+    kinds = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig}
+    for part, module in modules.items():
+        if not isinstance(module.config, kinds[part]):
+            raise ValueError(
+                f"the {part} of {what} is a {type(module).__name__}, and its folder or file another part's"
+            )
     unet, vae = modules["unet"].config, modules["vae"].config
     texts = [modules[part].config for part in TEXTS if part in modules]
     width, made = unet.context_width, sum(c.width for c in texts)
@@ -191,11 +206,15 @@ def check_parts(modules: Mapping[str, Any], *, xl: bool, what: str) -> None:
 
 def _wanted(variant: str | None) -> tuple[str, ...]:
     """Patterns of files to fetch from the hub: of one variant alone."""
-    small = (INDEX, *(f"*/{pattern}" for pattern in files.SMALL))
-    stems = tuple(files.STEMS.values())
-    if variant is None:
-        return (*small, *(f"*/{stem}{end}.safetensors" for stem in stems for end in ("", "-[0-9]*-of-[0-9]*[0-9]")))
-    return (*small, *(f"*/{stem}{end}.safetensors" for stem in stems for end in (f".{variant}*", f"-*.{variant}")))
+    five = "[0-9]" * 5
+    ends = (
+        ("", f"-{five}-of-{five}")
+        if variant is None
+        else (f".{variant}", f".{variant}-{five}-of-{five}", f"-{five}-of-{five}.{variant}")
+    )
+    stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"} | dict.fromkeys(TEXTS, "model")
+    small = [f"{part}/{pattern}" for part in (*stems, "scheduler", *TEXTS.values()) for pattern in files.SMALL]
+    return (INDEX, *small, *(f"{part}/{stem}{end}.safetensors" for part, stem in stems.items() for end in ends))
 
 
 def _kind(folder: Path, record: Mapping[str, Any]) -> bool:
@@ -204,6 +223,22 @@ def _kind(folder: Path, record: Mapping[str, Any]) -> bool:
     if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(f"'{folder / INDEX}' is of the class {shown(name)}; supported are {', '.join(CLASSES)}")
     return CLASSES[name]
+
+
+def _zeros(folder: Path, record: Mapping[str, Any]) -> bool:
+    try:
+        return flag_of(record, "force_zeros_for_empty_prompt", default=True)
+    except ValueError as error:
+        raise ValueError(str(error).replace("config.json", f"'{folder / INDEX}'")) from error
+
+
+def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
+    """Content of scheduler_config.json: as it was, where nothing of it is changed."""
+    if pipeline.folder is not None:
+        record = reading.read_json(pipeline.folder / "scheduler" / SCHEDULER)
+        if scheduler_config.read(record) == (pipeline.noise, pipeline.sampler):
+            return record
+    return scheduler_config.write(pipeline.noise, pipeline.sampler)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
@@ -217,7 +252,9 @@ def _index(pipeline: Pipeline, old: Mapping[str, Any], scheduler: str) -> dict[s
     """Content of model_index.json: the parts that are there, and no others."""
     kept = {key: value for key, value in old.items() if not isinstance(value, list)}
     kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-    index: dict[str, Any] = {"_class_name": XL if pipeline.xl else SD} | kept
+    painting = pipeline.modules["unet"].config.channels != pipeline.modules["vae"].config.latents
+    kind = XL if pipeline.xl else SD
+    index: dict[str, Any] = {"_class_name": kind.replace("Pipeline", "InpaintPipeline") if painting else kind} | kept
     index |= {part: ["diffusers" if part in ("unet", "vae") else "transformers", kind] for part, kind in kinds.items()}
     index |= {tokenizer: ["transformers", "CLIPTokenizer"] for tokenizer in map(TEXTS.__getitem__, pipeline.tokenizers)}
     index |= {"scheduler": ["diffusers", scheduler], "feature_extractor": ABSENT}

@@ -1,11 +1,14 @@
 """Checkpoints in one .safetensors file, in the layout of the authors' code: UNet, autoencoder and text encoders."""
 
+import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
@@ -28,14 +31,12 @@ class Family(NamedTuple):
 
     Attributes:
       name: people call it by.
-      width: of the texts that its UNet attends to.
       unet, vae: their configs.
       texts: part -> (the encoder's config, prefix of its keys, whether they have OpenCLIP's names).
       noise: that its UNet was trained with, None where the family has several.
     """
 
     name: str
-    width: int
     unet: unet.UNetConfig
     vae: vae.VAEConfig
     texts: Mapping[str, tuple[CLIPTextConfig, str, bool]]
@@ -47,15 +48,15 @@ VIT_L, VIT_H, BIG_G = (
 )
 FAMILIES = (
     Family(
-        "Stable Diffusion 1.x", 768, unet.PRESETS["sd15"], vae.PRESETS["sd15-vae"],
+        "Stable Diffusion 1.x", unet.PRESETS["sd15"], vae.PRESETS["sd15-vae"],
         {"text_encoder": (VIT_L, "cond_stage_model.transformer.", False)}, Noise(),
     ),
     Family(
-        "Stable Diffusion 2.x", 1024, unet.PRESETS["sd21"], vae.PRESETS["sd15-vae"],
+        "Stable Diffusion 2.x", unet.PRESETS["sd21"], vae.PRESETS["sd15-vae"],
         {"text_encoder": (VIT_H, "cond_stage_model.model.", True)}, None,
     ),
     Family(
-        "SDXL", 2048, unet.PRESETS["sdxl"], vae.PRESETS["sdxl-vae"],
+        "SDXL", unet.PRESETS["sdxl"], vae.PRESETS["sdxl-vae"],
         {
             "text_encoder": (VIT_L, "conditioner.embedders.0.transformer.", False),
             "text_encoder_2": (BIG_G, "conditioner.embedders.1.model.", True),
@@ -82,7 +83,8 @@ def load_file(
       noise: that the UNet was trained with. None for the family's; Stable Diffusion 2.x has two, which the file does
         not tell: `Noise()` for 512 pixels, `Noise(prediction="v_prediction")` for 768.
       configs: part -> its config, of models of other shapes than the published ones.
-      parts, options: as in `load`: `dtype`, `param_dtype`, `scan`, `remat`, `attention`, `quantize`.
+      parts, options: as in `load`: `dtype`, `param_dtype`, `scan`, `remat`, `attention`, `sharding`, `quantize`,
+        `block`, `double`.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -94,6 +96,14 @@ def load_file(
         raise FileNotFoundError(f"there is no file '{path}'")
     found = files.headers(path)
     family = family_of(found, f"'{path}'")
+    for name, own in (("parts", parts), ("configs", configs)):
+        known = ["unet", "vae", *family.texts]
+        unknown = sorted(set(own or {}) - set(known))
+        if unknown:
+            raise ValueError(
+                f"load_file: {name}= speaks of {unknown[0]!r}; the parts of '{path}' are {', '.join(known)}"
+            )
+    noise = noise or _marked(found, f"'{path}'")
     if noise is None and family.noise is None:
         raise ValueError(
             f"'{path}' is of {family.name}, and no tensor says what its UNet predicts: pass noise=Noise() (512 pixels) "
@@ -116,13 +126,23 @@ def load_file(
     return Pipeline(modules, params, tokenizers, noise or family.noise or Noise(), sampler, xl)
 
 
+def _marked(found: Mapping[str, files.Tensor], what: str) -> Noise | None:
+    """The noise that tensors speak of which some files have for that; None where there are none."""
+    if "edm_mean" in found:
+        raise ValueError(f"{what} is of a UNet of EDM's noise (edm_mean, edm_std), which jlora has not")
+    if "v_pred" not in found:
+        return None
+    plain = Noise(prediction="v_prediction")
+    return dataclasses.replace(plain, zero_snr=True, spacing="trailing") if "ztsnr" in found else plain
+
+
 def family_of(found: Mapping[str, files.Tensor], what: str) -> Family:
     """The family of a checkpoint by its tensors. Raises a ValueError if it is of none."""
-    widths = {tensor.shape[1] for key, tensor in found.items() if key.endswith("attn2.to_k.weight") and UNET in key}
+    attends = any(key.startswith(UNET) and key.endswith("attn2.to_k.weight") for key in found)
     texts = {"SDXL": "conditioner.embedders.1.", "Stable Diffusion 2.x": "cond_stage_model.model."}
     for family in reversed(FAMILIES):
         own = texts.get(family.name, "cond_stage_model.transformer.")
-        if widths and any(key.startswith(own) for key in found):
+        if attends and any(key.startswith(own) for key in found):
             return family
     start = sorted(found)[:3]
     raise ValueError(
@@ -140,7 +160,8 @@ def _parts(
 ) -> dict[str, tuple[type[nn.Module], Any, str, Callable[[Any], list[Leaf]], str]]:
     """Of each part the module, config, prefix of keys, key table, and a pattern of keys that are not read."""
     channels = found.get(f"{UNET}input_blocks.0.0.weight")
-    first = family.unet if channels is None else _with(family.unet, channels=channels.shape[1])
+    painting = channels is not None and channels.shape[1:2] == (9,)
+    first = _with(family.unet, channels=9) if painting else family.unet
     known: dict[str, Any] = {
         "unet": (unet.UNet, first, UNET, unet_table, r"(?!)"),
         "vae": (vae.VAE, family.vae, VAE, vae_table, r"^(loss|model_ema)\."),
@@ -167,10 +188,18 @@ def _read(
 ) -> tuple[nn.Module, Any]:
     """A part's module and parameters."""
     of_load = {name: value for name, value in options.items() if name in ("quantize", "block", "double", "sharding")}
-    halves = [tensor.dtype for tensor in found.values() if tensor.dtype in checkpoint.DTYPES]
-    stored = checkpoint.DTYPES[max(sorted(set(halves)), key=halves.count)] if halves else "float32"
+    if not found:
+        raise ValueError(f"{what}: there are no tensors of it in the file; give a folder, or a file that has all parts")
+    sizes = dict.fromkeys(checkpoint.DTYPES, 0)
+    for tensor in found.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    known = [field.name for field in dataclasses.fields(config)]
     given = {name: value for name, value in options.items() if name not in of_load}
-    param_dtype = given.get("param_dtype", stored)
+    wrong = [name for name in given if name not in known]
+    if wrong:
+        raise TypeError(f"load_file: {type(config).__name__} has no field {wrong[0]!r}; it has {', '.join(known)}")
+    given |= {name: jnp.dtype(given[name]).name for name in ("dtype", "param_dtype") if name in given}
+    param_dtype = given.get("param_dtype", checkpoint.DTYPES[max(checkpoint.DTYPES, key=lambda name: sizes[name])])
     dtypes = {"param_dtype": param_dtype, "dtype": "float32" if param_dtype == "float16" else param_dtype}
     config = _with(config, **{**dtypes, **given})
     module: Any = kind(config)
