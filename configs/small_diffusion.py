@@ -23,18 +23,18 @@ from jlora.models.unet import UNetConfig
 def config() -> Study:
     """The study: three experiments, two runs and three seeds each."""
     unet = UNetConfig(
-        size=32, channels=3, outputs=3, widths=(48, 96, 128), depths=(0, 1, 1), heads=(4, 4, 4), layers=1,
+        size=32, channels=3, outputs=3, widths=(32, 64, 96), depths=(0, 1, 1), heads=(4, 4, 4), layers=1,
         context_width=64, groups=16,
     )  # fmt: skip
     train = Schedule(
-        300, batch=4, evaluate_every=50, warmup=0.1, decay="constant", clip=1.0, ema=0.99, keep="last", pictures_every=100
+        200, batch=4, evaluate_every=100, warmup=0.1, decay="constant", clip=1.0, ema=0.95, keep="last", pictures_every=100
     )
     return drawing.study(
         "small_diffusion",
         Pretrain(
             FromNothing(unet, (*drawing.WORDS, *drawing.CLASSES)),
             Schedule(
-                10_000, batch=32, evaluate_every=1000, warmup=0.02, decay="cosine", clip=1.0, ema=0.999, keep="last",
+                4000, batch=32, evaluate_every=1000, warmup=0.02, decay="cosine", clip=1.0, ema=0.999, keep="last",
                 pictures_every=1000,
             ),
             learning_rate=1e-3,
@@ -43,7 +43,7 @@ def config() -> Study:
         (drawing.dog, "a sks dog", "a dog"),
         (drawing.duotone, ("a horse in sks style", "a ship in sks style", "a ship", "a horse")),
         train,
-        Prior(images=100, steps=50, guidance=2.0, batch=20),
+        Prior(images=100, steps=25, guidance=2.0, batch=20),
         Drawing(each=4, steps=25, guidance=3.0, batch=16),
         seeds=(0, 1, 2),
     )  # fmt: skip

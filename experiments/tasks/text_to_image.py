@@ -85,7 +85,8 @@ class FromNothing:
                 "text_encoder": CLIPText(self.text).init(of_text, tokens)["params"],
             }
 
-        return jax.jit(draw)(jax.random.key(seed))
+        # Threefry's many draws would take minutes to compile for a CPU.
+        return jax.jit(draw)(jax.random.key(seed, impl="rbg"))
 
 
 def tokenizer_of(words: Sequence[str]) -> Tokenizer:
