@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5 learns a subject from three to ten photos: DreamBooth by LoRA, as diffusers' script.
 
 Command:   python -m experiments.train configs/dreambooth_lora_sd15.py
-               task.images=photos/ task.prompt="a photo of sks dog" task.drawing.prompts="('a sks dog in a bucket',)"
+               task.images=photos/ task.prompt="a photo of sks dog" task.drawing.prompts="a sks dog in a bucket"
 Data:      a folder of photos, .jpg or .png, named by task.images; a .txt beside one is its own caption
 Model:     stable-diffusion-v1-5/stable-diffusion-v1-5, or any folder of Stable Diffusion 1.x or 2.x: base=...
 Hardware:  not run: needs a GPU and the hub

@@ -1,7 +1,7 @@
 """SDXL learns a subject from three to ten photos: DreamBooth by LoRA, as diffusers' script.
 
 Command:   python -m experiments.train configs/dreambooth_lora_sdxl.py
-               task.images=photos/ task.prompt="a photo of sks dog" task.drawing.prompts="('a sks dog in a bucket',)"
+               task.images=photos/ task.prompt="a photo of sks dog" task.drawing.prompts="a sks dog in a bucket"
 Data:      a folder of photos, .jpg or .png, named by task.images; a .txt beside one is its own caption
 Model:     stabilityai/stable-diffusion-xl-base-1.0, or any folder of SDXL's kind: base=...
 Hardware:  not run: needs a GPU and the hub

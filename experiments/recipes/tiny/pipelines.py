@@ -33,10 +33,10 @@ def stable_diffusion_xl(folder: Path) -> Path:
 
 
 def photos(folder: Path) -> Path:
-    """Five photos of a red thing, of several shapes, two with captions of their own."""
+    """Five photos of a red thing, one of them upright, two with captions of their own."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (high, wide) in enumerate(((40, 48), (32, 32), (56, 40), (48, 48), (36, 64))):
+    for number, (high, wide) in enumerate(((40, 40), (32, 32), (64, 36), (48, 48), (40, 36))):
         pixels = rng.integers(0, 90, (high, wide, 3))
         pixels[high // 4 : 3 * high // 4, wide // 4 : 3 * wide // 4, 0] += 150
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
