@@ -1,4 +1,4 @@
-"""A small model that draws learns CIFAR-10 from nothing, then a dog and a style from 5 and 10 pictures: LoRA beside full.
+"""A small model that draws learns CIFAR-10 from nothing, then a dog and a style from 5 and 10 pictures.
 
 Command:   python -m experiments.train configs/small_diffusion.py
 Data:      CIFAR-10 in cifar10/ below JLORA_DATA, see experiments/data/cifar10.py, and the DreamBooth paper's photos in
@@ -27,7 +27,15 @@ def config() -> Study:
         context_width=64, groups=16,
     )  # fmt: skip
     train = Schedule(
-        200, batch=4, evaluate_every=100, warmup=0.1, decay="constant", clip=1.0, ema=0.95, keep="last", pictures_every=100
+        200,
+        batch=4,
+        evaluate_every=100,
+        warmup=0.1,
+        decay="constant",
+        clip=1.0,
+        ema=0.95,
+        keep="last",
+        pictures_every=100,
     )
     return drawing.study(
         "small_diffusion",
@@ -52,7 +60,15 @@ def config() -> Study:
 def small() -> Study:
     """The same of digits of 8 x 8, in two minutes."""
     unet = UNetConfig(
-        size=8, channels=1, outputs=1, widths=(16, 32), depths=(0, 1), heads=(4, 4), layers=1, context_width=32, groups=8
+        size=8,
+        channels=1,
+        outputs=1,
+        widths=(16, 32),
+        depths=(0, 1),
+        heads=(4, 4),
+        layers=1,
+        context_width=32,
+        groups=8,
     )
     train = Schedule(100, batch=4, evaluate_every=50, warmup=0.1, decay="constant", clip=1.0, ema=0.9, keep="last")
     whole = drawing.study(

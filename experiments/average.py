@@ -12,10 +12,10 @@ from jlora.state import TrainState
 
 
 class Averaged(NamedTuple):
-    """State of `average`: of the steps 1 to `count - 1`."""
+    """State of `average`: of the steps 1 to `updates - 1`."""
 
     mean: Params
-    count: jax.Array
+    updates: jax.Array
 
 
 def average(decay: float) -> optax.GradientTransformation:
@@ -40,7 +40,7 @@ def average(decay: float) -> optax.GradientTransformation:
         return Averaged(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
 
     def update(updates: Params, state: Averaged, params: Params = None) -> tuple[Params, Averaged]:
-        return updates, Averaged(_with(state, params, decay), state.count + 1)
+        return updates, Averaged(_with(state, params, decay), state.updates + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -54,8 +54,8 @@ def averaged(state: TrainState, decay: float) -> jlora.Adapted:
 
 
 def _with(state: Averaged, params: Params, decay: float) -> Params:
-    n = state.count.astype(jnp.float32)
-    d = jnp.where(state.count < 2, 0.0, jnp.minimum(jnp.float32(decay), n / (9 + n)))
+    n = state.updates.astype(jnp.float32)
+    d = jnp.where(state.updates < 2, 0.0, jnp.minimum(jnp.float32(decay), n / (9 + n)))
     return jax.tree.map(lambda mean, x: (d * mean + (1 - d) * x).astype(x.dtype), state.mean, params)
 
 

@@ -40,7 +40,9 @@ def draw(path: Path, columns: Mapping[str, Sheet]) -> None:
         for row, pictures in enumerate(sheet.images):
             top = 2 * MARGIN + LINE + row * (high + GAP)
             for number, pixels in enumerate(pictures):
-                image.paste(as_image(pixels).resize((wide, high), Image.Resampling.NEAREST), (left + number * (wide + GAP), top))
+                image.paste(
+                    as_image(pixels).resize((wide, high), Image.Resampling.NEAREST), (left + number * (wide + GAP), top)
+                )
     for row, prompt in enumerate(first.prompts):
         top = 2 * MARGIN + LINE + row * (high + GAP)
         pen.multiline_text((MARGIN, top), "\n".join(textwrap.wrap(prompt, 19) or ["(no text)"]), fill=INK, font=font)

@@ -22,8 +22,8 @@ from experiments.config import ConfigError, Experiment, Held, Run, Schedule, in_
 from experiments.folder import read_json, write_json
 from experiments.progress import Phase
 from experiments.resume import loaded, restored
-from experiments.tasks.task import Apply, Batch, Evaluate, Opened, Params, Scores, Side, Split
 from experiments.sheet import draw
+from experiments.tasks.task import Apply, Batch, Evaluate, Opened, Params, Scores, Side, Split
 from experiments.tensorboard import TensorBoard
 from jlora import host, tree
 from jlora.checkpoint import Checkpoints

@@ -86,7 +86,9 @@ def test_each_picture_goes_to_the_nearest_shape():
     arrays = [np.zeros((*sides, 3), np.uint8) for sides in ((40, 40), (50, 99), (99, 50), (41, 40), (20, 90))]
     found = groups(Pictures("x", arrays, ["a"] * 5), Sides(64, 64), buckets=True, multiple=8)
     assert found == [((48, 80), [1, 4]), ((64, 64), [0, 3]), ((80, 48), [2])]
-    assert groups(Pictures("x", arrays, ["a"] * 5), Sides(64, 64), buckets=False, multiple=8) == [((64, 64), [*range(5)])]
+    assert groups(Pictures("x", arrays, ["a"] * 5), Sides(64, 64), buckets=False, multiple=8) == [
+        ((64, 64), [*range(5)])
+    ]
 
 
 def test_errors_say_what_is_wrong(tmp_path):

@@ -3,6 +3,7 @@
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -47,5 +48,5 @@ def _packed(place: Path, split: str) -> tuple[list[Source], list[str]]:
     except (KeyError, ValueError, OSError) as error:
         raise DataError(f"'{found[0]}' does not hold blob, offsets, labels and classes: {error}") from error
     content = blob.tobytes()
-    sources: list[Source] = [content[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    sources: list[Source] = [content[a:b] for a, b in itertools.pairwise(ends)]
     return sources, [str(classes[label]) for label in labels]

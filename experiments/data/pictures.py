@@ -1,7 +1,7 @@
 """Pictures with a text each, for training a model that draws: opened one at a time, turned, scaled, cut and flipped.
 
 A folder holds images at any depth; a caption is a .txt beside its image. All that is drawn at random (which part of an
-image is cut out) is a function of a seed and the image's number, so that the same views are seen wherever a run goes on.
+image is cut out) is a function of a seed and the image's number, so that the same views are seen after an interruption.
 """
 
 import hashlib
@@ -92,7 +92,8 @@ class Pictures:
         if scale > ENLARGED:
             raise DataError(
                 f"{_name(self.sources[number], number)} has {image.width} x {image.height} pixels, too few for "
-                f"{sides.width} x {sides.height}: it would be enlarged {scale:.1f} times, at most {ENLARGED:g} are taken"
+                f"{sides.width} x {sides.height}: it would be enlarged {scale:.1f} times, at most {ENLARGED:g} are "
+                "taken"
             )
         wide, high = (max(n, round(m * scale)) for n, m in zip(sides[::-1], image.size, strict=True))
         original = (image.height, image.width)
@@ -153,7 +154,9 @@ def read_pictures(folder: str | Path, prompt: str = "", *, channels: int = 3) ->
     return Pictures(place.name, files, texts, channels, captioned)
 
 
-def groups(pictures: Pictures, size: Sides, *, buckets: bool, multiple: int, most: float = 2.0) -> list[tuple[Sides, list[int]]]:
+def groups(
+    pictures: Pictures, size: Sides, *, buckets: bool, multiple: int, most: float = 2.0
+) -> list[tuple[Sides, list[int]]]:
     """The pictures by the shape of their views.
 
     Args:
@@ -178,7 +181,9 @@ def groups(pictures: Pictures, size: Sides, *, buckets: bool, multiple: int, mos
 
 
 def shapes_of(size: Sides, multiple: int, most: float = 2.0) -> list[Sides]:
-    """Shapes with at most as many pixels as `size`, sides multiples of `multiple`, ratios up to `most`; largest for each height.
+    """Shapes with at most as many pixels as `size`, sides multiples of `multiple`, ratios up to `most`.
+
+    For each height there is one, with the largest width.
 
     >>> shapes_of(Sides(128, 128), 32)
     [Sides(height=96, width=160), Sides(height=128, width=128), Sides(height=160, width=96)]

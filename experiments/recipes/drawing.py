@@ -6,6 +6,7 @@ of the base has.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def study(
         Run("full", "full fine-tuning", jlora.full(), FULL_RATE),
         Run("lora_r8", "LoRA r=8", jlora.lora(8), LORA_RATE, TRANSFORMERS),
     )
-    common = {"base": base, "runs": runs, "train": train, "seeds": seeds, "measure": Measure(rounds=4)}
+    common: dict[str, Any] = {"base": base, "runs": runs, "train": train, "seeds": seeds, "measure": Measure(rounds=4)}
     return Study(name, tuple(Experiment(name=key, task=task, **common) for key, task in tasks.items()))
 
 
@@ -78,7 +79,11 @@ TRANSFORMERS = r"unet/.*attentions"
 def digits() -> Splits:
     """scikit-learn's digits with their names."""
     known = upright_digits()
-    parts = (known.train, "digits"), (_first(known.validation), "digits, validation"), (_first(known.test), "digits, test")
+    parts = (
+        (known.train, "digits"),
+        (_first(known.validation), "digits, validation"),
+        (_first(known.test), "digits, test"),
+    )
     return Splits(*(_pictures(part.images, part.labels, label) for part, label in parts))
 
 

@@ -52,4 +52,6 @@ def preserved(whole: Experiment, prompt: str) -> Experiment:
     """The experiment with its class preserved."""
     task = whole.task
     assert isinstance(task, Diffusion)
-    return dataclasses.replace(whole, task=dataclasses.replace(task, prior=dataclasses.replace(task.prior, prompt=prompt)))
+    return dataclasses.replace(
+        whole, task=dataclasses.replace(task, prior=dataclasses.replace(task.prior, prompt=prompt))
+    )

@@ -5,6 +5,7 @@ where the text encoders stay as they are, are made once.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,9 @@ class Prior:
         if min(self.images, self.steps, self.batch) < 1 or self.weight < 0:
             raise ConfigError("task.prior: images, steps and batch are at least 1 each, and weight is not below 0")
         if self.folder and not self.prompt:
-            raise ConfigError("task.prior.folder has pictures of a class: name it, task.prior.prompt='a photo of a dog'")
+            raise ConfigError(
+                "task.prior.folder has pictures of a class: name it, task.prior.prompt='a photo of a dog'"
+            )
 
 
 @dataclass(frozen=True)
@@ -215,11 +218,13 @@ class _Opening:
         self.prompts = Prompts(self.pipeline, task.text_encoder, texts)
         self.encode = encoder_of(self.pipeline)
         self.tree = [{name: self.pipeline.params[name] for name in trained if name in self.pipeline.params}]
-        self.pipeline = self.pipeline.with_params(**dict.fromkeys(trained, {}))
+        self.pipeline = self.pipeline.with_params(**{name: {} for name in trained})
         self.judge = Judge.load(task.drawing.judge) if task.drawing.judge else None
         self.prior: list[Rows] = []  # filled by `prepare`
         if task.prior.folder:
-            self.prior = self._class_rows(read_pictures(task.prior.folder, task.prior.prompt, channels=pictures.channels))
+            self.prior = self._class_rows(
+                read_pictures(task.prior.folder, task.prior.prompt, channels=pictures.channels)
+            )
 
     # -- what the task offers --
 
@@ -256,8 +261,12 @@ class _Opening:
         if self.tree:
             return self.tree.pop()
         wanted = held.pop("quantize", None)
-        parts = {name: held | ({} if wanted is None else {"quantize": _below(name, wanted)}) for name in self.model.modules}
-        pipeline = diffusion.load(self.source.folder, parts=parts if wanted is not None else None, **self.source.options)
+        parts = {
+            name: held | ({} if wanted is None else {"quantize": _below(name, wanted)}) for name in self.model.modules
+        }
+        pipeline = diffusion.load(
+            self.source.folder, parts=parts if wanted is not None else None, **self.source.options
+        )
         return {name: pipeline.params[name] for name in self.model.modules}
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
@@ -325,7 +334,7 @@ class _Opening:
         return Domain(old.train.label, len(old.train), batches)
 
     def prepare(self, params: Params, folder: Path, say: Callable[[str], None]) -> None:
-        """Pictures of the class, drawn by the base and kept as PNG; those that are there already are not drawn again."""
+        """Pictures of the class, drawn by the base and kept as PNG; those that are there are not drawn again."""
         prior, place = self.task.prior, folder / "class_images"
         place.mkdir(exist_ok=True)
         missing = [i for i in range(prior.images) if not (place / f"{i:05d}.png").exists()]
@@ -456,15 +465,17 @@ def _weighted(batch: Batch, weight: float) -> Batch:
 
 def _blank(like: Rows, texts: np.ndarray) -> Rows:
     """One picture of zeros in the place of those that are not drawn yet: shapes are all that is asked of it."""
-    first = lambda array: None if array is None else np.zeros_like(array[:1, :1])
-    return Rows(first(like.mean), first(like.deviation), first(like.sizes), texts)
+    mean, deviation, sizes, _ = like
+    first = lambda array: np.zeros_like(array[:1, :1])
+    return Rows(first(mean), None if deviation is None else first(deviation), first(sizes), texts)
 
 
 def _plan(pictures: int, edges: np.ndarray, draws: int, seed: tuple[int, int]) -> np.ndarray:
     """(picture, bin, timestep, number of the noise) of each row of an evaluation."""
-    rng, rows = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    rows: list[tuple[int, int, int, int]] = []
     for picture in range(pictures):
-        for which, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for which, (low, high) in enumerate(itertools.pairwise(edges)):
             for _ in range(draws):
                 rows.append((picture, which, int(rng.integers(low, high)), seed[1] * 10**6 + len(rows)))
     return np.asarray(rows, np.int32)

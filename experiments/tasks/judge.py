@@ -35,24 +35,29 @@ class Judge:
 
         Raises:
           ConfigError: for another model.
+          ValueError: for a tokenizer that is another model's.
         """
         loaded = models.load(name)
         if not isinstance(loaded.model, CLIP):
             raise ConfigError(f"task.drawing.judge={name!r} is a {type(loaded.model).__name__}, expected a CLIP")
-        return cls(loaded.model, loaded.params, Tokenizer.load(name))
+        tokenizer = Tokenizer.load(name)
+        tokenizer.check(loaded.model.config.text.vocab_size)
+        return cls(loaded.model, loaded.params, tokenizer)
 
     def images(self, images: np.ndarray) -> np.ndarray:
-        """Embeddings of (pictures, height, width, 1 or 3) in [0, 1], whose shorter side is scaled (bicubic): (pictures, features)."""
+        """Embeddings of (pictures, height, width, 1 or 3) in [0, 1]: (pictures, features)."""
         tower = self.model.config.vision_tower
         pixels = np.stack([_prepared(image, tower.image_size) for image in images])
-        call = jax.jit(lambda params, x: CLIPVision(tower).apply({"params": params}, x)["out"])
+        module: Any = CLIPVision(tower)
+        call = jax.jit(lambda params, x: module.apply({"params": params}, x)["out"])
         return self._in_parts(lambda x: call(self.params["vision"], x), pixels)
 
     def texts(self, prompts: Sequence[str]) -> np.ndarray:
         """Embeddings of prompts, cut where they are too long: (prompts, features)."""
         tower = self.model.config.text_tower
         tokens = tokens_of(self.tokenizer, prompts, long="cut", context=tower.context)
-        call = jax.jit(lambda params, x: CLIPText(tower).apply({"params": params}, x)["out"])
+        module: Any = CLIPText(tower)
+        call = jax.jit(lambda params, x: module.apply({"params": params}, x)["out"])
         return self._in_parts(lambda x: call(self.params["text"], x), tokens)
 
     def _in_parts(self, call: Any, rows: np.ndarray) -> np.ndarray:

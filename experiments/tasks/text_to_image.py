@@ -29,6 +29,9 @@ Texts = Mapping[str, Any]
 """What a UNet reads of prompts: {"context"} and, of SDXL, {"pooled"}; or {"tokens"}, an array for each text encoder."""
 
 
+NOISE = Noise(prediction="v_prediction", betas="squaredcos_cap_v2", clip=1.0)  # of pixels
+
+
 @dataclass(frozen=True)
 class FromNothing:
     """The shape of a small model that draws pixels, to be pretrained here: base=Pretrain(FromNothing(...), ...).
@@ -46,7 +49,7 @@ class FromNothing:
     layers: int = 2
     heads: int = 4
     context: int = 8
-    noise: Noise = Noise(prediction="v_prediction", betas="squaredcos_cap_v2", clip=1.0)
+    noise: Noise = NOISE
 
     def __post_init__(self) -> None:
         if len(set(self.words)) != len(self.words) or any(word != word.lower() or not word for word in self.words):
@@ -157,8 +160,8 @@ class TextToImage:
             encoded = diffusion.encode(modules, [params[name] for name in self.encoders], texts["tokens"], xl=self.xl)
         else:
             encoded = diffusion.Encoded(texts["context"], texts.get("pooled"))
-        added = {"pooled": encoded.pooled, "sizes": sizes} if self.xl else {}
-        unet = self.modules["unet"]
+        added: dict[str, Any] = {"pooled": encoded.pooled, "sizes": sizes} if self.xl else {}
+        unet: Any = self.modules["unet"]
         out: jax.Array = unet.apply({"params": params["unet"]}, latents, times, encoded.context, **added)["out"]
         return out
 
@@ -202,7 +205,9 @@ def _part(adapted: jlora.Adapted, name: str) -> Params:
         if inside(target.path)
     )
     extras = tuple(
-        dataclasses.replace(extra, path=extra.path.removeprefix(start)) for extra in adapted.extras if inside(extra.path)
+        dataclasses.replace(extra, path=extra.path.removeprefix(start))
+        for extra in adapted.extras
+        if inside(extra.path)
     )
     if not sites and not extras:
         return base

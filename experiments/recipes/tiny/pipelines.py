@@ -11,8 +11,9 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 
 from experiments.recipes.tiny.checkpoints import random_params
+from jlora import models
 from jlora.models import diffusion
-from jlora.models.clip import CLIPText, CLIPTextConfig
+from jlora.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVisionConfig
 from jlora.models.diffusion import Noise, Pipeline
 from jlora.models.tokenizer import Tokenizer
 from jlora.models.unet import UNet, UNetConfig
@@ -52,8 +53,8 @@ def _written(folder: Path, *, xl: bool) -> Path:
     tokenizers = {name: Tokenizer.load(folder / name.replace("text_encoder", "tokenizer")) for name in texts}
     width = 16
     text: dict[str, Any] = {
-        "vocab_size": tokenizers["text_encoder"].vocab_size, "context": CONTEXT, "width": width, "layers": 2, "heads": 2,
-        "hidden": 32,
+        "vocab_size": tokenizers["text_encoder"].vocab_size, "context": CONTEXT, "width": width, "layers": 2,
+        "heads": 2, "hidden": 32,
     }  # fmt: skip
     end = tokenizers["text_encoder"].eos
     assert end is not None
@@ -80,6 +81,19 @@ def _written(folder: Path, *, xl: bool) -> Path:
         inputs["unet"] = (*inputs["unet"], jnp.zeros((1, 16)), jnp.zeros((1, 6)))
     params = {name: random_params(module, *inputs[name]) for name, module in modules.items()}
     diffusion.save(folder, Pipeline(modules, params, tokenizers, Noise(), "ddim", xl))
+    return folder
+
+
+def clip(folder: Path) -> Path:
+    """As openai/clip-vit-base-patch32."""
+    _tokenizer(folder)
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.eos is not None
+    text = CLIPTextConfig(tokenizer.vocab_size, CONTEXT, 16, 2, 2, 32, end=tokenizer.eos)
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, hidden=32)
+    model = CLIP(CLIPConfig(text, vision, projection=12))
+    params = random_params(model, jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 16, 16, 3)))
+    models.save(folder, model, params)
     return folder
 
 
