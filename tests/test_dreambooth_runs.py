@@ -12,11 +12,12 @@ from PIL import Image
 import jlora
 from experiments import configfile, trainer
 from experiments.config import Experiment, Run, Schedule, Study
-from experiments.recipes import dreambooth, tiny
-from experiments.tasks.diffusion import Diffusion, Drawing
-from experiments.tasks.task import Files
+from experiments.recipes import dreambooth
+from experiments.tasks.diffusion import Diffusion, Drawing, Splits
+from experiments.tasks.text_to_image import FromNothing
 from experiments.train import main
 from experiments.trainer import Shared, Trainer, train
+from jlora.models.unet import UNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ("dreambooth_lora_sd15", "dreambooth_lora_sdxl", "style_lora_sd15")
@@ -88,6 +89,7 @@ def test_an_interrupted_run_resumed_gives_the_same_numbers(whole, tmp_path, monk
 
 
 @pytest.mark.thorough("test_a_run_leaves_its_sheets_its_class_and_its_curve")
+@pytest.mark.loose_promotion  # as above
 @pytest.mark.parametrize("name", CONFIGS[1:])
 def test_the_other_small_forms_end(name, tmp_path):
     assert called(name, "--folder", tmp_path / "run") == 0
@@ -118,9 +120,16 @@ def test_a_study_of_digits_pretrains_one_base_for_both_experiments(tmp_path, cap
 @pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
 def test_a_training_that_goes_on_has_the_same_numbers_and_sheets(tmp_path):
     """One program for both. An average of the factors is a part of the state; noises are those of the step."""
+    unet = UNetConfig(
+        size=8, channels=3, outputs=3, widths=(8,), depths=(0,), heads=(2,), layers=1, context_width=8, groups=4
+    )
     drawing = Drawing(("a thing",), each=1, steps=1, batch=1, guidance=1.0)
-    task = Diffusion("a thing", data=dreambooth.photos, size=16, draws=1, bins=1, drawing=drawing)
-    opened = task.open(Files(tiny.stable_diffusion(tmp_path / "pipeline"), {}), None, 4)
+    task = Diffusion(
+        "a thing", data=dreambooth.photos, old=lambda: Splits(*[dreambooth.photos()] * 3), draws=1, bins=1, drawing=drawing,
+        text_encoder=True,
+    )  # fmt: skip
+    shape = FromNothing(unet, ("a", "photo", "of", "sks", "red", "thing"), layers=1, heads=1)
+    opened = task.open(shape, None, 4)
     params = opened.params(0)
     run = Run("lora", "LoRA", jlora.lora(2), 1e-2, dreambooth.ATTENTION)
     schedule = Schedule(4, 2, evaluate_every=2, warmup=0, decay="constant", keep="last", ema=0.9, pictures_every=2)
