@@ -118,6 +118,18 @@ def test_a_lifted_pipeline_draws_as_the_merged_one(opened, adapted):
     assert np.abs(merged - base).max() > 0.05
 
 
+def test_another_adapter_or_scale_compiles_nothing_and_leaves_nothing(opened, params, adapted):
+    """Merged, they are the base's program; 20 swaps, the first of which compiles the merge."""
+    merge, seen = jax.jit(lambda s: jlora.merge(jlora.scale(adapted, s))), []
+    opened.pictures(merge(jnp.float32(0.5)))
+    jax.monitoring.register_event_duration_secs_listener(listener := lambda event, *_, **__: seen.append(event))
+    alive = len(jax.live_arrays())
+    first, *_, last = (opened.pictures(merge(jnp.float32(s / 20))).images for s in range(20))
+    jax.monitoring.unregister_event_duration_listener(listener)
+    assert [event for event in seen if "backend_compile" in event] == []
+    assert len(jax.live_arrays()) <= alive and np.abs(first - last).max() > 0.01
+
+
 def test_evaluations_are_of_fixed_noises_by_bins(opened, params):
     evaluate = opened.evaluator(opened.model.apply)
     one, again, test = (evaluate(params, split, "new") for split in ("validation", "validation", "test"))
