@@ -1,4 +1,4 @@
-"""What the configs of Stable Diffusion share: which weights are adapted, a schedule, a tiny form of each.
+"""Shared parts of the configs of Stable Diffusion: which weights are adapted, a schedule, a tiny form of each.
 
 Their init of A differs from ours: diffusers' training scripts draw A ~ N(0, 1 / r^2), PEFT's "gaussian"; jlora.lora's
 "gaussian" is N(0, 1 / (3 n)) for n inputs, of the size of PEFT's default. With r=4 and n=320 theirs is 7.7 times as

@@ -1,4 +1,4 @@
-"""What a task of pictures trains: a UNet and, where they learn too, its text encoders, as one function of one tree.
+"""The model of a task of pictures: a UNet and, where they learn too, its text encoders, one function of one tree.
 
 The tree has a part for each, {"unet": ..., "text_encoder": ...}, so that `targets=` names weights of either:
 "unet/.*attn.*", "text_encoder/.*". Text encoders that stay as they are, are no part of it: their embeddings are made
