@@ -301,7 +301,7 @@ class Trainer:
         return TrainState.create(self.adapted(seed, params), self.optimizer(rate), key=seed, memory_kind=kind)
 
     def result(self, state: TrainState) -> jlora.Adapted:
-        """The adapter of a state as it is evaluated and kept: with the averages of the factors, where there are some."""
+        """The adapter of a state as it is evaluated and kept: with averages of the factors, where there are some."""
         return state.adapted if self.schedule.ema is None else averaged(state, self.schedule.ema)
 
     def check(self, shapes: Params) -> None:
