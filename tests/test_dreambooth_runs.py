@@ -12,11 +12,12 @@ from PIL import Image
 import jlora
 from experiments import configfile, trainer
 from experiments.config import Experiment, Run, Schedule, Study
-from experiments.recipes import dreambooth
+from experiments.recipes import dreambooth, tiny
 from experiments.tasks.diffusion import Diffusion, Drawing, Splits
 from experiments.tasks.text_to_image import FromNothing
 from experiments.train import main
 from experiments.trainer import Shared, Trainer, train
+from jlora.models import diffusion
 from jlora.models.unet import UNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ FASTER = ("runs.lora.learning_rate=1e-2", "train.ema=0.9", "task.drawing.each=1"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert called(CONFIGS[0], "--folder", folder, *FASTER) == 0
+    assert called(CONFIGS[0], "--folder", folder, *FASTER, f"save.merged={folder.parent / 'merged'}") == 0
     return folder
 
 
@@ -65,6 +66,15 @@ def test_a_run_leaves_its_sheets_its_class_and_its_curve(whole):
     np.testing.assert_array_equal(blocks[0], blocks[3])
     np.testing.assert_array_equal(blocks[2], blocks[5])
     assert np.abs(blocks[1].astype(int) - blocks[2]).max() <= 1  # lifted and merged, rounded to 8 bits
+
+
+def test_the_merged_pipeline_is_a_folder_of_diffusers(whole):
+    pipeline = diffusion.load(whole.parent / "merged")
+    before = diffusion.load(tiny.stable_diffusion(whole.parent / "base"))
+    assert set(pipeline.params) == {"unet", "vae", "text_encoder"}
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), dict(pipeline.params), dict(before.params))
+    assert sum(jax.tree.leaves(changed["unet"])) == 32  # to_q, to_k, to_v and to_out of eight attentions
+    assert not any(jax.tree.leaves([changed["vae"], changed["text_encoder"]]))
 
 
 @pytest.mark.thorough("test_a_training_that_goes_on_has_the_same_numbers_and_sheets")

@@ -249,6 +249,7 @@ class _Opening:
             understood=self._understood(rows),
             prepare=None if not task.prior.prompt or task.prior.folder else self.prepare,
             pictures=self.pictures if task.drawing.prompts else None,
+            save=None if isinstance(self.source, FromNothing) else self.save,
             old_digest=digest_of(digests) if digests else "",
         )
 
@@ -268,6 +269,10 @@ class _Opening:
             self.source.folder, parts=parts if wanted is not None else None, **self.source.options
         )
         return {name: pipeline.params[name] for name in self.model.modules}
+
+    def save(self, folder: Path, params: Params) -> None:
+        """Writes the whole pipeline, with these parameters."""
+        diffusion.save(folder, self.pipeline.with_params(**parts_of(params)))
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
         """The mean of the rows' weights times their errors."""

@@ -125,6 +125,7 @@ class Opened:
       prepare: (the base, the experiment's folder, say) makes what the batches need of the base, before the first run,
         and keeps it in the folder; None for nothing. Batches of before have the same shapes.
       pictures: (parameters, plain or adapted) -> pictures, of the same prompts and seeds each time; None for none.
+      save: (folder, plain parameters) writes a merged checkpoint; None for `jlora.models.save`.
       old_digest: a hash of the old domain's data alone: bases pretrained on the same are one. `digest` when "".
     """
 
@@ -146,6 +147,7 @@ class Opened:
     classes: Sequence[str] = ()
     prepare: Callable[[Params, Path, Callable[[str], None]], None] | None = None
     pictures: Callable[[Params], Sheet] | None = None
+    save: Callable[[Path, Params], None] | None = None
     old_digest: str = ""
 
     def domain(self, side: Side) -> Domain:
