@@ -88,8 +88,9 @@ class FromNothing:
                 "text_encoder": CLIPText(self.text).init(of_text, tokens)["params"],
             }
 
-        # Threefry's many draws would take minutes to compile for a CPU.
-        return jax.jit(draw)(jax.random.key(seed, impl="rbg"))
+        # Hundreds of draws, run once: with optimisations, and by threefry, they would take minutes to compile.
+        program = jax.jit(draw).lower(key := jax.random.key(seed, impl="rbg"))
+        return program.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})(key)
 
 
 def tokenizer_of(words: Sequence[str]) -> Tokenizer:
