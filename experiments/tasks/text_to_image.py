@@ -89,8 +89,8 @@ class FromNothing:
             }
 
         # Hundreds of draws, run once: with optimisations, and by threefry, they would take minutes to compile.
-        program = jax.jit(draw).lower(key := jax.random.key(seed, impl="rbg"))
-        return program.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})(key)
+        quick: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        return jax.jit(draw, compiler_options=quick)(jax.random.key(seed, impl="rbg"))
 
 
 def tokenizer_of(words: Sequence[str]) -> Tokenizer:
