@@ -89,8 +89,12 @@ class FromNothing:
             }
 
         # Hundreds of draws, run once: with optimisations, and by threefry, they would take minutes to compile.
-        quick: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        return jax.jit(draw, compiler_options=quick)(jax.random.key(seed, impl="rbg"))
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            return jax.jit(draw)(jax.random.key(seed, impl="rbg"))
+        finally:
+            jax.config.update("jax_disable_most_optimizations", before)
 
 
 def tokenizer_of(words: Sequence[str]) -> Tokenizer:
