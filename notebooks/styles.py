@@ -39,7 +39,8 @@ from pathlib import Path
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image, Markdown, display
+from IPython.display import Image, Markdown
+from IPython.display import display as show
 from rich.console import Console
 
 import experiments
@@ -135,7 +136,7 @@ def sheet(prompt: str, steps: list, title: str) -> None:
     png = io.BytesIO()
     figure.savefig(png)
     plt.close(figure)
-    display(Image(png.getvalue()))
+    show(Image(png.getvalue()))
 
 
 sheet(
