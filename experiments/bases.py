@@ -113,7 +113,7 @@ def pretrained(
     """
     opened = trainer.opened
     model = {"class": type(opened.model).__name__, "shape": describe(opened.model.config)}
-    own = folder / key(model, trainer.schedule, trainer.first_rate, seed, opened.digest)
+    own = folder / key(model, trainer.schedule, trainer.first_rate, seed, opened.old_digest or opened.digest)
     initial = opened.params(seed)
     if (own / NAME).exists():
         phase.skip(f"reused from {own}")

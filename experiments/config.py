@@ -57,6 +57,9 @@ class Schedule:
       optimizer_memory: where the optimizer's arrays wait between two steps: "device", or "pinned_host", the host's
         memory, as of QLoRA's paged optimizer. The same numbers, less memory and more time of a step; see
         `jlora.TrainState.create`.
+      ema: the decay of a running average of what is trained, which is evaluated and kept in its place, 0.999 for a long
+        training; None for none.
+      pictures_every: between two sheets of pictures, where the task draws some; None for none while training.
     """
 
     steps: Duration
@@ -73,14 +76,19 @@ class Schedule:
     accumulate: int = 1
     keep: Literal["best", "last"] = "best"
     optimizer_memory: Literal["device", "pinned_host"] = field(default="device", metadata=UNSAID)
+    ema: float | None = field(default=None, metadata=UNSAID)
+    pictures_every: Duration | None = field(default=None, metadata=UNSAID)
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
             raise ConfigError(f"batch={self.batch} is not at least 1 and a multiple of accumulate={self.accumulate}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing is in [0, 1), got {self.label_smoothing}")
-        for duration in (self.steps, self.evaluate_every):
-            in_steps(duration, batch=1, examples=1000)
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is in [0, 1), got {self.ema}")
+        for duration in (self.steps, self.evaluate_every, self.pictures_every):
+            if duration is not None:
+                in_steps(duration, batch=1, examples=1000)
         if self.optimizer_memory not in host.KINDS:
             near = difflib.get_close_matches(str(self.optimizer_memory), host.KINDS, 1, 0.0)[0]
             raise ConfigError(

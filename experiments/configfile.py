@@ -164,6 +164,10 @@ def _parse(path: str, text: str, hint: Any) -> Any:
             whole = typing.get_args(kind)[0] is int
             if all(type(member) in ((int,) if whole else (int, float)) for member in members):
                 return members if whole else tuple(float(member) for member in members)
+        if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] is str:
+            members = value if isinstance(value, tuple) else (text,)
+            if all(type(member) is str for member in members):
+                return members
         if typing.get_origin(kind) is Mapping and isinstance(value, dict):
             return value
         if isinstance(kind, type) and type(value) is kind:

@@ -16,10 +16,12 @@ from experiments.resume import loaded
 from experiments.tasks.task import Files, Params
 from experiments.trial import Trial
 from jlora import models
+from jlora.models.catalogue import architecture_of
 from jlora.models.place import folder_of
 
 MARK = "jlora_run.json"
 """Says which run a folder was saved from, so that the same one may write it again."""
+_READERS = {True: "jlora.models.load and transformers", False: "jlora.models.diffusion.load and diffusers"}
 _LOST = 0.05  # of an update's size: a merge that loses more is not passed over in silence
 
 
@@ -34,6 +36,11 @@ def check(experiment: Experiment, trials: Sequence[Trial]) -> None:
       ConfigError: for a method that has no weights to merge into, or a folder that holds something else.
     """
     for trial, folder in _places(experiment, trials):
+        opened = trial.trainer.opened
+        if opened.save is None and architecture_of(opened.model.config) is None:
+            raise ConfigError(
+                f"save.merged: a {type(opened.model).__name__} that is pretrained here has no file format"
+            )
         if folder.exists() and not (
             folder.is_dir() and (not any(folder.iterdir()) or _mine(folder, experiment, trial))
         ):
@@ -61,12 +68,16 @@ def write(experiment: Experiment, trials: Sequence[Trial], params: Params, sourc
             continue
         adapted, opened = loaded(trial.place, trial.held(params)), trial.trainer.opened
         origin = source.folder if isinstance(source, Files) else None
-        models.save(folder, opened.model, jlora.dequantize(jlora.merge(adapted)), source=origin)
+        plain = jlora.dequantize(jlora.merge(adapted))
+        if opened.save is None:
+            models.save(folder, opened.model, plain, source=origin)
+        else:
+            opened.save(folder, plain)
         if opened.classes:
             _name_classes(folder, opened.classes)
         write_json(folder / MARK, _of(experiment, trial))
         megabytes = f"{size(folder) / 1e6:,.1f} MB"
-        lines.append(f"merged    {trial.run.label}: {folder}, {megabytes}, for jlora.models.load and transformers")
+        lines.append(f"merged    {trial.run.label}: {folder}, {megabytes}, for {_READERS[opened.save is None]}")
         lost = max(jlora.merge_error(adapted).values(), default=0.0)
         if lost > _LOST:
             lines.append(

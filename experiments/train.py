@@ -78,6 +78,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         with Progress(console, work.phases()) as progress:
             base = _base(work, progress, resume=resume)
+            if opened.prepare is not None:
+                opened.prepare(base.params(experiment.seed), folder, progress.print)
             plans = _plans(work, base.params(experiment.seed))
             for line in report.planned(opened, base.params(experiment.seed), work.trials, plans):
                 progress.print(line)
@@ -188,6 +190,7 @@ def _measured(work: Work, base: Base, plans: dict[str, Plan], progress: Progress
     shown = report.samples(opened, work.trials, params, work.folder)
     if shown:
         progress.print(shown)
+    report.sheets(opened, work.trials, params, work.folder)
     new = old = None
     if opened.old is not None and experiment.measure.test:
         new, old = (work.shared.of_base(params, "test", side) for side in ("new", "old"))

@@ -17,10 +17,12 @@ import optax
 
 import jlora
 from experiments import held
+from experiments.average import average, averaged
 from experiments.config import ConfigError, Experiment, Held, Run, Schedule, in_steps
 from experiments.folder import read_json, write_json
 from experiments.progress import Phase
 from experiments.resume import loaded, restored
+from experiments.sheet import draw
 from experiments.tasks.task import Apply, Batch, Evaluate, Opened, Params, Scores, Side, Split
 from experiments.tensorboard import TensorBoard
 from jlora import host, tree
@@ -298,6 +300,10 @@ class Trainer:
         kind = self.schedule.memory_kind
         return TrainState.create(self.adapted(seed, params), self.optimizer(rate), key=seed, memory_kind=kind)
 
+    def result(self, state: TrainState) -> jlora.Adapted:
+        """The adapter of a state as it is evaluated and kept: with averages of the factors, where there are some."""
+        return state.adapted if self.schedule.ema is None else averaged(state, self.schedule.ema)
+
     def check(self, shapes: Params) -> None:
         """Finds a run that cannot be, on abstract parameters, before anything is trained.
 
@@ -353,7 +359,8 @@ def optimizer(schedule: Schedule, learning_rate: float, steps: int) -> optax.Gra
         )
         return rule if schedule.clip is None else optax.chain(optax.clip_by_global_norm(schedule.clip), rule)
 
-    return optax.inject_hyperparams(adamw, hyperparam_dtype=jnp.float32)(peak=learning_rate)
+    made = optax.inject_hyperparams(adamw, hyperparam_dtype=jnp.float32)(peak=learning_rate)
+    return made if schedule.ema is None else optax.chain(made, average(schedule.ema))
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -397,11 +404,15 @@ def _loop(
 ) -> tuple[float, int, str | None]:
     """All steps that are left. Returns seconds and tokens of training, and the words of an error."""
     every, batches, steps = trainer.in_steps(trainer.schedule.evaluate_every), trainer.batches(seed), trainer.steps
+    drawn = trainer.schedule.pictures_every
+    sheet_every = 0 if drawn is None or trainer.opened.pictures is None else trainer.in_steps(drawn)
     state, position = restored(checkpoints, state, phase.say)
     done, (seconds, tokens) = int(state.step), position or (0.0, 0)
     points.read(done)
     if not points.all:
-        points.add(0, [], state.adapted)
+        points.add(0, [], trainer.result(state))
+    if sheet_every and not done:
+        points.draw(0, state.adapted)
     phase.begin(done)
     losses: list[jax.Array] = []
     try:
@@ -419,8 +430,10 @@ def _loop(
             if len(losses) > 1:  # the one before the last is there already: the step has looked at it
                 points.training(i, float(jax.device_get(losses[-2])), tokens / max(seconds, 1e-9), phase)
             phase.advance(i + 1)
+            if sheet_every and (i + 1) % sheet_every == 0:
+                points.draw(i + 1, trainer.result(state))
             if end:
-                points.add(i + 1, losses, state.adapted)
+                points.add(i + 1, losses, trainer.result(state))
                 checkpoints.save(state, [seconds, tokens])
                 phase.line(i + 1, points.text())
                 losses = []
@@ -477,6 +490,14 @@ class _Points:
             jlora.save(self._folder / "adapter", adapted)
         write_json(self._folder / _CURVE, [dataclasses.asdict(point) for point in self.all])
         self._board.scalars(step, _named("validation", point.scores, point.old))
+
+    def draw(self, step: int, adapted: jlora.Adapted) -> None:
+        """A sheet of pictures, beside the curve."""
+        pictures = self._trainer.opened.pictures
+        assert pictures is not None
+        folder = self._folder / "sheets"
+        folder.mkdir(exist_ok=True)
+        draw(folder / f"step_{step:06d}.png", {f"step {step}": pictures(self._trainer.merged(adapted))})
 
     def training(self, step: int, loss: float, speed: float, phase: Phase) -> None:
         """Losses that a step reports."""

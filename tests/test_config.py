@@ -60,6 +60,8 @@ def test_the_quickstart_is_three_runs_side_by_side():
         ("runs.lora_r4.rates=1e-3,1", ("runs", 1, "rates"), (1e-3, 1.0)),
         ("runs.full.targets=h_0/.*", ("runs", 0, "targets"), "h_0/.*"),
         ("rates=1e-3,1", ("rates",), (1e-3, 1.0)),
+        ("measure.relative_to=full", ("measure", "relative_to"), ("full",)),
+        ("measure.relative_to='full','lora_r4'", ("measure", "relative_to"), ("full", "lora_r4")),
     ],
 )
 def test_an_override_sets_one_field(item, path, value):
@@ -91,7 +93,7 @@ def test_an_override_sets_one_field(item, path, value):
         ("runs.full.learning_rate=fast", "runs.full.learning_rate is of type float or None, got 'fast'"),
         ("runs.full.rates=1e-2,1e-3", "runs.full.rates: positive and ascending; got (0.01, 0.001)"),
         ("task.old=prose", "task.old is a function: set it in the config file"),
-        ("measure.relative_to=full", "measure.relative_to is of type tuple, got 'full'"),
+        ("measure.relative_to=fulll", "measure.relative_to: ['fulll'] are no runs of 'quickstart'"),
         ("base.model.heads=3", "width=256 is not a multiple of heads=3"),
         ("seeds=0,0", "seeds: at least one, and no seed twice; got (0, 0)"),
         ("runs.full.method=lora", "runs.full.method is a method, written as a call: 'lora(...)'; got 'lora'"),

@@ -1,4 +1,4 @@
-"""Scores as the papers report them: of generated texts, of classes and values, of answers to sums."""
+"""Scores as the papers report them: of generated texts, of classes and values, of answers to sums, of pictures."""
 
 from experiments.metrics.answers import exact_match as exact_match
 from experiments.metrics.classification import accuracy as accuracy
@@ -16,3 +16,7 @@ from experiments.metrics.ngrams import bleu as bleu
 from experiments.metrics.ngrams import nist as nist
 from experiments.metrics.overlap import cider as cider
 from experiments.metrics.overlap import rouge_l as rouge_l
+from experiments.metrics.pictures import agreement as agreement
+from experiments.metrics.pictures import diversity as diversity
+from experiments.metrics.pictures import likeness as likeness
+from experiments.metrics.pictures import spread as spread

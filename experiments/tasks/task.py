@@ -73,6 +73,18 @@ class Files(NamedTuple):
     options: Mapping[str, Any]
 
 
+class Sheet(NamedTuple):
+    """Pictures of some prompts, to look at.
+
+    Attributes:
+      prompts: of the rows.
+      images: (prompts, of each, height, width, channels), in [0, 1].
+    """
+
+    prompts: Sequence[str]
+    images: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class Domain:
     """One kind of data.
@@ -110,6 +122,11 @@ class Opened:
       samples: (apply, params) -> lines to look at; None for no such thing.
       understood: what the data were taken for, in lines that a run begins with; none where the task is told all of it.
       classes: the names of a classification's, for the config.json of a merged checkpoint; none for the checkpoint's.
+      prepare: (the base, the experiment's folder, say) makes what the batches need of the base, before the first run,
+        and keeps it in the folder; None for nothing. Batches of before have the same shapes.
+      pictures: (parameters, plain or adapted) -> pictures, of the same prompts and seeds each time; None for none.
+      save: (folder, plain parameters) writes a merged checkpoint; None for `jlora.models.save`.
+      old_digest: a hash of the old domain's data alone: bases pretrained on the same are one. `digest` when "".
     """
 
     model: Any
@@ -128,6 +145,10 @@ class Opened:
     samples: Callable[[Apply, Params], Sequence[str]] | None = None
     understood: Sequence[str] = ()
     classes: Sequence[str] = ()
+    prepare: Callable[[Params, Path, Callable[[str], None]], None] | None = None
+    pictures: Callable[[Params], Sheet] | None = None
+    save: Callable[[Path, Params], None] | None = None
+    old_digest: str = ""
 
     def domain(self, side: Side) -> Domain:
         """The new domain or the old one."""

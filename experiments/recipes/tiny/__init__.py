@@ -20,3 +20,7 @@ from experiments.recipes.tiny.files import shakespeare as shakespeare
 from experiments.recipes.tiny.files import sst2 as sst2
 from experiments.recipes.tiny.files import temporary as temporary
 from experiments.recipes.tiny.files import trec as trec
+from experiments.recipes.tiny.pipelines import clip as clip
+from experiments.recipes.tiny.pipelines import photos as photos
+from experiments.recipes.tiny.pipelines import stable_diffusion as stable_diffusion
+from experiments.recipes.tiny.pipelines import stable_diffusion_xl as stable_diffusion_xl

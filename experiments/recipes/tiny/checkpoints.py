@@ -93,7 +93,7 @@ def vit(folder: Path) -> Path:
     """ViT without a head, as google/vit-base-patch16-224-in21k."""
     config = ViTConfig(image_size=16, patch_size=8, width=32, layers=2, heads=2, head="none", pooler=True)
     model = ViT(config)
-    models.save(folder, model, _random(model, jnp.zeros((1, 16, 16, 3))))
+    models.save(folder, model, random_params(model, jnp.zeros((1, 16, 16, 3))))
     return folder
 
 
@@ -134,16 +134,16 @@ def _byte_level(special: Sequence[str]) -> Any:
 
 
 def _written(folder: Path, model: Any, backend: Any, kind: str, roles: Roles) -> Path:
-    models.save(folder, model, _random(model, jnp.zeros((1, 4), jnp.int32)))
+    models.save(folder, model, random_params(model, jnp.zeros((1, 4), jnp.int32)))
     backend.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": kind, **{f"{role}_token": token for role, token in roles.items()}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return folder
 
 
-def _random(model: nn.Module, inputs: jax.Array) -> Any:
+def random_params(model: nn.Module, *inputs: jax.Array) -> Any:
     """Parameters drawn by NumPy: Flax's own initial values would be compiled first."""
-    shapes = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), inputs)["params"], sep="/")
+    shapes = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"], sep="/")
     rng = np.random.default_rng(0)
 
     def drawn(path: str, shape: tuple[int, ...]) -> jax.Array:

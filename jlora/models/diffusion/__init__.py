@@ -6,6 +6,8 @@ from jlora.models.diffusion.noise import Noise as Noise
 from jlora.models.diffusion.pipeline import Pipeline as Pipeline
 from jlora.models.diffusion.pipeline import load as load
 from jlora.models.diffusion.pipeline import save as save
+from jlora.models.diffusion.pixels import Pixels as Pixels
+from jlora.models.diffusion.pixels import PixelsConfig as PixelsConfig
 from jlora.models.diffusion.prompts import Encoded as Encoded
 from jlora.models.diffusion.prompts import encode as encode
 from jlora.models.diffusion.prompts import tokens_of as tokens_of
