@@ -6,6 +6,7 @@ import math
 import re
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -324,6 +325,21 @@ def test_inputs_that_do_not_fit():
         jax.eval_shape(vae.VAE(small).init, jax.random.key(0), jnp.zeros((1, 5, 4, 3)))
 
 
+def test_norms_of_groups_keep_a_small_variance_beside_a_large_mean():
+    class Grouped(NamedTuple):
+        groups: int = 2
+        epsilon: float = 1e-6
+        dtype: str = "float32"
+        param_dtype: str = "float32"
+
+    x = 100 + 0.1 * np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    norm = resnet.group_norm(Grouped(), "norm")
+    out = norm.apply(norm.init(jax.random.key(0), x), x)
+    wide = x.astype(np.float64).reshape(1, 4, 4, 2, 2)
+    expected = (wide - wide.mean((1, 2, 4), keepdims=True)) / np.sqrt(wide.var((1, 2, 4), keepdims=True) + 1e-6)
+    assert np.abs(out - expected.reshape(x.shape)).max() < 2e-3
+
+
 def test_nearest_is_torchs():
     x = jnp.arange(12.0).reshape(1, 3, 4, 1)
     assert resnet.nearest(x, 6, 8)[0, :, :, 0].tolist() == np.kron(x[0, :, :, 0], np.ones((2, 2))).tolist()
@@ -354,6 +370,8 @@ def test_a_part_is_loaded_and_saved_in_diffusers_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there are others: pass variant='fp16'$"):
         models.load(folder / "unet")
     jax.tree.map(np.testing.assert_array_equal, models.load(folder / "unet", variant="fp16").params, plain.params)
+    models.save(folder / "unet", plain.model, plain.params)
+    assert file.with_name("diffusion_pytorch_model.fp16.safetensors").exists()  # other variants stay
     with pytest.raises(FileNotFoundError, match=r"there are files without a variant: leave out variant='ema'$"):
         models.load(tmp_path / "saved", variant="ema")
     with pytest.raises(ValueError, match="variant='../x' is no word that files are named by"):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -20,6 +21,7 @@ from jlora.models import diffusion
 from jlora.models.catalogue import architecture_of
 from jlora.models.diffusion import Noise, generate, scheduler_config, single_file
 from jlora.models.tensors import to_tensors
+from jlora.models.vae import sampled
 from tests import small_pipelines
 from tests.tiers import thorough
 
@@ -65,6 +67,8 @@ def with_scheduler(pipeline, case: dict):
 
 
 PROMPTS = small_pipelines.cases("sd1")["prompts"]
+AUTO = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+EXPLICIT = (jax.sharding.AxisType.Explicit,)
 KEY = jax.random.key(0)
 
 
@@ -136,11 +140,38 @@ def adapted_of(pipeline, seed: int) -> dict:
     return found
 
 
+def test_arguments_reach_the_program(pipelines):
+    """Through `generate`: clip skip, zeros for no negative prompt, pieces of long prompts, no guidance up to 1."""
+    pipeline = dataclasses.replace(pipelines("sdxl", scan=True), sampler="euler")
+    run = functools.partial(generate, key=KEY, steps=1, **SIDES)
+    plain = run(pipeline, PROMPTS)
+    empty = run(dataclasses.replace(pipeline, zeros=False), PROMPTS)
+    assert np.abs(plain - empty).max() > 1e-3
+    np.testing.assert_allclose(run(pipeline, PROMPTS, negative=["", ""]), empty, atol=1e-6)
+    before = generate_programs()
+    assert np.abs(run(pipeline, PROMPTS, clip_skip=0) - plain).max() == 0
+    swapped = dataclasses.replace(pipeline, tokenizers=dict(reversed(pipeline.tokenizers.items())))
+    np.testing.assert_array_equal(run(swapped, PROMPTS), plain)
+    assert generate_programs() == before
+    alone = run(pipeline, PROMPTS, guidance=0.0)
+    assert np.abs(alone - run(pipeline, PROMPTS[::-1], guidance=1.0)).max() > 1e-3
+    assert generate_programs() == before + 1
+    assert np.abs(run(pipeline, PROMPTS, clip_skip=1, guidance=0.0) - alone).max() > 1e-3
+    long = [f"{PROMPTS[0]} {'a cat ' * 30}", PROMPTS[1]]
+    assert np.abs(run(pipeline, long, long="chunk", guidance=0.0) - alone)[0].max() > 1e-3
+
+
+def test_latents_are_drawn_from_the_autoencoders_gaussians():
+    encoded = {"mean": jnp.full((4, 64), 3.0), "logvar": jnp.full((4, 64), 2 * np.log(0.5))}
+    drawn = sampled(encoded, KEY)
+    np.testing.assert_allclose((drawn - 3) / 0.5, jax.random.normal(KEY, (4, 64)), atol=1e-5)
+
+
 @pytest.mark.thorough("test_a_key_draws_each_image_by_itself_and_nothing_compiles_again")
 def test_images_lie_over_devices(pipelines):
     pipeline = dataclasses.replace(pipelines("sd2", scan=True), sampler="ddim")
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
     run = functools.partial(generate, pipeline, PROMPTS, key=KEY, steps=1, **SIDES)
     images = run(sharding=rows)
     assert images.sharding.is_equivalent_to(rows, 4)
@@ -169,14 +200,28 @@ def test_arguments_that_cannot_be(pipelines):
         ),
         ({"image": image, "mask": image}, "mask is (2, 16, 24, 3), expected (2, 16, 24, 1), 1 where to paint"),
         ({"sampler": "eulr"}, "no sampler 'eulr'; the closest is 'euler'; there are ddim, ddpm, dpmpp_2m"),
-        ({"steps": 0}, "steps"),
-    ]
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"height": 0}, "height=0 is no multiple of 2, as the autoencoder wants it: 2 is"),
+        ({"rescale": -1}, "rescale=-1 is not in [0, 1]"),
+        ({"sizes": np.zeros((2, 6))}, "sizes= are conditions of SDXL: this pipeline's UNet takes none"),
+        ({"image": image, "mask": 255 + mask}, "mask has values from 255 to 255, expected 1 where to paint, 0 elsewhere"),
+        ({"image": image - 1, "strength": 0.5}, "image has values from -1 to -1, expected [0, 1]: x / 2 + 0.5 of [-1, 1]"),
+        ({"image": image + np.nan}, "image has values that are not finite"),
+        ({"sharding": NamedSharding(jax.make_mesh((2,), ("a",), axis_types=EXPLICIT), PartitionSpec("a"))},
+            "sharding= is of a mesh with Explicit axes, and convolutions want Auto ones: jax.make_mesh("),
+        ({"sharding": NamedSharding(AUTO, PartitionSpec("a", "b"))}, "sharding= does not fit 2 images, of which it says one"),
+    ]  # fmt: skip
     for given, error in wrong:
-        with pytest.raises(ValueError, match="^" + re.escape(error) if len(error) > 6 else error):
+        with pytest.raises(ValueError, match="^" + re.escape(error)):
             generate(pipeline, PROMPTS, **{"key": KEY, "steps": 2, **SIDES, **given})
     error = "the UNet takes 9 channels, to paint in a mask: pass image= and mask="
     with pytest.raises(ValueError, match=re.escape(error)):
         generate(paint, PROMPTS, key=KEY, **SIDES)
+    error = "sampler= is a Sampler, expected its name or the function that makes it, such as diffusion.ddim"
+    with pytest.raises(TypeError, match=re.escape(error)):
+        generate(pipeline, PROMPTS, key=KEY, sampler=diffusion.ddim(pipeline.noise, 2), **SIDES)
+    with pytest.raises(TypeError, match=r"key is 3, expected jax.random.key\(seed\), or one for each image"):
+        generate(pipeline, PROMPTS, key=3, **SIDES)
     with pytest.raises(TypeError, match=r"key is an array of uint32, expected jax.random.key\(seed\)"):
         generate(pipeline, PROMPTS, key=jax.random.PRNGKey(0), **SIDES)
     with pytest.raises(ValueError, match=r"prompts\[0\] has 92 tokens, and the text encoder takes 77"):
@@ -247,6 +292,28 @@ def test_folders_that_are_no_pipelines(folders, tmp_path):
         diffusion.load(folder)
     with pytest.raises(FileNotFoundError, match="is no pipeline: there is no model_index.json in it"):
         diffusion.load(folders["sd1"] / "unet")
+    folder = changed("zeros", force_zeros_for_empty_prompt="false")
+    error = f"'{folder}/model_index.json' has force_zeros_for_empty_prompt='false', expected true or false"
+    with pytest.raises(ValueError, match=re.escape(error)):
+        diffusion.load(folder)
+    folder = changed("swapped")
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(folder / "unet", folder / "vae")
+    with pytest.raises(ValueError, match=re.escape(f"the vae of '{folder}' is a UNet, and its folder or file another")):
+        diffusion.load(folder)
+    folder = changed("linked")
+    shutil.move(folder / "vae", tmp_path / "elsewhere")
+    (folder / "vae").symlink_to(tmp_path / "elsewhere")
+    error = f"'{folder}/vae' is a link that leads out of the pipeline's folder"
+    with pytest.raises(ValueError, match=re.escape(error)):
+        diffusion.load(folder)
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "bare")
+    record = json.loads((folder / "text_encoder_2" / "config.json").read_text()) | {"architectures": ["CLIPTextModel"]}
+    (folder / "text_encoder_2" / "config.json").write_text(json.dumps(record))
+    file = folder / "text_encoder_2" / "model.safetensors"
+    save_file({key: x for key, x in load_file(file).items() if "projection" not in key}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks the values of text_encoder_2/projection/kernel: its config.json is of"):
+        diffusion.load(folder)
     with pytest.raises(
         ValueError, match=r"load: parts= speaks of 'unnet'; the parts of .* are unet, vae, text_encoder"
     ):
@@ -298,6 +365,17 @@ def test_a_single_file_is_the_pipeline(folders, pipelines, family, tmp_path):
             ValueError, match=r"Stable Diffusion 2.x, and no tensor says what its UNet predicts: pass noise="
         ):
             load(tokenizer=given["tokenizer"])
+    if family == "sd1":
+        error = r"load_file: configs= speaks of 'unnet'; the parts of .* are unet, vae, text_encoder"
+        with pytest.raises(ValueError, match=error):
+            diffusion.load_file(tmp_path / "model.safetensors", **given, configs={"unnet": 1})
+        marks = {"v_pred": np.zeros(1), "ztsnr": np.zeros(1)}
+        save_file(tensors | marks, tmp_path / "marked.safetensors")
+        marked = diffusion.load_file(
+            tmp_path / "marked.safetensors", tokenizer=given["tokenizer"], configs=configs, param_dtype=jnp.float32
+        )
+        assert marked.noise == Noise(prediction="v_prediction", zero_snr=True, spacing="trailing")
+        assert marked.modules["unet"].config.param_dtype == "float32"
     lost = "model.diffusion_model.middle_block.1.norm.weight"
     save_file({key: x for key, x in tensors.items() if key != lost}, tmp_path / "model.safetensors")
     error = f"the unet in '{tmp_path}/model.safetensors' does not fit:\n  'middle_block.1.norm.weight' is missing, expected shape (16,)"
