@@ -3,7 +3,7 @@
 Command:   python -m experiments.train configs/small_diffusion.py
 Data:      CIFAR-10 in cifar10/ below JLORA_DATA, see experiments/data/cifar10.py, and the DreamBooth paper's photos in
            dreambooth/dog/ there (google/dreambooth); --small: scikit-learn's digits, in the package
-Model:     a UNet of MODEL parameters on pixels, cross-attention to a text encoder of two layers whose tokens are words
+Model:     2.8 M parameters: a UNet on pixels, cross-attention to a text encoder of two layers whose tokens are words
 Hardware:  2 CPU cores; under two hours
 
 Three experiments on one base: a subject, "a sks dog"; the same with its class preserved (100 pictures of "a dog" that
