@@ -378,7 +378,7 @@ def _check_sharding(sharding: jax.sharding.Sharding | None, rows: int) -> None:
         )
     try:
         sharding.shard_shape((rows,))
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # the second for a spec of more axes
         raise ValueError(f"sharding= does not fit {rows} images, of which it says one axis: {error}") from error
 
 
