@@ -75,7 +75,9 @@ KEY = jax.random.key(0)
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", thorough(CASES, "test_images_are_diffusers_own", QUICK))
+@pytest.mark.parametrize(
+    "case", thorough(CASES, "test_a_key_draws_each_image_by_itself_and_nothing_compiles_again", QUICK)
+)
 def test_images_are_diffusers_own(pipelines, case):
     family, name = case.split("/")
     pipeline = with_scheduler(pipelines(family), small_pipelines.cases(family)["cases"][name])

@@ -265,7 +265,7 @@ def test_added_tokens_are_not_pooled(tokenizer, tmp_path):
 def test_adapted_encoders_are_lifted():
     (encoders, params), ids = loaded("sdxl"), tokens("sdxl")
     adapted = tuple(randomised(jlora.apply(own, rank=2, targets="attn/"), 0.3) for own in params)
-    lifted = encode(encoders, adapted, ids, xl=True, apply=functools.partial(jlora.lift, strict=True))
+    lifted = encode(encoders, adapted, ids, xl=True, lift=functools.partial(jlora.lift, strict=True))
     merged = encode(encoders, [jlora.merge(own) for own in adapted], ids, xl=True)
     plain = encode(encoders, params, ids, xl=True)
     for got, expected, before in zip(lifted, merged, plain, strict=True):

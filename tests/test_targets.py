@@ -69,7 +69,7 @@ UNET_ROWS = [(name, scan) for name in FAMILIES for scan in (True, False)]
 DEFAULT = [("sd15", False), ("sdxl", True), ("clip-vit-l-text", False), ("openclip-vit-bigg-text", True)]
 
 
-@pytest.mark.parametrize("row", thorough(ROWS, "test_numbers_trained_are_the_published_ones", DEFAULT))
+@pytest.mark.parametrize("row", thorough(ROWS, "test_a_file_that_is_written_has_the_published_size", DEFAULT))
 def test_numbers_trained_are_the_published_ones(row):
     name, scan = row
     _, params, _ = model(name, scan)
@@ -112,7 +112,7 @@ def arguments(name):
 
 
 @pytest.mark.parametrize(
-    "row", thorough(UNET_ROWS, "test_no_weight_is_built_on_the_real_shapes", [("sd15", False), ("sdxl", True)])
+    "row", thorough(UNET_ROWS, "test_each_use_of_a_weight_is_explained_as_factored", [("sd15", False), ("sdxl", True)])
 )
 def test_no_weight_is_built_on_the_real_shapes(row):
     name, scan = row
@@ -161,7 +161,10 @@ def tensors(name, rank):
 
 
 @pytest.mark.parametrize(
-    "row", thorough(list(FILES), "test_files_have_the_published_sizes", [row for row in FILES if row[0] == "sd15"])
+    "row",
+    thorough(
+        list(FILES), "test_a_file_that_is_written_has_the_published_size", [row for row in FILES if row[0] == "sd15"]
+    ),
 )
 def test_files_have_the_published_sizes(row):
     name, rank = row

@@ -6,7 +6,7 @@
 Each step is compiled on shapes by the device's own compiler (`jlora.plan`), and nothing is run: bfloat16, blocks of one
 kind scanned, activations of each block computed again, LoRA on all attention of the UNet, AdamW in float32. Latents and
 the texts' embeddings come from a cache; "images and words" have the autoencoder's encoder and the text encoders, their
-weights in NF4, in the step. `results.json` keeps each plan, from which table and plot are made.
+weights in NF4, in the step. `cells.json` keeps each plan, from which table and plot are made.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m experiments.bench.diffusion_memory", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--folder", type=Path, required=True, help="of results.json, results.md and memory.png")
+    parser.add_argument("--folder", type=Path, required=True, help="of cells.json, results.md and memory.png")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--pixels", nargs="+", type=int, choices=PIXELS, default=PIXELS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only-table", action="store_true", help="of the plans that are there")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
-    file = options.folder / "results.json"
+    file = options.folder / "cells.json"
     wanted = cases(options.models, options.pixels, options.methods, options.rows)
     for device in () if options.only_table else options.devices:
         for case in wanted:

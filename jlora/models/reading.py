@@ -17,7 +17,8 @@ from typing import Any
 LARGEST = 2**23  # bytes of a JSON file; those of vocabularies and indices may be larger
 DEEPEST = 64  # lists and objects within one another
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
-DIGITS = 40  # of a whole number: transformers writes int(1e30) for a tokenizer's model_max_length without a limit
+DIGITS = 20  # of a whole number
+NO_LIMIT = str(int(1e30))  # which transformers writes for the model_max_length of a tokenizer without one
 
 
 def has(file: Path) -> bool:
@@ -86,7 +87,7 @@ def read_json(file: Path, largest: int = LARGEST) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError, ValueError: as `read`.
-      ValueError: for what is no JSON or no object, a key that an object has twice, whole numbers of over 40 digits,
+      ValueError: for what is no JSON or no object, a key that an object has twice, whole numbers of over 20 digits,
         others beyond the largest float, halves of characters, and lists or objects more than 64 deep. NaN and
         infinities are JSON to Python and pass: where a number is used, it is checked.
     """
@@ -135,7 +136,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int:
-    if len(digits.removeprefix("-")) > DIGITS:
+    if len(digits.removeprefix("-")) > DIGITS and digits != NO_LIMIT:
         raise _Refused(f"has a whole number of {len(digits)} digits, {digits[:8]}...")
     return int(digits)
 
