@@ -109,6 +109,7 @@ def test_the_other_small_forms_end(name, tmp_path):
 
 
 @pytest.mark.thorough("test_a_run_leaves_its_sheets_its_class_and_its_curve")
+@pytest.mark.loose_promotion  # Optax's bias correction
 def test_a_study_of_digits_pretrains_one_base_for_both_experiments(tmp_path, capsys):
     few = [f"experiments.{name}.{field}" for name in ("subject_prior", "style") for field in (
         "train.steps=4", "train.evaluate_every=2", "base.train.steps=4", "base.train.evaluate_every=2",
