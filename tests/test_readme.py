@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jlora.methods import table
+from tests import memory
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = (
@@ -60,6 +61,7 @@ EXAMPLES = {
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs_here(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In this process, which has imported everything before: starting another is most of what an example takes."""
+    memory.drop(500)  # no example takes up a program of another
     monkeypatch.chdir(tmp_path)
     main = types.ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", main)  # where its classes are looked for
