@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import models
@@ -371,6 +372,11 @@ def test_a_part_is_loaded_and_saved_in_diffusers_files(tmp_path):
         models.load(folder / "unet")
     jax.tree.map(np.testing.assert_array_equal, models.load(folder / "unet", variant="fp16").params, plain.params)
     models.save(folder / "unet", plain.model, plain.params)
+    tensors = load_file(file)
+    changed = {key: x[..., 0, 0] if re.search("proj_(in|out).weight", key) else x for key, x in tensors.items()}
+    assert sum(x.shape != tensors[key].shape for key, x in changed.items()) >= 4
+    save_file(changed, file, {"format": "pt"})  # linear layers in the place of 1 x 1 convolutions
+    jax.tree.map(np.testing.assert_array_equal, models.load(folder / "unet").params, plain.params)
     assert file.with_name("diffusion_pytorch_model.fp16.safetensors").exists()  # other variants stay
     with pytest.raises(FileNotFoundError, match=r"there are files without a variant: leave out variant='ema'$"):
         models.load(tmp_path / "saved", variant="ema")
@@ -380,8 +386,6 @@ def test_a_part_is_loaded_and_saved_in_diffusers_files(tmp_path):
 
 def test_older_names_of_the_autoencoders_attention(tmp_path):
     """Files of Stable Diffusion 1.x say query, key, value and proj_attn."""
-    from safetensors.numpy import load_file, save_file
-
     folder = small_pipelines.write("sd1", tmp_path / "pipeline") / "vae"
     plain = models.load(folder)
     file = folder / "diffusion_pytorch_model.safetensors"

@@ -21,7 +21,7 @@ from jlora.models import bnb, bnb_tensors, files, place, quantised, reading, wri
 from jlora.models.architecture import Architecture, Head, names_of, number_of, object_of
 from jlora.models.catalogue import ARCHITECTURES, architecture_of
 from jlora.models.fields import LABELS, shown
-from jlora.models.tensors import Leaf, differences, tensor_shape, tensor_slices, to_tensor
+from jlora.models.tensors import Leaf, Shape, differences, tensor_shape, tensor_slices, to_tensor
 from jlora.quant.formats import Format
 
 Params = Any
@@ -118,7 +118,7 @@ def load(
     folder, architecture, asked, found, unused, model = _opened(name, head, labels, revision, options, variant)
     config: Any = model.config
     table = architecture.table(config)
-    shapes = _shapes(model, architecture.inputs(config))
+    shapes = shapes_of(model, architecture.inputs(config))
     new = _new_head(table, found, shapes, architecture, config) if asked else []
     fresh = [row.path for row in new]
     start = _initial(model, architecture.inputs(config), fresh, seed, shapes, sharding)
@@ -154,6 +154,7 @@ def parameters(
       ValueError: for keys that are missing, unexpected, misshaped or of another dtype: all of them in one error.
     """
     own = {path: leaf.shape for path, leaf in shapes.items()}
+    found = _fitted(found, {key: tensor_shape(row, own[row.path]) for row in table for key in row.keys})
     wrong = differences(table, own, {key: tensor.shape for key, tensor in found.items()}, optional=optional)
     for key in (key for row in table for key in row.keys if key in found):
         if found[key].dtype not in DTYPES:
@@ -198,7 +199,7 @@ def save(
     if architecture is None:
         raise ValueError(f"{type(model).__name__} is none of jlora's models: {_names()}")
     flat = traverse_util.flatten_dict(params, sep="/")
-    expected = {path: leaf.shape for path, leaf in _shapes(model, architecture.inputs(config)).items()}
+    expected = {path: leaf.shape for path, leaf in shapes_of(model, architecture.inputs(config)).items()}
     writing.check_params(flat, expected)
     origin = None if source is None else files.folder_of(source, revision, files.SMALL)
     record = _record(architecture, config, str(next(iter(flat.values())).dtype), origin)
@@ -319,20 +320,40 @@ def _config(
     """The model's config from the checkpoint's and the caller's."""
     with _naming(folder):
         config = architecture.read(record, head)
+    own_labels = _labels(folder, record)
+    given = {"labels": own_labels if labels is None else labels}
+    return configured_for(config, found, options, what=f"'{folder}'", call="load", **given)
+
+
+def configured_for(
+    config: Any, found: Mapping[str, files.Tensor], options: Mapping[str, Any], *, what: str, call: str, **given: Any
+) -> Any:
+    """A config with the options of a caller, and else with the dtypes of a checkpoint's tensors.
+
+    Args:
+      config: of the model.
+      found: its tensors.
+      options: fields, as the caller gives them.
+      what: the tensors are of, for errors.
+      call: the function that was called, for errors.
+      given: further fields, which some configs do not have.
+
+    Raises:
+      ValueError: if there are no tensors of numbers.
+      TypeError: for an option that the config does not have.
+    """
     sizes = dict.fromkeys(DTYPES, 0)
     for tensor in found.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     if not any(sizes[name] for name in DTYPES):
-        raise ValueError(f"'{folder}' holds no tensors of {', '.join(DTYPES)}")
+        raise ValueError(f"{what} holds no tensors of {', '.join(DTYPES)}")
     options = {k: jnp.dtype(v).name if k in ("dtype", "param_dtype") else v for k, v in options.items()}
     param_dtype = options.get("param_dtype", DTYPES[max(DTYPES, key=lambda name: sizes[name])])
     known = [field.name for field in dataclasses.fields(config)]
     wrong = [name for name in options if name not in known]
     if wrong:
-        raise TypeError(f"load: {type(config).__name__} has no field {wrong[0]!r}; it has {', '.join(known)}")
-    own_labels = _labels(folder, record)
-    given: dict[str, Any] = {"labels": own_labels if labels is None else labels, "param_dtype": param_dtype}
-    given |= {"dtype": "float32" if param_dtype == "float16" else param_dtype, **options}
+        raise TypeError(f"{call}: {type(config).__name__} has no field {wrong[0]!r}; it has {', '.join(known)}")
+    given |= {"param_dtype": param_dtype, "dtype": "float32" if param_dtype == "float16" else param_dtype, **options}
     return dataclasses.replace(config, **{name: value for name, value in given.items() if name in known})
 
 
@@ -376,7 +397,8 @@ def _check_layers(folder: Path, architecture: Architecture, config: Any, found: 
             raise ValueError(f"'{folder / files.CONFIG}' has {name}={layers}, and there are tensors of {there} layers")
 
 
-def _shapes(model: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(model: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a model's parameters, by path."""
     tree = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     return traverse_util.flatten_dict(tree, sep="/")
 
@@ -424,6 +446,16 @@ def _new_head(
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def _fitted(found: Mapping[str, files.Tensor], expected: Mapping[str, Shape]) -> dict[str, files.Tensor]:
+    """The tensors with the shapes that are expected, where a linear layer is a 1 x 1 convolution in the file, or so."""
+    result = {}
+    for key, tensor in found.items():
+        shape = expected.get(key, tensor.shape)
+        same = {len(shape), len(tensor.shape)} == {2, 4} and (*shape, 1, 1)[:4] == (*tensor.shape, 1, 1)[:4]
+        result[key] = tensor._replace(shape=shape, stored=tensor.shape) if same else tensor
+    return result
 
 
 def _read(

@@ -1,14 +1,11 @@
 """Checkpoints in one .safetensors file, in the layout of the authors' code: UNet, autoencoder and text encoders."""
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
@@ -18,7 +15,7 @@ from jlora.models.clip.modeling import CLIPText, CLIPTextConfig
 from jlora.models.diffusion.noise import Noise
 from jlora.models.diffusion.pipeline import Pipeline, check_parts, table_of
 from jlora.models.diffusion.prompts import with_tokenizer
-from jlora.models.tensors import LINEAR, Leaf, Part, embedding, layered, leaf, linear, norm, tensor_shape
+from jlora.models.tensors import LINEAR, Leaf, Part, embedding, layered, leaf, linear, norm
 from jlora.models.tokenizer import Tokenizer
 from jlora.models.unet.ldm import ldm_names
 
@@ -161,7 +158,7 @@ def _parts(
     """Of each part the module, config, prefix of keys, key table, and a pattern of keys that are not read."""
     channels = found.get(f"{UNET}input_blocks.0.0.weight")
     painting = channels is not None and channels.shape[1:2] == (9,)
-    first = _with(family.unet, channels=9) if painting else family.unet
+    first = dataclasses.replace(family.unet, channels=9) if painting else family.unet
     known: dict[str, Any] = {
         "unet": (unet.UNet, first, UNET, unet_table, r"(?!)"),
         "vae": (vae.VAE, family.vae, VAE, vae_table, r"^(loss|model_ema)\."),
@@ -171,10 +168,6 @@ def _parts(
         ignored = rf"position_ids$|^logit_scale$|^text_projection$|^attn_mask$|^transformer\.resblocks\.{layers}\."
         known[part] = (CLIPText, config, prefix, open_clip_table if by_open_clip else _text_table, ignored)
     return {part: (own[0], configs.get(part, own[1]), *own[2:]) for part, own in known.items()}
-
-
-def _with(config: Any, **fields: Any) -> Any:
-    return type(config)(**{**vars(config), **fields})
 
 
 def _read(
@@ -190,41 +183,19 @@ def _read(
     of_load = {name: value for name, value in options.items() if name in ("quantize", "block", "double", "sharding")}
     if not found:
         raise ValueError(f"{what}: there are no tensors of it in the file; give a folder, or a file that has all parts")
-    sizes = dict.fromkeys(checkpoint.DTYPES, 0)
-    for tensor in found.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    known = [field.name for field in dataclasses.fields(config)]
     given = {name: value for name, value in options.items() if name not in of_load}
-    wrong = [name for name in given if name not in known]
-    if wrong:
-        raise TypeError(f"load_file: {type(config).__name__} has no field {wrong[0]!r}; it has {', '.join(known)}")
-    given |= {name: jnp.dtype(given[name]).name for name in ("dtype", "param_dtype") if name in given}
-    param_dtype = given.get("param_dtype", checkpoint.DTYPES[max(checkpoint.DTYPES, key=lambda name: sizes[name])])
-    dtypes = {"param_dtype": param_dtype, "dtype": "float32" if param_dtype == "float16" else param_dtype}
-    config = _with(config, **{**dtypes, **given})
+    config = checkpoint.configured_for(config, found, given, what=what, call="load_file")
     module: Any = kind(config)
-    rows = table(config)
-    architecture = architecture_of(config)
+    rows, architecture = table(config), architecture_of(config)
     assert architecture is not None
-    tree = jax.eval_shape(module.init, jax.random.key(0), *architecture.inputs(config))["params"]
-    shapes = traverse_util.flatten_dict(tree, sep="/")
-    expected = {key: tensor_shape(row, shapes[row.path].shape) for row in rows for key in row.keys}
+    known = {key for row in rows for key in row.keys}
     read = checkpoint.parameters(
-        rows, shapes, fitted(found, expected), what=f"{what} does not fit", sharding=of_load.get("sharding"),
-        optional=[key for key in found if key not in expected and re.search(ignored, key)],
+        rows, checkpoint.shapes_of(module, architecture.inputs(config)), found, what=f"{what} does not fit",
+        optional=[key for key in found if key not in known and re.search(ignored, key)],
+        sharding=of_load.get("sharding"),
         choose=quantised.choice(of_load.get("quantize"), of_load.get("block"), of_load.get("double")),
     )  # fmt: skip
     return module, traverse_util.unflatten_dict(read, sep="/")
-
-
-def fitted(found: Mapping[str, files.Tensor], expected: Mapping[str, tuple[int, ...]]) -> dict[str, files.Tensor]:
-    """The tensors with the shapes that are expected, where a linear layer is a 1 x 1 convolution in the file, or so."""
-    result = {}
-    for key, tensor in found.items():
-        shape = expected.get(key, tensor.shape)
-        same = {len(shape), len(tensor.shape)} == {2, 4} and (*shape, 1, 1)[:4] == (*tensor.shape, 1, 1)[:4]
-        result[key] = tensor._replace(shape=shape, stored=tensor.shape) if same else tensor
-    return result
 
 
 # -- key tables --------------------------------------------------------------------------------------------------------
