@@ -282,9 +282,12 @@ class Save:
     Attributes:
       merged: a folder for the merged checkpoint of the run with its first seed; with several runs a folder in it for
         each. A local one, or its `file://` URL.
+      adapter: the same for the adapter alone, in the format that other programs read: Hugging Face PEFT's, or that of
+        diffusers for Stable Diffusion. Full fine-tuning has none.
     """
 
     merged: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from experiments import bases, configfile, merged, report
+from experiments import bases, configfile, exports, report
 from experiments.bases import Base
 from experiments.config import Experiment, Pretrain, Study, all_of
 from experiments.configfile import ConfigError
@@ -86,7 +86,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
             _trained(work, base, progress)
             results = _measured(work, base, plans, progress)
         report.write(experiment, results, opened, folder, time.monotonic() - started, console)
-        for line in merged.write(experiment, work.trials, base.params(experiment.seed), source):
+        for line in exports.write(experiment, work.trials, base.params(experiment.seed), source):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -135,7 +135,7 @@ def _prepared(experiment: Experiment, opened: Opened, folder: Path) -> Work:
         trainer = Trainer(each, shared, experiment.train, rates[0])
         trainer.check(shapes)
         trials.append(Trial(trainer, rates, experiment.seeds, folder / each.name, experiment.measure.test))
-    merged.check(experiment, trials)
+    exports.check(experiment, trials)
     return Work(experiment, opened, folder, shared, trials, base)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,14 +67,21 @@ def test_prompts_and_completions_end_in_a_merged_checkpoint(bases, tmp_path):
     options = [
         f"base={bases['gpt2']}", f"task.data={data}", "runs.lora.method=rslora(2)", "train.steps=4", "train.batch=4",
         "runs.lora.learning_rate=1e-2", "task.new_tokens=2", f"save.merged={out}", SCANNED, "--folder", run,
+        f"save.adapter={tmp_path / 'peft'}",
     ]  # fmt: skip
     status, printed, err = called(*options)
     assert (status, err) == (0, "")
     assert "method    adapted: rslora(rank=2" in printed and f"merged    adapted: {out}, " in printed
+    assert f"adapter   adapted: {tmp_path / 'peft'}, " in printed
     base = models.load(bases["gpt2"], scan=True)
     adapted = jlora.load(run / "lora" / "seed_0" / "adapter", base.params)
     saved = models.load(out)
     tokens = jnp.asarray([models.Tokenizer.load(out).encode("What is 3?")])
+    other = jlora.peft.load(tmp_path / "peft", base.params, model=base.model)
+    chex.assert_trees_all_equal(jlora.merge(other), jlora.merge(adapted))
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        bases["gpt2"]
+    )
     merged = base.model.apply({"params": jlora.merge(adapted)}, tokens)
     np.testing.assert_allclose(saved.model.apply({"params": saved.params}, tokens), merged, rtol=1e-5, atol=1e-5)
     apart = jlora.lift(base.model.apply)({"params": adapted}, tokens)
@@ -202,13 +210,26 @@ def test_what_cannot_be_saved_is_found_before_the_training(bases, tmp_path):
     )
     status, _, err = called(*options, f"save.merged={tmp_path / 'out'}", "runs.lora.method=houlsby(2)")
     assert status == 2 and err.startswith("error: save.merged: runs.lora: ") and "houlsby" in err
+    status, _, err = called(
+        *options, f"save.adapter={tmp_path / 'out'}", "runs.lora.method=full()", "runs.lora.targets=None"
+    )
+    assert (status, err) == (
+        2,
+        "error: save.adapter: full fine-tuning has no adapter; save.merged writes its checkpoint\n",
+    )
+    same = f"={tmp_path / 'out'}"
+    status, _, err = called(*options, f"save.adapter{same}", f"save.merged{same}")
+    assert (status, err) == (
+        2,
+        "error: save.adapter: a folder of its own; beside the merged weights it would be added once more\n",
+    )
     status, _, err = called(*options, "save.merged=gs://bucket/out")
     assert status == 2 and err.startswith("error: save.merged: 'gs://bucket/out'")
 
 
 def test_classes_have_their_names_in_the_saved_checkpoint(bases, tmp_path):
     """Names of classes are written into the checkpoint's config.json; nothing is trained for this."""
-    from experiments.merged import _name_classes
+    from experiments.exports import _name_classes
 
     model = models.build(bases["roberta"], head="sequence_classification", labels=2)
     params = jax.tree.map(

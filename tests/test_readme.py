@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,12 @@ EXAMPLES = {
     f"{name}:{heading}": block for name in READMES for heading, block in blocks((ROOT / name).read_text()).items()
 }
 
+LARGE = ("jlora/models/diffusion/README.md",)  # whose programs take JAX 0.10 above what a worker may hold
+
 
 @pytest.mark.loose_promotion
 @pytest.mark.filterwarnings("default", "error::DeprecationWarning:__main__")
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith(LARGE)])
 def test_example_runs_here(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In this process, which has imported everything before: starting another is most of what an example takes."""
     memory.drop(500)  # no example takes up a program of another
@@ -68,17 +71,26 @@ def test_example_runs_here(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     exec(compile(EXAMPLES[name], name, "exec"), vars(main))
 
 
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith(LARGE)])
+def test_example_runs_apart(name: str, tmp_path: Path):
+    _run(EXAMPLES[name], tmp_path, os.environ)
+
+
 @pytest.mark.thorough("test_example_runs_here")
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith(LARGE)])
 def test_example_runs(name: str, tmp_path: Path):
     # As a person would: plain promotion, one device, an empty folder. Nothing deprecated is shown.
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", EXAMPLES[name]]
+    _run(EXAMPLES[name], tmp_path, environment)
+
+
+def _run(example: str, folder: Path, environment: Mapping[str, str]) -> None:
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", example]
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, f"{EXAMPLES[name]}\n{result.stderr}"
+        command, cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{example}\n{result.stderr}"
 
 
 def test_blocks_are_found():

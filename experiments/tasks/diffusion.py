@@ -38,6 +38,7 @@ from experiments.tasks.task import (
     digest_of,
 )
 from experiments.tasks.text_to_image import FromNothing, TextToImage, check_words, is_lifted, parts_of, pipeline_of
+from jlora.interop.formats import DIFFUSERS_FILE
 from jlora.models import diffusion
 from jlora.models.diffusion import Pipeline
 from jlora.models.diffusion.noise import add, min_snr_weight, offset_noise, target
@@ -250,6 +251,7 @@ class _Opening:
             prepare=None if not task.prior.prompt or task.prior.folder else self.prepare,
             pictures=self.pictures if task.drawing.prompts else None,
             save=None if isinstance(self.source, FromNothing) else self.save,
+            save_adapter=None if isinstance(self.source, FromNothing) else self.save_adapter,
             old_digest=digest_of(digests) if digests else "",
         )
 
@@ -273,6 +275,13 @@ class _Opening:
     def save(self, folder: Path, params: Params) -> None:
         """Writes the whole pipeline, with these parameters."""
         diffusion.save(folder, self.pipeline.with_params(**parts_of(params)))
+
+    def save_adapter(self, folder: Path, adapted: jlora.Adapted) -> None:
+        """Writes the adapter as diffusers does."""
+        folder.mkdir(parents=True, exist_ok=True)
+        adapters = {name: own for name, own in parts_of(adapted).items() if isinstance(own, jlora.Adapted)}
+        names = {name: self.pipeline.tables[name] for name in adapters}
+        jlora.diffusers.save(folder / DIFFUSERS_FILE, adapters, names, force=True)
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
         """The mean of the rows' weights times their errors."""

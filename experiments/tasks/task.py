@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jlora
+
 if TYPE_CHECKING:
     from experiments.config import Schedule
 
@@ -126,6 +128,7 @@ class Opened:
         and keeps it in the folder; None for nothing. Batches of before have the same shapes.
       pictures: (parameters, plain or adapted) -> pictures, of the same prompts and seeds each time; None for none.
       save: (folder, plain parameters) writes a merged checkpoint; None for `jlora.models.save`.
+      save_adapter: (folder, adapted) writes an adapter in the format of other programs; None for `jlora.peft.save`.
       old_digest: a hash of the old domain's data alone: bases pretrained on the same are one. `digest` when "".
     """
 
@@ -148,6 +151,7 @@ class Opened:
     prepare: Callable[[Params, Path, Callable[[str], None]], None] | None = None
     pictures: Callable[[Params], Sheet] | None = None
     save: Callable[[Path, Params], None] | None = None
+    save_adapter: Callable[[Path, jlora.Adapted], None] | None = None
     old_digest: str = ""
 
     def domain(self, side: Side) -> Domain:
