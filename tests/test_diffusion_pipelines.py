@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -116,18 +117,33 @@ def test_adapted_parts_are_lifted_merged_and_swapped_without_compiling(pipelines
     before = generate_programs()
     second = lifted(pipeline.with_params(**made[1]))  # another adapter: the same program
     held = len(jax.live_arrays())
-    for i in range(20):
+    for i in range(100):
         lifted(pipeline.with_params(**made[i % 2]))
-    assert generate_programs() == before and len(jax.live_arrays()) == held  # nothing is left of 20 swaps
+    assert generate_programs() == before and len(jax.live_arrays()) == held  # nothing is left of 100 swaps
     assert np.abs(first - second).max() > 1e-2
     plain = run(pipeline)
     assert generate_programs() == before + 1
     np.testing.assert_allclose(run(merged), first, atol=2e-5)
-    assert generate_programs() == before + 1  # a merged pipeline is the base's program
+    assert generate_programs() == before + 1  # a merged pipeline runs the base's program
+    assert lowered(run, merged) == lowered(run, pipeline) != lowered(lifted, pipeline.with_params(**made[0]))
     assert np.abs(plain - first).max() > 1e-2
     error = "the parameters of the unet are Adapted: pass lift=jlora.lift, or merge or dequantise them first"
     with pytest.raises(ValueError, match=re.escape(error)):
         run(pipeline.with_params(unet=made[0]["unet"]))
+
+
+def lowered(run, pipeline) -> str:
+    """The program's text, as XLA is given it."""
+    module, texts = sys.modules[generate.__module__], []
+    program = module._program
+
+    def written(*arguments):
+        texts.append(program.lower(*arguments).as_text())
+        return program(*arguments)
+
+    with mock.patch.object(module, "_program", written):
+        run(pipeline)
+    return texts[0]
 
 
 def adapted_of(pipeline, seed: int) -> dict:

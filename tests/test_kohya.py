@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ import jlora
 from jlora.interop import cloneofsimo, kohya, modules, pipeline
 from jlora.interop.layer import Layer, merged
 from jlora.interop.modules import Name
+from jlora.models import clip, unet
+from jlora.models.diffusion.pipeline import table_of
 from jlora.models.unet.ldm import ldm_names
 from tests.pipelines import exactly, low_rank, normal, placed, small, weights, whole
 
@@ -825,26 +828,25 @@ def test_real_files_are_placed_whole(name, rank, tokens):
 
 
 @pytest.mark.skipif("JLORA_WEIGHTS" not in os.environ, reason="JLORA_WEIGHTS names no folder of weights")
-def test_a_real_file_is_loaded_onto_parameters():
-    shapes = {
-        component: {
-            key: shape for key, shape in own.items() if len(shape) == 2 and ("attn" in key or "ff.net.0" in key)
-        }
-        for component, own in whole("sd15").items()
+def test_a_real_file_is_loaded_onto_the_whole_models():
+    """On the models of Stable Diffusion 1.5, through which every site stays factored."""
+    latents, context = jnp.zeros((1, 64, 64, 4)), jnp.zeros((1, 77, 768))
+    inputs = {"unet": (latents, jnp.zeros(1), context), "text_encoder": (jnp.zeros((1, 77), jnp.int32),)}
+    models = {
+        "unet": unet.UNet(unet.PRESETS["sd15"]),
+        "text_encoder": clip.CLIPText(clip.PRESETS["clip-vit-l-text"]),
     }
-    names = {component: modules.table(own) for component, own in shapes.items()}
-    params: dict = {}
-    for component, rows in names.items():
-        for row in rows:
-            *path, last = [component, *row.path.split("/")]
-            at = params
-            for part in path:
-                at = at.setdefault(part, {})
-            at[last] = np.zeros(
-                shapes[component][row.keys[0]][::-1], np.float32
-            )  # pages that nobody touches cost nothing
+    params, names = {}, {}
+    for component, model in models.items():
+        shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs[component])["params"]
+        # Pages that nobody touches cost nothing.
+        params[component] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        names[component] = table_of(model)
     found = kohya.load(REAL / "cloneofsimo_lora_disney.safetensors", params, names, without="^<s[12]>$")
     assert {component: len(adapted.sites) for component, adapted in found.items()} == {"unet": 144, "text_encoder": 48}
+    for component, adapted in found.items():
+        lifted = jlora.lift(models[component].apply, strict=True)
+        jax.eval_shape(lifted, {"params": adapted}, *inputs[component])
     tensors = load_file(REAL / "cloneofsimo_lora_disney.safetensors")
     numbers = sum(x.size for key, x in tensors.items() if not key.startswith("<"))
     assert sum(jlora.count(adapted).trainable for adapted in found.values()) == numbers == 385_344
