@@ -10,9 +10,8 @@ Trained:   797,184 parameters, r * 199,296 with r=4: the inputs and outputs of 1
            of the UNet's 32 attentions.
 Recipe:    examples/dreambooth/README.md of huggingface/diffusers: r=4, alpha=4, learning rate 1e-4, 500 steps of one
            photo, constant, AdamW with weight decay 0.01, gradients clipped at 1, 512 pixels, frozen text encoder. The
-           script's own default is 5e-4. Its A starts as N(0, 1 / r^2), jlora's as N(0, 1 / (3 n)): see
-           experiments/recipes/dreambooth.py. Where the class shall be kept: task.prior.prompt="a photo of dog"
-           (100 pictures, weight 1, 800 steps). bfloat16 in place of float16; photos' centres, as there.
+           script's own default is 5e-4. Where the class shall be kept: task.prior.prompt="a photo of dog" (100
+           pictures, weight 1, 800 steps). bfloat16 in place of float16; photos' centres, as there.
 
 Published: Ruiz et al., "DreamBooth", arXiv 2208.12242: 30 subjects, 25 prompts, 4 pictures each, full fine-tuning:
 
@@ -27,7 +26,6 @@ Target:    CLIP-I .80 and CLIP-T .30 over those subjects and prompts (task.drawi
            of LoRA with this recipe no such figures were found.
 """
 
-import jlora
 from experiments.config import Experiment, Measure, Run
 from experiments.recipes import dreambooth, tiny
 from experiments.tasks.diffusion import Diffusion, Drawing
@@ -44,7 +42,7 @@ def config() -> Experiment:
             size=512,
             drawing=Drawing(("a photo of sks dog in a bucket", "a photo of sks dog on the beach", "a photo of dog")),
         ),
-        runs=(Run("lora", "LoRA r=4", jlora.lora(4), 1e-4, dreambooth.ATTENTION),),
+        runs=(Run("lora", "LoRA r=4", dreambooth.LORA, 1e-4, dreambooth.ATTENTION),),
         train=dreambooth.schedule(500, pictures_every=100),
         options=dreambooth.OPTIONS,
         evaluate_batch=4,

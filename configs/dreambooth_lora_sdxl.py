@@ -10,9 +10,8 @@ Trained:   5,806,080 parameters, r * 1,451,520 with r=4: the inputs and outputs 
            to_out of the UNet's 140 attentions.
 Recipe:    examples/dreambooth/README_sdxl.md of huggingface/diffusers: r=4, alpha=4, learning rate 1e-4, 500 steps of
            one photo, 4 of them accumulated, constant, AdamW with weight decay 1e-4, gradients clipped at 1, 1024
-           pixels. Its A starts as N(0, 1 / r^2), jlora's as N(0, 1 / (3 n)): see experiments/recipes/dreambooth.py. A
-           step here is the four. With task.text_encoder=True and targets of both text encoders, which there have
-           5e-6, they are trained at the UNet's rate. The autoencoder is computed in float32, its float16 overflows.
+           pixels. A step here is the four. Text encoders, with task.text_encoder=True and their targets, have 5e-6
+           there: runs.lora.slower={"text_encoder":0.05}. The autoencoder is computed in float32, its float16 overflows.
 
 Published: DreamBench++ (judged by GPT-4o: preservation of the subject, following the prompt, their product):
 
@@ -25,7 +24,6 @@ Target:    the second row, which is not measured here; CLIP-I and CLIP-T by
            task.drawing.judge=openai/clip-vit-base-patch32.
 """
 
-import jlora
 from experiments.config import Experiment, Measure, Run
 from experiments.recipes import dreambooth, tiny
 from experiments.tasks.diffusion import Diffusion, Drawing
@@ -44,7 +42,7 @@ def config() -> Experiment:
                 ("a photo of sks dog in a bucket", "a photo of sks dog on the beach", "a photo of dog"), each=2, batch=1
             ),
         ),
-        runs=(Run("lora", "LoRA r=4", jlora.lora(4), 1e-4, dreambooth.ATTENTION),),
+        runs=(Run("lora", "LoRA r=4", dreambooth.LORA, 1e-4, dreambooth.ATTENTION),),
         train=dreambooth.schedule(500, batch=4, accumulate=4, weight_decay=1e-4, pictures_every=100),
         options=dreambooth.OPTIONS,
         evaluate_batch=2,

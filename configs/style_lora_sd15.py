@@ -13,14 +13,12 @@ Recipe:    examples/text_to_image/README.md of huggingface/diffusers: r=4, alpha
            cut at random places and flipped. Here 1,500 steps, for a style of tens of pictures in place of hundreds.
            Min-SNR with gamma 5 (Hang et al., arXiv 2303.09556, the script's --snr_gamma) and offset noise 0.05, as
            guides to kohya-ss/sd-scripts have them. Shapes are kept: pictures go to the nearest of several. Four views
-           of each, flips beside them, are encoded once. Its A starts as N(0, 1 / r^2), jlora's as N(0, 1 / (3 n)): see
-           experiments/recipes/dreambooth.py. An average of the factors, decay 0.99, is what is kept: ours.
+           of each, flips beside them, are encoded once. An average of the factors, decay 0.99, is what is kept: ours.
 
 Published: of styles no scores were found; the script's page shows samples alone.
 Target:    samples: the sheets before, after, and at scales 0, 0.5 and 1.
 """
 
-import jlora
 from experiments.config import Experiment, Measure, Run
 from experiments.recipes import dreambooth, tiny
 from experiments.tasks.diffusion import Diffusion, Drawing
@@ -41,7 +39,7 @@ def config() -> Experiment:
             offset=0.05,
             drawing=Drawing(("a horse in sks style", "a town in sks style", "a horse")),
         ),
-        runs=(Run("lora", "LoRA r=4", jlora.lora(4), 1e-4, dreambooth.ATTENTION),),
+        runs=(Run("lora", "LoRA r=4", dreambooth.LORA, 1e-4, dreambooth.ATTENTION),),
         train=dreambooth.schedule(1500, batch=4, accumulate=4, decay="cosine", pictures_every=250, ema=0.99),
         options=dreambooth.OPTIONS,
         evaluate_batch=4,

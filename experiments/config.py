@@ -228,6 +228,8 @@ class Run:
       extras: leaves trained as they are; a new head always is.
       family: runs of one family have one colour in the plots that compare many.
       held: how this run holds the base.
+      slower: parts of the learning rate for some weights, {"text_encoder/": 0.1}, by patterns of their paths; the first
+        that is found in a path holds.
     """
 
     name: str
@@ -239,6 +241,7 @@ class Run:
     rates: tuple[float, ...] = ()
     family: str = ""
     held: Held = field(default=Held(), metadata=UNDER_BASE)
+    slower: Mapping[str, float] | None = field(default=None, metadata=UNSAID)
 
     def __post_init__(self) -> None:
         if self.is_full and not self.held.plain:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -209,7 +210,7 @@ class Trainer:
 
     def optimizer(self, learning_rate: float) -> optax.GradientTransformation:
         """The optimizer at a rate; its states are alike for all of them."""
-        return optimizer(self.schedule, learning_rate, self.steps)
+        return optimizer(self.schedule, learning_rate, self.steps, self.run.slower)
 
     @functools.cached_property
     def apply(self) -> Apply:
@@ -335,8 +336,16 @@ def check_memory(name: str, schedule: Schedule) -> None:
         raise ConfigError(f"{name}.optimizer_memory={schedule.optimizer_memory}: {error}") from error
 
 
-def optimizer(schedule: Schedule, learning_rate: float, steps: int) -> optax.GradientTransformation:
+def optimizer(
+    schedule: Schedule, learning_rate: float, steps: int, slower: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
     """AdamW with the schedule's warm-up and decay, its peak rate in the state.
+
+    Args:
+      schedule: of the rate.
+      learning_rate: its peak.
+      steps: of the run.
+      slower: patterns of paths, and the part of the rate that these weights have: see `Run`.
 
     Raises:
       ConfigError: if no step is left after the warm-up.
@@ -359,8 +368,31 @@ def optimizer(schedule: Schedule, learning_rate: float, steps: int) -> optax.Gra
         )
         return rule if schedule.clip is None else optax.chain(optax.clip_by_global_norm(schedule.clip), rule)
 
-    made = optax.inject_hyperparams(adamw, hyperparam_dtype=jnp.float32)(peak=learning_rate)
+    made: optax.GradientTransformation = optax.inject_hyperparams(adamw, hyperparam_dtype=jnp.float32)(
+        peak=learning_rate
+    )
+    if slower:
+        made = optax.chain(made, _slowed(slower))
     return made if schedule.ema is None else optax.chain(made, average(schedule.ema))
+
+
+def _slowed(parts: Mapping[str, float]) -> optax.GradientTransformation:
+    """Updates by path, each times the part of the first pattern that is found in its path."""
+
+    def pattern_of(path: str) -> str | None:
+        return next((pattern for pattern in parts if re.search(pattern, path)), None)
+
+    def init(params: Params) -> optax.OptState:
+        unused = [pattern for pattern in parts if pattern not in map(pattern_of, params)]
+        if unused:
+            raise ValueError(f"slower: {unused[0]!r} is the first found in no path of a weight that is trained")
+        return optax.EmptyState()
+
+    def update(updates: Params, state: optax.OptState, params: Params = None) -> tuple[Params, optax.OptState]:
+        part = {path: parts.get(pattern_of(path) or "", 1.0) for path in updates}
+        return {path: jax.tree.map(lambda x, p=part[path]: x * p, own) for path, own in updates.items()}, state
+
+    return optax.GradientTransformation(init, update)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -219,12 +220,32 @@ def test_the_recipes_are_those_of_diffusers_scripts():
     found = {name: load(name) for name in CONFIGS}
     for experiment in found.values():
         (run,), train = experiment.runs, experiment.train
-        assert (run.method, run.learning_rate, train.clip, train.keep) == (jlora.lora(4), 1e-4, 1.0, "last")
+        assert (run.method, run.learning_rate, train.clip, train.keep) == (dreambooth.LORA, 1e-4, 1.0, "last")
         assert train.batch // train.accumulate == 1 and train.warmup == 0
     one, xl, style = found.values()
     assert (one.train.steps, one.train.decay, one.train.weight_decay, one.task.size) == (500, "constant", 1e-2, 512)
     assert (xl.train.accumulate, xl.train.weight_decay, xl.task.size) == (4, 1e-4, 1024)
     assert (style.train.decay, style.task.min_snr, style.task.flips, style.task.buckets) == ("cosine", 5.0, True, True)
+
+
+@pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
+def test_some_weights_have_a_part_of_the_rate():
+    found = load(CONFIGS[0], overrides=['runs.lora.slower={"text_encoder/": 0.25, "attn": 0.5}'])
+    assert found.runs[0].slower == {"text_encoder/": 0.25, "attn": 0.5}
+    schedule = Schedule(4, 1, evaluate_every=2, warmup=0, decay="constant", weight_decay=0.1)
+    params = {
+        path: {"A": jnp.ones((2, 2)), "B": jnp.zeros((2, 2))}
+        for path in ("unet/attn/q", "unet/mlp", "text_encoder/attn/q")
+    }
+    steps = [
+        tx.update(params, tx.init(params), params)[0]
+        for tx in (trainer.optimizer(schedule, 1e-2, 4, slower) for slower in (None, found.runs[0].slower))
+    ]
+    for path, part in {"unet/attn/q": 0.5, "unet/mlp": 1.0, "text_encoder/attn/q": 0.25}.items():
+        chex.assert_trees_all_close(steps[1][path], jax.tree.map(lambda x, part=part: part * x, steps[0][path]))
+    tx = trainer.optimizer(schedule, 1e-2, 4, {"vae": 0.5})
+    with pytest.raises(ValueError, match=r"^slower: 'vae' is the first found in no path of a weight that is trained$"):
+        tx.init(params)
 
 
 def test_prompts_are_set_by_an_override():

@@ -1,23 +1,25 @@
 """Shared parts of the configs of Stable Diffusion: which weights are adapted, a schedule, a tiny form of each.
 
-Their init of A differs from ours: diffusers' training scripts draw A ~ N(0, 1 / r^2), PEFT's "gaussian"; jlora.lora's
-"gaussian" is N(0, 1 / (3 n)) for n inputs, of the size of PEFT's default. With r=4 and n=320 theirs is 7.7 times as
-large; Adam moves B by steps of the learning rate, so the update grows as much faster at first.
+A is drawn as diffusers' training scripts do, N(0, 1 / r^2): with r=4 and n=320 inputs 7.7 times as large as by default.
+Adam moves B by steps of the learning rate, so the update grows as much faster at first.
 """
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jlora
 from experiments.config import Experiment, Measure, Schedule
 from experiments.data.pictures import Pictures, read_pictures
 from experiments.recipes import tiny
 from experiments.tasks.diffusion import Diffusion
 
+LORA = jlora.lora(4, init="inverse_rank")
 ATTENTION = r"unet/.*attn[12]/to_(q|k|v|out)/"
 """to_q, to_k, to_v and to_out.0 of all attention of the UNet, as diffusers' scripts have them."""
 TEXT = r"text_encoder(_2)?/.*attn/(query|key|value|out)/"
-"""The same of the text encoders: `runs.lora.targets="<both, joined by |>"` with `task.text_encoder=True`."""
+"""The same of the text encoders: `runs.lora.targets="<both, joined by |>"` with `task.text_encoder=True`.
+Their rate is 5e-6 in the scripts, a twentieth: `runs.lora.slower={"text_encoder": 0.05}`."""
 OPTIONS = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": True}
 
 

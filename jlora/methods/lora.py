@@ -13,7 +13,7 @@ from jlora.transform.axes import fan_in
 from jlora.transform.sites import Target
 from jlora.transform.weight import Place, Weight
 
-INITS = ("gaussian", "kaiming_uniform")
+INITS = ("gaussian", "kaiming_uniform", "inverse_rank")
 
 
 def lora(rank: int, alpha: float | None = None, *, init: str = "gaussian", dropout: float = 0.0) -> Method:
@@ -26,7 +26,8 @@ def lora(rank: int, alpha: float | None = None, *, init: str = "gaussian", dropo
     Args:
       rank: r, the number of columns of A. At least 1.
       alpha: numerator of the scale, dimensionless. The target's rank when None, which makes the scale 1.
-      init: of A: "gaussian", N(0, 1 / (3 n)), or "kaiming_uniform", U(-1 / sqrt(n), 1 / sqrt(n)), as loralib and PEFT.
+      init: of A: "gaussian", N(0, 1 / (3 n)), "kaiming_uniform", U(-1 / sqrt(n), 1 / sqrt(n)), as loralib and PEFT, or
+        "inverse_rank", N(0, 1 / rank^2), which PEFT calls gaussian and diffusers' scripts take.
       dropout: probability with which an input of the low-rank branch is dropped, where there is a key (`with_dropout`).
 
     Raises:
@@ -74,6 +75,8 @@ def low_rank_init(key: jax.Array, target: Target, init: str) -> Arrays:
     bound = 1.0 / math.sqrt(max(fan_in(target.shape, target.in_axes), 1))
     if init == "gaussian":
         a = jax.random.normal(key, a_shape, jnp.float32) * jnp.float32(bound / math.sqrt(3.0))
+    elif init == "inverse_rank":
+        a = jax.random.normal(key, a_shape, jnp.float32) / jnp.float32(target.rank)
     else:
         a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
     return {"A": a, "B": jnp.zeros(b_shape, jnp.float32)}
