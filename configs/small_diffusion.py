@@ -42,8 +42,8 @@ def config() -> Study:
         Pretrain(
             FromNothing(unet, (*drawing.WORDS, *drawing.CLASSES)),
             Schedule(
-                4000, batch=32, evaluate_every=1000, warmup=0.02, decay="cosine", clip=1.0, ema=0.999, keep="last",
-                pictures_every=1000,
+                2500, batch=32, evaluate_every=500, warmup=0.02, decay="cosine", clip=1.0, ema=0.999, keep="last",
+                pictures_every=500,
             ),
             learning_rate=1e-3,
         ),
