@@ -20,7 +20,6 @@ from experiments.config import Experiment, Run, Schedule, Study
 from experiments.recipes import dreambooth, tiny
 from experiments.tasks.diffusion import Diffusion, Drawing, Splits
 from experiments.tasks.text_to_image import FromNothing
-from experiments.train import main
 from experiments.trainer import Shared, Trainer, train
 from jlora.models import diffusion
 from jlora.models.unet import UNetConfig
@@ -32,19 +31,27 @@ CONFIGS = ("dreambooth_lora_sd15", "dreambooth_lora_sdxl", "style_lora_sd15")
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def called(name, *arguments):
-    return main([str(ROOT / "configs" / f"{name}.py"), "--small", *map(str, arguments)])
-
-
-def apart(name, *arguments):
-    """As `called`, in a process of its own: the programs of a run and its drawings take 1.3 to 1.8 GB. The output."""
-    command = [sys.executable, "-m", "experiments.train", ROOT / "configs" / f"{name}.py", "--small", *arguments]
+def apart(name, *arguments, program=("-m", "experiments.train"), status=0):
+    """A small form, in a process of its own: the programs of a run and its drawings take 1.3 to 1.8 GB. The output."""
+    command = [sys.executable, *program, ROOT / "configs" / f"{name}.py", "--small", *arguments]
     done = subprocess.run(
         [str(word) for word in command], check=False, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done.stdout
+
+
+INTERRUPTED = """
+import sys
+from experiments import train, trainer
+save = trainer.Checkpoints.save
+def interrupted(self, *arguments):
+    save(self, *arguments)
+    raise KeyboardInterrupt
+trainer.Checkpoints.save = interrupted
+sys.exit(train.main(sys.argv[1:]))
+"""
 
 
 def numbers(folder):
@@ -98,28 +105,20 @@ def test_the_merged_pipeline_is_a_folder_of_diffusers(whole):
 
 
 @pytest.mark.thorough("test_a_training_that_goes_on_has_the_same_numbers_and_sheets")
-@pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
-def test_an_interrupted_run_resumed_gives_the_same_numbers(whole, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumed_gives_the_same_numbers(whole, tmp_path):
     """With an average of the factors and pictures of the class, one of which is missing."""
-    folder, save, calls = tmp_path / "run", trainer.Checkpoints.save, []
-
-    def interrupted(self, *arguments):
-        calls.append(arguments)
-        save(self, *arguments)
-        if len(calls) == 1:  # step 2
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Checkpoints, "save", interrupted)
-    assert called(CONFIGS[0], "--folder", folder, *FASTER) == 130
+    folder = tmp_path / "run"
+    apart(CONFIGS[0], "--folder", folder, *FASTER, program=("-c", INTERRUPTED), status=130)
+    assert not (folder / "results.json").exists()
     (folder / "class_images" / "00001.png").unlink()
-    assert called(CONFIGS[0], "--folder", folder, *FASTER, "--resume") == 0 and len(calls) == 2
+    said = apart(CONFIGS[0], "--folder", folder, *FASTER, "--resume")
+    assert "step     2" not in said and "step     4" in said
     assert numbers(folder) == numbers(whole)
     for name in ("sheet_lora.png", "class_images/00001.png", "lora/seed_0/sheets/step_000004.png"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.thorough("test_a_run_leaves_its_sheets_its_class_and_its_curve")
-@pytest.mark.loose_promotion  # as above
 @pytest.mark.parametrize("name", CONFIGS[1:])
 def test_the_other_small_forms_end(name, tmp_path):
     apart(name, "--folder", tmp_path / "run")
