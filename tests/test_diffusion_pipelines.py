@@ -18,12 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.models import diffusion
+from jlora.models import checkpoint, diffusion, reading
 from jlora.models.catalogue import architecture_of
 from jlora.models.diffusion import Noise, generate, scheduler_config, single_file
 from jlora.models.tensors import to_tensors
 from jlora.models.vae import sampled
-from tests import small_pipelines
+from tests import hostile, small_pipelines
 from tests.tiers import thorough
 
 pytestmark = pytest.mark.once
@@ -235,6 +235,9 @@ def test_arguments_that_cannot_be(pipelines):
     error = "the UNet takes 9 channels, to paint in a mask: pass image= and mask="
     with pytest.raises(ValueError, match=re.escape(error)):
         generate(paint, PROMPTS, key=KEY, **SIDES)
+    error = "strength=0.3 of steps=2 leaves none: take a larger one of either"  # SDXL's own strength
+    with pytest.raises(ValueError, match="^" + re.escape(error)):
+        generate(pipelines("sdxl"), PROMPTS, key=KEY, steps=2, image=image)
     error = "sampler= is a Sampler, expected its name or the function that makes it, such as diffusion.ddim"
     with pytest.raises(TypeError, match=re.escape(error)):
         generate(pipeline, PROMPTS, key=KEY, sampler=diffusion.ddim(pipeline.noise, 2), **SIDES)
@@ -287,6 +290,27 @@ def test_a_pipeline_of_float16_in_variants_of_several_files(folders, tmp_path):
     assert pipeline.modules["unet"].config.scan and not pipeline.modules["text_encoder"].config.scan
     with pytest.raises(FileNotFoundError, match="there are others: pass variant='fp16'"):
         diffusion.load(folder)
+
+
+PARTS = ("unet", "vae", "text_encoder", "scheduler")
+
+
+@pytest.mark.parametrize("kind", [hostile.edited, hostile.fields])
+@pytest.mark.parametrize("part", PARTS)
+def test_spoilt_configs_of_parts_end_in_errors(part, kind, folders, tmp_path):
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    file = tmp_path / name
+    shutil.copy(folders["sd1"] / part / name, file)
+    loader = hostile.Loader(part, lambda folder: file, functools.partial(config_of_part, part))
+    count, wrong = hostile.faults(loader, file, file, kind)
+    assert wrong == [] and count > 40
+
+
+def config_of_part(part: str, file: Path) -> dict:
+    if part == "scheduler":
+        return dataclasses.asdict(scheduler_config.read(reading.read_json(file))[0])
+    _, config = checkpoint.described(file)
+    return vars(config)
 
 
 @pytest.mark.loose_promotion  # of Flax's norms, as the text encoders' files are float16

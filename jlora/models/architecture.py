@@ -166,7 +166,7 @@ def unsupported(json: Mapping[str, Any], **expected: Any) -> None:
     for name, values in expected.items():
         allowed = values if isinstance(values, tuple) else (values,)
         if name in json and not any(_same(json[name], value) for value in allowed):
-            known = " or ".join(map(repr, allowed))
+            known = " or ".join(map(shown, allowed))
             raise ValueError(f"config.json has {name}={shown(json[name])}; jlora's model has {known}")
 
 

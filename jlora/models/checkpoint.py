@@ -240,7 +240,8 @@ def described(file: Path) -> tuple[Architecture, Any]:
         config = architecture.read(record, head)
     stored = {"param_dtype": record.get("dtype") or record.get("torch_dtype"), "labels": _labels(file.parent, record)}
     known = [field.name for field in dataclasses.fields(config)]
-    return architecture, dataclasses.replace(config, **{k: v for k, v in stored.items() if v and k in known})
+    with _naming(file.parent):
+        return architecture, dataclasses.replace(config, **{k: v for k, v in stored.items() if v and k in known})
 
 
 # -- what a checkpoint says it is --------------------------------------------------------------------------------------

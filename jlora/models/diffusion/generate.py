@@ -23,6 +23,7 @@ from jlora.models.vae import sampled
 Lift = Callable[[Callable[..., Any]], Callable[..., Any]]
 Choice = str | Callable[[Noise, int], Sampler] | None
 GUIDANCE = {False: 7.5, True: 5.0}  # of SD and of SDXL, as in diffusers from a text
+STRENGTH = {False: 0.8, True: 0.3}  # the same, from an image
 
 
 class Setting(NamedTuple):
@@ -97,7 +98,8 @@ def generate(
       image: to start from, (images, height, width, channels) in [0, 1]; or its latents as the UNet sees them.
       mask: where to paint in `image`, (images, height, width, 1), 1 there and 0 elsewhere, parted at 0.5. By a UNet of
         9 channels, or by any: it sees at each step the image, with its noise, where the mask is 0.
-      strength: part of the steps that are made from `image`, in (0, 1]; 0.8, and 1 with a mask, when None.
+      strength: part of the steps that are made from `image`, in (0, 1]; when None 0.8, of SDXL
+        0.3, and 1 with a mask.
       rescale: phi of Lin et al.: a share of the prediction is brought to the deviation that e_prompt has.
       sizes: SDXL's (images, 6), see `UNet`; when None those of a whole image of this height and width.
       clip_skip: blocks of the text encoders to leave out at the end, as in diffusers.
@@ -148,7 +150,7 @@ def generate(
     _check_sharding(sharding, rows)
     setting = Setting(
         tuple(sorted(pipeline.modules.items())), pipeline.noise, sampler or pipeline.sampler, steps,
-        _first(steps, strength, image, mask), guided, rescale > 0, clip_skip or 0, pipeline.xl, lift,
+        _first(steps, strength, image, mask, xl=pipeline.xl), guided, rescale > 0, clip_skip or 0, pipeline.xl, lift,
     )  # fmt: skip
     inputs = Inputs(
         tokens, others, keys, _noise(keys, shape) if latents is None else jnp.asarray(latents, jnp.float32),
@@ -382,11 +384,11 @@ def _check_sharding(sharding: jax.sharding.Sharding | None, rows: int) -> None:
         raise ValueError(f"sharding= does not fit {rows} images, of which it says one axis: {error}") from error
 
 
-def _first(steps: int, strength: float | None, image: Any, mask: Any) -> int:
+def _first(steps: int, strength: float | None, image: Any, mask: Any, *, xl: bool) -> int:
     """The step to begin with."""
     if image is None:
         return 0
-    part = (0.8 if mask is None else 1.0) if strength is None else strength
+    part = (STRENGTH[xl] if mask is None else 1.0) if strength is None else strength
     first = steps - min(math.floor(steps * part), steps)
     if first >= steps:
         raise ValueError(f"strength={part} of steps={steps} leaves none: take a larger one of either")
