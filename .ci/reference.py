@@ -20,6 +20,7 @@ import jlora.models.diffusion
 PACKAGES = (jlora, jlora.methods, jlora.models, jlora.models.diffusion, jlora.checkpoint, jlora.planning)
 MODULES = (
     jlora.peft, jlora.diffusers, jlora.kohya, jlora.interop.formats, jlora.interop.loralib, jlora.interop.merge_folder,
+    jlora.sharding,
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from jlora import checkpoint as checkpoint
 from jlora import methods as methods
 from jlora import models as models
+from jlora import sharding as sharding
 from jlora.adapted.adapted import Adapted as Adapted
 from jlora.adapted.adapted import Count as Count
 from jlora.adapted.adapted import combine as combine

@@ -1,6 +1,7 @@
 """The arguments of a compiled training step, on the devices where they belong."""
 
 import contextlib
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jlora import host, tree
 from jlora.adapted.adapted import Adapted, partition
+from jlora.sharding import Layout, axes_of_rows, beside, put_rows, put_whole
 
 PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
@@ -95,19 +97,27 @@ def _split(state: State) -> tuple[Carry, Kept, Skeleton]:
 # -- under jit ---------------------------------------------------------------------------------------------------------
 
 
-def jit_arguments(accumulate: int, state: State, batch: PyTree) -> Arguments:
-    """The arguments under jit: the state beside the base, and an unplaced batch too.
+def jit_arguments(
+    accumulate: int, state: State, batch: PyTree, *, laid: tuple[Mesh, Layout] | None = None
+) -> Arguments:
+    """The arguments under jit: the state beside the base, and an unplaced batch too. With `laid` both lie on its mesh.
 
     A base that lies nowhere in particular, on another device than the batch or than the one where programs run, is
     brought there by the first step; later ones find it in the state.
     """
     _check_numbers(batch)
+    if laid is not None:
+        state, batch = _laid(*laid, state, batch)
     if accumulate > 1:
         _check_batch(batch, accumulate, f"{accumulate} micro-batches (accumulate={accumulate})")
     carry, kept, skeleton = _split(state)
     home = _home([x for x in kept if x is not None], jax.tree.leaves((batch, carry)))
     key, loss = state.key, state.loss
     if home is not None:
+        if not home.is_fully_addressable:
+            _check_rows(batch)
+        if any(_is_elsewhere(home, x) for x in jax.tree.leaves(carry.factors)):
+            carry = _follow(carry, state.adapted.base, batch)
         carry, key, loss = jax.tree.map(functools.partial(_beside, home), (carry, key, loss))
         kept = jax.tree.map(functools.partial(_settled, home), kept)
     known = tree.abstract if tree.is_abstract(carry.step) else lambda x: x  # what is only lowered is sent nowhere
@@ -149,10 +159,56 @@ def _default_device() -> jax.Device:
     return chosen or jax.local_devices()[0]
 
 
-def _beside(home: Sharding, x: jax.Array) -> jax.Array:
+def _laid(mesh: Mesh, layout: Layout, state: State, batch: PyTree) -> tuple[State, PyTree]:
+    """The base and the batch on the mesh, where the layout says; what lies there already stays."""
+    base = state.adapted.base
+    if any(isinstance(x, jax.Array | np.ndarray) and not _is_on(mesh, x) for x in jax.tree.leaves(base)):
+        arrays, fill = tree.split(base)
+        places = jax.tree.leaves(layout.shardings(fill(arrays), mesh))
+        adapted = state.adapted.replace(base=fill([*map(put_whole, arrays, places)]))
+        state = dataclasses.replace(state, adapted=adapted)  # type: ignore[type-var]
+    rows = layout.rows(mesh)
+    place = lambda x: x if _is_on(mesh, x) or not np.ndim(x) else put_rows(x, rows)
+    return state, jax.tree.map(place, batch)
+
+
+def _is_on(mesh: Mesh, x: Any) -> bool:
     place = tree.placement(x)
-    if place is not None and place.device_set == home.device_set:
+    return isinstance(place, NamedSharding) and place.mesh == mesh
+
+
+def _is_elsewhere(home: Sharding, x: Any) -> bool:
+    place = tree.placement(x)
+    return place is None or place.device_set != home.device_set
+
+
+def _follow(carry: Carry, base: PyTree, batch: PyTree) -> Carry:
+    """The factors along the axes of their weights; what the optimizer keeps for each of them (moments) beside it."""
+    places = beside(carry.factors, base, axes_of_rows(batch))
+    structure: Structure = jax.tree.structure(carry.factors)
+    flat = structure.flatten_up_to(places)
+
+    def along(x: Any, factor: Any, place: Sharding | None) -> Any:
+        if place is None or x.shape != factor.shape:
+            return x
+        kind = "pinned_host" if host.waits(x) else None
+        return _put(x, place if kind is None else place.with_memory_kind(kind))
+
+    def part(x: Any) -> Any:
+        if jax.tree.structure(x) != structure:
+            return x
+        leaves = zip(jax.tree.leaves(x), jax.tree.leaves(carry.factors), flat, strict=True)
+        return jax.tree.unflatten(structure, [along(*leaf) for leaf in leaves])
+
+    is_like_factors = lambda x: jax.tree.structure(x) == structure
+    opt_state = jax.tree.map(part, carry.opt_state, is_leaf=is_like_factors)
+    return carry._replace(factors=part(carry.factors), opt_state=opt_state)
+
+
+def _beside(home: Sharding, x: jax.Array) -> jax.Array:
+    if not _is_elsewhere(home, x):
         return x
+    place = tree.placement(x)
     kind = place.memory_kind if place is not None and host.waits(x) else None
     return _put(x, home if kind is None else home.with_memory_kind(kind))
 
@@ -166,7 +222,18 @@ def _put(x: Any, place: Sharding | None) -> Any:
     """`jax.device_put`; of a shape, the shape of an array that lies there."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x if place is None else x.update(sharding=place)
-    return jax.device_put(x, place)
+    return put_whole(x, place)
+
+
+def _check_rows(batch: PyTree) -> None:
+    """In several processes each has other rows: which ones an array is that lies nowhere, nobody knows."""
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        if np.ndim(leaf) and tree.placement(leaf) is None:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} does not say where its rows lie, and the base lies over "
+                f"{jax.process_count()} processes: jlora.sharding.put_rows(batch, layout.rows(mesh)) makes a batch of "
+                "the rows that each process has"
+            )
 
 
 # -- under pmap --------------------------------------------------------------------------------------------------------

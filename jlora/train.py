@@ -13,13 +13,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from jlora import host, tree
 from jlora.arguments import AXIS, Arguments, Carry, Skeleton, jit_arguments, mesh_of, pmap_arguments
 from jlora.methods.checks import whole
 from jlora.objective import Loss, Metrics, Parts, Shape, objective, value, value_and_gradient
 from jlora.optim import Optimizer, of_method, optimizer
+from jlora.sharding import MODELS, Layout
 from jlora.state import TrainState
 
 PyTree = Any
@@ -78,6 +79,8 @@ def train_step(
     tx: optax.GradientTransformation,
     *,
     parallel: Literal["jit", "pmap"] = "jit",
+    mesh: Mesh | None = None,
+    layout: Layout = MODELS,
     accumulate: int = 1,
     has_aux: bool = False,
     weighted: bool = False,
@@ -100,9 +103,16 @@ def train_step(
         `value`, `grad`, and the functions of the factors `value_fn` and `obj_fn` (the loss) and `grad_fn`, for line
         searches, Polyak steps, Sophia and SAM.
       parallel: "jit": one program. Arrays of the base or the batch that lie on a mesh keep their shardings, and what
-        has none (factors, optimizer state) is replicated over it; a batch split over the mesh trains data-parallel.
+        has none is put beside it: factors along the axes of their weights, but for those of the batch, and so what the
+        optimizer keeps for each of them; all else whole (`jlora.sharding`). A batch split over the mesh trains
+        data-parallel.
         "pmap": data-parallel over all local devices: the batch's leading axis is split, the gradients averaged, and the
         base and the state copied to each device, once.
+      mesh: what of the base does not lie on it is put there by the first step, as `layout` says, and the rows of every
+        batch of NumPy arrays are split over it: in several processes those that each of them has (`put_rows`). Without
+        it arrays lie where they are put.
+      layout: which axes of the mesh split which weights: `jlora.sharding.MODELS`, by the names that all of jlora.models
+        have, or your own.
       accumulate: number of micro-batches, one after the other, whose gradients are averaged. Micro-batch i is the rows
         i, i + accumulate, ..., so that the rows of a sharded batch stay on their devices.
       has_aux: with `accumulate` > 1 or "pmap" the aux is averaged too, and has to consist of real scalars.
@@ -124,12 +134,15 @@ def train_step(
         (`jax.tree.map(jnp.copy, state.adapted.factors)`); what the optimizer keeps itself is its own.
 
     Raises:
-      ValueError: if `parallel` or `nonfinite` is unknown or `accumulate` below 1; at the first call if the loss is no
-        scalar, or its gradient does not reach an adapted weight, which would be trained in name only.
+      ValueError: if `parallel` or `nonfinite` is unknown, `mesh` goes with "pmap", or `accumulate` is below 1; at the
+        first call if `layout` does not fit the base and the mesh, the loss is no scalar, or its gradient does not reach
+        an adapted weight, which would be trained in name only.
       TypeError: if `tx` is no transformation.
     """
     if parallel not in ("jit", "pmap"):
         raise ValueError(f"parallel={parallel!r} is unknown: choose 'jit' or 'pmap'")
+    if mesh is not None and parallel == "pmap":
+        raise ValueError("mesh= is for parallel='jit': parallel='pmap' keeps a whole copy on every local device")
     if nonfinite not in (None, "raise", "skip", "optimizer"):
         raise ValueError(f"nonfinite={nonfinite!r} is unknown: choose 'raise', 'skip' or 'optimizer'")
     micro_batches = whole(accumulate)
@@ -146,7 +159,8 @@ def train_step(
             return _program(losses, tx, parts, nonfinite, Arguments(carry, kept, key, batch, skeleton, loss))
 
     if parallel == "jit":
-        return Step(tx, functools.partial(jit_arguments, micro_batches), program, _jit(program, donate))
+        laid = None if mesh is None else (mesh, layout)
+        return Step(tx, functools.partial(jit_arguments, micro_batches, laid=laid), program, _jit(program, donate))
     return Step(tx, functools.partial(pmap_arguments, micro_batches), program, _pmap(program, donate))
 
 
