@@ -75,8 +75,9 @@ class DotProductAttention(nn.Module):
             _attend, scale=self.scale, causal=causal, window=window, masked=mask is not None, biased=bias is not None
         )
         more = [x for x in (mask, bias) if x is not None]
+        flash = placed.lying_as(query, functools.partial(attend, implementation="cudnn"))
         if self.implementation == "cudnn":
-            return attend(query, key, value, *more, implementation="cudnn")
+            return flash(query, key, value, *more)
         plain = functools.partial(attend, implementation="xla")
         size = attention_blocks.size_of(length, keys) if self.blocks and not (causal or more) else None
         if size is not None and query.shape == key.shape and not placed.split(query, key, value):
@@ -85,7 +86,6 @@ class DotProductAttention(nn.Module):
             return plain(query, key, value, *more)
         if not (_fits_flash(query, keys, masked=bool(more)) and _has_flash()):
             return plain(query, key, value, *more)
-        flash = functools.partial(attend, implementation="cudnn")
         return jax.lax.platform_dependent(query, key, value, *more, cuda=flash, default=plain)
 
 

@@ -118,6 +118,11 @@ def on_auto_axes(fn: Callable[..., Any], *specs: Spec) -> Callable[..., Any]:
     return on_mesh
 
 
+def lying_as(x: jax.Array, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose result lies as x: for a kernel whose own type would say that it is whole everywhere."""
+    return on_auto_axes(fn, _spec(x)) if split(x) else fn
+
+
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 

@@ -9,10 +9,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jlora import tree
+from jlora.adapted.adapted import Adapted
 from jlora.planning import targets
 from jlora.planning.devices import Wanted
 from jlora.quant.place import shardings_of
 from jlora.quant.quantised import Quantised
+from jlora.sharding import Layout, beside
 
 PyTree = Any
 Axes = Mesh | AbstractMesh | Mapping[str, int] | tuple[tuple[str, int], ...]
@@ -117,6 +119,26 @@ def fully_sharded(mesh: Mesh | AbstractMesh) -> Rule:
             if not isinstance(x, Quantised) or _keeps_blocks(x, NamedSharding(mesh, spec), path):
                 return spec
         return None
+
+    return rule
+
+
+def laid(layout: Layout, mesh: Mesh, adapted: Adapted) -> Rule:
+    """The rule of a layout: weights and rows as it says, factors along the axes of their weights."""
+    base = jax.tree.map(tree.abstract, adapted.base)
+    on, rows = layout.on(mesh), layout.rows(mesh).spec
+    lying = placed("base", base, mesh, lambda path, x: on(path.removeprefix("base/"), x).spec)
+    found = beside(adapted.factors, lying, [name for name in layout.batch if name in mesh.axis_names])
+    factors = {f"{path}/{part}": place for path, own in found.items() for part, place in own.items()}
+
+    def rule(path: str, x: Any) -> PartitionSpec | None:
+        kind, _, rest = path.partition("/")
+        if kind == "base":
+            return on(rest, x).spec
+        if kind == "batch":
+            return rows if x.shape else None
+        place = factors.get(rest) if kind == "factors" else None
+        return None if place is None else place.spec
 
     return rule
 

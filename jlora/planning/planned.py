@@ -18,8 +18,9 @@ from jlora.planning.advice import Facts, advice
 from jlora.planning.collectives import Collective, collectives
 from jlora.planning.devices import Device, Wanted
 from jlora.planning.flops import flops, has
-from jlora.planning.placing import Axes, Rule, automatic, bytes_of, fully_sharded, is_placed, placed, places
+from jlora.planning.placing import Axes, Rule, automatic, bytes_of, fully_sharded, is_placed, laid, placed, places
 from jlora.planning.report import Plan
+from jlora.sharding import Layout
 from jlora.state import TrainState
 from jlora.train import train_step
 
@@ -34,7 +35,7 @@ def plan(
     mesh: Axes | None = None,
     device: str = "v5e",
     *,
-    rule: Rule | None = None,
+    rule: Rule | Layout | None = None,
     memory_kind: str | None = None,
     **options: Any,
 ) -> Plan:
@@ -58,8 +59,8 @@ def plan(
         (`"jlora[plan-gpu]"`); "cpu", whose compiler is always there. Others ("a6000", "rtx4090", "v100", ...) are
         compiled for the nearest of these, or for the CPU where its compiler is not installed, and judged by their own
         memory; the plan's notes say so. Several as "v5e-16" (Cloud's name), "v5e:4x4" (a topology) or "8xh100".
-      rule: on a mesh (path, shape) -> PartitionSpec or None (whole), paths as "base/h/attn/query/kernel",
-        "factors/h/attn/query/kernel/A" and "batch/tokens". None: as the leaves' own shardings say, whole where there is
+      rule: a layout, as of `train_step(layout=)`; or a function on a mesh, (path, shape) -> PartitionSpec or None
+        (whole), paths as "base/h/attn/query/kernel", "factors/h/attn/query/kernel/A" and "batch/tokens". None: as the leaves' own shardings say, whole where there is
         none; if no leaf has one, each weight is split over all devices along its largest axis, and the batch's rows.
       memory_kind: where the optimizer's arrays wait between two steps, as in `TrainState.create`: "pinned_host" is the
         host's memory. None: on the device, or where those of a `TrainState` are.
@@ -110,7 +111,7 @@ def _planned(
     asked: Device,
     used: Device,
     notes: list[str],
-    lying: tuple[Rule | None, str | None],
+    lying: tuple[Rule | Layout | None, str | None],
     options: dict[str, Any],
 ) -> Plan:
     step = train_step(loss_fn, tx, **options)
@@ -162,13 +163,15 @@ def _placed(
     batch: PyTree,
     tx: Any,
     place: Mesh | SingleDeviceSharding,
-    rule: Rule | None,
+    rule: Rule | Layout | None,
     memory_kind: str | None,
 ) -> tuple[TrainState, PyTree]:
     """The state and the batch as shapes on these devices. What the optimizer keeps for a factor lies as it does."""
     if isinstance(place, Mesh) and rule is None and not is_placed(adapted, batch):
         rule = fully_sharded(place)
     of = adapted.adapted if isinstance(adapted, TrainState) else adapted
+    if isinstance(rule, Layout):
+        rule = laid(rule, place, of) if isinstance(place, Mesh) else None
     base, factors = placed("base", of.base, place, rule), placed("factors", of.factors, place, rule)
     rest = {"buffers": placed("buffers", of.buffers, place, rule), "key": placed("key", of.key, place, None)}
     of = of.replace(base=base, factors=factors, **rest)
