@@ -60,8 +60,9 @@ def plan(
         compiled for the nearest of these, or for the CPU where its compiler is not installed, and judged by their own
         memory; the plan's notes say so. Several as "v5e-16" (Cloud's name), "v5e:4x4" (a topology) or "8xh100".
       rule: a layout, as of `train_step(layout=)`; or a function on a mesh, (path, shape) -> PartitionSpec or None
-        (whole), paths as "base/h/attn/query/kernel", "factors/h/attn/query/kernel/A" and "batch/tokens". None: as the leaves' own shardings say, whole where there is
-        none; if no leaf has one, each weight is split over all devices along its largest axis, and the batch's rows.
+        (whole), paths as "base/h/attn/query/kernel", "factors/h/attn/query/kernel/A" and "batch/tokens". None: as the
+        leaves' own shardings say, whole where there is none; if no leaf has one, each weight is split over all devices
+        along its largest axis, and the batch's rows.
       memory_kind: where the optimizer's arrays wait between two steps, as in `TrainState.create`: "pinned_host" is the
         host's memory. None: on the device, or where those of a `TrainState` are.
       options: of `jlora.train_step`: `accumulate`, `has_aux`, `weighted`, `pass_key`, `nonfinite`, `donate`.

@@ -152,8 +152,66 @@ def plain_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: jax
 
 
 def placed_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, spec: Spec) -> jax.Array:
-    """`x W + (z u) v` of arrays that say where they lie: by autodiff, but for the product with a stored W."""
-    return add(_placed_base(x, w, spec), low_rank_product(z, u, v, spec))
+    """`x W + (z u) v` of arrays that say where they lie: by autodiff, but for the product with a stored W.
+
+    Factors that are wider than z get a gradient in their own dtype: see `_wide_product`.
+    """
+    wide = all(map(functools.partial(_is_wide, z), (u, v)))
+    if not wide or any(AxisType.Manual in jax.typeof(y).sharding.mesh.axis_types for y in (z, u, v)):
+        return add(_placed_base(x, w, spec), low_rank_product(z, u.astype(z.dtype), v.astype(z.dtype), spec))
+    out = tuple(label for label in spec.y if label in spec.inner or label in spec.v)
+    dtype = spec.dtype if keeps(spec.dtype, z.dtype) else None
+    inner = _wide_product(z, u, _Contraction(spec.x, spec.u, spec.inner, spec.precision, None, spec.placed(spec.inner)))
+    y = _wide_product(inner, v, _Contraction(spec.inner, spec.v, out, spec.precision, dtype, spec.placed(out)))
+    return add(_placed_base(x, w, spec), expand(y, out, spec.y))
+
+
+def _is_wide(z: jax.Array, factor: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether a factor has more bits than the input that it meets, both real."""
+    real = all(jnp.issubdtype(y.dtype, jnp.floating) for y in (z, factor))
+    return real and jnp.finfo(factor.dtype).bits > jnp.finfo(z.dtype).bits
+
+
+class _Contraction(NamedTuple):
+    """Static arguments of `contract`."""
+
+    x: Labels
+    factor: Labels
+    out: Labels
+    precision: Any
+    dtype: Any
+    sharding: NamedSharding | None
+
+    def __call__(self, x: jax.Array, factor: jax.Array) -> jax.Array:
+        labels = self.x, self.factor
+        factor = factor.astype(x.dtype)
+        return contract(x, labels[0], factor, labels[1], self.out, self.precision, self.dtype, self.sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _wide_product(x: jax.Array, factor: jax.Array, by: _Contraction) -> jax.Array:
+    """The product of an input and a wider factor, in the input's dtype; the factor's gradient in its own.
+
+    Autodiff would round the parts of the gradient that several devices have to the input's dtype before it adds them.
+    """
+    return by(x, factor)
+
+
+def _wide_forward(x: Any, factor: Any, by: _Contraction) -> tuple[jax.Array, Any]:
+    of_x = _kept(x.value, factor.perturbed)
+    return by(x.value, factor.value), (of_x, factor.value, _Type(jax.typeof(x.value)))
+
+
+def _wide_backward(by: _Contraction, residuals: Any, g: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    kept, factor, known = residuals
+    if isinstance(g, SymbolicZero):
+        return None, None
+    (dx,) = jax.linear_transpose(lambda x: by(x, factor), known.x)(g)
+    x = _found(kept)
+    if x is None:
+        return dx, None
+    place = NamedSharding(jax.typeof(factor).sharding.mesh, spec_of(factor)) if is_placed(x) or is_placed(g) else None
+    return dx, contract(x, by.x, g.astype(x.dtype), by.out, by.factor, by.precision, factor.dtype, place)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -167,9 +225,10 @@ def adapted_product(x: jax.Array, z: jax.Array, w: jax.Array, u: jax.Array, v: j
     Autodiff of `plain_product` gives the same values. It keeps `z u` and, on the CPU, transposes the activations
     where transposing a factor would do (measured in experiments/bench/step.py). There is no forward mode.
 
-    The gradient of W is formed where W itself is differentiated, and only there. A stored W is frozen.
+    The gradient of W is formed where W itself is differentiated, and only there. A stored W is frozen. The factors are
+    taken in the dtype of z, and du and dv are in their own: the parts of a sum over several devices are added in that.
     """
-    return plain_product(x, z, w, u, v, spec)
+    return plain_product(x, z, w, u.astype(z.dtype), v.astype(z.dtype), spec)
 
 
 @jax.tree_util.register_static
@@ -194,8 +253,8 @@ def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
     x, z, w, u, v = jax.tree.map(lambda operand: operand.value, tuple(operands))
     w_moves, u_moves = not tree.is_stored(w) and operands[2].perturbed, operands[3].perturbed
     base, x, z = _fresh_product(x, w, spec, z)
-    inner = _inner_product(z, u, spec)
-    delta = _outer_product(inner, v, spec)
+    inner = _inner_product(z, u.astype(z.dtype), spec)
+    delta = _outer_product(inner, v.astype(z.dtype), spec)
     if v.size and jnp.finfo(base.dtype).bits > 8:
         some = lax.real(v[(0,) * v.ndim]) if is_complex(v.dtype) else v[(0,) * v.ndim]
         y = lax.platform_dependent(
@@ -262,6 +321,8 @@ def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...
     if isinstance(g, SymbolicZero):
         return None, None, None, None, None
     array, labels, g = _opened(w, spec.w, g.astype(known.z.dtype))
+    of_u, of_v = _like(u), _like(v)
+    u, v = u.astype(known.z.dtype), v.astype(known.z.dtype)
     if z is not None:
         inner = contract(z, spec.x, u, spec.u, spec.inner, spec.precision)  # (..., rank)
     assert inner is not None  # one of the two is kept
@@ -272,8 +333,8 @@ def _backward(spec: Spec, residuals: Any, g: Any) -> tuple[jax.Array | None, ...
     dz = into(known.z, spec.x, inner_g, spec.inner, u, spec.u)
     # The thin operand comes first: the CPU backend transposes its left operand to contract a leading axis, and a
     # transposed activation costs more than a transposed factor (0.89 against 0.76 of full fine-tuning's time).
-    du = into(u, spec.u, inner_g, spec.inner, z, spec.x) if z is not None else None
-    dv = into(v, spec.v, inner, spec.inner, g, spec.y)
+    du = into(of_u, spec.u, inner_g, spec.inner, z, spec.x) if z is not None else None
+    dv = into(of_v, spec.v, inner, spec.inner, g, spec.y)
     dw = into(array, spec.w, x, spec.x, g, spec.y) if x is not None else None
     return dx, dz, dw, du, dv
 
@@ -346,13 +407,15 @@ def _contract_into(
     Of a complex product, what is real takes the real part, as a cotangent does.
     """
     out = tuple(label for label in labels if label in x_labels or label in y_labels)
-    product = contract(x, x_labels, y, y_labels, out, precision)
+    wide = target.dtype if _is_wide(x, target) and _is_wide(y, target) else None
+    product = contract(x, x_labels, y, y_labels, out, precision, wide)
     if is_complex(product.dtype) and not is_complex(target.dtype):
         product = lax.real(product)
     return jnp.broadcast_to(expand(product, out, labels), target.shape).astype(target.dtype)
 
 
 adapted_product.defvjp(_forward, _backward, symbolic_zeros=True)
+_wide_product.defvjp(_wide_forward, _wide_backward, symbolic_zeros=True)
 
 
 # -- the ways in which an input meets a weight -------------------------------------------------------------------------
@@ -361,10 +424,15 @@ adapted_product.defvjp(_forward, _backward, symbolic_zeros=True)
 def _operands(
     x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Operands of the products: z is x if nothing was dropped, and all that is of low rank is in one dtype."""
+    """Operands of the products: z is x if nothing was dropped, in the dtype of all that is of low rank.
+
+    The factors are in their own, where that is the wider one: they are cast where they meet z.
+    """
     dtype = compute_dtype(x, w)
+    z = (x if z is None else z).astype(dtype)
     u, v = _spanned(a, spec.w, spec.u), _spanned(b, spec.w, spec.v)
-    return x, (x if z is None else z).astype(dtype), w, u.astype(dtype), v.astype(dtype)
+    both = _is_wide(z, u) and _is_wide(z, v)
+    return x, z, w, *((u, v) if both else (u.astype(dtype), v.astype(dtype)))
 
 
 def _spanned(part: jax.Array, labels: Labels, kept: Labels) -> jax.Array:
@@ -373,7 +441,8 @@ def _spanned(part: jax.Array, labels: Labels, kept: Labels) -> jax.Array:
 
 
 def _plain(x: jax.Array, z: jax.Array | None, w: jax.Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
-    return plain_product(*_operands(x, z, w, a, b, spec), spec)
+    x, z, w, u, v = _operands(x, z, w, a, b, spec)
+    return plain_product(x, z, w, u.astype(z.dtype), v.astype(z.dtype), spec)
 
 
 @functools.partial(jax.jit, static_argnames=("spec",), inline=True)
