@@ -219,7 +219,8 @@ def beside(factors: PyTree, base: PyTree, batch: Collection[str]) -> PyTree:
     A has W's input axes and B its output axes; the rank is whole. Over an axis of tensor parallelism a factor is split
     as its weight is: its product is then of the device's own part, and so is its gradient. Over the axes of the batch
     each device has other rows, and a factor of n numbers either lies there whole, for one all-reduce of its gradient, 8
-    n bytes a device, or is split, for two gathers and one scatter, 12 n: whole is cheaper at any size.
+    n bytes a device, or is split, for two gathers and one scatter, 12 n: whole is cheaper at any size. What has the
+    shape of its weight (full fine-tuning, extras) lies as that does.
 
     Args:
       factors: path -> arrays of `Adapted.factors`.
@@ -236,6 +237,8 @@ def beside(factors: PyTree, base: PyTree, batch: Collection[str]) -> PyTree:
         place = None if weight is None else _place_of(weight)
         if place is None:
             return None
+        if x.shape == weight.shape:
+            return place
         axes = [*place.spec, *[None] * (len(weight.shape) - len(place.spec))]
         if len(x.shape) < len(axes):
             return NamedSharding(place.mesh, PartitionSpec())

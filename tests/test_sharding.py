@@ -140,10 +140,12 @@ def test_factors_follow_their_weights_but_for_the_axes_of_the_batch():
     base = placed(mesh)
     stack = {"A": jnp.zeros((2, 32, 1, 4)), "B": jnp.zeros((2, 1, 32, 4)), "scale": jnp.zeros(())}
     factors = {"h/attn/query/kernel": stack, "h/attn/out/kernel": stack, "elsewhere": {"A": jnp.zeros(2)}}
+    factors |= {"h/mlp/fc/kernel": {"value": jnp.zeros((2, 32, 128))}}
     found = jax.tree.map(lambda place: tuple(place.spec), beside(factors, base, ("fsdp",)))
     assert found["h/attn/query/kernel"] == {"A": (None, None, None), "B": (None, None, "tp"), "scale": ()}
     assert found["h/attn/out/kernel"] == {"A": (None, "tp", None), "B": (None, None, None), "scale": ()}
     assert found["elsewhere"] == {"A": None}
+    assert found["h/mlp/fc/kernel"] == {"value": (None, "fsdp", "tp")}  # trained whole
     over = beside(factors, base, ())["h/attn/query/kernel"]  # no batch is split: all axes are kept
     assert (tuple(over["A"].spec), tuple(over["B"].spec)) == ((None, "fsdp", None), (None, None, "tp"))
 

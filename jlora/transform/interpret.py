@@ -1,5 +1,6 @@
 """The interpreter that runs a traced JAX function on lazy weights. It knows no method."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -20,7 +21,7 @@ from jlora.transform.explicit import explicit_mesh
 from jlora.transform.jaxprs import bind, constant, last_uses, open_jaxpr, opened_end, run_segment, scan_counts, scope
 from jlora.transform.marks import applications
 from jlora.transform.mean import count_of_mean
-from jlora.transform.product import ADAPTED, PLAIN
+from jlora.transform.product import ADAPTED, PLAIN, is_placed
 from jlora.transform.trace import UNTOUCHED, Product, Trace
 from jlora.transform.weight import NOBODYS, NotSeparable, Place, Trained, Weight
 
@@ -91,7 +92,7 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], trace: Trac
     if not any(isinstance(value, Weight) for value in env.values()):
         plain = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
         return list(jex.jaxpr_as_fun(jex.ClosedJaxpr(plain, []))(*env.values()))
-    last_use = last_uses(jaxpr)
+    last_use, met = last_uses(jaxpr), _Met(jaxpr)
     materialised: dict[int, tuple[Weight, jax.Array]] = {}
 
     def read(atom: Any) -> Any:
@@ -114,13 +115,43 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], trace: Trac
         pending = []
         values = [read(v) for v in eqn.invars]
         with eqn.ctx.manager, scope(eqn), trace.inside(eqn):
-            results = _apply(eqn, values, trace, functools.partial(make_dense, eqn=eqn))
+            results = _apply(eqn, values, trace, functools.partial(make_dense, eqn=eqn), met)
         env.update(zip(eqn.outvars, results, strict=True))
     env.update(run_segment(jaxpr, pending, env, last_use, len(jaxpr.eqns)))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _apply(eqn: Any, values: list[Any], trace: Trace, make_dense: Callable[..., jax.Array]) -> list[Any]:
+class _Met:
+    """The inputs of a jaxpr that several products meet (of query, key and value), as their factors meet them.
+
+    Along an axis of tensor parallelism each product gives back its device's part of a whole `dx = g W^T`, and a whole
+    `dz` of its factors. Added in the order of the products, no two parts meet before each has been summed over the
+    devices; where the factors read an input of their own, the same for all of them, the parts of dx are added first,
+    and XLA sums them once. Arrays whose types say where they lie are the ones that are known to be split.
+    """
+
+    def __init__(self, jaxpr: Any) -> None:
+        operands = (
+            v
+            for eqn in jaxpr.eqns
+            if eqn.primitive.name == "dot_general"
+            for v in eqn.invars
+            if not isinstance(v, jex.Literal)
+        )
+        self._often = {v for v, times in collections.Counter(operands).items() if times > 1}
+        self._copies: dict[Any, jax.Array] = {}
+
+    def __call__(self, variable: Any, x: Any) -> jax.Array | None:
+        if variable not in self._often or not isinstance(x, jax.Array) or not is_placed(x):
+            return None
+        if variable not in self._copies:
+            self._copies[variable] = jnp.copy(x)
+        return self._copies[variable]
+
+
+def _apply(
+    eqn: Any, values: list[Any], trace: Trace, make_dense: Callable[..., jax.Array], met: _Met | None = None
+) -> list[Any]:
     """One equation with at least one operand that was lazy when it was reached."""
     name, reason = eqn.primitive.name, ""
     lazy = [v for v in values if isinstance(v, Weight)]
@@ -142,7 +173,10 @@ def _apply(eqn: Any, values: list[Any], trace: Trace, make_dense: Callable[..., 
                 for i, v in enumerate(values)
             ]
             multiply = rules.PRODUCTS[name] if name == "dot_general" else functools.partial(_on_array, name)
-            product = multiply(matrix, values, eqn.params)
+            params = eqn.params
+            if name == "dot_general" and met is not None and matrix.rank:
+                params = params | {"met": met(eqn.invars[1 - kept_at], values[1 - kept_at])}
+            product = multiply(matrix, values, params)
             if not isinstance(product.value, Weight):
                 trace.note(matrix, name, product)
             return [product.value]

@@ -188,6 +188,7 @@ def dot_general(weight: Weight, values: Sequence[Any], params: dict[str, Any]) -
         params["precision"],
         params["preferred_element_type"],
         params.get("out_sharding"),
+        params.get("met"),
     )
     flops = 2 * weight.rank * (x.size + value.size)
     return Product(value, in_axes, out_axes, stack_axes + weight.gathered, flops)

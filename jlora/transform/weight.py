@@ -420,10 +420,12 @@ class Weight:
         precision: Any,
         dtype: Any,
         sharding: NamedSharding | None = None,
+        met: jax.Array | None = None,
     ) -> jax.Array:
         """`dot_general` of x with the weight, factored: x meets one factor, then the other.
 
-        `sharding` is where the model says that the product lies, on an explicit mesh.
+        `sharding` is where the model says that the product lies, on an explicit mesh. `met` is x as the factors meet
+        it, an array of its own.
 
         Raises:
           NotSeparable: if `gain` spans both a contracted and a free axis, or if the result is rounded to integers or
@@ -439,12 +441,12 @@ class Weight:
             if wide != x.dtype:
                 result = jax.eval_shape(lambda x, w: base_product(x, tree.dense(w), spec), x, self.w).dtype
                 spec = spec.of_dtype(dtype if keeps(dtype, wide) else None)
-            x = amplify(x, gain_in, wide)
-        y = self._low_rank_dot(x, spec) if self.rank else self.multiply.base(x, self.w, spec)
+            x, met = amplify(x, gain_in, wide), None
+        y = self._low_rank_dot(x, spec, met) if self.rank else self.multiply.base(x, self.w, spec)
         y = y if result is None else y.astype(result)
         return y if gain_out is None else amplify(y, gain_out, y.dtype)
 
-    def _low_rank_dot(self, x: jax.Array, spec: Spec) -> jax.Array:
+    def _low_rank_dot(self, x: jax.Array, spec: Spec, met: jax.Array | None) -> jax.Array:
         a, b = self.a, self.b
         assert a is not None and b is not None
         a_labels, b_labels = ((*(spec.w[i] for i in sorted(self.varies(part))), RANK) for part in (a, b))
@@ -453,7 +455,7 @@ class Weight:
             a, a_labels, b, b_labels = b, b_labels, a, a_labels
         if not self.multiply.adds and not set(b_labels) - {RANK} <= set(contracted):
             raise NotSeparable("product along other axes than the inputs")
-        z = None if self.key is None else drop(x.astype(compute_dtype(x, self.w)), self.key, self.dropout)
+        z = met if self.key is None else drop(x.astype(compute_dtype(x, self.w)), self.key, self.dropout)
         return self.multiply.product(x, z, self.w, a, b, spec._replace(u=a_labels, v=b_labels))
 
     def _spec(self, x_ndim: int, dimension_numbers: Any, weight_first: bool, precision: Any, dtype: Any) -> Spec:
