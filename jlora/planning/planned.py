@@ -237,6 +237,11 @@ def _compile(traced: Any, device: Device) -> _Made:
             raise ImportError(
                 'the compiler of GPUs found no ptxas: pip install "jlora[plan-gpu]", which has it'
             ) from error
+        if "CustomSPMDPartitioning" in str(error):
+            raise RuntimeError(
+                "JAX found no CUDA at its start, and left out what cuDNN's attention over several devices takes to "
+                "compile: set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, or JAX_PLATFORMS=cpu, before Python starts"
+            ) from error
         raise
     return _Made(compiled, needed, said)
 

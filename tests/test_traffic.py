@@ -1,0 +1,169 @@
+"""What a step sends over the devices: gradients of factors alone, in float32; each weight gathered twice.
+
+The programs are compiled for 16 H100 that are not there, in a process of its own; skipped without the extra `plan-gpu`.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import jlora
+from jlora.models.llama import PRESETS, Llama
+from jlora.planning import DEVICES, targets
+from jlora.sharding import MODELS
+from tests.test_sharding import mesh_of
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = dataclasses.replace(
+    PRESETS["llama-7b"], layers=2, scan=True, remat=True, dtype="bfloat16", param_dtype="bfloat16"
+)
+MODEL = Llama(CONFIG)
+TOKENS = jax.ShapeDtypeStruct((16, 2048), jnp.int32)
+MESHES = {"data": {"data": 16}, "fsdp": {"fsdp": 16}, "fsdp and tp": {"fsdp": 4, "tp": 4}}
+
+
+def loss(params, batch):
+    logits = MODEL.apply({"params": params}, batch)
+    hot = jax.nn.one_hot(batch[:, 1:], 32000, dtype=logits.dtype)
+    return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits)[:, :-1] * hot, -1))
+
+
+def shapes():
+    return jax.eval_shape(MODEL.init, jax.random.key(0), TOKENS)["params"]
+
+
+def adapted(method: str):
+    if method == "full":
+        return jlora.apply(shapes(), method=jlora.full())
+    return jlora.apply(shapes(), rank=16, targets="attn|mlp", sites=jlora.sites(loss, shapes(), TOKENS))
+
+
+def main() -> None:
+    """Prints the plans of LoRA and of full fine-tuning on each mesh, and the shapes that loops reduce."""
+    import optax
+
+    from jlora.planning import planned
+
+    texts = []
+    count = planned.collectives
+    planned.collectives = lambda text, many: (texts.append(text), count(text, many))[1]
+    found = {}
+    for name, mesh in MESHES.items():
+        for method in ("lora", "full"):
+            plan = jlora.plan(loss, adapted(method), optax.adamw(1e-4), TOKENS, mesh, "16xh100", rule=MODELS)
+            sums = re.findall(r"= \(*bf16\[4,2048,4096\].* all-reduce(?:-start)?\(.*/while/body/", texts[-1])
+            found[f"{name}, {method}"] = plan.as_dict() | {"sums": len(sums)}
+    print("FOUND", json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict:
+    if not targets.has_compiler(DEVICES["h100"]):
+        pytest.skip("the compiler of h100 is not installed")
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    # On the CPU JAX does not look for CUDA's other libraries, without which cuDNN's attention is in one piece.
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("FOUND ")[1])
+
+
+def sent(plan: dict, kind: str) -> int:
+    return plan["collectives"].get(kind, {"bytes": 0})["bytes"]
+
+
+def received(plan: dict) -> float:
+    return sum(each["wire"] for each in plan["collectives"].values())
+
+
+SMALL = 4096  # bytes of losses, norms and tokens
+
+
+def test_data_parallel_sends_the_gradients_of_the_factors_alone(plans):
+    plan = plans["data, lora"]
+    trainable = jlora.count(adapted("lora")).trainable
+    assert 4 * trainable <= sent(plan, "all-reduce") <= 4 * trainable + SMALL
+    assert received(plan) - plan["collectives"]["all-reduce"]["wire"] <= SMALL
+
+
+def test_fully_sharded_each_weight_is_gathered_twice(plans):
+    plan, full = plans["fsdp, lora"], plans["fsdp, full"]
+    trainable, total = jlora.count(adapted("lora"))
+    assert 4 * trainable <= sent(plan, "all-reduce") <= 4 * trainable + SMALL
+    assert sent(plan, "reduce-scatter") == 0
+    assert sent(plan, "all-gather") <= 2 * 2 * (total - trainable)
+    assert received(plan) <= 0.75 * received(full)
+
+
+def test_tensor_parallel_adds_no_all_reduce_of_an_activation(plans):
+    plan, full = plans["fsdp and tp, lora"], plans["fsdp and tp, full"]
+    assert plan["sums"] == full["sums"] == 5  # two forward, one of remat, two backward
+    assert received(plan) < received(full)
+
+
+def test_arguments_are_those_of_the_plan(plans):
+    for plan in (plan for name, plan in plans.items() if name.endswith("lora")):
+        parts = sum(plan[part] for part in ("weights", "factors", "optimizer_state", "batch"))
+        assert 0 <= plan["arguments"] - parts <= 64
+
+
+# -- the same of the program itself ------------------------------------------------------------------------------------
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "tp": 2}, {}])
+def test_gradients_of_factors_are_float32_before_they_are_summed(axes):
+    """On Explicit axes, where autodiff makes them, and else, where jlora does."""
+    held = adapted("lora")
+    base, batch = held.base, TOKENS
+    if axes:
+        mesh = mesh_of(AxisType.Explicit, **axes)
+        places = MODELS.shardings(base, mesh)
+        base = jax.tree.map(lambda x, place: x.update(sharding=place), base, places)
+        batch = TOKENS.update(sharding=MODELS.rows(mesh))
+    lifted = jlora.lift(loss)
+    of_factors = lambda factors, base, batch: lifted(held.replace(factors=factors, base=base), batch)
+    context = jax.set_mesh(mesh) if axes else jax.numpy_rank_promotion("raise")
+    with context:
+        jaxpr = jax.make_jaxpr(jax.grad(of_factors))(held.factors, base, batch).jaxpr
+    thin = {tuple(np.squeeze(np.empty(x.shape[1:])).shape) for x in jax.tree.leaves(held.factors)}
+    thin |= {shape[::-1] for shape in thin}
+    found = collections.Counter(
+        str(eqn.outvars[0].aval.dtype)
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape in thin
+    )
+    assert found == {"float32": 14}  # A and B of seven layers
+    copies = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "copy"]
+    assert (len(copies) > 0) == bool(axes)  # an input of their own for the factors of query, key and value
+
+
+if __name__ == "__main__":
+    main()
