@@ -77,10 +77,11 @@ def _start(process: Process) -> "subprocess.Popen[str]":
 
 
 def _copy(number: int, source: IO[str], out: TextIO, lock: threading.Lock) -> None:
-    for line in source:
-        with lock:
-            out.write(f"[{number}] {line.rstrip()}\n")
-            out.flush()
+    with source:
+        for line in source:
+            with lock:
+                out.write(f"[{number}] {line.rstrip()}\n")
+                out.flush()
 
 
 def _first_failure(started: "Sequence[subprocess.Popen[str]]") -> int:

@@ -88,7 +88,8 @@ def _launch(launch: Launch) -> Sequence[Step]:
 
 
 def _logs(launch: Launch) -> Sequence[Step]:
-    newest = f'tail -n 100 -F "$(ls -t {shlex.quote(str(_files(launch)))}/*.log | head -n 1)"'
+    logs = f"find {shlex.quote(str(_files(launch)))} -maxdepth 1 -name '*.log' -printf '%T@ %p\\n'"
+    newest = f'tail -n 100 -F "$({logs} | sort -n | tail -n 1 | cut -d " " -f 2-)"'
     return [Run(("bash", "-c", scripts.script(newest)))]
 
 
