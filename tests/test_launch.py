@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -237,6 +238,34 @@ def test_yaml_keeps_scripts_readable_and_texts_texts():
     assert yaml_of([same, same]) == "- x: 1\n- x: 1\n"
 
 
+def commands_of_the_readme() -> list[str]:
+    """Each launch in its blocks, after the variables that were set before it."""
+    found, variables = [], ""
+    text = (ROOT / "experiments" / "launch" / "README.md").read_text().replace("\\\n", " ")
+    for line in text.split("\n```bash\n")[1:]:
+        for part in line.split("\n```")[0].splitlines():
+            if part.startswith("export "):
+                variables = part.removeprefix("export ")
+            elif part.startswith("python -m experiments.launch "):
+                found.append(f"{variables} {part}")
+    return found
+
+
+@pytest.mark.parametrize("line", commands_of_the_readme())
+def test_commands_of_the_readme_can_be_launched(line: str, monkeypatch: pytest.MonkeyPatch):
+    before, _, after = line.partition("python -m experiments.launch ")
+    for variable in shlex.split(before):
+        monkeypatch.setenv(*variable.split("=", 1))
+    words = shlex.split(after, comments=True)
+    cloned = ("--repository", "https://example.com/jlora.git") if LAUNCHERS[words[0]].clones else ()
+    assert make_launch.printed(*words, *COMMIT, *cloned)
+
+
+def test_the_readme_has_a_command_for_each_launcher():
+    words = [line.split("experiments.launch ")[1].split()[0] for line in commands_of_the_readme()]
+    assert set(words) == set(LAUNCHERS) and len(words) >= 15
+
+
 # -- the description ---------------------------------------------------------------------------------------------------
 
 
@@ -377,7 +406,7 @@ def test_the_same_command_begins_and_resumes(options, there, resumes, tmp_path: 
 def test_a_preempted_run_ends_with_the_code_that_launchers_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    before = signal.getsignal(signal.SIGTERM)
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
 
     def preempted(*arguments, **keywords):
         try:
@@ -386,12 +415,13 @@ def test_a_preempted_run_ends_with_the_code_that_launchers_restart(
         except Exception:
             pytest.fail("taken for an error")
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # a second one leaves it time to clean up
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned.append("although it came twice")
 
     monkeypatch.setattr(train, "run", preempted)
     assert train.main(["configs/quickstart.py", "--folder", str(tmp_path)]) == exits.PREEMPTED == 75
     assert capsys.readouterr().err == "preempted; the same command with --resume continues\n"
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before and cleaned == ["although it came twice"]
 
 
 def test_training_says_what_is_wrong_with_the_variables_of_processes(

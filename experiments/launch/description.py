@@ -66,7 +66,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Launch:
-    """What is run, and where.
+    """A run, and the machines that it gets.
 
     Attributes:
       launcher: its name in `table.LAUNCHERS`.
