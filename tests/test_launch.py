@@ -1,5 +1,6 @@
 """Launchers as text: their dry runs beside golden files, what they refuse, and the description that they are made from."""
 
+import doctest
 import json
 import os
 import shlex
@@ -14,8 +15,8 @@ from experiments import train
 from experiments.configfile import ConfigError
 from experiments.folder import is_run_folder
 from experiments.launch import __main__ as command
-from experiments.launch import accelerators, exits
-from experiments.launch.description import Checkout, check_clean, checkout, name_of
+from experiments.launch import accelerators, description, exits, local
+from experiments.launch.description import Checkout, check_clean, check_has, checkout, name_of
 from experiments.launch.launcher import Launcher, Setting
 from experiments.launch.steps import Run, Write, perform, yaml_of
 from experiments.launch.table import LAUNCHERS
@@ -140,6 +141,10 @@ WRONG = {
         (*GKE, "--folder", "/disk/a", "--accelerator", "l4:8", "--xpk", "--cluster", "c", "--project", "p", "--zone", "z"),
         "gke: xpk has no 'l4:8': leave out --xpk",
     ),
+    "nodes of xpk": (
+        (*GKE, "--folder", "/disk/a", "--accelerator", "h100:8", "--nodes", "2", "--xpk"),
+        "gke: xpk names pods in its own way, and nodes with GPUs find each other by name: leave out --xpk",
+    ),
     "small slices": (
         (*GKE, "--folder", "gs://bkt/b", "--accelerator", "v5e-8", "--slices", "2"),
         "gke: several slices are of several machines each; 'v5e-8' is one machine",
@@ -188,6 +193,8 @@ def test_variables_stand_for_options(monkeypatch: pytest.MonkeyPatch, capsys: py
         monkeypatch.setenv(name, value)
     assert command.main(["tpu", *CLONE, *V5E, "--do", "status", "--zone", "here", "--dry-run"]) == 0
     assert "describe quickstart --project=mine --zone=here" in capsys.readouterr().out
+    assert command.main(["local", *QUICK, "--dry-run"]) == 0  # the folder of machines is not that of this one
+    assert "--folder runs/quickstart " in capsys.readouterr().out
 
 
 def test_an_unknown_launcher_lists_all(capsys: pytest.CaptureFixture[str]):
@@ -291,6 +298,11 @@ def test_nodes(text: str):
     assert (found.kind, found.devices, found.hosts, found.topology, found.tpu) == ("h100", 8, 1, "", False)
 
 
+@pytest.mark.parametrize("module", [accelerators, description, local])
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0 < doctest.testmod(module).attempted
+
+
 def test_names_after_config_files():
     assert {name_of(str(path)) for path in (ROOT / "configs").glob("*.py")} >= {"quickstart", "own-data"}
     assert name_of("configs/2nd.py") == "run-2nd"
@@ -334,11 +346,29 @@ def test_the_commit_is_clean_and_pushed(tmp_path: Path):
     )
 
 
+def test_machines_have_the_config(tmp_path: Path):
+    git(tmp_path, "init", "-q", ".")
+    (tmp_path / "mine.py").write_text("")
+    git(tmp_path, "add", "mine.py")
+    git(tmp_path, "commit", "-q", "-m", "a")
+    found = checkout(tmp_path)
+    check_has(found, found.commit, "mine.py")
+    for commit, config in ((found.commit, "other.py"), ("c" * 40, "mine.py")):
+        with pytest.raises(ConfigError) as error:
+            check_has(found, commit, config)
+        assert str(error.value) == (
+            f"commit {commit[:12]} has no '{config}', or is not here: commit the config file (git add -f if it is ignored), "
+            "or git fetch"
+        )
+
+
 def test_a_dirty_tree_is_refused_unless_it_is_allowed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     state = Checkout(str(ROOT), "c" * 40, ("README.md",), "", False)
     monkeypatch.setattr(command, "checkout", lambda folder: state)
+    asked = []
+    monkeypatch.setattr(command, "check_has", lambda found, commit, config: asked.append((commit, config)))
     words = ["skypilot", "configs/quickstart.py", *H100, "--folder", "gs://bkt/b", "--dry-run"]
     assert command.main(words) == 2
     assert capsys.readouterr().err.startswith(
@@ -355,6 +385,7 @@ def test_a_dirty_tree_is_refused_unless_it_is_allowed(
         and '"dirty": true' in out
         and f"git checkout --quiet --detach {'c' * 40}" in out
     )
+    assert asked == [("c" * 40, "configs/quickstart.py")]
     assert command.main(["local", "configs/quickstart.py", "--dry-run"]) == 0  # nothing is checked out
     assert '"dirty": true' in capsys.readouterr().out
 

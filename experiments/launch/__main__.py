@@ -15,6 +15,7 @@ from experiments.launch.description import (
     Folder,
     Launch,
     check_clean,
+    check_has,
     check_name,
     checkout,
     name_of,
@@ -84,7 +85,8 @@ def described(launcher: Launcher, options: argparse.Namespace) -> Launch:
 
 
 def _folder(launcher: Launcher, given: str | None, name: str) -> Folder:
-    given = given or os.environ.get("JLORA_FOLDER")
+    if launcher.remote:
+        given = given or os.environ.get("JLORA_FOLDER")
     if not given and launcher.remote:
         raise ConfigError(
             f"{launcher.name} needs --folder or JLORA_FOLDER: the run's folder, which all machines see and which "
@@ -118,6 +120,8 @@ def _checkout(launcher: Launcher, options: argparse.Namespace) -> Checkout:
         raise ConfigError(
             f"{launcher.name} needs --repository: the address that machines clone, as this repository has no 'origin'"
         )
+    if launcher.remote:
+        check_has(found, commit, _config(options.config, found.root))
     return Checkout(options.repository or found.root, commit, found.changed, repository, found.pushed)
 
 

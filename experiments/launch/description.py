@@ -212,6 +212,21 @@ def checkout(folder: Path) -> Checkout:
     return Checkout(root, commit, changed, repository, bool(_git(folder, "branch", "-r", "--contains", commit)))
 
 
+def check_has(found: Checkout, commit: str, config: str) -> None:
+    """Refuses a config file that machines would not have.
+
+    Raises:
+      ConfigError: if the commit is not known here, or has no such file.
+    """
+    try:
+        _git(Path(found.root), "cat-file", "-e", f"{commit}:{config}")
+    except subprocess.CalledProcessError as error:
+        raise ConfigError(
+            f"commit {commit[:12]} has no '{config}', or is not here: commit the config file (git add -f if it is "
+            "ignored), or git fetch"
+        ) from error
+
+
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -169,6 +169,10 @@ def _check(launch: Launch) -> None:
         raise ConfigError(f"gke: it has no {accelerator.given!r}; GPUs there are {have}")
     if accelerator.tpu and launch.count > 1 and accelerator.hosts == 1:
         raise ConfigError(f"gke: several slices are of several machines each; {accelerator.given!r} is one machine")
+    if _xpk(launch) and not accelerator.tpu and launch.count > 1:
+        raise ConfigError(
+            "gke: xpk names pods in its own way, and nodes with GPUs find each other by name: leave out --xpk"
+        )
     scripts.check_shared(launch)
     if folder.store and (_xpk(launch) or folder.store != "gs"):
         instead = (
