@@ -70,6 +70,11 @@ def open_run_folder(folder: Path, description: dict[str, Any], *, resume: bool) 
     return held
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run has been begun in a folder, so that there is something to resume."""
+    return (folder / _CLAIM).is_file()
+
+
 def locked(folder: Path) -> Lock:
     """Exclusive use of a folder, which is made if absent.
 

@@ -5,6 +5,7 @@
     python -m experiments.train configs/minilm_sst2.py seeds=0 runs.lora_qv.learning_rate=1e-3
     python -m experiments.train configs/gpt2_medium_e2e_lora.py --small
     python -m experiments.train configs/quickstart.py --resume
+    python -m experiments.launch local configs/quickstart.py --processes 2    # other machines: experiments/launch
 
 The folder of an experiment is `runs/<name>`; each training has a folder in it with the adapter that is kept, the curve
 and TensorBoard's events (`tensorboard --logdir runs`). Bases that are pretrained lie beside it, in `runs/bases`, and
@@ -28,8 +29,10 @@ from experiments.bases import Base
 from experiments.config import Experiment, Pretrain, Study, all_of
 from experiments.configfile import ConfigError
 from experiments.data.files import DataError
-from experiments.folder import located, open_run_folder
+from experiments.folder import is_run_folder, located, open_run_folder
 from experiments.held import hold, while_loading
+from experiments.launch.distributed import initialise
+from experiments.launch.exits import PREEMPTED, Preempted, preemptible
 from experiments.price import Plan, planned, priced
 from experiments.progress import Progress
 from experiments.report.results import outcome_of
@@ -43,6 +46,16 @@ from jlora.quant import FORMATS
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = _parser().parse_intermixed_args(arguments)
+    try:
+        several = initialise(detect=options.distributed)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with contextlib.nullcontext() if several else preemptible():  # of several, JAX's preemption service has the signal
+        return _main(options)
+
+
+def _main(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:  # a log is as wide as its tables
         console = Console(width=160)
@@ -53,13 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = located(options.folder, config.name)
         with _most_optimizations_off() if options.small else contextlib.nullcontext():
             for name, experiment in all_of(config).items():
-                run(experiment, folder / name, resume=options.resume, console=console)
+                resume = options.resume or (options.resume_if_there and is_run_folder(folder / name))
+                run(experiment, folder / name, resume=resume, console=console)
     except (ConfigError, DataError, FileNotFoundError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume continues", file=sys.stderr)
         return 130
+    except Preempted:
+        print("preempted; the same command with --resume continues", file=sys.stderr)
+        return PREEMPTED
     return 0
 
 
@@ -229,6 +246,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", help="dotted: train.steps=200 runs.lora_r4.method='lora(8)'")
     parser.add_argument("--folder", help="the experiment's folder; runs/<name> if not given")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--resume-if-there", action="store_true", help="continue if there is a run, else begin one")
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of several processes, which JAX finds by itself"
+    )
     parser.add_argument("--small", action="store_true", help="the config's small form, which ends in seconds")
     return parser
 

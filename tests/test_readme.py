@@ -29,6 +29,7 @@ READMES = (
     "jlora/planning/README.md",
     "jlora/quant/README.md",
     "experiments/README.md",
+    "experiments/launch/README.md",
     "tests/README.md",
 )
 LARGEST = 8000  # bytes of the first page
@@ -102,6 +103,7 @@ def test_blocks_are_found():
 def test_the_pages_with_examples_have_some():
     assert {name.partition(":")[0] for name in EXAMPLES} == {*READMES} - {
         "experiments/README.md",
+        "experiments/launch/README.md",
         "jlora/cli/README.md",
         "tests/README.md",
     }

@@ -107,6 +107,19 @@ def count_of(topology: str, device: Device) -> int:
     return math.prod(map(int, topology.split("x"))) * (2 if device.name == "7x" else 1)
 
 
+def topology_of(wanted: Wanted, count: int) -> str:
+    """A TPU's topology of so many devices: the one that is named, or the most cubic one of whole hosts.
+
+    Raises:
+      ValueError: if no topology has them.
+
+    >>> from jlora.planning.devices import find
+    >>> topology_of(find("v5litepod-16"), 16), topology_of(find("v5p-128"), 64), topology_of(find("v6e:2x4"), 8)
+    ('4x4', '4x4x4', '2x4')
+    """
+    return _tpu(wanted.device.name, count, wanted.topology)[0].partition(":")[2]
+
+
 def arranged(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     """The devices as a mesh's array: a TPU's neighbours beside each other."""
     if devices[0].platform == "tpu" and len(devices) > 1:

@@ -1,0 +1,55 @@
+"""Exit codes that launchers act on, and the SIGTERM that a preemption begins with.
+
+| code | meaning | launchers |
+|---:|---|---|
+| 0 | done | end |
+| 1 | an error: a traceback, or a loss that is not finite | end; GKE restarts, as a node that dies looks alike |
+| 2 | a config, data or folder that cannot be | end |
+| 75 | preempted: `PREEMPTED` | start the same command again, which resumes |
+| 130 | Ctrl-C | end |
+| 143 | killed by SIGTERM before it could say 75 | as 75 |
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+PREEMPTED = 75
+"""Exit code of a process that was told to stop and has to be started again: EX_TEMPFAIL of sysexits.h."""
+
+KILLED = 128 + signal.SIGTERM
+"""Exit code, as shells and container runtimes say it, of a process that SIGTERM ended."""
+
+RESTARTED = (PREEMPTED, int(KILLED))
+"""Exit codes after which launchers start the same command again."""
+
+GRACE = 120
+"""Seconds between SIGTERM and SIGKILL, where a launcher may choose them. Spot TPU VMs have 30."""
+
+
+class Preempted(BaseException):
+    """SIGTERM has come. Like KeyboardInterrupt it is no Exception: nothing but `main` takes it for an error."""
+
+
+@contextlib.contextmanager
+def preemptible() -> Iterator[None]:
+    """Raises `Preempted` in the main thread when SIGTERM comes; a second SIGTERM is ignored, so that it can clean up.
+
+    For one process. Among several JAX's preemption service has the signal, and a handler here would take it away.
+    In another thread than the main one, where no handler can be set, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _raise(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Preempted
