@@ -117,7 +117,7 @@ def jit_arguments(
         if not home.is_fully_addressable:
             _check_rows(batch)
         if any(_is_elsewhere(home, x) for x in jax.tree.leaves(carry.factors)):
-            carry = _follow(carry, state.adapted.base, batch)
+            carry = _follow(home, carry, state.adapted.base, batch)
         carry, key, loss = jax.tree.map(functools.partial(_beside, home), (carry, key, loss))
         kept = jax.tree.map(functools.partial(_settled, home), kept)
     known = tree.abstract if tree.is_abstract(carry.step) else lambda x: x  # what is only lowered is sent nowhere
@@ -182,27 +182,29 @@ def _is_elsewhere(home: Sharding, x: Any) -> bool:
     return place is None or place.device_set != home.device_set
 
 
-def _follow(carry: Carry, base: PyTree, batch: PyTree) -> Carry:
+def _follow(home: Sharding, carry: Carry, base: PyTree, batch: PyTree) -> Carry:
     """The factors along the axes of their weights; what the optimizer keeps for each of them (moments) beside it."""
-    places = beside(carry.factors, base, axes_of_rows(batch))
     structure: Structure = jax.tree.structure(carry.factors)
-    flat = structure.flatten_up_to(places)
+    places = structure.flatten_up_to(beside(carry.factors, base, axes_of_rows(batch)))
+    factors = [
+        x if place is None or not _is_elsewhere(home, x) else _put(x, place)
+        for x, place in zip(jax.tree.leaves(carry.factors), places, strict=True)
+    ]
 
-    def along(x: Any, factor: Any, place: Sharding | None) -> Any:
-        if place is None or x.shape != factor.shape:
+    def along(x: Any, factor: Any) -> Any:
+        place = tree.placement(factor)
+        if place is None or x.shape != factor.shape or not _is_elsewhere(home, x):
             return x
-        kind = "pinned_host" if host.waits(x) else None
-        return _put(x, place if kind is None else place.with_memory_kind(kind))
+        return _put(x, place.with_memory_kind("pinned_host") if host.waits(x) else place)
 
     def part(x: Any) -> Any:
-        if jax.tree.structure(x) != structure:
+        if not is_like_factors(x):
             return x
-        leaves = zip(jax.tree.leaves(x), jax.tree.leaves(carry.factors), flat, strict=True)
-        return jax.tree.unflatten(structure, [along(*leaf) for leaf in leaves])
+        return jax.tree.unflatten(structure, [*map(along, jax.tree.leaves(x), factors)])
 
     is_like_factors = lambda x: jax.tree.structure(x) == structure
     opt_state = jax.tree.map(part, carry.opt_state, is_leaf=is_like_factors)
-    return carry._replace(factors=part(carry.factors), opt_state=opt_state)
+    return carry._replace(factors=jax.tree.unflatten(structure, factors), opt_state=opt_state)
 
 
 def _beside(home: Sharding, x: jax.Array) -> jax.Array:
