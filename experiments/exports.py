@@ -51,7 +51,8 @@ def check(experiment: Experiment, trials: Sequence[Trial]) -> None:
         for part, _ in trial.run.method.parts if field == "merged" else ():
             if part.acts.unmergeable:
                 raise ConfigError(f"save.merged: runs.{trial.run.name}: {part.name} {part.acts.unmergeable}")
-    if experiment.save.adapter is not None and experiment.save.adapter == experiment.save.merged:
+    folders = [folder.resolve() for _, _, folder in _places(experiment, trials)]
+    if len(set(folders)) < len(folders):
         raise ConfigError("save.adapter: a folder of its own; beside the merged weights it would be added once more")
     if experiment.save.adapter is not None and all(trial.run.is_full for trial in trials):
         raise ConfigError("save.adapter: full fine-tuning has no adapter; save.merged writes its checkpoint")

@@ -323,7 +323,8 @@ class Trainer:
         trainer = dataclasses.replace(self, run=run)
         try:
             self.optimizer(self.first_rate)
-            jax.eval_shape(trainer.planned, shapes)
+            found = jax.eval_shape(trainer.planned, shapes)
+            _slowed(self.run.slower or {}).init(found.factors)
         except ValueError as error:
             raise ConfigError(f"runs.{self.run.name}: {error}") from error
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jlora import host, tree
 from jlora.adapted.adapted import Adapted, partition
-from jlora.sharding import Layout, axes_of_rows, beside, put_rows, put_whole
+from jlora.sharding import Layout, axes_of_rows, beside, parts_here, put_rows, put_whole
 
 PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
@@ -116,7 +116,7 @@ def jit_arguments(
     if home is not None:
         if not home.is_fully_addressable:
             _check_rows(batch)
-        if any(_is_elsewhere(home, x) for x in jax.tree.leaves(carry.factors)):
+        if any(_is_elsewhere(home, x) for x in jax.tree.leaves((carry.factors, carry.opt_state))):
             carry = _follow(home, carry, state.adapted.base, batch)
         carry, key, loss = jax.tree.map(functools.partial(_beside, home), (carry, key, loss))
         kept = jax.tree.map(functools.partial(_settled, home), kept)
@@ -162,14 +162,25 @@ def _default_device() -> jax.Device:
 def _laid(mesh: Mesh, layout: Layout, state: State, batch: PyTree) -> tuple[State, PyTree]:
     """The base and the batch on the mesh, where the layout says; what lies there already stays."""
     base = state.adapted.base
-    if any(isinstance(x, jax.Array | np.ndarray) and not _is_on(mesh, x) for x in jax.tree.leaves(base)):
-        arrays, fill = tree.split(base)
-        places = jax.tree.leaves(layout.shardings(fill(arrays), mesh))
-        adapted = state.adapted.replace(base=fill([*map(put_whole, arrays, places)]))
+    leaves, structure = jax.tree.flatten(base)
+    if any(hasattr(x, "dtype") and not _is_on(mesh, x) for x in leaves):
+        places = jax.tree.leaves(layout.shardings(base, mesh))
+        put = [x if _is_on(mesh, x) else _put(x, place) for x, place in zip(leaves, places, strict=True)]
+        adapted = state.adapted.replace(base=jax.tree.unflatten(structure, put))
         state = dataclasses.replace(state, adapted=adapted)  # type: ignore[type-var]
     rows = layout.rows(mesh)
-    place = lambda x: x if _is_on(mesh, x) or not np.ndim(x) else put_rows(x, rows)
-    return state, jax.tree.map(place, batch)
+    new = [x for x in jax.tree.leaves(batch) if np.ndim(x) and not _is_on(mesh, x)]
+    if new:
+        parts, names = parts_here(rows)
+        rows_alone = jax.tree.map(lambda x: x if np.ndim(x) else None, batch)
+        _check_batch(rows_alone, parts, f"{parts} devices of {names}" if names else "the mesh")
+    return state, jax.tree.map(lambda x: x if _is_on(mesh, x) else _row(x, rows), batch)
+
+
+def _row(x: Any, rows: NamedSharding) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(sharding=rows) if x.ndim else x
+    return put_rows(x, rows)
 
 
 def _is_on(mesh: Mesh, x: Any) -> bool:
@@ -179,7 +190,9 @@ def _is_on(mesh: Mesh, x: Any) -> bool:
 
 def _is_elsewhere(home: Sharding, x: Any) -> bool:
     place = tree.placement(x)
-    return place is None or place.device_set != home.device_set
+    if place is None or place.device_set != home.device_set:
+        return True
+    return isinstance(home, NamedSharding) and isinstance(place, NamedSharding) and place.mesh != home.mesh
 
 
 def _follow(home: Sharding, carry: Carry, base: PyTree, batch: PyTree) -> Carry:

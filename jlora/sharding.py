@@ -8,6 +8,7 @@
 `jlora.train_step` keeps what lies on the mesh where it lies, and puts the factors there: see `beside`.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jlora import tree
 from jlora.quant.place import shardings_of
@@ -81,18 +82,22 @@ class Layout:
     def shardings(self, params: PyTree, mesh: Mesh) -> PyTree:
         """The tree of `NamedSharding` of a tree of arrays or shapes; that of a quantised leaf has one for each array.
 
+        A leaf that is no array (a module's function) stands for itself.
+
         Raises:
           ValueError: for all leaves that no rule covers, and as `on`.
         """
         leaves, structure = tree.leaves(params)
         place = self.on(mesh)
-        bare = [path for path in leaves if self._axes_of(path) is None]
+        bare = [path for path, leaf in leaves.items() if hasattr(leaf, "dtype") and self._axes_of(path) is None]
         if bare:
             raise ValueError(
                 f"no rule of the layout covers {len(bare)} of {len(leaves)} leaves: {', '.join(bare[:10])}"
                 f"{', ...' if len(bare) > 10 else ''}. A last rule of ('', ()) leaves all others whole"
             )
-        places = [_of_leaf(path, leaf, place(path, leaf)) for path, leaf in leaves.items()]
+        places = [
+            _of_leaf(path, leaf, place(path, leaf)) if hasattr(leaf, "dtype") else leaf for path, leaf in leaves.items()
+        ]
         return jax.tree.unflatten(structure, places)
 
     def rows(self, mesh: Mesh) -> NamedSharding:
@@ -166,6 +171,8 @@ def put(params: Tree, shardings: PyTree) -> Tree:
 
 def put_whole(x: Any, place: Sharding | None) -> Any:
     """`jax.device_put`, also onto devices of several processes, each of which has the same array."""
+    if not hasattr(x, "dtype"):
+        return x
     if place is None or place.is_fully_addressable:
         return jax.device_put(x, place)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -189,7 +196,24 @@ def put_rows(batch: Tree, place: NamedSharding) -> Tree:
       batch: arrays with the process's rows along their first axes.
       place: where the rows lie: `Layout.rows(mesh)`.
     """
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, np.asarray(x)), batch)
+
+    def put(x: Any) -> Any:
+        if not np.ndim(x):
+            return x
+        if isinstance(x, jax.Array) and (place.is_fully_addressable or not x.is_fully_addressable):
+            return put_whole(x, place)
+        if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        return jax.make_array_from_process_local_data(place, np.asarray(x))
+
+    return jax.tree.map(put, batch)
+
+
+@functools.lru_cache(maxsize=32)
+def parts_here(place: NamedSharding) -> tuple[int, str]:
+    """In how many parts the rows of a batch lie on the devices of this process, and the axes that part them."""
+    names = _names(place.spec[0]) if place.spec else ()
+    return len(row_numbers(place, math.prod(place.mesh.shape[name] for name in names))), " x ".join(names)
 
 
 def row_numbers(place: NamedSharding, rows: int) -> np.ndarray:
@@ -222,6 +246,9 @@ def beside(factors: PyTree, base: PyTree, batch: Collection[str]) -> PyTree:
     n bytes a device, or is split, for two gathers and one scatter, 12 n: whole is cheaper at any size. What has the
     shape of its weight (full fine-tuning, extras) lies as that does.
 
+    On Explicit axes factors are whole, as `jlora.apply` starts them there: optimizers that take matrices apart (Muon)
+    or all factors as one vector (L-BFGS) say of no array where it lies.
+
     Args:
       factors: path -> arrays of `Adapted.factors`.
       base: the weights.
@@ -239,6 +266,8 @@ def beside(factors: PyTree, base: PyTree, batch: Collection[str]) -> PyTree:
             return None
         if x.shape == weight.shape:
             return place
+        if AxisType.Explicit in place.mesh.axis_types:
+            return NamedSharding(place.mesh, PartitionSpec())
         axes = [*place.spec, *[None] * (len(weight.shape) - len(place.spec))]
         if len(x.shape) < len(axes):
             return NamedSharding(place.mesh, PartitionSpec())

@@ -218,7 +218,7 @@ def test_what_cannot_be_saved_is_found_before_the_training(bases, tmp_path):
         "error: save.adapter: full fine-tuning has no adapter; save.merged writes its checkpoint\n",
     )
     same = f"={tmp_path / 'out'}"
-    status, _, err = called(*options, f"save.adapter{same}", f"save.merged{same}")
+    status, _, err = called(*options, f"save.adapter{same}", f"save.merged{same}/")
     assert (status, err) == (
         2,
         "error: save.adapter: a folder of its own; beside the merged weights it would be added once more\n",

@@ -1,5 +1,6 @@
 """Layouts: which axes of weights lie over which axes of a mesh, where factors and batches lie, and equal numbers in each."""
 
+import dataclasses
 import functools
 import re
 
@@ -209,7 +210,7 @@ def test_every_layout_has_the_numbers_of_one_device(name):
     assert kernel.sharding == MODELS.on(mesh)("h/attn/out/kernel", kernel)
     own = state.adapted.factors["h/attn/out/kernel"]
     moments = {part: [x for x in jax.tree.leaves(state.opt_state) if x.shape == own[part].shape] for part in own}
-    parts = axes.get("tp", 1)
+    parts = 1 if kind is AxisType.Explicit else axes.get("tp", 1)  # there they are whole
     assert own["A"].sharding.shard_shape(own["A"].shape) == (2, 32 // parts, 1, 4)
     assert own["B"].sharding.is_fully_replicated
     assert own["A"].sharding in [x.sharding for x in moments["A"]] and len(moments["A"]) > 1
@@ -224,11 +225,83 @@ def test_pmap_has_the_same_numbers():
         jlora.train_step(loss, optax.sgd(1.0), parallel="pmap", mesh=mesh_of(data=2))
 
 
+def arguments_of(base, batch, mesh, **options):
+    """The arguments of a step of a base that the mesh may not have yet."""
+    adapted = jlora.apply(base, rank=2, targets="attn/query", sites=sites())
+    step = jlora.train_step(loss, optax.rmsprop(1.0), mesh=mesh)
+    return step.arguments(jlora.TrainState.create(adapted, step.tx, **options), batch)
+
+
 def test_what_lies_on_the_mesh_stays():
-    """The step puts there what is elsewhere, and takes arrays as they lie on it."""
+    """The step puts there what is elsewhere, leaf by leaf, and takes arrays as they lie on it."""
     mesh = mesh_of(data=2, tp=2)
     whole = NamedSharding(mesh, PartitionSpec())
-    adapted = jlora.apply(put(parameters(), whole), rank=2, targets="attn/query", sites=sites())
-    step = jlora.train_step(loss, optax.sgd(1.0), mesh=mesh)
-    arguments = step.arguments(jlora.TrainState.create(adapted, step.tx), put_rows(TOKENS, whole))
-    assert all(x.sharding.is_fully_replicated for x in (*jax.tree.leaves(arguments.kept), arguments.batch))
+    found = arguments_of(put(parameters(), whole), put_rows(TOKENS, whole), mesh)
+    assert all(x.sharding.is_fully_replicated for x in (*jax.tree.leaves(found.kept), found.batch))
+    mixed = parameters() | {"h": put(parameters()["h"], whole)}
+    found = arguments_of(mixed, TOKENS, mesh)
+    split = [x.shape for x in jax.tree.leaves(found.kept) if not x.sharding.is_fully_replicated]
+    assert split == [(64, 32)] and not found.batch.sharding.is_fully_replicated  # wte alone
+
+
+def test_shapes_are_laid_as_arrays_are():
+    mesh = mesh_of(fsdp=2, tp=2)
+    real = arguments_of(parameters(), TOKENS, mesh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parameters())
+    found = arguments_of(shapes, jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype), mesh)
+    for part in ("carry", "kept", "batch"):
+        ours, theirs = (jax.tree.map(lambda x: x.sharding, getattr(each, part)) for each in (found, real))
+        assert ours == theirs, part
+
+
+def test_a_state_of_another_mesh_moves():
+    first, second = mesh_of(fsdp=2, tp=2), mesh_of(AxisType.Explicit, fsdp=4)
+    adapted = jlora.apply(parameters(), rank=2, targets="attn/query", sites=sites())
+    step = jlora.train_step(loss, optax.rmsprop(1.0), mesh=first)
+    state = jlora.TrainState.create(adapted, step.tx)
+    carry = step.arguments(state, TOKENS).carry
+    moved = dataclasses.replace(
+        state, adapted=adapted.replace(factors=carry.factors), opt_state=carry.opt_state, step=carry.step
+    )
+    found = jlora.train_step(loss, optax.rmsprop(1.0), mesh=second).arguments(moved, TOKENS)
+    assert {x.sharding.mesh for x in jax.tree.leaves((found.carry, found.kept, found.batch))} == {second}
+
+
+def test_leaves_that_are_no_arrays():
+    base = {"w": jnp.ones((4, 8)), "act": jnp.tanh}
+    layout = Layout(((r"w", ("fsdp", None)),))
+    mesh = mesh_of(fsdp=4)
+    assert put(base, layout.shardings(base, mesh))["act"] is jnp.tanh
+    of_base = lambda params, x: jnp.mean(params["act"](x @ params["w"]))
+    adapted = jlora.apply(base, rank=2, sites=jlora.sites(of_base, base, jnp.ones((8, 4))))
+    step = jlora.train_step(of_base, optax.sgd(1.0), mesh=mesh, layout=layout)
+    state, _ = step(jlora.TrainState.create(adapted, step.tx), np.ones((8, 4), np.float32))
+    assert state.adapted.base["act"] is jnp.tanh and not state.adapted.base["w"].sharding.is_fully_replicated
+
+
+BATCHES = {
+    "rows": (
+        {"x": TOKENS[:6]},
+        "the batch has 6 examples (batch['x'] (6, 16)), which 4 devices of fsdp do not divide",
+    ),
+    "no rows": (
+        {"x": TOKENS, "mask": TOKENS[:1]},
+        "the leaves of the batch have different leading axes: batch['mask'] (1, 16), batch['x'] (8, 16); all are divided "
+        "over 4 devices of fsdp",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_that_the_mesh_does_not_divide(name):
+    batch, error = BATCHES[name]
+    with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
+        arguments_of(parameters(), batch, mesh_of(fsdp=4))
+
+
+def test_a_batch_may_be_of_arrays_keys_and_scalars():
+    batch = {"x": jnp.asarray(TOKENS), "keys": jax.random.split(jax.random.key(0), 8), "rate": np.float32(0.1)}
+    found = arguments_of(parameters(), batch, mesh_of(fsdp=4)).batch
+    assert [found[name].sharding.spec for name in ("x", "keys")] == [PartitionSpec(("fsdp",))] * 2
+    chex.assert_trees_all_equal(found["x"], batch["x"])
+    np.testing.assert_array_equal(jax.random.key_data(found["keys"]), jax.random.key_data(batch["keys"]))
