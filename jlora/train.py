@@ -103,9 +103,9 @@ def train_step(
         `value`, `grad`, and the functions of the factors `value_fn` and `obj_fn` (the loss) and `grad_fn`, for line
         searches, Polyak steps, Sophia and SAM.
       parallel: "jit": one program. Arrays of the base or the batch that lie on a mesh keep their shardings, and what
-        has none is put beside it: factors along the axes of their weights, but for those of the batch, and so what the
-        optimizer keeps for each of them; all else whole (`jlora.sharding`). A batch split over the mesh trains
-        data-parallel.
+        has none is put beside it: on Auto axes factors along the axes of their weights, but for those of the batch, and
+        so what the optimizer keeps for each of them; all else whole (`jlora.sharding`). A batch split over the mesh
+        trains data-parallel.
         "pmap": data-parallel over all local devices: the batch's leading axis is split, the gradients averaged, and the
         base and the state copied to each device, once.
       mesh: what of the base does not lie on it is put there by the first step, as `layout` says, and the rows of every
