@@ -79,7 +79,7 @@ MUTANTS = (
         (f"{CONSTANTS}::test_loraplus_trains_b_with_a_multiple_of_the_learning_rate",),
     ),
     Mutant(
-        "no gradient of B", "transform/product.py", "dv = into(v, spec.v, inner, spec.inner, g, spec.y)", "dv = jnp.zeros_like(v)",
+        "no gradient of B", "transform/product.py", "dv = into(of_v, spec.v, inner, spec.inner, g, spec.y)", "dv = jnp.zeros(of_v.shape, of_v.dtype)",
         lifted("x @ w", whole=True),
     ),
     Mutant(

@@ -95,10 +95,14 @@ def test_ctrl_c_and_sigterm_end_all(number: signal.Signals, code: int):
         start_new_session=True,
     )
     assert launcher.stdout is not None
-    assert sorted(launcher.stdout.readline() for _ in range(2)) == ["[0] begun\n", "[1] begun\n"]
-    os.kill(launcher.pid, number)
-    assert launcher.wait(timeout=10) == code
-    launcher.stdout.close()
+    try:
+        assert sorted(launcher.stdout.readline() for _ in range(2)) == ["[0] begun\n", "[1] begun\n"]
+        os.kill(launcher.pid, number)
+        assert launcher.wait(timeout=50) == code  # before they would end by themselves
+    finally:
+        launcher.kill()
+        launcher.wait()
+        launcher.stdout.close()
 
 
 def test_sigterm_is_as_before_afterwards():

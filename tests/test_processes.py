@@ -18,7 +18,6 @@ from jax.sharding import AxisType
 
 from jlora.sharding import MODELS, row_numbers
 from tests import test_sharding as one
-from tests.tiers import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20
@@ -49,8 +48,17 @@ def main(process: int, processes: int, port: int) -> None:
 
 
 @pytest.mark.loose_promotion  # of Optax
-@pytest.mark.parametrize("processes", thorough((2, 4), "test_processes_have_the_numbers_of_one", (2,)))
-def test_processes_have_the_numbers_of_one(processes):
+def test_two_processes_have_the_numbers_of_one():
+    check(2)
+
+
+@pytest.mark.loose_promotion
+@pytest.mark.thorough("test_two_processes_have_the_numbers_of_one")
+def test_four_processes_have_the_numbers_of_one():
+    check(4)
+
+
+def check(processes: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -211,7 +211,29 @@ def _wide_backward(by: _Contraction, residuals: Any, g: Any) -> tuple[jax.Array 
     if x is None:
         return dx, None
     place = NamedSharding(jax.typeof(factor).sharding.mesh, spec_of(factor)) if is_placed(x) or is_placed(g) else None
-    return dx, contract(x, by.x, g.astype(x.dtype), by.out, by.factor, by.precision, factor.dtype, place)
+    return dx, _widened(x, by.x, g.astype(x.dtype), by.out, by.factor, by.precision, factor.dtype, place)
+
+
+def _widened(
+    x: jax.Array,
+    x_labels: Labels,
+    y: jax.Array,
+    y_labels: Labels,
+    out: Labels,
+    precision: Any,
+    dtype: Any,
+    place: NamedSharding | None = None,
+) -> jax.Array:
+    """The product of narrow arrays in a wider dtype; on the CPU of wide ones, as its kernels of JAX 0.10 are."""
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return contract(x, x_labels, y, y_labels, out, precision, dtype, place)
+
+    def of_wide(x: jax.Array, y: jax.Array) -> jax.Array:
+        return product(x.astype(dtype), y.astype(dtype))
+
+    found: jax.Array = lax.platform_dependent(x, y, cpu=of_wide, default=product)
+    return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -407,8 +429,10 @@ def _contract_into(
     Of a complex product, what is real takes the real part, as a cotangent does.
     """
     out = tuple(label for label in labels if label in x_labels or label in y_labels)
-    wide = target.dtype if _is_wide(x, target) and _is_wide(y, target) else None
-    product = contract(x, x_labels, y, y_labels, out, precision, wide)
+    if _is_wide(x, target) and _is_wide(y, target):
+        product = _widened(x, x_labels, y, y_labels, out, precision, target.dtype)
+    else:
+        product = contract(x, x_labels, y, y_labels, out, precision)
     if is_complex(product.dtype) and not is_complex(target.dtype):
         product = lax.real(product)
     return jnp.broadcast_to(expand(product, out, labels), target.shape).astype(target.dtype)
