@@ -1,5 +1,6 @@
 """Processes side by side: their lines, their ends, and `jax.distributed` among them."""
 
+import functools
 import io
 import os
 import signal
@@ -93,6 +94,8 @@ def test_ctrl_c_and_sigterm_end_all(number: signal.Signals, code: int):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert launcher.stdout is not None
     try:
