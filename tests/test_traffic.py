@@ -1,4 +1,4 @@
-"""What a step sends over the devices: gradients of factors alone, in float32; each weight gathered twice.
+"""Traffic of a step over devices: gradients of factors alone, in float32; each weight gathered twice.
 
 The programs are compiled for 16 H100 that are not there, in a process of its own; skipped without the extra `plan-gpu`.
 """

@@ -1,4 +1,4 @@
-"""What a step sends over 16 and 64 GPUs that are not there: LoRA against full fine-tuning, by layout.
+"""Bytes that a step sends over 16 and 64 GPUs that are not there: LoRA against full fine-tuning, by layout.
 
     JAX_PLATFORMS=cpu python -m experiments.bench.traffic            # needs "jlora[plan-gpu]"; half a minute a row
 
