@@ -1,6 +1,5 @@
 """Processes side by side: their lines, their ends, and `jax.distributed` among them."""
 
-import functools
 import io
 import os
 import signal
@@ -78,7 +77,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-LAUNCH = (
+LAUNCH = (  # a shell starts what runs in the background with SIGINT ignored, and children inherit that
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "import sys; from experiments.launch.processes import Process, together; "
     "sys.exit(together([Process((sys.executable, '-c', {0!r}), {{}})] * 2, grace=2.0))"
 )
@@ -94,8 +94,6 @@ def test_ctrl_c_and_sigterm_end_all(number: signal.Signals, code: int):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert launcher.stdout is not None
     try:
