@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jlora import tree
 from jlora.quant.place import shardings_of
 from jlora.quant.quantised import Quantised
+from jlora.transform.explicit import names_of
 
 PyTree = Any
 Tree = TypeVar("Tree")
@@ -52,7 +53,7 @@ class Layout:
     @property
     def axes(self) -> list[str]:
         """The axes that it knows, in the order in which it names them."""
-        named = [name for _, axes in self.rules for part in axes for name in _names(part)]
+        named = [name for _, axes in self.rules for part in axes for name in names_of(part)]
         return list(dict.fromkeys([*self.batch, *named]))
 
     def on(self, mesh: Mesh) -> Place:
@@ -111,7 +112,7 @@ class Layout:
     def _spec(self, path: str, x: Any, axes: Axes, mesh: Mesh) -> PartitionSpec:
         if len(axes) > len(x.shape):
             raise ValueError(f"{path!r} has shape {x.shape}, and its rule {tuple(axes)} has more axes")
-        of = [tuple(name for name in _names(part) if name in mesh.axis_names) for part in axes]
+        of = [tuple(name for name in names_of(part) if name in mesh.axis_names) for part in axes]
         entries: list[Any] = [None] * (len(x.shape) - len(axes))
         for axis, names in enumerate(of, len(entries)):
             fits = x.shape[axis] % math.prod(mesh.shape[name] for name in names) == 0
@@ -212,7 +213,7 @@ def put_rows(batch: Tree, place: NamedSharding) -> Tree:
 @functools.lru_cache(maxsize=32)
 def parts_here(place: NamedSharding) -> tuple[int, str]:
     """In how many parts the rows of a batch lie on the devices of this process, and the axes that part them."""
-    names = _names(place.spec[0]) if place.spec else ()
+    names = names_of(place.spec[0]) if place.spec else ()
     return len(row_numbers(place, math.prod(place.mesh.shape[name] for name in names))), " x ".join(names)
 
 
@@ -222,7 +223,7 @@ def row_numbers(place: NamedSharding, rows: int) -> np.ndarray:
     Raises:
       ValueError: if the devices do not divide the rows.
     """
-    names = _names(place.spec[0]) if place.spec else ()
+    names = names_of(place.spec[0]) if place.spec else ()
     parts = math.prod(place.mesh.shape[name] for name in names)
     if rows % parts:
         raise ValueError(
@@ -281,7 +282,7 @@ def axes_of_rows(batch: PyTree) -> tuple[str, ...]:
     """The axes of a mesh over which the rows of a batch lie."""
     places = (tree.placement(x) for x in jax.tree.leaves(batch))
     specs = [place.spec for place in places if isinstance(place, NamedSharding) and place.spec]
-    return tuple(dict.fromkeys(name for spec in specs for name in _names(spec[0])))
+    return tuple(dict.fromkeys(name for spec in specs for name in names_of(spec[0])))
 
 
 def _place_of(weight: Any) -> NamedSharding | None:
@@ -303,9 +304,5 @@ def _of_leaf(path: str, leaf: Any, place: NamedSharding) -> Any:
 
 
 def _without(part: Any, names: Collection[str]) -> Any:
-    kept = tuple(name for name in _names(part) if name not in names)
+    kept = tuple(name for name in names_of(part) if name not in names)
     return (kept if len(kept) > 1 else kept[0]) if kept else None
-
-
-def _names(part: Any) -> tuple[str, ...]:
-    return () if part is None else part if isinstance(part, tuple) else (part,)

@@ -5,7 +5,6 @@ Each has some of four devices. The numbers are those of one process.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from experiments.launch.local import free_port
 from jlora.sharding import MODELS, row_numbers
 from tests import test_sharding as one
 
@@ -59,9 +59,7 @@ def test_four_processes_have_the_numbers_of_one():
 
 
 def check(processes: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = f"--xla_force_host_platform_device_count={4 // processes}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     start = lambda process: subprocess.Popen(

@@ -15,6 +15,7 @@ from jlora.planning.devices import Wanted
 from jlora.quant.place import shardings_of
 from jlora.quant.quantised import Quantised
 from jlora.sharding import Layout, beside
+from jlora.transform.explicit import names_of
 
 PyTree = Any
 Axes = Mesh | AbstractMesh | Mapping[str, int] | tuple[tuple[str, int], ...]
@@ -159,7 +160,7 @@ def _check(path: str, x: Any, spec: PartitionSpec, mesh: Mesh) -> None:
     if len(spec) > x.ndim:
         raise ValueError(f"{path} has shape {x.shape}, and its spec {spec} has more axes")
     for axis, names in enumerate(spec):
-        names = () if names is None else names if isinstance(names, tuple) else (names,)
+        names = names_of(names)
         for name in names:
             if name not in mesh.shape:
                 raise ValueError(f"{path}: {spec} names {name!r}, and the mesh has {', '.join(map(repr, mesh.shape))}")

@@ -23,6 +23,7 @@ from jlora.planning.report import Plan
 from jlora.sharding import Layout
 from jlora.state import TrainState
 from jlora.train import train_step
+from jlora.transform.explicit import names_of
 
 PyTree = Any
 
@@ -192,7 +193,7 @@ def _idle(place: Mesh | SingleDeviceSharding, leaves: Any) -> list[str]:
     if not isinstance(place, Mesh):
         return []
     specs = [leaf.sharding.spec for leaf in jax.tree.leaves(leaves) if hasattr(getattr(leaf, "sharding", None), "spec")]
-    used = {name for spec in specs for names in spec for name in (names if isinstance(names, tuple) else (names,))}
+    used = {name for spec in specs for names in spec for name in names_of(names)}
     return [
         f"the mesh's axis {name!r} shards nothing: every leaf of state and batch lies whole on each of its {size} "
         "devices"

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.quant.nested import Nested, encode
-from jlora.transform.explicit import on_auto_axes
+from jlora.transform.explicit import names_of, on_auto_axes
 
 
 def shardings_of(of: Any, sharding: NamedSharding, path: str) -> Any:
@@ -70,5 +70,4 @@ def _check_tail(of: Any, sharding: NamedSharding, names: list[Any], path: str) -
 
 
 def _parts(sharding: NamedSharding, name: Any) -> int:
-    names = () if name is None else name if isinstance(name, tuple) else (name,)
-    return math.prod(sharding.mesh.shape[n] for n in names)
+    return math.prod(sharding.mesh.shape[n] for n in names_of(name))

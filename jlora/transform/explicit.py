@@ -57,6 +57,11 @@ def spec_of(x: Any) -> PartitionSpec:
     return jax.typeof(x).sharding.spec if _has_explicit_axes(x) else PartitionSpec(*[None] * x.ndim)
 
 
+def names_of(part: Any) -> tuple[str, ...]:
+    """The axes of a mesh in one entry of a `PartitionSpec`: a name, several of them, or None."""
+    return () if part is None else part if isinstance(part, tuple) else (part,)
+
+
 def _has_explicit_axes(x: Any) -> bool:
     if not isinstance(x, jax.Array):
         return False
