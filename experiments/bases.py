@@ -15,13 +15,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import jlora
+from experiments import devices, hosts
 from experiments.config import Experiment, Pretrain, Run
 from experiments.configfile import ConfigError, describe, key
-from experiments.folder import clear, locked, size
+from experiments.folder import by_first_locked, clear, size
+from experiments.loop import Point, read_curve, train
 from experiments.progress import Phase
 from experiments.resume import loaded
 from experiments.tasks.task import Files, Opened, Params
-from experiments.trainer import Point, Shared, Trainer, read_curve, train
+from experiments.trainer import Shared, Trainer
 from jlora import tree
 
 NAME = "base.safetensors"
@@ -52,7 +54,8 @@ def source(experiment: Experiment, folder: Path) -> Any:
     if isinstance(base, Pretrain):
         return base.model
     if callable(base):
-        return Files(base(folder.parent / "checkpoints" / experiment.name), experiment.options)
+        made = hosts.by_first(lambda: str(base(folder.parent / "checkpoints" / experiment.name)))
+        return Files(Path(made), experiment.options)
     from jlora.models.files import folder_of
 
     if not base:
@@ -114,29 +117,33 @@ def pretrained(
     opened = trainer.opened
     model = {"class": type(opened.model).__name__, "shape": describe(opened.model.config)}
     own = folder / key(model, trainer.schedule, trainer.first_rate, seed, opened.old_digest or opened.digest)
-    initial = opened.params(seed)
-    if (own / NAME).exists():
+    initial = devices.current().placed(opened.params(seed))
+    if hosts.said_by_first((own / NAME).exists()):
         phase.skip(f"reused from {own}")
     else:
-        with locked(own):  # other experiments have the same base
-            if not resume:
+        with by_first_locked(own):  # other experiments have the same base
+            if not resume and hosts.is_first():
                 clear(own)
+            hosts.wait_for_all("the base begins")
             result = train(trainer, seed, trainer.first_rate, initial, own, phase, test=False)
             if result.diverged:
                 raise FloatingPointError(f"the base: {result.diverged}")
             write(own, trainer.merged(loaded(own, initial)))
-            shutil.rmtree(own / "adapter")
-    params = read(own, initial)
+            if hosts.is_first():
+                shutil.rmtree(own / "adapter")
+    params = devices.current().placed(read(own, initial))
     params = params if hold is None else hold(params)
     return Base(lambda _: params, size(own / NAME), read_curve(own))
 
 
 def write(folder: Path, params: Params) -> None:
     """Writes parameters under their paths ("h_0/attn/query/kernel"): one file, whole or absent."""
-    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
-    temporary = folder / f".{NAME}.tmp"
-    save_file({path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}, temporary)
-    os.replace(temporary, folder / NAME)
+    flat = traverse_util.flatten_dict(devices.current().fetched(params), sep="/")
+    if hosts.is_first():
+        temporary = folder / f".{NAME}.tmp"
+        save_file({path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}, temporary)
+        os.replace(temporary, folder / NAME)
+    hosts.wait_for_all(f"{NAME} is written")
 
 
 def read(folder: Path, like: Params) -> Params:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jlora
-from experiments.configfile import UNSAID
+from experiments.configfile import APART, UNSAID
 from experiments.configfile import ConfigError as ConfigError
 from experiments.tasks.task import Task
 from jlora import host
@@ -312,6 +312,9 @@ class Experiment:
       measure: what else is measured.
       save: what is written beside the run's folder.
       held: how the base is held by all runs that say nothing else, full fine-tuning aside.
+      mesh: the axes of the devices, {"fsdp": 8, "tp": 2} or "fsdp=8,tp=2", -1 for all that are left; see
+        `jlora.sharding.MODELS`. None: one device, or "fsdp" over all of several processes. A run may go on with another
+        mesh than it was begun with.
     """
 
     name: str
@@ -328,6 +331,7 @@ class Experiment:
     measure: Measure = Measure()
     save: Save = Save()
     held: Held = field(default=Held(), metadata=UNDER_BASE)
+    mesh: Mapping[str, int] | str | None = field(default=None, metadata=APART)
 
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]

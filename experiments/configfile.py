@@ -208,12 +208,16 @@ UNSAID = {"unsaid": True}
 """Of a field that a description leaves out at its default: one that configs of before did not have."""
 
 
+APART = {"apart": True}
+"""Of a field that a description never has: it says where a run is computed, and changes no number of it."""
+
+
 def describe(node: Any) -> Any:
     """A config as JSON: dataclasses as objects, functions by their names, methods as they are written."""
     if isinstance(node, jlora.Method):
         return repr(node)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        said = [(field, getattr(node, field.name)) for field in dataclasses.fields(node)]
+        said = [(f, getattr(node, f.name)) for f in dataclasses.fields(node) if not f.metadata.get("apart")]
         return {f.name: describe(x) for f, x in said if not (f.metadata.get("unsaid") and x == f.default)}
     if isinstance(node, list | tuple):
         return [describe(item) for item in node]

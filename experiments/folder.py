@@ -1,12 +1,14 @@
 """Run folders: what belongs to which config, and files that are whole or absent."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments import hosts
 from experiments.configfile import ConfigError
 from jlora.checkpoint import lock
 from jlora.checkpoint.lock import Lock
@@ -68,6 +70,33 @@ def open_run_folder(folder: Path, description: dict[str, Any], *, resume: bool) 
         held.close()
         raise
     return held
+
+
+@contextlib.contextmanager
+def run_folder_of_all(folder: Path, description: dict[str, Any], *, resume: bool) -> Iterator[None]:
+    """`open_run_folder` by the first process, for all processes of the run, until the end of the context."""
+    with _closed(hosts.by_first_alone(lambda: open_run_folder(folder, description, resume=resume))):
+        yield
+
+
+@contextlib.contextmanager
+def by_first_locked(folder: Path) -> Iterator[None]:
+    """Exclusive use of a folder, which is made if absent, for all processes of the run: the first one has its lock.
+
+    Raises:
+      ConfigError: if another run uses it.
+    """
+    with _closed(hosts.by_first_alone(lambda: locked(folder))):
+        yield
+
+
+@contextlib.contextmanager
+def _closed(held: Lock | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -133,7 +162,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, by way of a temporary name."""
+    """Writes a text file, by way of a temporary name. Of several processes the first does."""
+    if not hosts.is_first():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import jlora
+from experiments import devices, hosts
 from experiments.config import Experiment
 from experiments.folder import read_json, size, write_json
 from experiments.resume import loaded
@@ -104,10 +105,11 @@ def priced(experiment: Experiment, trials: Sequence[Trial], params: Params, fold
     measure, path = experiment.measure, folder / "prices.json"
     if not measure.rounds or not trials:
         return {}
-    if path.exists():
-        return read_json(path, lambda read: {name: Price(**price) for name, price in read.items()})
+    there = hosts.by_first(lambda: _read(path))
+    if there is not None:
+        return {name: Price(**price) for name, price in there.items()}
     trained = {trial.run.name: (trial, loaded(trial.place, trial.held(params))) for trial in trials}
-    batch = trials[0].trainer.batches(0)(0)
+    batch, whole = trials[0].trainer.batches(0)(0), trials[0].trainer.whole_batches(0)(0)
     kind = experiment.train.memory_kind
     states = {
         name: TrainState.create(adapted, trial.trainer.step.tx, memory_kind=kind)
@@ -115,7 +117,7 @@ def priced(experiment: Experiment, trials: Sequence[Trial], params: Params, fold
     }
     steps = {name: (trial.trainer.step, states[name]) for name, (trial, _) in trained.items()}
     seconds = step_seconds(steps, batch, measure.rounds)
-    few = jax.device_put(jax.tree.map(lambda array: array[: measure.forward_batch], batch))
+    few = devices.current().put(jax.tree.map(lambda array: array[: measure.forward_batch], whole))
     forward = _forward_seconds(trained, params, few, measure.forward_rounds) if measure.forward_rounds else {}
     references = [name for name in measure.relative_to or (trials[0].run.name,) if name in trained]
     found = {}
@@ -132,6 +134,13 @@ def priced(experiment: Experiment, trials: Sequence[Trial], params: Params, fold
         )
     write_json(path, {name: dataclasses.asdict(price) for name, price in found.items()})
     return found
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]] | None:
+    """The prices of an earlier start."""
+    if not path.exists():
+        return None
+    return read_json(path, lambda read: {name: dataclasses.asdict(Price(**price)) for name, price in read.items()})
 
 
 def _difference(trainer: Trainer, adapted: jlora.Adapted, batch: Batch) -> float | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jlora
+from experiments import devices
 from experiments.configfile import ConfigError
 from jlora.checkpoint import Checkpoints, DamagedCheckpoint
 from jlora.state import TrainState
@@ -17,7 +18,7 @@ def loaded(folder: Path, base: Any) -> jlora.Adapted:
       ConfigError: if it is damaged.
     """
     try:
-        return jlora.load(folder / "adapter", base)
+        return devices.current().beside(jlora.load(folder / "adapter", base))
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{error}. Delete '{folder}' to run it anew") from error
 

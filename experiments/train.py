@@ -14,6 +14,7 @@ are used again by every experiment with the same model, data and pretraining.
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from experiments import bases, configfile, exports, report
+from experiments import bases, configfile, devices, exports, hosts, report
 from experiments.bases import Base
 from experiments.config import Experiment, Pretrain, Study, all_of
 from experiments.configfile import ConfigError
 from experiments.data.files import DataError
-from experiments.folder import is_run_folder, located, open_run_folder
+from experiments.folder import is_run_folder, located, run_folder_of_all
 from experiments.held import hold, while_loading
 from experiments.launch.distributed import initialise
 from experiments.launch.exits import PREEMPTED, Preempted, preemptible
@@ -41,6 +42,11 @@ from experiments.trainer import Shared, Trainer, check_memory, pattern_of, sites
 from experiments.trial import Trial
 from jlora import tree
 from jlora.quant import FORMATS
+
+_LOST = (
+    "a computation of all processes failed, mostly because one of them has ended: look at the first error of each. The "
+    "same command with --resume continues from the last state that was kept"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,18 +65,27 @@ def _main(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:  # a log is as wide as its tables
         console = Console(width=160)
+    console.quiet = not hosts.is_first()  # one report
     try:
         config: Experiment | Study = configfile.load(
             (Experiment, Study), options.config, options.overrides, small=options.small
         )
         folder = located(options.folder, config.name)
+        going_on = (options.resume, options.resume_if_there)
+        hosts.check_same(code=hosts.code(), config=configfile.describe(config), folder=str(folder), resume=going_on)
         with _most_optimizations_off() if options.small else contextlib.nullcontext():
             for name, experiment in all_of(config).items():
-                resume = options.resume or (options.resume_if_there and is_run_folder(folder / name))
+                there = hosts.said_by_first(is_run_folder(folder / name))
+                resume = options.resume or (options.resume_if_there and there)
                 run(experiment, folder / name, resume=resume, console=console)
     except (ConfigError, DataError, FileNotFoundError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
+    except jax.errors.JaxRuntimeError as error:
+        if not hosts.several():
+            raise
+        print(f"error: {_LOST}: {str(error).splitlines()[0]:.300}", file=sys.stderr, flush=True)
+        os._exit(1)  # the others have to be waited for at a regular end, and one of them is gone
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume continues", file=sys.stderr)
         return 130
@@ -81,16 +96,24 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console) -> None:
-    """The whole experiment, from the base to the plots, in `folder`."""
-    started = time.monotonic()
-    if jax.process_count() > 1:
-        raise ConfigError("experiments.train runs in one process: data and parameters are not sharded by process yet")
+    """The whole experiment, from the base to the plots, in `folder`, on the devices of its mesh."""
+    with _as_config_errors():
+        here = devices.of(experiment.mesh)
+    with devices.used(here):
+        _run(experiment, folder, resume=resume, console=console)
+    hosts.wait_for_all("the report is written")
+
+
+def _run(experiment: Experiment, folder: Path, *, resume: bool, console: Console) -> None:
+    started, here = time.monotonic(), devices.current()
     with _as_config_errors():
         source = bases.source(experiment, folder)
-        opened = experiment.task.open(source, experiment.train, experiment.evaluate_batch)
+        opened = experiment.task.open(source, experiment.train, here.fitting(experiment.evaluate_batch))
+    hosts.check_same(data=opened.digest)
+    _check_devices(experiment, opened)
     work = _prepared(experiment, opened, folder)
     description = {"config": configfile.describe(experiment), "data": opened.digest}
-    with open_run_folder(folder, description, resume=resume):
+    with run_folder_of_all(folder, description, resume=resume):
         for line in report.opening(experiment, opened, work.trials[0].trainer.steps):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         with Progress(console, work.phases()) as progress:
@@ -156,6 +179,25 @@ def _prepared(experiment: Experiment, opened: Opened, folder: Path) -> Work:
     return Work(experiment, opened, folder, shared, trials, base)
 
 
+def _check_devices(experiment: Experiment, opened: Opened) -> None:
+    """Finds what the devices of the mesh cannot divide, and what several processes do not do."""
+    here = devices.current()
+    micro = experiment.train.batch // experiment.train.accumulate
+    if micro % here.parts:
+        raise ConfigError(
+            f"train.batch={experiment.train.batch}{_micro(experiment)} is not a multiple of {here.parts}, the devices "
+            f"that its rows are dealt out to (mesh: {here}): take a multiple of "
+            f"{here.parts * experiment.train.accumulate}, or more devices along tp"
+        )
+    if hosts.several() and opened.pictures is not None:
+        raise ConfigError("a task that draws pictures runs in one process; mesh=data=-1 uses all devices of it")
+
+
+def _micro(experiment: Experiment) -> str:
+    parts = experiment.train.accumulate
+    return f" in {parts} micro-batches" if parts > 1 else ""
+
+
 def _held_by_all(experiment: Experiment, opened: Opened, params: Params) -> Params:
     """The base as all runs hold it, so that it is not kept beside that; as it is where they differ."""
     held, run = experiment.held_by_all, experiment.runs[0]
@@ -167,9 +209,10 @@ def _held_by_all(experiment: Experiment, opened: Opened, params: Params) -> Para
 def _loaded(experiment: Experiment, opened: Opened, seed: int) -> Params:
     """A checkpoint as all runs hold it. What they hold in 4 or 8 bits is never held in more."""
     held = experiment.held_by_all
+    here = devices.current()
     if held.quantize not in FORMATS:
-        return _held_by_all(experiment, opened, opened.params(seed))
-    return opened.params(seed, **while_loading(held, pattern_of(opened.head, experiment.runs[0].extras)))
+        return _held_by_all(experiment, opened, here.placed(opened.params(seed)))
+    return here.placed(opened.params(seed, **while_loading(held, pattern_of(opened.head, experiment.runs[0].extras))))
 
 
 def _base(work: Work, progress: Progress, *, resume: bool) -> Base:

@@ -1,14 +1,10 @@
-"""The training loop of every run and of a pretrained base: evaluations, what is kept of them, resuming."""
+"""The programs of a run, each compiled once: its start, its step, its evaluation; and what runs share."""
 
 import dataclasses
 import functools
-import math
 import re
-import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,70 +13,15 @@ import numpy as np
 import optax
 
 import jlora
-from experiments import held
+from experiments import devices, held
 from experiments.average import average, averaged
 from experiments.config import ConfigError, Experiment, Held, Run, Schedule, in_steps
-from experiments.folder import read_json, write_json
-from experiments.progress import Phase
-from experiments.resume import loaded, restored
-from experiments.sheet import draw
 from experiments.tasks.task import Apply, Batch, Evaluate, Opened, Params, Scores, Side, Split
-from experiments.tensorboard import TensorBoard
 from jlora import host, tree
-from jlora.checkpoint import Checkpoints
 from jlora.methods.residual import is_taken_out
 from jlora.quant import FORMATS
 from jlora.state import TrainState
 from jlora.train import Step, train_step
-
-_RESULT, _CURVE = "result.json", "curve.json"
-
-
-@dataclass(frozen=True)
-class Point:
-    """An evaluation on the validation split.
-
-    Attributes:
-      step: after which.
-      loss: in nats, the mean over the steps since the point before.
-      scores: of the new domain.
-      old: of the old one, where there is one.
-    """
-
-    step: int
-    loss: float | None
-    scores: Scores
-    old: Scores | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """Result of a run with a seed and a learning rate.
-
-    Attributes:
-      seed, learning_rate: of it.
-      points: its evaluations.
-      best: the step whose evaluation is kept; so is its adapter.
-      tokens_per_second: in training, evaluations and the first step, which is compiled, aside.
-      seconds: of those steps.
-      test, old: the kept adapter's scores on the test split of the new and the old domain.
-      diverged: the error's words; the result is what was kept before.
-    """
-
-    seed: int
-    learning_rate: float
-    points: tuple[Point, ...]
-    best: int
-    tokens_per_second: float
-    seconds: float
-    test: Scores | None = None
-    old: Scores | None = None
-    diverged: str | None = None
-
-    @property
-    def kept(self) -> Point:
-        """The evaluation that is kept."""
-        return next(point for point in self.points if point.step == self.best)
 
 
 class Shared:
@@ -197,16 +138,41 @@ class Trainer:
         """A duration in this run's steps."""
         return in_steps(duration, batch=self.schedule.batch, examples=self.opened.domain(self.side).examples)
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the run is scored on the validation split after a step.
+
+        Half a period before the last evaluation there is no other: 155 steps by 77 have two, not three.
+        """
+        every = self.in_steps(self.schedule.evaluate_every)
+        return step == self.steps or (step > 0 and step % every == 0 and self.steps - step >= every / 2)
+
+    def tokens(self, batch: Batch) -> int:
+        """How many tokens a batch has that are no padding; of one of several processes, as its own rows have."""
+        rows = max(len(x) for x in jax.tree.leaves(batch) if np.ndim(x))
+        return self.opened.tokens(batch) * self.rows // rows
+
     def batches(self, seed: int) -> Callable[[int], Batch]:
-        """Step -> the training batch."""
+        """Step -> the training batch, or the rows of it that are this process's."""
+        return devices.current().own(self.whole_batches(seed), self.rows)
+
+    def whole_batches(self, seed: int) -> Callable[[int], Batch]:
+        """Step -> all rows of the training batch."""
         return self.opened.domain(self.side).batches(self.schedule.batch, seed)
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """Number of rows of a training batch: a task may add some to those of the schedule."""
+        batch = self.whole_batches(0)(0)
+        return max(len(x) for x in jax.tree.leaves(batch) if np.ndim(x))
 
     @functools.cached_property
     def step(self) -> Step:
         """The training step, for every learning rate."""
-        return train_step(
-            self.opened.loss, self.optimizer(self.first_rate), pass_key=True, accumulate=self.schedule.accumulate
-        )
+        here, tx, parts = devices.current(), self.optimizer(self.first_rate), self.schedule.accumulate
+        if here.mesh is None:
+            return train_step(self.opened.loss, tx, pass_key=True, accumulate=parts)
+        on = {"mesh": here.mesh, "layout": here.layout}
+        return train_step(self.opened.loss, tx, pass_key=True, accumulate=parts, **on)
 
     def optimizer(self, learning_rate: float) -> optax.GradientTransformation:
         """The optimizer at a rate; its states are alike for all of them."""
@@ -232,7 +198,7 @@ class Trainer:
     def _started(self, seed: int, params: Params) -> jlora.Adapted:
         """The start of a run whose base is its own, the last one kept: it takes singular values of every weight."""
         if self._own.get("of") != (id(params), seed):
-            plain = self._beside(params, jax.random.key(seed)).replace(base=params)
+            plain = self._beside(params, devices.current().beside(jax.random.key(seed))).replace(base=params)
             adapted = held.hold_adapted(plain, self.run.held, self.shared.sites, self.shared.kept(self.run))
             self._own.update(of=(id(params), seed), params=params, adapted=adapted)
         adapted = self._own["adapted"]
@@ -272,10 +238,10 @@ class Trainer:
         params = self.shared.held(self.run, params)
         run, opened, statistic = self.run, self.opened, self.run.method.acts.statistic
         if not statistic:
-            return self._beside(params, jax.random.key(seed)).replace(base=params)
-        batches, sites = self.batches(seed), self.shared.sites
+            return self._beside(params, devices.current().beside(jax.random.key(seed))).replace(base=params)
+        batches, sites, here = self.whole_batches(seed), self.shared.sites, devices.current()
         loss = lambda params, batch: opened.loss(params, batch, jax.random.key(seed))
-        some = [batches(i) for i in range(self.shared.statistics)]
+        some = [batches(i) if here.mesh is None else here.put(batches(i)) for i in range(self.shared.statistics)]
         found = jlora.measure(loss, params, some, sites, statistic, targets=run.targets)
         return self._apply(params, jax.random.key(seed), statistics=found)
 
@@ -299,7 +265,8 @@ class Trainer:
         """The state before the first step."""
         rate = self.first_rate if learning_rate is None else learning_rate
         kind = self.schedule.memory_kind
-        return TrainState.create(self.adapted(seed, params), self.optimizer(rate), key=seed, memory_kind=kind)
+        state = TrainState.create(self.adapted(seed, params), self.optimizer(rate), key=seed, memory_kind=kind)
+        return devices.current().beside(state)
 
     def result(self, state: TrainState) -> jlora.Adapted:
         """The adapter of a state as it is evaluated and kept: with averages of the factors, where there are some."""
@@ -394,179 +361,3 @@ def _slowed(parts: Mapping[str, float]) -> optax.GradientTransformation:
         return {path: jax.tree.map(lambda x, p=part[path]: x * p, own) for path, own in updates.items()}, state
 
     return optax.GradientTransformation(init, update)
-
-
-# -- the loop ----------------------------------------------------------------------------------------------------------
-
-
-def train(
-    trainer: Trainer, seed: int, rate: float, params: Params, folder: Path, phase: Phase, *, test: bool = True
-) -> Result:
-    """Trains, or goes on after an interruption, or reads what an earlier call came to.
-
-    The folder holds the adapter that is kept, the curve, the result, TensorBoard's events, and the training state up to
-    the end. The state is kept after each evaluation, and the points up to it are on disk before it: a resumed run has
-    the same numbers as one that was never cut off.
-
-    Args:
-      trainer: the run.
-      seed, rate: of this training.
-      params: the base.
-      folder: of this training alone.
-      phase: where progress is shown.
-      test: score what is kept on the test split.
-    """
-    if (folder / _RESULT).exists():
-        phase.skip("done before")
-        return read_result(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(folder / "training", keep=2) as checkpoints, TensorBoard(folder / "events") as board:
-        points = _Points(trainer, folder, board)
-        seconds, tokens, diverged = _loop(trainer, trainer.start(seed, params, rate), seed, points, checkpoints, phase)
-        speed = tokens / seconds if seconds else 0.0
-        result = Result(seed, rate, tuple(points.all), points.kept.step, speed, seconds, diverged=diverged)
-        if test:
-            result = _tested(trainer, result, folder, params, board, phase)
-    write_json(folder / _RESULT, dataclasses.asdict(result))
-    shutil.rmtree(folder / "training", ignore_errors=True)  # there is nothing left to go on with
-    return result
-
-
-def _loop(
-    trainer: Trainer, state: TrainState, seed: int, points: "_Points", checkpoints: Checkpoints, phase: Phase
-) -> tuple[float, int, str | None]:
-    """All steps that are left. Returns seconds and tokens of training, and the words of an error."""
-    every, batches, steps = trainer.in_steps(trainer.schedule.evaluate_every), trainer.batches(seed), trainer.steps
-    drawn = trainer.schedule.pictures_every
-    sheet_every = 0 if drawn is None or trainer.opened.pictures is None else trainer.in_steps(drawn)
-    state, position = restored(checkpoints, state, phase.say)
-    done, (seconds, tokens) = int(state.step), position or (0.0, 0)
-    points.read(done)
-    if not points.all:
-        points.add(0, [], trainer.result(state))
-    if sheet_every and not done:
-        points.draw(0, state.adapted)
-    phase.begin(done)
-    losses: list[jax.Array] = []
-    try:
-        for i in range(done, steps):
-            began, batch = time.monotonic(), batches(i)
-            with jax.transfer_guard("disallow"):  # what goes to the device and back is written down as such
-                state, metrics = trainer.step(state, batch)
-            losses.append(metrics["loss"])
-            # Half a period before the last evaluation there is no other: 155 steps by 77 have two, not three.
-            end = i + 1 == steps or ((i + 1) % every == 0 and steps - i - 1 >= every / 2)
-            if end or i == done:
-                state.check()  # the first step is compiled: it is waited for, and not counted
-            if i != done:
-                seconds, tokens = seconds + time.monotonic() - began, tokens + trainer.opened.tokens(batch)
-            if len(losses) > 1:  # the one before the last is there already: the step has looked at it
-                points.training(i, float(jax.device_get(losses[-2])), tokens / max(seconds, 1e-9), phase)
-            phase.advance(i + 1)
-            if sheet_every and (i + 1) % sheet_every == 0:
-                points.draw(i + 1, trainer.result(state))
-            if end:
-                points.add(i + 1, losses, trainer.result(state))
-                checkpoints.save(state, [seconds, tokens])
-                phase.line(i + 1, points.text())
-                losses = []
-    except FloatingPointError as error:
-        words = str(error).split(" (", 1)[0]
-        phase.say(f"{phase.title}: {words}")
-        return seconds, tokens, words
-    return seconds, tokens, None
-
-
-def score(trainer: Trainer, result: Result, folder: Path, params: Params, phase: Phase) -> Result:
-    """The result of an earlier training with the scores on the test split, which are written down."""
-    if result.test is None:
-        with TensorBoard(folder / "events") as board:
-            result = _tested(trainer, result, folder, params, board, phase)
-        write_json(folder / _RESULT, dataclasses.asdict(result))
-    return result
-
-
-def _tested(trainer: Trainer, result: Result, folder: Path, params: Params, board: TensorBoard, phase: Phase) -> Result:
-    new, old = trainer.evaluate(loaded(folder, trainer.held(params, result.seed)), "test")
-    board.scalars(trainer.steps, _named("test", new, old))
-    phase.say(f"{phase.title}: test {_text(new)}, of step {result.best}")
-    return dataclasses.replace(result, test=new, old=old)
-
-
-class _Points:
-    """The curve of a run, in memory and on disk, and the adapter at the point that is kept."""
-
-    def __init__(self, trainer: Trainer, folder: Path, board: TensorBoard) -> None:
-        self.all: list[Point] = []
-        self._trainer, self._folder, self._board = trainer, folder, board
-
-    @property
-    def kept(self) -> Point:
-        """The point that is a run's result."""
-        if self._trainer.schedule.keep == "last":
-            return self.all[-1]
-        best = self.all[0]
-        for point in self.all[1:]:
-            if self._trainer.opened.selection_metric.beats(point.scores, best.scores):
-                best = point
-        return best
-
-    def read(self, done: int) -> None:
-        """Points that an interrupted run left, up to the state that is gone on from."""
-        self.all = [point for point in read_curve(self._folder) if point.step <= done]
-
-    def add(self, step: int, losses: list[jax.Array], adapted: jlora.Adapted) -> None:
-        loss = float(np.mean(jax.device_get(losses))) if losses else None
-        point = Point(step, loss, *self._trainer.evaluate(adapted, "validation"))
-        self.all.append(point)
-        if self.kept is point:
-            jlora.save(self._folder / "adapter", adapted)
-        write_json(self._folder / _CURVE, [dataclasses.asdict(point) for point in self.all])
-        self._board.scalars(step, _named("validation", point.scores, point.old))
-
-    def draw(self, step: int, adapted: jlora.Adapted) -> None:
-        """A sheet of pictures, beside the curve."""
-        pictures = self._trainer.opened.pictures
-        assert pictures is not None
-        folder = self._folder / "sheets"
-        folder.mkdir(exist_ok=True)
-        draw(folder / f"step_{step:06d}.png", {f"step {step}": pictures(self._trainer.merged(adapted))})
-
-    def training(self, step: int, loss: float, speed: float, phase: Phase) -> None:
-        """Losses that a step reports."""
-        self._board.scalars(step, {"train/loss": loss, "train/tokens_per_second": speed})
-        phase.note(f"loss {loss:.3f}  {speed:,.0f} tokens/s")
-
-    def text(self) -> str:
-        """The last evaluation."""
-        point = self.all[-1]
-        return _text(point.scores) + ("" if point.old is None else f"  old: {_text(point.old)}")
-
-
-def read_curve(folder: Path) -> tuple[Point, ...]:
-    """The evaluations that `train` left in a folder."""
-    path = folder / _CURVE
-    return read_json(path, lambda curve: tuple(Point(**point) for point in curve)) if path.exists() else ()
-
-
-def read_result(folder: Path) -> Result:
-    """Result that `train` left in a folder."""
-    return read_json(folder / _RESULT, as_result)
-
-
-def as_result(read: Mapping[str, Any]) -> Result:
-    """A result from its JSON form."""
-    return Result(**{**read, "points": tuple(Point(**point) for point in read["points"])})
-
-
-def is_finite(result: Result) -> bool:
-    """Whether a training came to its end with a loss that is a number."""
-    return result.diverged is None and math.isfinite(result.kept.scores.get("loss", 0.0))
-
-
-def _named(split: str, new: Scores, old: Scores | None) -> dict[str, float]:
-    return {f"{split}/{name}": x for name, x in new.items()} | {f"{split}_old/{n}": x for n, x in (old or {}).items()}
-
-
-def _text(scores: Scores) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in scores.items())

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experiments.config import Run
+from experiments.loop import Result, is_finite, score, train
 from experiments.progress import Progress
 from experiments.tasks.task import Metric, Params
-from experiments.trainer import Result, Trainer, is_finite, score, train
+from experiments.trainer import Trainer
 
 
 @dataclass(eq=False)

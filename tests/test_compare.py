@@ -21,13 +21,14 @@ from experiments import bases, configfile, report
 from experiments.config import Experiment, Measure, Run, Schedule, Study
 from experiments.configfile import ConfigError
 from experiments.data import Labelled, Shuffled, turned_digits, upright_digits
+from experiments.loop import Point, Result
 from experiments.progress import Progress
 from experiments.report.results import outcome_of
 from experiments.report.tables import sweep
 from experiments.tasks.digits import Digits
 from experiments.tasks.task import Domain, Metric, Opened
 from experiments.train import main
-from experiments.trainer import Point, Result, Shared, Trainer, optimizer
+from experiments.trainer import Shared, Trainer, optimizer
 from experiments.trial import Trial, best_rate
 
 pytestmark = pytest.mark.once

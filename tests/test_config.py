@@ -11,8 +11,8 @@ from experiments import compare, configfile, finetune, train
 from experiments.config import Experiment, Run, Study
 from experiments.configfile import ConfigError
 from experiments.folder import located, open_run_folder, size, write_text
+from experiments.loop import read_curve, read_result
 from experiments.train import main
-from experiments.trainer import read_curve, read_result
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.py"
 

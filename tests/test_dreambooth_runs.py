@@ -17,10 +17,11 @@ from PIL import Image
 import jlora
 from experiments import configfile, trainer
 from experiments.config import Experiment, Run, Schedule, Study
+from experiments.loop import train
 from experiments.recipes import dreambooth, tiny
 from experiments.tasks.diffusion import Diffusion, Drawing, Splits
 from experiments.tasks.text_to_image import FromNothing
-from experiments.trainer import Shared, Trainer, train
+from experiments.trainer import Shared, Trainer
 from jlora.models import diffusion
 from jlora.models.unet import UNetConfig
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from experiments.data.batches import Batches
+from experiments.loop import Point, Result
 from experiments.price import Plan
 from experiments.report.results import Outcome, Results, Start
 from experiments.report.tables import tables
 from experiments.tasks.completion import per_token, shared
 from experiments.tasks.task import Metric, smoothed
-from experiments.trainer import Point, Result
 
 pytestmark = pytest.mark.once
 

@@ -2,12 +2,11 @@
 
 import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import grain
-import jax
 import numpy as np
 
 from experiments.data.files import DataError
@@ -23,36 +22,18 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Part of every batch that is this process's."""
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise DataError(f"shard {self.index} of {self.count}: the index is from 0 to {self.count - 1}")
-
-
-def this_process() -> Shard:
-    """This process among JAX's."""
-    return Shard(jax.process_index(), jax.process_count())
-
-
 @dataclass(frozen=True, eq=False)
 class Batches:
     """Batches as a function of the step: each row once per epoch, in another order each time.
 
-    The order and what a batch holds do not depend on the number of processes: process `i` of `n` has the `i`-th of `n`
-    equal parts of every batch. A run may be resumed with another number of processes.
+    The order and what a batch holds do not depend on the number of processes: each of several reads some rows of every
+    batch, `rows_of(step, jlora.sharding.row_numbers(place, batch))`. A run may be resumed with another number of them.
 
     Attributes:
       rows: of one shape.
-      batch: rows in a batch, over all processes.
+      batch: rows in a batch, of all processes together.
       seed: of the order; None for the rows as they come.
       epochs: how often all rows are shown; None for without end.
-      shard: this process's part.
       last: what becomes of rows that fill no batch. "drop" leaves them out, other ones in each epoch. "pad" fills the
         last batch with copies of the first row, and a key `valid` (batch,) bool says which rows count: for evaluation.
     """
@@ -61,12 +42,11 @@ class Batches:
     batch: int
     seed: int | None = None
     epochs: int | None = None
-    shard: Shard = Shard()
     last: Literal["drop", "pad"] = "drop"
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.batch % self.shard.count:
-            raise DataError(f"a batch of {self.batch} rows is not divisible among {self.shard.count} processes")
+        if self.batch < 1:
+            raise DataError(f"a batch has at least 1 row, got {self.batch}")
         if self.last == "pad" and self.seed is not None:
             raise DataError("last='pad' shows all rows in order: leave out the seed")
         if self.steps_per_epoch < 1:
@@ -88,10 +68,19 @@ class Batches:
         return sys.maxsize if self.epochs is None else self.epochs * self.steps_per_epoch
 
     def __call__(self, step: int) -> Batch:
-        """The batch of a step: arrays (batch // processes, ...)."""
+        """The batch of a step: arrays (batch, ...)."""
+        self._check(step)
+        return self.dataset[step]
+
+    def rows_of(self, step: int, numbers: Sequence[int] | np.ndarray) -> Batch:
+        """Some rows of the batch of a step, by their numbers in it: arrays (numbers, ...). No others are read."""
+        self._check(step)
+        rows = [self._rows[step * self.batch + int(number)] for number in numbers]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _check(self, step: int) -> None:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
-        return self.dataset[step]
 
     def __iter__(self) -> "Stream":
         return self.stream()
@@ -116,6 +105,15 @@ class Batches:
     @functools.cached_property
     def dataset(self) -> grain.MapDataset:
         """Grain's data set of the batches."""
+        return self._epoch.batch(self.batch).repeat(self.epochs)
+
+    @functools.cached_property
+    def _rows(self) -> grain.MapDataset:
+        """The rows of all batches, one after the other."""
+        return self._epoch.repeat(self.epochs)
+
+    @functools.cached_property
+    def _epoch(self) -> grain.MapDataset:
         rows: Source = self.rows
         if self.last == "pad":
             rows = _Filled(rows, self.steps_per_epoch * self.batch)
@@ -123,9 +121,7 @@ class Batches:
         if self.seed is not None:
             # Grain adds the epoch to the seed: with small seeds, one run's second epoch would be another's first.
             dataset = dataset.shuffle(seed=int(np.random.SeedSequence(self.seed).generate_state(1)[0]))
-        whole = dataset[: self.steps_per_epoch * self.batch]
-        parts = whole.batch(self.batch // self.shard.count)
-        return parts[self.shard.index :: self.shard.count].repeat(self.epochs)
+        return dataset[: self.steps_per_epoch * self.batch]
 
 
 class Stream(Iterator[Batch]):

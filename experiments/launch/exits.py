@@ -33,6 +33,30 @@ class Preempted(BaseException):
     """SIGTERM has come. Like KeyboardInterrupt it is no Exception: nothing but `main` takes it for an error."""
 
 
+class _Notice:
+    """What has come of SIGTERM while it was held back."""
+
+    held, came = 0, False
+
+
+_NOTICE = _Notice()
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Within, a SIGTERM is remembered and not raised: what is computed here is whole afterwards. See `has_come`."""
+    _NOTICE.held += 1
+    try:
+        yield
+    finally:
+        _NOTICE.held -= 1
+
+
+def has_come() -> bool:
+    """Whether a SIGTERM came while it was held back. The caller keeps what it has and raises `Preempted`."""
+    return _NOTICE.came
+
+
 @contextlib.contextmanager
 def preemptible() -> Iterator[None]:
     """Raises `Preempted` in the main thread when SIGTERM comes; a second SIGTERM is ignored, so that it can clean up.
@@ -43,7 +67,7 @@ def preemptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _raise)
+    before, _NOTICE.came = signal.signal(signal.SIGTERM, _raise), False
     try:
         yield
     finally:
@@ -52,4 +76,7 @@ def preemptible() -> Iterator[None]:
 
 def _raise(number: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Preempted
+    if _NOTICE.held:
+        _NOTICE.came = True
+    else:
+        raise Preempted

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 
+from experiments.loop import is_finite
 from experiments.report.results import Results
 from experiments.report.style import (
     DASHED,
@@ -20,7 +21,6 @@ from experiments.report.style import (
     measured,
     set_ticks,
 )
-from experiments.trainer import is_finite
 
 
 def learning_curves(path: Path, results: Results) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.config import Experiment
+from experiments.loop import Point, Result, as_result, is_finite
 from experiments.price import Plan, Price
 from experiments.tasks.task import Metric, Opened, Scores
-from experiments.trainer import Point, Result, as_result, is_finite
 from experiments.trial import Trial
 
 

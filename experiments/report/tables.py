@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from experiments import devices
 from experiments.config import Experiment, Held
 from experiments.held import in_bits
+from experiments.loop import is_finite
 from experiments.price import Plan, Price
 from experiments.report.results import Outcome, Results
 from experiments.tasks.task import Metric, Opened, Params
-from experiments.trainer import is_finite
 from experiments.trial import Trial
 from jlora import tree
 
@@ -48,6 +49,8 @@ def opening(experiment: Experiment, opened: Opened, steps: int) -> list[str]:
         f"schedule  {steps:,} steps of {train.batch} rows"
         + (f" ({train.steps})" if isinstance(train.steps, str) else "")
         + f", {seeds} seed{'s' if seeds > 1 else ''} a run, dropout {dropout:g} in the model",
+        *([f"devices   {devices.current()}"] if devices.current().mesh is not None else []),
+        *([f"devices   {devices.unused()}"] if devices.unused() else []),
     ]
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import devices
 from experiments.config import ConfigError, Schedule
 from experiments.data import Corpus, Windows, spread
 from experiments.tasks.task import (
@@ -105,9 +106,9 @@ class Bytes:
 
 
 def _mean(forward: Any, params: Params, windows: np.ndarray, batch: int) -> float:
-    parts = []
+    parts, here = [], devices.current()
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         whole = part[np.minimum(np.arange(batch), len(part) - 1)]  # every call has the same shape and compiles once
-        parts.append(forward(params, jax.device_put(whole)))
-    return float(np.concatenate(jax.device_get(parts))[: len(windows)].mean(dtype=np.float64))
+        parts.append(here.fetched(forward(params, here.put(whole))))
+    return float(np.concatenate(parts)[: len(windows)].mean(dtype=np.float64))

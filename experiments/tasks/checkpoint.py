@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from experiments import devices
 from experiments.config import ConfigError
 from experiments.tasks.task import Files, Params
 from jlora import models
@@ -24,7 +25,8 @@ class Headed(NamedTuple):
 def headed(source: Files, **options: Any) -> Headed:
     """The checkpoint's model, its config with these options but where the experiment's base has others."""
     settings = {**options, **source.options}
-    load = lambda seed, **held: models.load(source.folder, seed=seed, **settings, **held).params
+    here = devices.current()
+    load = lambda seed, **held: models.load(source.folder, seed=seed, **settings, **here.loading, **held).params
     return Headed(models.build(source.folder, **settings), load)
 
 

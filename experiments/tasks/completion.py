@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import devices
 from experiments.config import ConfigError, Decoding, Schedule
 from experiments.data.batches import Batches
 from experiments.data.examples import Prompted, References
@@ -262,24 +263,26 @@ def completed(
 ) -> list[str]:
     """The texts that follow prompts, in batches of one shape, padded on the left to `width` tokens."""
     texts: list[str] = []
+    here = devices.current()
     for start in range(0, len(prompts), decoding.batch):
         part = list(prompts[start : start + decoding.batch])
         filled = [*part, *[part[0]] * (decoding.batch - len(part))]
         tokens = np.array([[pad] * (width - len(row)) + list(row) for row in filled], np.int32)
         mask = np.array([[False] * (width - len(row)) + [True] * len(row) for row in filled])
+        rows, real = here.put((tokens, mask))
         options: dict[str, Any] = {
-            "mask": jnp.asarray(mask), "new_tokens": decoding.new_tokens, "eos": tokenizer.eos, "pad": pad,
+            "mask": real, "new_tokens": decoding.new_tokens, "eos": tokenizer.eos, "pad": pad,
             "apply": apply,
         }  # fmt: skip
         if decoding.beams == 1:
             key = jax.random.fold_in(jax.random.key(0), start) if decoding.temperature else None
-            out = models.generate(model, params, jnp.asarray(tokens), sampling=decoding.sampling, key=key, **options)
+            out = models.generate(model, params, rows, sampling=decoding.sampling, key=key, **options)
         else:
             out = models.beam_search(
-                model, params, jnp.asarray(tokens), beams=decoding.beams, length_penalty=decoding.length_penalty,
+                model, params, rows, beams=decoding.beams, length_penalty=decoding.length_penalty,
                 no_repeat_ngram=decoding.no_repeat_ngram, of_prompt=decoding.of_prompt, **options,
             ).tokens[:, 0]  # fmt: skip
-        for row in jax.device_get(out)[: len(part), width:].tolist():
+        for row in here.fetched(out)[: len(part), width:].tolist():
             kept = row[: row.index(tokenizer.eos)] if tokenizer.eos in row else row
             texts.append(tokenizer.decode(kept).strip())
     return texts

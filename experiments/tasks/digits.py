@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import devices
 from experiments.config import ConfigError, Schedule
 from experiments.data import Digits as Images
 from experiments.data import Labelled, Shuffled
@@ -64,11 +65,12 @@ class Digits:
 
             def evaluate(params: Params, split: Split, side: Side) -> Scores:
                 held_out: Labelled = getattr(data[side], split)
-                count, parts = len(held_out.labels), []
+                count, parts, here = len(held_out.labels), [], devices.current()
                 for start in range(0, count, evaluate_batch):
                     places = np.minimum(np.arange(start, start + evaluate_batch), count - 1)
-                    parts.append(forward(params, jax.device_put(Labelled(*(array[places] for array in held_out)))))
-                lost, right = (np.concatenate(arrays)[:count] for arrays in zip(*jax.device_get(parts), strict=True))
+                    batch = Labelled(*(array[places] for array in held_out))
+                    parts.append(here.fetched(forward(params, here.put(batch))))
+                lost, right = (np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True))
                 return {ACCURACY.name: 100 * float(right.mean()), "loss": float(lost.mean(dtype=np.float64))}
 
             return evaluate

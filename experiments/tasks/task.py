@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
+from experiments import devices
 
 if TYPE_CHECKING:
     from experiments.config import Schedule
@@ -94,7 +95,9 @@ class Domain:
     Attributes:
       label: for people: "Python".
       examples: in an epoch.
-      batches: (batch size, seed) -> step -> the training batch. The step is all there is to the position in the data.
+      batches: (batch size, seed) -> step -> the training batch. The step is all there is to the position in the data,
+        whatever the number of processes. Where reading a row costs something, what is returned has `rows_of`, (step,
+        numbers) -> these rows of the batch, which is all that one of several processes asks for.
     """
 
     label: str
@@ -221,10 +224,11 @@ def outputs_of(
     batch.
     """
     found: dict[str, list[np.ndarray]] = {}
+    here = devices.current()
     for step in range(batches.steps_per_epoch):
         batch = batches(step)
         valid = batch.pop("valid")
-        out = jax.device_get(forward(params, jax.device_put(batch)))
+        out = here.fetched(forward(params, here.put(batch)))
         for name, value in {"out": out, **{name: batch[name] for name in read}}.items():
             found.setdefault(name, []).append(value[valid])
     return {name: np.concatenate(parts) for name, parts in found.items()}

@@ -1,0 +1,134 @@
+"""What the processes of a run do together: one writes and decides, all agree, and none waits for one that has failed.
+
+In one process all of it is plain: the process is the first, and nothing is sent.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from experiments.configfile import ConfigError
+from experiments.launch.exits import has_come
+
+Read = TypeVar("Read")
+_PACKAGES = ("jlora", "experiments", "configs")
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and speaks to people."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether there is more than one process."""
+    return jax.process_count() > 1
+
+
+def said_by_first(value: Any) -> Any:
+    """The first process's JSON value, in all of them. All have to call it, at the same place."""
+    if not several():
+        return value
+    content = np.frombuffer(json.dumps(value if is_first() else None).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    room = 1 << max(size - 1, 1).bit_length()  # few shapes, of which each compiles a program
+    padded = np.zeros(room, np.uint8)
+    if is_first():
+        padded[:size] = content
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))[:size])
+
+
+def by_first(call: Callable[[], Read]) -> Read:
+    """What the first process's call returns, as JSON has it, in all of them; the others do not call it.
+
+    Raises:
+      ConfigError: in all processes, where the first one's call does; for another error of it, too, which that process
+        itself raises as it is.
+    """
+    found: Read = said_by_first(by_first_alone(call))
+    return found
+
+
+def by_first_alone(call: Callable[[], Read]) -> Read | None:
+    """The same for what is no JSON, a lock or a file: the first process has it, the others None."""
+    if not several():
+        return call()
+    found: Read | None = None
+    failed: Exception | None = None
+    if is_first():
+        try:
+            found = call()
+        except Exception as error:
+            failed = error
+    words = said_by_first("" if failed is None else str(failed) or type(failed).__name__)
+    if failed is not None:
+        raise failed
+    if words:
+        raise ConfigError(words)
+    return found
+
+
+_ASKED = itertools.count()
+
+
+def is_told_to_stop() -> bool:
+    """Whether this run is to end now: SIGTERM has come to it, or to any of its processes.
+
+    Of several processes all have to ask, equally often: JAX's preemption service then gives them the same answer at the
+    same time, so that all of them have made the same steps.
+    """
+    if not several():
+        return has_come()
+    return bool(multihost_utils.reached_preemption_sync_point(next(_ASKED)))
+
+
+def wait_for_all(where: str) -> None:
+    """Waits until all processes are at the same place, which has this name."""
+    if several():
+        multihost_utils.sync_global_devices(where)
+
+
+def check_same(**parts: Any) -> None:
+    """Finds processes that are about to run something else than the first one.
+
+    Args:
+      **parts: JSON values by what they are: config=..., data=...
+
+    Raises:
+      ConfigError: in all processes, naming the parts and the processes that differ.
+    """
+    if not several():
+        return
+    own = [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest()[:8] for part in parts.values()]
+    mine = np.frombuffer(b"".join(own), np.uint8).reshape(len(parts), 8)
+    everywhere = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, len(parts), 8)
+    odd = (everywhere != everywhere[0]).any(axis=2)  # (processes, parts)
+    if odd.any():
+        said = [
+            f"{name} of process {', '.join(map(str, np.flatnonzero(odd[:, i])))}"
+            for i, name in enumerate(parts)
+            if odd[:, i].any()
+        ]
+        raise ConfigError(
+            f"the processes of this run are not the same: the {'; the '.join(said)} differs from that of process 0. "
+            "Start all of them with the same command, from the same commit, on the same data and versions"
+        )
+
+
+def code() -> dict[str, str]:
+    """The code that runs: a hash of our own files, and the versions of the libraries that programs are made by."""
+    root = Path(__file__).resolve().parent.parent
+    files = sorted(path for package in _PACKAGES for path in (root / package).rglob("*.py"))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    from importlib.metadata import version
+
+    versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return {"files": digest.hexdigest()[:16], **versions}
