@@ -228,7 +228,8 @@ def test_jax_looks_only_where_it_is_asked_to(variables, monkeypatch: pytest.Monk
     assert not distributed.initialise(detect=True)  # this process is one
     variables({**GIVEN, "JLORA_PROCESS": "0"})
     assert distributed.initialise(detect=True)
+    lost = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 60}
     assert seen == [
-        ((), {"initialization_timeout": 100}),
-        (("host:1", 2, 0), {"initialization_timeout": 360, "cluster_detection_method": "deactivate"}),
+        ((), {"initialization_timeout": 100, **lost}),
+        (("host:1", 2, 0), {"initialization_timeout": 360, "cluster_detection_method": "deactivate", **lost}),
     ]

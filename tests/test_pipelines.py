@@ -7,8 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from experiments.data import batches as batching
-from experiments.data.batches import Batches, Shard
+from experiments.data.batches import Batches
 from experiments.data.examples import Classified, Prompted
 from experiments.data.files import DataError
 from experiments.data.labelled_text import read_labelled
@@ -277,41 +276,47 @@ def test_a_position_in_other_batches_is_refused():
 
 
 @pytest.mark.parametrize("last", ["drop", "pad"])
-def test_processes_share_each_batch(last):
-    options = {"batch": 6, "last": last, "seed": 5 if last == "drop" else None}
-    whole = seen(Batches(numbered(29), **options), range(10))
-    parts = [seen(Batches(numbered(29), shard=Shard(index, 3), **options), range(10)) for index in range(3)]
-    assert [flat(step) for step in zip(*parts, strict=True)] == whole  # disjoint, complete, in order
-    assert all(len(part) == 2 for shard in parts for part in shard)
+def test_rows_of_a_batch_are_those_of_the_whole_one(last):
+    """In every epoch, by any numbers: the rows of one of several processes need not be neighbours."""
+    batches = Batches(numbered(29), batch=6, last=last, seed=5 if last == "drop" else None)
+    for step in range(10):
+        whole = batches(step)
+        for numbers in ([0, 1, 2], [5, 1], range(6)):
+            found = batches.rows_of(step, numbers)
+            assert found.keys() == whole.keys()
+            for name in whole:
+                np.testing.assert_array_equal(found[name], whole[name][list(numbers)])
+                assert found[name].dtype == whole[name].dtype
 
 
-def test_a_run_is_resumed_with_another_number_of_processes():
-    two = Batches(numbered(24), batch=4, seed=1, shard=Shard(1, 2)).stream()
-    for _ in range(3):
-        next(two)
-    one = Batches(numbered(24), batch=4, seed=1).stream(two.state())
-    assert next(one)["x"].tolist()[2:] == next(two)["x"].tolist()
+def test_rows_that_are_not_asked_for_are_not_read():
+    read = []
 
+    class Rows:
+        def __len__(self):
+            return 12
 
-def test_this_process():
-    assert batching.this_process() == Shard(0, 1)
+        def __getitem__(self, index):
+            read.append(index)
+            return {"x": np.int32(index)}
+
+    batches = Batches(Rows(), batch=4, seed=1)
+    assert len(batches.rows_of(2, [1, 3])["x"]) == len(read) == 2
+    with pytest.raises(IndexError, match="^step 3 of 3$"):
+        Batches(Rows(), batch=4, seed=1, epochs=1).rows_of(3, [0])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch": 8}, "5 rows do not fill a batch of 8: take a smaller batch, or last='pad'"),
-        ({"batch": 3, "shard": Shard(0, 2)}, "a batch of 3 rows is not divisible among 2 processes"),
-        ({"batch": 0}, "a batch of 0 rows is not divisible among 1 processes"),
+        ({"batch": 0}, "a batch has at least 1 row, got 0"),
         ({"batch": 2, "seed": 0, "last": "pad"}, "last='pad' shows all rows in order: leave out the seed"),
     ],
 )
 def test_batches_that_cannot_be(options, message):
     assert fails(Batches, numbered(5), **options) == message
 
-
-def test_shards_that_cannot_be():
-    assert fails(Shard, 2, 2) == "shard 2 of 2: the index is from 0 to 1"
     with pytest.raises(IndexError, match="^step 6 of 6$"):
         Batches(numbered(24), batch=4, epochs=1)(6)
 

@@ -24,6 +24,9 @@ COORDINATOR, PROCESSES, PROCESS, TIMEOUT = "JLORA_COORDINATOR", "JLORA_PROCESSES
 WAIT = 300
 """Seconds that a process waits for the others, unless JLORA_TIMEOUT says otherwise: JAX's own default."""
 
+_LOST = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 60}
+"""A process that dies ends the others within a minute; JAX's own defaults are 100 and 300 seconds."""
+
 _ADVICE = (
     "Every process has to be started, all at about the same time and with the same number of them; the coordinator's "
     "address has to be one that the others reach (not localhost on several machines), its port free there and open in "
@@ -59,7 +62,7 @@ def initialise(*, detect: bool = False) -> bool:
     late = f"process {number} of {count}: not all processes came within {wait} seconds (coordinator {address})"
     with _ended_after(wait, late):
         jax.distributed.initialize(
-            address, count, number, initialization_timeout=wait + 60, cluster_detection_method="deactivate"
+            address, count, number, initialization_timeout=wait + 60, cluster_detection_method="deactivate", **_LOST
         )
     return True
 
@@ -136,7 +139,7 @@ def _detected() -> bool:
     wait = _number(TIMEOUT, os.environ.get(TIMEOUT) or str(WAIT))
     try:
         with _ended_after(wait, f"--distributed: not all processes came within {wait} seconds"):
-            jax.distributed.initialize(initialization_timeout=wait + 60)
+            jax.distributed.initialize(initialization_timeout=wait + 60, **_LOST)
     except ValueError as error:
         raise ConfigError(
             f"--distributed: JAX finds no cluster here ({error}). It knows TPU VMs, GKE's TPUs, and processes of srun "

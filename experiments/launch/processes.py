@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TextIO
 
-from experiments.launch.exits import Preempted, preemptible
+from experiments.launch.exits import GRACE, Preempted, preemptible
 
 _LOOK = 0.05  # seconds between two looks at the processes
 
@@ -29,7 +29,8 @@ def together(processes: Sequence[Process], *, out: TextIO | None = None, grace: 
 
     Each line that one writes, to either of its outputs, is written to `out` as a whole, its number before it: `[0] `.
     When one ends with another code than 0 the others get SIGTERM, and SIGKILL `grace` seconds later; so they do, with
-    their children, on Ctrl-C and when this process gets SIGTERM.
+    their children, on Ctrl-C. When this process gets SIGTERM they get it, too, and as long as on a machine that is
+    taken away (`exits.GRACE`) to keep what they have.
 
     Args:
       processes: in the order of their numbers.
@@ -53,7 +54,7 @@ def together(processes: Sequence[Process], *, out: TextIO | None = None, grace: 
         except KeyboardInterrupt:
             code = 130
         except Preempted:
-            _end(started, grace)
+            _end(started, GRACE)
             code = next((_code(p) for p in started if p.returncode), 0)
         finally:
             with _undisturbed():

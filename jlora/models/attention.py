@@ -70,7 +70,7 @@ class DotProductAttention(nn.Module):
             mask, causal, window = past if mask is None else mask & past, False, None
         if drops:
             weights = _weights(query, key, mask, bias, self.scale).astype(value.dtype)
-            return _mixed(nn.Dropout(self.dropout, deterministic=False)(weights), value)
+            return _mixed(placed.Dropout(self.dropout, deterministic=False)(weights), value)
         attend = functools.partial(
             _attend, scale=self.scale, causal=causal, window=window, masked=mask is not None, biased=bias is not None
         )

@@ -175,6 +175,20 @@ class Embed(nn.Embed):
         return matmul(promoted[0], promoted[1].T)
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, the mask lying as the inputs do; the numbers are those of one device."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, deterministic: bool | None = None, rng: jax.Array | None = None) -> jax.Array:
+        still = nn.merge_param("deterministic", self.deterministic, deterministic)
+        if still or not 0 < self.rate < 1 or not split(inputs):
+            return super().__call__(inputs, deterministic, rng)
+        key = self.make_rng(self.rng_collection) if rng is None else rng
+        shape = [1 if axis in self.broadcast_dims else size for axis, size in enumerate(inputs.shape)]
+        kept = beside(jnp.broadcast_to(jax.random.bernoulli(key, 1 - self.rate, tuple(shape)), inputs.shape), inputs)
+        return jax.lax.select(kept, inputs / (1 - self.rate), jnp.zeros_like(inputs))
+
+
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` of whole features."""
 

@@ -123,10 +123,10 @@ class Bert(nn.Module):
         if c.head == "masked_lm":
             h = MaskedLM(c, c.nonlinearity, name="lm_head")(h, wte)  # (batch, length, vocab_size)
         elif c.head == "sequence_classification":
-            h = nn.Dropout(c.dropout, deterministic=deterministic)(pooled(c, h))
+            h = placed.Dropout(c.dropout, deterministic=deterministic)(pooled(c, h))
             h = dense(c, c.labels, "classifier")(h)  # (batch, labels)
         elif c.head == "token_classification":
-            h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+            h = placed.Dropout(c.dropout, deterministic=deterministic)(h)
             h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         elif c.pooler:
             return {"out": h.astype(jnp.float32), "pooled": pooled(c, h).astype(jnp.float32)}
@@ -172,7 +172,7 @@ class Attention(nn.Module):
             dropout=c.dropout, deterministic=self.deterministic, implementation=c.attention, name="core"
         )
         y = dense(c, c.width, "out")(attend(q, k, v, mask).reshape(queries.shape))
-        return nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
+        return placed.Dropout(c.dropout, deterministic=self.deterministic)(y)
 
 
 class MLP(nn.Module):
@@ -186,7 +186,7 @@ class MLP(nn.Module):
         c = self.config
         x = NONLINEARITIES[c.nonlinearity](dense(c, c.hidden, "fc")(x))  # (batch, length, hidden)
         x = dense(c, c.width, "proj")(x)  # (batch, length, width)
-        return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
+        return placed.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
 
 class MaskedLM(nn.Module):
@@ -224,7 +224,7 @@ def encoded(config: BertConfig, h: jax.Array, mask: jax.Array | None, determinis
     Who labels the whole sequence reads the first token: of its last block the others are not computed, a twelfth of
     BERT-base's work. The output is (batch, 1, width) then, but of a scan.
     """
-    h = nn.Dropout(config.dropout, deterministic=deterministic)(norm(config, "ln_e")(h))
+    h = placed.Dropout(config.dropout, deterministic=deterministic)(norm(config, "ln_e")(h))
     seen = None if mask is None else mask[:, None, None, :].astype(bool)  # (batch, 1, 1, length)
     last = FirstToken if config.head == "sequence_classification" else None
     h, _ = stack(Block, config, h, None, seen, deterministic=deterministic, last=last)

@@ -170,7 +170,7 @@ class Deberta(nn.Module):
         wte = embed(c, c.vocab_size, "wte")
         h = _embedded(c, wte, tokens, types, positions)  # (batch, length, width)
         h = h if mask is None else h * mask[:, :, None].astype(h.dtype)  # the convolution sees padding
-        h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+        h = placed.Dropout(c.dropout, deterministic=deterministic)(h)
         found = rows(tokens.shape[1], c.span, buckets=c.buckets, reach=c.farthest)
         local = Convolution(c, deterministic, name="conv")(h) if c.convolution else None
         seen = None if mask is None else mask[:, None, None, :].astype(bool)
@@ -181,10 +181,10 @@ class Deberta(nn.Module):
         elif c.head == "sequence_classification":
             h = NONLINEARITIES[c.pooler_nonlinearity](dense(c, c.width, "pooler")(h[:, 0]))  # (batch, width)
             rate = c.dropout if c.head_dropout is None else c.head_dropout
-            h = nn.Dropout(rate, deterministic=deterministic)(h)
+            h = placed.Dropout(rate, deterministic=deterministic)(h)
             h = dense(c, c.labels, "classifier")(h)  # (batch, labels)
         elif c.head == "token_classification":
-            h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+            h = placed.Dropout(c.dropout, deterministic=deterministic)(h)
             h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         return placed.output(h)
 
@@ -252,7 +252,7 @@ class Attention(nn.Module):
         q, k, v = (
             placed.in_heads(layer(x), c.heads) for layer in layers.values()
         )  # (batch, length, heads, width / heads)
-        places = nn.Dropout(c.dropout, deterministic=self.deterministic)(shared.places)  # (rows, width)
+        places = placed.Dropout(c.dropout, deterministic=self.deterministic)(shared.places)  # (rows, width)
         scale = 1 / math.sqrt(c.width // c.heads * (1 + len(c.terms)))
         bias = jnp.zeros((), jnp.float32)
         if "c2p" in c.terms:
@@ -271,7 +271,7 @@ class Attention(nn.Module):
             scale=scale, dropout=c.dropout, deterministic=self.deterministic, implementation=c.attention, name="core"
         )
         y = dense(c, c.width, "out")(attend(q, k, v, shared.seen, scale * bias).reshape(x.shape))
-        return nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
+        return placed.Dropout(c.dropout, deterministic=self.deterministic)(y)
 
 
 class MLP(nn.Module):
@@ -285,7 +285,7 @@ class MLP(nn.Module):
         c = self.config
         x = NONLINEARITIES[c.nonlinearity](dense(c, c.hidden, "fc")(x))  # (batch, length, hidden)
         x = dense(c, c.width, "proj")(x)  # (batch, length, width)
-        return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
+        return placed.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
 
 class Convolution(nn.Module):
@@ -301,7 +301,7 @@ class Convolution(nn.Module):
         conv = placed.Conv(
             c.width, (c.convolution,), dtype=c.dtype, param_dtype=c.param_dtype, kernel_init=init, name="conv"
         )
-        y = nn.Dropout(c.dropout, deterministic=self.deterministic)(conv(h))  # (batch, length, width)
+        y = placed.Dropout(c.dropout, deterministic=self.deterministic)(conv(h))  # (batch, length, width)
         y = NONLINEARITIES[c.conv_nonlinearity](y)
         return Local(y, *NormParameters(c, name="ln")())
 

@@ -135,7 +135,7 @@ class GPT2(nn.Module):
         wpe = embed(c, c.context, "wpe", std=0.01)
         places = wpe(jnp.arange(length))[None] if positions is None else wpe(positions)
         h = wte(tokens) + places  # (batch, length, width)
-        h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+        h = placed.Dropout(c.dropout, deterministic=deterministic)(h)
         context, cache = kv.opened(cache, mask, tokens)
         h, layers = stack(Block, c, h, cache and cache.layers, context, deterministic=deterministic)
         if last:
@@ -148,7 +148,7 @@ class GPT2(nn.Module):
         elif c.head == "sequence_classification":
             h = dense(c, c.labels, "score", bias=False)(last_token(h, None if last else mask))  # (batch, labels)
         elif c.head == "token_classification":
-            h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+            h = placed.Dropout(c.dropout, deterministic=deterministic)(h)
             h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         h = placed.output(h)
         return h if cache is None else (kv.within(cache, h), cache._replace(layers=layers))
@@ -197,7 +197,7 @@ class Attention(nn.Module):
             causal=causal, dropout=c.dropout, deterministic=self.deterministic, implementation=c.attention, name="core"
         )
         y = attend(q, new.key, new.value, context.mask).reshape(batch, length, width)
-        y = nn.Dropout(c.dropout, deterministic=self.deterministic)(
+        y = placed.Dropout(c.dropout, deterministic=self.deterministic)(
             dense(c, width, "out", std=residual_std(c.layers))(y)
         )
         return y, None if cached is None else new
@@ -214,4 +214,4 @@ class MLP(nn.Module):
         c = self.config
         x = NONLINEARITIES[c.nonlinearity](dense(c, c.hidden or 4 * c.width, "fc")(x))  # (batch, length, hidden)
         x = dense(c, c.width, "proj", std=residual_std(c.layers))(x)  # (batch, length, width)
-        return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
+        return placed.Dropout(c.dropout, deterministic=self.deterministic)(x)

@@ -237,7 +237,7 @@ class Llama(nn.Module):
             raise ValueError("a call with a cache needs positions=: those of its tokens, (batch, length)")
         init = nn.initializers.normal(0.02)
         wte = placed.Embed(c.vocab_size, c.width, c.dtype, c.param_dtype, embedding_init=init, name="wte")
-        h = nn.Dropout(c.dropout, deterministic=deterministic)(wte(tokens))  # (batch, length, width)
+        h = placed.Dropout(c.dropout, deterministic=deterministic)(wte(tokens))  # (batch, length, width)
         places = jnp.arange(length)[None] if positions is None else positions
         at = turn(c.rope, c.head_width or c.width // c.heads, c.context, places)
         context, cache = kv.opened(cache, mask, tokens)
@@ -256,7 +256,7 @@ class Llama(nn.Module):
         elif c.head == "sequence_classification":
             h = dense(c, c.labels, "score", bias=False)(last_token(h, None if last else mask))  # (batch, labels)
         elif c.head == "token_classification":
-            h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+            h = placed.Dropout(c.dropout, deterministic=deterministic)(h)
             h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         h = placed.output(h)
         return h if cache is None else (kv.within(cache, h), cache._replace(layers=layers))
@@ -321,7 +321,7 @@ class Attention(nn.Module):
         )  # fmt: skip
         y = attend(q, new.key, new.value, mask).reshape(batch, length, c.heads * width)
         y = dense(c, c.width, "out", bias=c.out_bias, std=residual_std(c.layers))(y)
-        y = nn.Dropout(c.dropout, deterministic=self.deterministic)(y)  # (batch, length, width)
+        y = placed.Dropout(c.dropout, deterministic=self.deterministic)(y)  # (batch, length, width)
         return y, None if layer.cached is None else new
 
 
@@ -349,7 +349,7 @@ class MLP(nn.Module):
         gate, up = (dense(c, c.hidden, name, bias=c.mlp_bias)(x) for name in ("gate", "up"))
         x = NONLINEARITIES[c.nonlinearity](gate) * up  # (batch, length, hidden)
         x = dense(c, c.width, "down", bias=c.mlp_bias, std=residual_std(c.layers))(x)  # (batch, length, width)
-        return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
+        return placed.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
 
 class RMSNorm(nn.Module):

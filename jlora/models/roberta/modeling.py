@@ -84,7 +84,7 @@ class Roberta(nn.Module):
         elif c.head == "sequence_classification":
             h = Classifier(c, deterministic, name="classifier")(h[:, 0])  # (batch, labels)
         elif c.head == "token_classification":
-            h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+            h = placed.Dropout(c.dropout, deterministic=deterministic)(h)
             h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
         elif c.pooler:
             return {"out": h.astype(jnp.float32), "pooled": pooled(c, h).astype(jnp.float32)}
@@ -100,7 +100,7 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        drop = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        drop = placed.Dropout(c.dropout, deterministic=self.deterministic)
         return dense(c, c.labels, "out")(drop(jnp.tanh(dense(c, c.width, "dense")(drop(x)))))
 
 

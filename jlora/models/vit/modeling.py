@@ -107,7 +107,7 @@ class ViT(nn.Module):
         if images.shape[1:] != expected:
             raise ValueError(f"the images are {images.shape[1:]}, the model's are {expected} (height, width, channels)")
         h = _embedded(c, self, images)  # (batch, 1 + patches, width)
-        h = nn.Dropout(c.dropout, deterministic=deterministic)(h)
+        h = placed.Dropout(c.dropout, deterministic=deterministic)(h)
         last = FirstToken if c.head == "image_classification" else None  # which reads no other
         h, _ = stack(Block, c, h, None, deterministic=deterministic, last=last)
         h = norm(c, "ln_f")(h)  # (batch, 1 + patches, width)
@@ -174,7 +174,7 @@ class Attention(nn.Module):
             dropout=c.dropout, deterministic=self.deterministic, implementation=c.attention, name="core"
         )
         y = _dense(c, c.width, "out")(attend(q, k, v).reshape(queries.shape))
-        return nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
+        return placed.Dropout(c.dropout, deterministic=self.deterministic)(y)
 
 
 class MLP(nn.Module):
@@ -188,7 +188,7 @@ class MLP(nn.Module):
         c = self.config
         x = NONLINEARITIES[c.nonlinearity](_dense(c, c.hidden or 4 * c.width, "fc")(x))  # (batch, length, hidden)
         x = _dense(c, c.width, "proj")(x)  # (batch, length, width)
-        return nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
+        return placed.Dropout(c.dropout, deterministic=self.deterministic)(x)
 
 
 _dense = functools.partial(dense, init=nn.initializers.truncated_normal(0.02))
