@@ -20,6 +20,7 @@ from jlora.adapted.select import Extra, check_rows, is_trainable
 from jlora.checkpoint.fingerprint import fingerprint
 from jlora.checkpoint.folder import NAME, open_file, open_tensors, replace
 from jlora.checkpoint.place import folder_of
+from jlora.checkpoint.processes import together, whole
 from jlora.checkpoint.record import FORMAT, LARGEST, VERSION, decode, naming, parse, read_record
 from jlora.checkpoint.tensors import (
     Tensors,
@@ -79,12 +80,14 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
     def text(tensors: str) -> bytes:
         return (json.dumps(record | {"tensors": {"file": tensors, "sha256": digest}}, indent=1) + "\n").encode()
 
-    try:
-        replace(folder, digest, content, text, lambda: _named(file))
-    except OSError as error:
-        raise OSError(
-            error.errno, f"saving the adapter: {error.strerror}; {_kept(file, digest)}", str(folder)
-        ) from error
+    with together():
+        if jax.process_index() == 0:
+            try:
+                replace(folder, digest, content, text, lambda: _named(file))
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"saving the adapter: {error.strerror}; {_kept(file, digest)}", str(folder)
+                ) from error
 
 
 def load(
@@ -285,11 +288,7 @@ def _check_base(
 
 
 def _host(factors: Mapping[str, Mapping[str, jax.Array]]) -> Tensors:
-    flat = {f"{path}/{name}": value for path, arrays in factors.items() for name, value in arrays.items()}
-    for name, value in flat.items():
-        if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
-            raise ValueError(f"{name!r} is spread over several processes: replicate the factors before saving")
-    return {name: np.ascontiguousarray(value) for name, value in jax.device_get(flat).items()}
+    return {f"{path}/{name}": whole(value) for path, arrays in factors.items() for name, value in arrays.items()}
 
 
 def _kept(file: Path, digest: str) -> str:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import tree
+from jlora.checkpoint.processes import whole
 
 _GOLDEN = 0x9E3779B1  # 2^32 / golden ratio: spreads consecutive indices over 32 bits
 
@@ -17,9 +18,9 @@ def fingerprint(params: Any, without: Collection[str] = ()) -> str:
     """A digest of the paths, shapes, dtypes and bits of all weights of a tree: 32 hexadecimal digits.
 
     Per leaf two sums modulo 2^32 of mixed words are computed on the device, in integers: so the digest is the same
-    however the leaf is sharded, and no weight leaves its device. Counters (integer scalars), random keys and leaves
-    that are no arrays take no part. A NumPy array counts as what JAX makes of it, float32 of float64. It tells bases
-    apart; it is no defence against one made to collide.
+    however the leaf is sharded, and no weight leaves its device. Over several processes all of them call this. Counters
+    (integer scalars), random keys and leaves that are no arrays take no part. A NumPy array counts as what JAX makes of
+    it, float32 of float64. It tells bases apart; it is no defence against one made to collide.
 
     Args:
       params: any tree of arrays.
@@ -37,10 +38,12 @@ def fingerprint(params: Any, without: Collection[str] = ()) -> str:
     weights = {path: leaf for path, leaf in named.items() if _is_weight(leaf) and path not in without}
     if tree.is_abstract(weights):
         raise TypeError("fingerprint: the parameters hold shapes (jax.ShapeDtypeStruct) and no arrays to tell them by")
-    sums = jax.device_get({path: _checksum(jnp.asarray(tree.dense(leaf))) for path, leaf in weights.items()})
+    sums = {path: _checksum(jnp.asarray(tree.dense(leaf))) for path, leaf in weights.items()}
     digest = hashlib.sha256()
     for path, leaf in weights.items():
-        digest.update(f"{path}\0{tuple(leaf.shape)}\0{leaf.dtype}\0".encode() + sums[path].astype("<u4").tobytes())
+        digest.update(
+            f"{path}\0{tuple(leaf.shape)}\0{leaf.dtype}\0".encode() + whole(sums[path]).astype("<u4").tobytes()
+        )
     return digest.hexdigest()[:32]
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.checkpoint.agreement import Agreement, Leaf, Node, agreement, counted, first_difference, from_json, nodes
+from jlora.sharding import put_whole
 
 
 class DamagedCheckpoint(ValueError):
@@ -22,11 +23,14 @@ class DamagedCheckpoint(ValueError):
     """
 
     def __init__(self, folder: Path, step: int, wrong: str, before: int | None) -> None:
-        self.step, self.before = step, before
+        self.step, self.before, self._made_of = step, before, (folder, step, wrong, before)
         way = "there is none before it that is whole"
         if before is not None:
             way = f"restore(state, step={before}) takes the one before it"
         super().__init__(f"the checkpoint of step {step} in '{folder}' is damaged: {wrong}; {way}")
+
+    def __reduce__(self) -> Any:  # to be raised in other processes, too
+        return type(self), self._made_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +125,7 @@ class Plan:
             for leaf in node.leaves:
                 if leaf.role == "counter":
                     old = before[leaf.place]
-                    leaves[leaf.place] = jax.device_put(np.asarray(value, old.dtype), getattr(old, "sharding", None))
+                    leaves[leaf.place] = put_whole(np.asarray(value, old.dtype), getattr(old, "sharding", None))
                     notes.append(f"{node.full(leaf)!r} goes on from {value}")
         return notes
 

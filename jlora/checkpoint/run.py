@@ -2,29 +2,38 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora import host, tree
 from jlora.adapted.adapted import Adapted, to_arrays, with_arrays
-from jlora.checkpoint import agreement, steps
+from jlora.checkpoint import agreement, lock, steps
 from jlora.checkpoint.adapter import describe, held_otherwise
-from jlora.checkpoint.lock import Lock
+from jlora.checkpoint.meeting import Meeting
 from jlora.checkpoint.place import folder_of
+from jlora.checkpoint.processes import alone, are_several, as_one, of_first, together
 from jlora.checkpoint.resume import DamagedCheckpoint, Plan, key_like, key_of, kind_of
 from jlora.checkpoint.seal import SealedPath
 from jlora.methods.checks import check_rank
+from jlora.sharding import put_whole
 from jlora.state import TrainState
 
 Position = Any
+
+PATIENCE = 60.0  # seconds until what one host wrote is seen by all: network file systems keep old listings for a while
+LIMIT = 600  # seconds that the processes wait for each other's part of a checkpoint
 
 
 class Checkpoints:
@@ -36,8 +45,15 @@ class Checkpoints:
     A list of every file's checksum is written with each checkpoint, and compared before one is read. The folder belongs
     to one `Checkpoints` at a time, until `close` or the end of its process.
 
+    Several processes that train together each make one of the same folder, which all of them see, and call the same
+    methods in the same order. Each writes the parts that lie on its devices; process 0 decides for all, and what one of
+    them raises all raise, within ten minutes where it fails in the background. A checkpoint is restored onto any number
+    of devices and processes and any layout, with the same numbers. Arrays that every process has for itself, as those
+    of a state that made no step, are the same in all of them.
+
     Args:
-      folder: a local one, or its `file://` URL; made if absent; nothing else may lie in it.
+      folder: a local one, or its `file://` URL; made if absent; nothing else may lie in it. Object stores (`gs://`,
+        `s3://`) are refused: there is no rename of a folder there, which makes a checkpoint whole, and no lock.
       keep: how many of the newest are kept, at least 1; None for all. With one, there is none before it to go back to
         when it is damaged.
 
@@ -58,17 +74,14 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 2) -> None:
         kept = None if keep is None else check_rank(keep, "keep")
         self._folder = folder_of(folder).absolute()
-        # Of several processes that train together, the first one writes: the folder is theirs when it is its.
-        self._lock = Lock(self._folder) if jax.process_index() == 0 else None
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=kept,
-            cleanup_tmp_directories=True,
-            temporary_path_class=SealedPath,
-            step_name_format=steps.Steps(),
-        )
+        self._lock: lock.Lock | None = None
+        with together():  # of several processes the first one deletes and renames: the folder is theirs when it is its
+            self._lock = lock.Lock(self._folder) if jax.process_index() == 0 else None
         try:
-            with _without_log(str(self._folder)):
-                self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._check_seen()
+            self._meeting = _meeting(self._folder)
+            with together(), _without_log(str(self._folder)):
+                self._manager = ocp.CheckpointManager(self._folder, options=_options(kept, self._meeting))
         except BaseException:
             self._unlock()
             raise
@@ -79,8 +92,11 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # of several processes perhaps this one alone is here: the others may be waiting for it elsewhere
+            self._close(self._manager.wait_until_finished)
 
     @property
     def latest(self) -> int | None:
@@ -105,24 +121,29 @@ class Checkpoints:
         """
         self._check_usable(state)
         state.check()
+        if are_several():
+            self.wait()
         step = int(state.step)
-        try:
-            json.dumps(position)
-        except TypeError as error:
-            raise ValueError(f"position is JSON (numbers, strings, lists, dicts) to be written: {error}") from error
-        record = {
-            "adapter": self._describe(state.adapted),
-            "position": position,
-            "optimizer": agreement.as_json(agreement.nodes(state.opt_state)),
-            "key": kind_of(state.key),
-            "skipped": int(getattr(state, "skipped", 0)),
-            "sealed": True,
-        }
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.tree.map(jnp.copy, _arrays(state))), record=ocp.args.JsonSave(record)
-        )
+        with together():
+            try:
+                json.dumps(position)
+            except TypeError as error:
+                raise ValueError(f"position is JSON (numbers, strings, lists, dicts) to be written: {error}") from error
+            record = {
+                "adapter": self._describe(state.adapted),
+                "position": position,
+                "optimizer": agreement.as_json(agreement.nodes(state.opt_state)),
+                "key": kind_of(state.key),
+                "skipped": int(getattr(state, "skipped", 0)),
+                "sealed": True,
+            }
+            arrays = jax.tree.map(lambda x: jnp.copy(as_one(x)), _arrays(state))
         self._make_newest(step)
-        self._manager.save(step, args=items, force=True)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
+        with together():
+            if self._meeting is not None:
+                self._meeting.begin(step)
+            self._manager.save(step, args=items, force=True)
 
     def restore(
         self,
@@ -160,36 +181,74 @@ class Checkpoints:
         _check_choice("optimizer", optimizer, ("all", "matching", "none"))
         _check_choice("hyperparams", hyperparams, ("state", "checkpoint"))
         self.wait()
-        step = self.latest if step is None else step
-        if step is None or step not in self._steps():
-            raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in '{self._folder}'")
-        self._check_whole(step)
-        record = self._read(step, record=ocp.args.JsonRestore())
-        self._check_adapter(record["adapter"], state.adapted)
+        step, record = of_first(lambda: self._found(step))
         what = f"the checkpoint of step {step} in '{self._folder}'"
-        plan = Plan.of(what, record["optimizer"], state.opt_state, optimizer)
-        like = _like(state, plan, record)
-        arrays = self._read(step, state=ocp.args.StandardRestore(like))
+        with together():
+            self._check_adapter(record["adapter"], state.adapted)
+            plan = Plan.of(what, record["optimizer"], state.opt_state, optimizer)
+            like = _like(state, plan, record)
+        with together():
+            arrays = self._read(step, jax.tree.map(as_one, like))
+        arrays = jax.tree.map(alone, arrays, like)
         opt_state = host.known(plan.filled(state.opt_state, arrays["opt_state"], arrays["step"], hyperparams))
         key = key_of(what, arrays["key"], record.get("key"), state.key)
         rest = {name: value for name, value in arrays.items() if name not in ("factors", "opt_state", "key")}
         if hasattr(state, "skipped"):  # not among the arrays: checkpoints of before it was counted have none
-            rest["skipped"] = jax.device_put(jnp.int32(record.get("skipped", 0)), state.skipped.sharding)
+            rest["skipped"] = put_whole(np.int32(record.get("skipped", 0)), state.skipped.sharding)
         adapted = with_arrays(state.adapted, arrays["factors"])
         return dataclasses.replace(state, adapted=adapted, opt_state=opt_state, key=key, **rest), record["position"]
 
     def wait(self) -> None:
-        """Waits until what was saved is on the disk."""
-        self._manager.wait_until_finished()
+        """Waits until what was saved is on the disk.
+
+        Raises:
+          OSError: if it could not be written; of what Orbax, TensorStore or the system says, in all processes.
+        """
+        try:
+            with together():
+                self._manager.wait_until_finished()
+        except Exception:
+            if are_several():  # those that did not fail take it for written
+                self._manager.reload()
+            raise
 
     def close(self) -> None:
         """Waits, and lets go of the folder: nothing is saved or restored any more."""
+        self._close(self.wait)
+
+    def _close(self, wait: Callable[[], None]) -> None:
         self._closed = True
         try:
-            self._manager.wait_until_finished()
+            wait()
             self._manager.close()
         finally:
             self._unlock()
+
+    def _check_seen(self) -> None:
+        """Raises ValueError where several processes do not see one and the same folder."""
+        if not are_several():
+            return
+        mark = self._folder / lock.NAME
+        see = lambda: (mark.read_text() if mark.is_file() else None, steps.found(self._folder))
+        expected, end = of_first(see), time.monotonic() + PATIENCE
+        with together():
+            while see() != expected:
+                if time.monotonic() > end:
+                    raise ValueError(
+                        f"'{self._folder}' is another folder in process {jax.process_index()} than in process 0: "
+                        "several processes keep their checkpoints in one that all of them see, such as a network's"
+                    )
+                time.sleep(0.5)
+
+    def _found(self, step: int | None) -> tuple[int, dict[str, Any]]:
+        """The newest checkpoint, or that of `step`, and its record. Its files are what was written."""
+        step = self.latest if step is None else step
+        if step is None or step not in self._steps():
+            raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in '{self._folder}'")
+        wrong = steps.damage(self._folder / str(step))
+        if wrong is not None:
+            raise self._damage(step, wrong)
+        return step, steps.record(self._folder / str(step))
 
     def _check_usable(self, state: Any) -> None:
         """Refuses all but a state, and one after `close`, which Orbax takes and writes nothing of."""
@@ -213,9 +272,19 @@ class Checkpoints:
 
         One that is whole and not older would be taken for the newest when the run goes on, though it is of another.
         """
+        known, others = of_first(lambda: self._replaced_by(step))
+        with together():
+            for old in known:
+                self._manager.delete(old)
+            for old in others if jax.process_index() == 0 else ():
+                shutil.rmtree(self._folder / str(old))
+        self._damaged.clear()
+
+    def _replaced_by(self, step: int) -> tuple[list[int], list[int]]:
+        """The checkpoints that one of `step` takes the place of: those that Orbax counts, and others of jlora."""
         later = [s for s in self._steps() if s >= step]
         if later:
-            self.wait()
+            self._manager.wait_until_finished()
             whole = [s for s in later if steps.damage(self._folder / str(s)) is None]
             if step in whole:
                 raise ValueError(f"'{self._folder}' holds a checkpoint of step {step} already")
@@ -230,17 +299,9 @@ class Checkpoints:
                     f"'{taken}' is no checkpoint of jlora, and has the name of one that is not older than this one of "
                     f"step {step}: move it to another place, or keep this run in another folder"
                 )
-        for old in {*self._damaged, *later} & set(self._steps()):
-            if old in self._manager.all_steps():
-                self._manager.delete(old)
-            elif jax.process_index() == 0 and steps.is_own(self._folder / str(old)):
-                shutil.rmtree(self._folder / str(old))
-        self._damaged.clear()
-
-    def _check_whole(self, step: int) -> None:
-        wrong = steps.damage(self._folder / str(step))
-        if wrong is not None:
-            raise self._damage(step, wrong)
+        old = sorted({*self._damaged, *later} & set(self._steps()))
+        known = [s for s in old if s in self._manager.all_steps()]
+        return known, [s for s in old if s not in known and steps.is_own(self._folder / str(s))]
 
     def _damage(self, step: int, wrong: str) -> DamagedCheckpoint:
         self._damaged.add(step)
@@ -248,15 +309,14 @@ class Checkpoints:
         before = next((s for s in earlier if steps.damage(self._folder / str(s)) is None), None)
         return DamagedCheckpoint(self._folder, step, wrong, before)
 
-    def _read(self, step: int, **item: ocp.args.CheckpointArgs) -> Any:
-        """One item of a checkpoint. What has no seal may be damaged where `steps.damage` does not look."""
-        ((name, how),) = item.items()
+    def _read(self, step: int, like: dict[str, Any]) -> Any:
+        """The arrays of a checkpoint. What has no seal may be damaged where `steps.damage` does not look."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**{name: how}))[name]
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
         except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
             line = next(iter(str(error).splitlines()), "") or type(error).__name__
             if not steps.is_sealed(self._folder / str(step)):
-                raise self._damage(step, f"its {name} cannot be read: {line}") from error
+                raise self._damage(step, f"its state cannot be read: {line}") from error
             raise ValueError(f"the checkpoint of step {step} in '{self._folder}' cannot be read: {line}") from error
 
     def _describe(self, adapted: Adapted) -> dict[str, Any]:
@@ -280,6 +340,34 @@ class Checkpoints:
                 f"the checkpoint in '{self._folder}' belongs to another adapter: {', '.join(different)} differ "
                 f"({_json_difference(there, here)})"
             )
+
+
+def _meeting(folder: Path) -> Meeting | None:
+    if not are_several():
+        return None
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    return Meeting(name, folder, jax.process_index(), set(range(jax.process_count())))
+
+
+def _options(keep: int | None, meeting: Meeting | None) -> ocp.CheckpointManagerOptions:
+    """Orbax's options. Several processes meet through the coordinator, which knows time limits.
+
+    Their devices' collectives, which Orbax would take, know none.
+    """
+    several: dict[str, Any] = {}
+    if meeting is not None:
+        several["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes=meeting.processes, barrier_sync_key_prefix=meeting.name
+        )
+    return ocp.CheckpointManagerOptions(
+        create=False,  # it is there: its lock is
+        max_to_keep=keep,
+        cleanup_tmp_directories=True,
+        temporary_path_class=SealedPath,
+        step_name_format=steps.Steps(),
+        async_options=ocp.options.AsyncOptions(timeout_secs=LIMIT, barrier_sync_fn=meeting),
+        **several,
+    )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 NAME = "seal.json"
+_REFUSED = "refused.txt"
 _LARGEST = 1 << 26  # bytes of the list itself
 
 
@@ -36,8 +37,19 @@ class SealedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
             return
         if self.store is not None:
             await asyncio.to_thread(self.store.wait_until_finished)
+        refused = Path(self.get()) / _REFUSED
+        if refused.exists():
+            raise OSError(f"the checkpoint of step {final.name} was not written: {refused.read_text()}")
         await asyncio.to_thread(seal, Path(self.get()))
         os.rename(self.get(), final)
+
+
+def refuse(folder: Path, step: int, why: str) -> bool:
+    """Keeps the one that is being written in a folder of checkpoints from being sealed. False if there is none."""
+    being_written = list(folder.glob(f"{step}.*"))
+    for temporary in being_written:
+        (temporary / _REFUSED).write_text(why)
+    return bool(being_written)
 
 
 def seal(folder: Path) -> None:

@@ -70,6 +70,11 @@ def is_sealed(folder: Path) -> bool:
     return os.path.lexists(folder / seal.NAME)
 
 
+def record(folder: Path) -> Any:
+    """The record of a checkpoint, which `damage` finds nothing wrong with."""
+    return json.loads((folder / _RECORD).read_bytes())
+
+
 def damage(folder: Path) -> str | None:
     """Fault of a checkpoint's files, in one line; None if there is none.
 
@@ -81,14 +86,14 @@ def damage(folder: Path) -> str | None:
     try:
         with (folder / _RECORD).open("rb") as content:
             text = content.read(_LARGEST + 1)
-        record = json.loads(text) if len(text) <= _LARGEST else None
+        found = json.loads(text) if len(text) <= _LARGEST else None
     except (FileNotFoundError, NotADirectoryError):
         return f"'{_RECORD}' is missing"
     except (OSError, ValueError, RecursionError):
         return f"'{_RECORD}' is no JSON"
-    if isinstance(record, dict) and record.get("sealed"):
+    if isinstance(found, dict) and found.get("sealed"):
         return f"'{seal.NAME}' is missing"
-    if not _is_record(record):
+    if not _is_record(found):
         return f"'{_RECORD}' is not what was written"
     large = [name for name in _DESCRIBED if (folder / name).exists() and (folder / name).stat().st_size > _LARGEST]
     if large:
