@@ -138,7 +138,9 @@ def test_losses_are_those_of_one_device(name):
         adapted = jlora.apply(params, rank=2, targets="fc|out", sites=sites, key=0)
         step = jlora.train_step(loss, optax.rmsprop(1e-2), mesh=mesh, **options)
         state, losses = jlora.TrainState.create(adapted, step.tx), []
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):  # where the model's own constraints find their mesh
+        with (
+            contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+        ):  # where the model's own constraints find their mesh
             for _ in range(4):
                 state, metrics = step(state, (X, Y))
                 losses.append(float(metrics["loss"]))

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jlora.transform.explicit import names_of
 
@@ -49,27 +49,59 @@ def put_rows(batch: Tree, place: NamedSharding) -> Tree:
     same rows (of one "tp" group) give the same ones.
 
     Args:
-      batch: arrays with the process's rows along their first axes.
+      batch: arrays with the process's rows along their first axes, whole rows, also where the tokens of a row lie on
+        devices of several processes.
       place: where the rows lie: `Layout.rows(mesh)`.
     """
 
-    def put(x: Any) -> Any:
+    def put(x: Any, place: NamedSharding) -> Any:
         if not np.ndim(x):
             return x
+        place = of_axes(place, np.ndim(x))
         if isinstance(x, jax.Array) and (place.is_fully_addressable or not x.is_fully_addressable):
             return put_whole(x, place)
         if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(put(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-        return jax.make_array_from_process_local_data(place, np.asarray(x))
+            return jax.random.wrap_key_data(put(jax.random.key_data(x), place), impl=jax.random.key_impl(x))
+        x = np.asarray(x)
+        return _own_columns(x, place) if len(place.spec) > 1 else jax.make_array_from_process_local_data(place, x)
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(lambda x: put(x, place), batch)
+
+
+def of_axes(place: NamedSharding, count: int) -> NamedSharding:
+    """The same of an array with so few axes: labels have rows, and no tokens."""
+    if len(place.spec) <= count:
+        return place
+    return NamedSharding(place.mesh, PartitionSpec(*place.spec[:count]), memory_kind=place.memory_kind)
+
+
+def _own_columns(x: np.ndarray, place: NamedSharding) -> jax.Array:
+    """An array of which each process has whole rows, and its devices perhaps a part of each."""
+    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
+    here, _ = parts_here(place)
+    shape = (len(x) // here * _parts(place), *x.shape[1:])
+    first = {int(row): own for own, row in enumerate(row_numbers(place, shape[0]))}
+
+    def part(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        return x[(slice(first[start], first[start] + stop - start), *index[1:])]
+
+    return jax.make_array_from_callback(shape, place, part)
+
+
+def _parts(place: NamedSharding) -> int:
+    """In how many parts the rows of a batch lie."""
+    return math.prod(place.mesh.shape[name] for name in _names_of_rows(place))
+
+
+def _names_of_rows(place: NamedSharding) -> tuple[str, ...]:
+    return names_of(place.spec[0]) if place.spec else ()
 
 
 @functools.lru_cache(maxsize=32)
 def parts_here(place: NamedSharding) -> tuple[int, str]:
     """In how many parts the rows of a batch lie on the devices of this process, and the axes that part them."""
-    names = names_of(place.spec[0]) if place.spec else ()
-    return len(row_numbers(place, math.prod(place.mesh.shape[name] for name in names))), " x ".join(names)
+    return len(row_numbers(place, _parts(place))), " x ".join(_names_of_rows(place))
 
 
 def row_numbers(place: NamedSharding, rows: int) -> np.ndarray:
@@ -78,13 +110,12 @@ def row_numbers(place: NamedSharding, rows: int) -> np.ndarray:
     Raises:
       ValueError: if the devices do not divide the rows.
     """
-    names = names_of(place.spec[0]) if place.spec else ()
-    parts = math.prod(place.mesh.shape[name] for name in names)
+    parts = _parts(place)
     if rows % parts:
         raise ValueError(
-            f"a batch of {rows} rows is not a multiple of {parts}, the devices of {' x '.join(names)}: take "
-            f"{rows - rows % parts or parts} or {rows - rows % parts + parts}"
+            f"a batch of {rows} rows is not a multiple of {parts}, the devices of {' x '.join(_names_of_rows(place))}: "
+            f"take {rows - rows % parts or parts} or {rows - rows % parts + parts}"
         )
-    held = place.addressable_devices_indices_map((rows,)).values()
+    held = of_axes(place, 1).addressable_devices_indices_map((rows,)).values()
     numbers = np.arange(rows)
     return np.unique(np.concatenate([numbers[index] for index in held if index is not None]))

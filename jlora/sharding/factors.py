@@ -28,7 +28,7 @@ def beside(factors: PyTree, base: PyTree, batch: Collection[str]) -> PyTree:
     Args:
       factors: path -> arrays of `Adapted.factors`.
       base: the weights.
-      batch: the axes of the mesh over which rows are split.
+      batch: the axes of the mesh over which rows are split, and tokens.
 
     Returns:
       A `NamedSharding` in the place of each array, where the weight of its path lies on a mesh.
@@ -54,10 +54,10 @@ def beside(factors: PyTree, base: PyTree, batch: Collection[str]) -> PyTree:
 
 
 def axes_of_rows(batch: PyTree) -> tuple[str, ...]:
-    """The axes of a mesh over which the rows of a batch lie."""
+    """The axes of a mesh over which the rows of a batch lie, and the tokens of each row."""
     places = (tree.placement(x) for x in jax.tree.leaves(batch))
     specs = [place.spec for place in places if isinstance(place, NamedSharding) and place.spec]
-    return tuple(dict.fromkeys(name for spec in specs for name in names_of(spec[0])))
+    return tuple(dict.fromkeys(name for spec in specs for part in spec[:2] for name in names_of(part)))
 
 
 def _place_of(weight: Any) -> NamedSharding | None:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -31,6 +31,8 @@ class Layout:
       batch: the axes of the mesh over which the rows of a batch are split, the outermost first.
       lenient: pattern of the paths whose axes stay whole where the mesh does not divide them, as GPT-2's vocabulary of
         50,257 does not divide by 2; of all others that is an error.
+      sequence: the axes of the mesh over which the second axis of a batch's arrays is split, the tokens of a row. Only
+        attention sees more than one token of a row: for it keys and values are gathered, and nothing else is.
 
     Axes that are named here and not on a mesh have one device: a layout with "fsdp" and "tp" is good for data parallel
     training on a mesh of "data" alone, for either of the two, and for all three.
@@ -39,6 +41,7 @@ class Layout:
     rules: tuple[tuple[str, Axes], ...]
     batch: tuple[str, ...] = ("dcn", "data", "fsdp")
     lenient: str = r"(?!)"
+    sequence: tuple[str, ...] = ("sequence",)
 
     @classmethod
     def of(cls, annotated: PyTree, rules: Rules | None = None, rest: "Layout | None" = None) -> "Layout":
@@ -66,13 +69,13 @@ class Layout:
             paths.setdefault(axes, []).append(re.escape(path))
         said = tuple((rf"^({'|'.join(paths[axes])})$", axes) for axes in paths)
         rest = cls(()) if rest is None else rest
-        return cls((*said, *rest.rules), rest.batch, rest.lenient)
+        return replace(rest, rules=(*said, *rest.rules))
 
     @property
     def axes(self) -> list[str]:
         """The axes that it knows, in the order in which it names them."""
         named = [name for _, axes in self.rules for part in axes for name in names_of(part)]
-        return list(dict.fromkeys([*self.batch, *named]))
+        return list(dict.fromkeys([*self.batch, *self.sequence, *named]))
 
     def on(self, mesh: Mesh) -> Place:
         """(path, array or shape) -> where it lies on a mesh.
@@ -120,9 +123,13 @@ class Layout:
         return jax.tree.unflatten(structure, places)
 
     def rows(self, mesh: Mesh) -> NamedSharding:
-        """Where a batch lies: its rows split over the axes of `batch` that the mesh has."""
-        names = tuple(name for name in self.batch if name in mesh.axis_names)
-        return NamedSharding(mesh, PartitionSpec(names) if names else PartitionSpec())
+        """Where a batch lies: its rows split over the axes of `batch` that the mesh has, their tokens over `sequence`.
+
+        An array with rows alone (labels of texts) has no use for the second entry: `put_rows` leaves it out.
+        """
+        split = [tuple(name for name in names if name in mesh.axis_names) for names in (self.batch, self.sequence)]
+        entries = [names or None for names in split]
+        return NamedSharding(mesh, PartitionSpec(*entries[: 2 if split[1] else 1 if split[0] else 0]))
 
     def _axes_of(self, path: str) -> Axes | None:
         return next((axes for pattern, axes in self.rules if re.search(pattern, path)), None)
