@@ -119,7 +119,7 @@ def jit_arguments(
         if not home.is_fully_addressable:
             _check_rows(batch)
         if any(_is_elsewhere(home, x) for x in jax.tree.leaves((carry.factors, carry.opt_state))):
-            carry = _follow(home, carry, state.adapted.base, batch)
+            carry = _follow(home, carry, state.adapted, batch)
         carry, key, loss = jax.tree.map(functools.partial(_beside, home), (carry, key, loss))
         kept = jax.tree.map(functools.partial(_settled, home), kept)
     known = tree.abstract if tree.is_abstract(carry.step) else lambda x: x  # what is only lowered is sent nowhere
@@ -198,10 +198,11 @@ def _is_elsewhere(home: Sharding, x: Any) -> bool:
     return isinstance(home, NamedSharding) and isinstance(place, NamedSharding) and place.mesh != home.mesh
 
 
-def _follow(home: Sharding, carry: Carry, base: PyTree, batch: PyTree) -> Carry:
+def _follow(home: Sharding, carry: Carry, adapted: Adapted, batch: PyTree) -> Carry:
     """The factors along the axes of their weights; what the optimizer keeps for each of them (moments) beside it."""
     structure: Structure = jax.tree.structure(carry.factors)
-    places = structure.flatten_up_to(beside(carry.factors, base, axes_of_rows(batch)))
+    stacks = {site.path: site.stack_axes for site in adapted.sites}
+    places = structure.flatten_up_to(beside(carry.factors, adapted.base, axes_of_rows(batch), stacks))
     factors = [
         x if place is None or not _is_elsewhere(home, x) else _put(x, place)
         for x, place in zip(jax.tree.leaves(carry.factors), places, strict=True)

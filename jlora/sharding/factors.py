@@ -1,6 +1,6 @@
 """Where factors lie: beside their weights."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,9 @@ from jlora.transform.explicit import names_of
 PyTree = Any
 
 
-def beside(factors: PyTree, base: PyTree, batch: Collection[str]) -> PyTree:
+def beside(
+    factors: PyTree, base: PyTree, batch: Collection[str], stacks: Mapping[str, Collection[int]] | None = None
+) -> PyTree:
     """Where factors lie: along the axes of their weight, whole over the axes of the batch. None where it says nothing.
 
     A has W's input axes and B its output axes; the rank is whole. Over an axis of tensor parallelism a factor is split
@@ -22,6 +24,9 @@ def beside(factors: PyTree, base: PyTree, batch: Collection[str]) -> PyTree:
     n bytes a device, or is split, for two gathers and one scatter, 12 n: whole is cheaper at any size. What has the
     shape of its weight (full fine-tuning, extras) lies as that does.
 
+    Along the axes of a stack each copy of a weight has factors of its own: those of an expert lie where the expert
+    lies, even if the batch is split over the same axis of the mesh, as its tokens are sent there.
+
     On Explicit axes factors are whole, as `jlora.apply` starts them there: optimizers that take matrices apart (Muon)
     or all factors as one vector (L-BFGS) say of no array where it lies.
 
@@ -29,11 +34,13 @@ def beside(factors: PyTree, base: PyTree, batch: Collection[str]) -> PyTree:
       factors: path -> arrays of `Adapted.factors`.
       base: the weights.
       batch: the axes of the mesh over which rows are split, and tokens.
+      stacks: path -> the axes of the weight that count its copies, `stack_axes` of a site: layers, experts.
 
     Returns:
       A `NamedSharding` in the place of each array, where the weight of its path lies on a mesh.
     """
     weights, _ = tree.leaves(base)
+    stacks = {} if stacks is None else stacks
 
     def along(path: str, x: Any) -> NamedSharding | None:
         weight: Any = weights.get(path)
@@ -47,8 +54,9 @@ def beside(factors: PyTree, base: PyTree, batch: Collection[str]) -> PyTree:
         axes = [*place.spec, *[None] * (len(weight.shape) - len(place.spec))]
         if len(x.shape) < len(axes):
             return NamedSharding(place.mesh, PartitionSpec())
-        pairs = zip(axes, weight.shape, x.shape[: len(axes)], strict=True)
-        return NamedSharding(place.mesh, PartitionSpec(*(_without(a, batch) if n == m else None for a, n, m in pairs)))
+        kept = [part if i in stacks.get(path, ()) else _without(part, batch) for i, part in enumerate(axes)]
+        pairs = zip(kept, weight.shape, x.shape[: len(axes)], strict=True)
+        return NamedSharding(place.mesh, PartitionSpec(*(part if n == m else None for part, n, m in pairs)))
 
     return {path: jax.tree.map(lambda x, path=path: along(path, x), own) for path, own in factors.items()}
 
