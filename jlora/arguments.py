@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jlora import host, tree
 from jlora.adapted.adapted import Adapted, partition
-from jlora.sharding import Layout, axes_of_rows, beside, parts_here, put_rows, put_whole
+from jlora.sharding import Layout, axes_of_rows, beside, of_axes, parts_here, put_rows, put_whole
+from jlora.transform.explicit import names_of
 
 PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
@@ -117,7 +119,7 @@ def jit_arguments(
         if not home.is_fully_addressable:
             _check_rows(batch)
         if any(_is_elsewhere(home, x) for x in jax.tree.leaves((carry.factors, carry.opt_state))):
-            carry = _follow(home, carry, state.adapted.base, batch)
+            carry = _follow(home, carry, state.adapted, batch)
         carry, key, loss = jax.tree.map(functools.partial(_beside, home), (carry, key, loss))
         kept = jax.tree.map(functools.partial(_settled, home), kept)
     known = tree.abstract if tree.is_abstract(carry.step) else lambda x: x  # what is only lowered is sent nowhere
@@ -174,12 +176,13 @@ def _laid(mesh: Mesh, layout: Layout, state: State, batch: PyTree) -> tuple[Stat
         parts, names = parts_here(rows)
         rows_alone = jax.tree.map(lambda x: x if np.ndim(x) else None, batch)
         _check_batch(rows_alone, parts, f"{parts} devices of {names}" if names else "the mesh")
+        _check_tokens(rows_alone, rows)
     return state, jax.tree.map(lambda x: x if _is_on(mesh, x) else _row(x, rows), batch)
 
 
 def _row(x: Any, rows: NamedSharding) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
-        return x.update(sharding=rows) if x.ndim else x
+        return x.update(sharding=of_axes(rows, x.ndim)) if x.ndim else x
     return put_rows(x, rows)
 
 
@@ -195,10 +198,11 @@ def _is_elsewhere(home: Sharding, x: Any) -> bool:
     return isinstance(home, NamedSharding) and isinstance(place, NamedSharding) and place.mesh != home.mesh
 
 
-def _follow(home: Sharding, carry: Carry, base: PyTree, batch: PyTree) -> Carry:
+def _follow(home: Sharding, carry: Carry, adapted: Adapted, batch: PyTree) -> Carry:
     """The factors along the axes of their weights; what the optimizer keeps for each of them (moments) beside it."""
     structure: Structure = jax.tree.structure(carry.factors)
-    places = structure.flatten_up_to(beside(carry.factors, base, axes_of_rows(batch)))
+    stacks = {site.path: site.stack_axes for site in adapted.sites}
+    places = structure.flatten_up_to(beside(carry.factors, adapted.base, axes_of_rows(batch), stacks))
     factors = [
         x if place is None or not _is_elsewhere(home, x) else _put(x, place)
         for x, place in zip(jax.tree.leaves(carry.factors), places, strict=True)
@@ -333,3 +337,16 @@ def _check_batch(batch: PyTree, parts: int, what: str) -> None:
     size = sizes[first][0]
     if size % parts:
         raise ValueError(f"the batch has {size} examples ({first} {sizes[first]}), which {what} do not divide")
+
+
+def _check_tokens(batch: PyTree, place: NamedSharding) -> None:
+    """The mesh divides the second axis of each array of a batch, where it is split."""
+    names = names_of(place.spec[1]) if len(place.spec) > 1 else ()
+    parts = math.prod(place.mesh.shape[name] for name in names)
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        size = np.shape(leaf)[1] if np.ndim(leaf) > 1 else 0
+        if size % parts:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} {np.shape(leaf)} has {size} tokens a row, which {parts} devices of "
+                f"{' x '.join(names)} do not divide: pad the rows to {-(-size // parts) * parts}"
+            )

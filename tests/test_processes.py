@@ -24,6 +24,7 @@ STEPS = 20
 MESHES = {
     "rows over processes": ({"fsdp": 2, "tp": 2}, AxisType.Auto),
     "tensor parallel over processes": ({"tp": 2, "fsdp": 2}, AxisType.Explicit),
+    "tokens over processes": ({"sequence": 2, "data": 2}, AxisType.Auto),
 }
 
 
@@ -82,6 +83,7 @@ def check(processes: int) -> None:
             np.testing.assert_allclose(mine[name]["losses"], alone["losses"], rtol=1e-5, err_msg=name)
             np.testing.assert_allclose(mine[name]["norms"], alone["norms"], rtol=1e-4, err_msg=name)
     assert [mine["rows over processes"]["rows"] for mine in found] == [4] * processes
+    assert [mine["tokens over processes"]["rows"] for mine in found] == [8 if processes == 2 else 4] * processes
     whole = 8 if processes == 2 else 4
     assert [mine["tensor parallel over processes"]["rows"] for mine in found] == [whole] * processes
     assert {mine["unplaced"] for mine in found} == {

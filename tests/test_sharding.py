@@ -50,7 +50,7 @@ def test_the_first_pattern_says_how_the_last_axes_are_split():
     assert found == {"a/w": ("x", None), "b/w": (None, None, ("x", "y")), "bias": (None,)}
     alone = specs(layout.shardings(params, mesh_of(y=2)))  # an axis that the mesh has not
     assert alone == {"a/w": (None, None), "b/w": (None, None, "y"), "bias": (None,)}
-    assert layout.axes == ["dcn", "data", "fsdp", "x", "y"]
+    assert layout.axes == ["dcn", "data", "fsdp", "sequence", "x", "y"]
     assert layout.rows(mesh_of(x=2, y=2)).spec == PartitionSpec()
     assert MODELS.rows(mesh_of(fsdp=2, tp=2, data=2)).spec == PartitionSpec(("data", "fsdp"))
 
@@ -63,8 +63,8 @@ WRONG = {
     ),
     "unknown": (
         Layout((("w", ("y",)),)), WEIGHT,
-        "the mesh has the axis 'x', and the layout knows 'dcn', 'data', 'fsdp', 'y': rename it, or name it in the "
-        "layout's rules or its batch=",
+        "the mesh has the axis 'x', and the layout knows 'dcn', 'data', 'fsdp', 'sequence', 'y': rename it, or name it in "
+        "the layout's rules or its batch=",
     ),
     "indivisible": (
         Layout((("w", ("x", None)),)), {"w": jax.ShapeDtypeStruct((6, 8), jnp.float32)},

@@ -61,6 +61,8 @@ class DotProductAttention(nn.Module):
             has none.
         """
         length, keys = query.shape[1], key.shape[1]
+        key, value = placed.whole_along(key, 1), placed.whole_along(value, 1)  # tokens may lie on other devices
+        mask, bias = (x if x is None else placed.whole_along(x, -1) for x in (mask, bias))
         if bias is not None and bias.shape[-1] < keys:
             bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (keys - bias.shape[-1], 0)))
         drops = self.dropout > 0 and not self.deterministic

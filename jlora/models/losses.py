@@ -60,7 +60,12 @@ def head_cross_entropy(
       2.3026
     """
     _check(h, kernel, labels, bias, smoothing, chunk)
-    length = labels.shape[-1]
+    length, apart = labels.shape[-1], placed.parts(h, -2)
+    if apart > 1:  # tokens over several devices: in chunks of each device's own
+        cut_up = lambda x: x.reshape(*labels.shape[:-1], apart, length // apart, *x.shape[labels.ndim :])
+        own = None if chunk is None else max(1, chunk // apart)
+        losses = head_cross_entropy(cut_up(h), kernel, cut_up(labels), bias=bias, smoothing=smoothing, chunk=own)
+        return losses.reshape(labels.shape)
     rows = math.prod(labels.shape[:-1])
     chunk = chunk or max(1, BUDGET // max(1, 4 * rows * kernel.shape[1]))
     parts = -(-length // chunk) if length else 1

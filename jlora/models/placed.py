@@ -36,6 +36,11 @@ def whole(x: jax.Array) -> jax.Array:
     return _placed(x, (None,) * x.ndim)
 
 
+def whole_along(x: jax.Array, axis: int) -> jax.Array:
+    """The array, whole along one of its axes."""
+    return _placed(x, tuple(None if i == axis % x.ndim else part for i, part in enumerate(_spec(x))))
+
+
 def beside(x: jax.Array, other: jax.Array) -> jax.Array:
     """An array of as many axes, lying as the other does."""
     return _placed(x, _spec(other), other)
@@ -89,6 +94,12 @@ def taken(x: jax.Array, indices: jax.Array, axis: int, mode: str | None = None) 
         return jnp.take_along_axis(x, indices, axis=axis, mode=mode)
 
     return on_auto_axes(take, _spec(x))(x, indices) if split(x) else take(x, indices)
+
+
+def parts(x: jax.Array, axis: int) -> int:
+    """In how many parts an axis of an array lies, by its type."""
+    mesh = explicit_mesh(x)
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in _names(_spec(x)[axis]))
 
 
 def rows_of(x: jax.Array) -> Spec:
@@ -166,6 +177,8 @@ class Embed(nn.Embed):
         (table,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
         if self.num_embeddings == 1:
             return jnp.broadcast_to(whole(table), (*inputs.shape, self.features))
+        if sum(part is not None for part in _spec(inputs)) > 1:  # XLA brings features to rows, not to rows and tokens
+            table = _placed(table, tuple(_without(part, _spec(inputs)) for part in _spec(table)))
         return table.at[inputs].get(mode="fill", out_sharding=_sharding(_spec(inputs), inputs, table))
 
     def attend(self, query: jax.Array) -> jax.Array:

@@ -129,7 +129,8 @@ def laid(layout: Layout, mesh: Mesh, adapted: Adapted) -> Rule:
     base = jax.tree.map(tree.abstract, adapted.base)
     on, rows = layout.on(mesh), layout.rows(mesh).spec
     lying = placed("base", base, mesh, lambda path, x: on(path.removeprefix("base/"), x).spec)
-    found = beside(adapted.factors, lying, [name for name in layout.batch if name in mesh.axis_names])
+    stacks = {site.path: site.stack_axes for site in adapted.sites}
+    found = beside(adapted.factors, lying, [name for part in rows for name in names_of(part)], stacks)
     factors = {f"{path}/{part}": place for path, own in found.items() for part, place in own.items()}
 
     def rule(path: str, x: Any) -> PartitionSpec | None:
@@ -137,7 +138,7 @@ def laid(layout: Layout, mesh: Mesh, adapted: Adapted) -> Rule:
         if kind == "base":
             return on(rest, x).spec
         if kind == "batch":
-            return rows if x.shape else None
+            return PartitionSpec(*rows[: len(x.shape)]) if x.shape else None
         place = factors.get(rest) if kind == "factors" else None
         return None if place is None else place.spec
 
