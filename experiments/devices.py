@@ -21,6 +21,7 @@ from experiments import hosts
 from experiments.configfile import ConfigError
 from jlora import sharding
 from jlora.sharding import MODELS, Layout
+from jlora.sharding.arrays import of_axes
 
 Tree = TypeVar("Tree")
 Batches = Callable[[int], Any]
@@ -72,9 +73,17 @@ class Devices:
         """Rows that every process has, on the devices: split over them where they can be, else whole on each."""
         if self.mesh is None:
             return jax.device_put(batch)
-        rows, parts = self.layout.rows(self.mesh), self.parts
-        place = lambda x: rows if np.ndim(x) and len(x) % parts == 0 else self._whole
-        return jax.tree.map(lambda x: sharding.put_whole(np.asarray(x), place(x)), batch)
+        rows = self.layout.rows(self.mesh)
+
+        def put(x: Any) -> Any:
+            place = of_axes(rows, np.ndim(x))
+            try:
+                place.shard_shape(np.shape(x))
+            except ValueError:
+                place = self._whole
+            return sharding.put_whole(np.asarray(x), place)
+
+        return jax.tree.map(put, batch)
 
     def fetched(self, tree: Tree) -> Tree:
         """The arrays on the host, whole, in every process."""

@@ -17,6 +17,7 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,11 +44,6 @@ from experiments.trial import Trial
 from jlora import tree
 from jlora.quant import FORMATS
 
-_LOST = (
-    "a computation of all processes failed, mostly because one of them has ended: look at the first error of each. The "
-    "same command with --resume continues from the last state that was kept"
-)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
@@ -57,8 +53,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with contextlib.nullcontext() if several else preemptible():  # of several, JAX's preemption service has the signal
+    if several:  # JAX's preemption service has the signal
+        return _as_one_of_several(options)
+    with preemptible():
         return _main(options)
+
+
+_LOST = (
+    "this process of several cannot go on: what is above is its own error, or another one has ended, which says why "
+    "itself. The same command with --resume continues from the last state that was kept"
+)
+
+
+def _as_one_of_several(options: argparse.Namespace) -> int:
+    """`_main`; after an error the process ends at once. At a regular end it would wait for the others, and they for it."""
+    try:
+        code = _main(options)
+    except Exception:
+        traceback.print_exc()
+        print(f"error: {_LOST}", file=sys.stderr)
+        code = 1
+    if code not in (0, PREEMPTED):
+        if hosts.is_first():
+            time.sleep(1.0)  # the others lose their coordinator, and are given the time to say the same error
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -81,11 +102,6 @@ def _main(options: argparse.Namespace) -> int:
     except (ConfigError, DataError, FileNotFoundError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
-    except jax.errors.JaxRuntimeError as error:
-        if not hosts.several():
-            raise
-        print(f"error: {_LOST}: {str(error).splitlines()[0]:.300}", file=sys.stderr, flush=True)
-        os._exit(1)  # the others have to be waited for at a regular end, and one of them is gone
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume continues", file=sys.stderr)
         return 130

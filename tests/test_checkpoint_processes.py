@@ -3,12 +3,9 @@
 One pair of processes makes all checks, each in a row of `CHECKS`: to start them takes longer than the checks.
 """
 
-import contextlib
 import faulthandler
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import time
 import warnings
@@ -23,15 +20,18 @@ import pytest
 from jax.sharding import AxisType
 
 import jlora
-from experiments.launch.local import free_port
 from jlora.checkpoint import Checkpoints, fingerprint, run, seal, steps
-from jlora.checkpoint.folder import NAME
 from jlora.checkpoint.processes import of_first, together, whole
 from jlora.sharding import MODELS, put, put_rows, row_numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 RNG = np.random.default_rng(0)
-BASE = {"mlp": {"fc": {"kernel": RNG.normal(size=(8, 16)).astype("f")}, "proj": {"kernel": RNG.normal(size=(16, 8)).astype("f")}}}
+BASE = {
+    "mlp": {
+        "fc": {"kernel": RNG.normal(size=(8, 16)).astype("f")},
+        "proj": {"kernel": RNG.normal(size=(16, 8)).astype("f")},
+    }
+}
 ROWS = RNG.normal(size=(8, 8)).astype("f")
 
 
@@ -41,7 +41,9 @@ def loss(params, x):
 
 def mesh_of(kind=AxisType.Auto, **axes):
     count = int(np.prod([*axes.values()]))
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes), devices=jax.devices()[:count])
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes), devices=jax.devices()[:count]
+    )
 
 
 STEP = jlora.train_step(loss, optax.adam(1e-2), donate=False)
@@ -122,7 +124,10 @@ def wrong(folder: Path) -> dict:
     mesh = mesh_of(fsdp=4)
     state = after(start(mesh), mesh)
     first = jax.process_index() == 0
-    found = {"in the way": raised(lambda: Checkpoints(folder / "file")), "in use": raised(lambda: Checkpoints(folder / "used"))}
+    found = {
+        "in the way": raised(lambda: Checkpoints(folder / "file")),
+        "in use": raised(lambda: Checkpoints(folder / "used")),
+    }
     run.PATIENCE = 0.0
     found["own folders"] = raised(lambda: Checkpoints(folder / f"of {jax.process_index()}"))
     run.PATIENCE = 60.0

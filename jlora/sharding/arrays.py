@@ -1,5 +1,6 @@
 """Arrays onto the devices of a mesh: a tree, the rows of a batch, also where the devices are of several processes."""
 
+import contextlib
 import functools
 import math
 from typing import Any, TypeVar
@@ -38,7 +39,13 @@ def put_whole(x: Any, place: Sharding | None) -> Any:
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     array = np.asarray(x)
     array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
-    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+    with _asked_for():
+        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+
+def _asked_for() -> contextlib.AbstractContextManager[None]:
+    """Within, what JAX sends to the devices is no transfer that `jax.transfer_guard` would find: the caller wants it."""
+    return jax.transfer_guard_host_to_device("allow")
 
 
 def put_rows(batch: Tree, place: NamedSharding) -> Tree:
@@ -63,7 +70,8 @@ def put_rows(batch: Tree, place: NamedSharding) -> Tree:
         if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(put(jax.random.key_data(x), place), impl=jax.random.key_impl(x))
         x = np.asarray(x)
-        return _own_columns(x, place) if len(place.spec) > 1 else jax.make_array_from_process_local_data(place, x)
+        with _asked_for():
+            return _own_columns(x, place) if len(place.spec) > 1 else jax.make_array_from_process_local_data(place, x)
 
     return jax.tree.map(lambda x: put(x, place), batch)
 
