@@ -69,7 +69,7 @@ class Devices:
             return lambda step: read(step, numbers)
         return lambda step: jax.tree.map(lambda x: x[numbers] if np.ndim(x) else x, batches(step))
 
-    def put(self, batch: Tree) -> Tree:
+    def put(self, batch: Any) -> Any:
         """Rows that every process has, on the devices: split over them where they can be, else whole on each."""
         if self.mesh is None:
             return jax.device_put(batch)
@@ -90,6 +90,18 @@ class Devices:
         if self.mesh is None or not hosts.several():
             return jax.device_get(tree)
         return jax.tree.map(self._fetched, tree)
+
+    def gathered(self, tree: Tree) -> Tree | None:
+        """The arrays on the host of the first process, whole; None in the others, which hold one array at a time."""
+        if not hosts.several():
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        kept = []
+        for x in leaves:
+            whole = self._fetched(x)
+            if hosts.is_first():
+                kept.append(whole)
+        return jax.tree.unflatten(structure, kept) if hosts.is_first() else None
 
     def _fetched(self, x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jlora
+from experiments import devices
 from experiments.config import Experiment
 from experiments.configfile import ConfigError
 from experiments.folder import size, write_json
@@ -74,7 +75,8 @@ def write(experiment: Experiment, trials: Sequence[Trial], params: Params, sourc
             continue
         adapted = loaded(trial.place, trial.held(params))
         if field == "adapter":
-            lines.append(_write_adapter(experiment, trial, folder, adapted))
+            whole = devices.current().gathered(adapted)
+            lines += [] if whole is None else [_write_adapter(experiment, trial, folder, whole)]
         else:
             lines += _write_merged(experiment, trial, folder, adapted, source)
     return lines
@@ -84,7 +86,10 @@ def _write_merged(
     experiment: Experiment, trial: Trial, folder: Path, adapted: jlora.Adapted, source: object
 ) -> list[str]:
     opened = trial.trainer.opened
-    plain = jlora.dequantize(jlora.merge(adapted))
+    plain = devices.current().gathered(jlora.dequantize(jlora.merge(adapted)))
+    lost = max(jlora.merge_error(adapted).values(), default=0.0)
+    if plain is None:
+        return []
     if opened.save is None:
         origin = source.folder if isinstance(source, Files) else None
         models.save(folder, opened.model, plain, source=origin)
@@ -95,7 +100,6 @@ def _write_merged(
     write_json(folder / MARK, _of(experiment, trial))
     megabytes = f"{size(folder) / 1e6:,.1f} MB"
     lines = [f"merged    {trial.run.label}: {folder}, {megabytes}, for {_READERS[opened.save is None]}"]
-    lost = max(jlora.merge_error(adapted).values(), default=0.0)
     if lost > _LOST:
         lines.append(
             f"note      the base's dtype takes {100 * lost:.0f} % of a weight's update away; train and save from a "

@@ -197,7 +197,8 @@ class _Position:
     @classmethod
     def of(cls, kept: Sequence[Any] | None) -> "_Position":
         """From `as_json`; runs of before kept seconds and tokens alone."""
-        seconds, tokens, losses, waited = (*(kept or ()), *(0.0, 0, [], 0.0)[len(kept or ()) :])
+        there, unsaid = list(kept or ()), [0.0, 0, [], 0.0]
+        seconds, tokens, losses, waited = there + unsaid[len(there) :]
         return cls(seconds, tokens, [np.float32(x) for x in losses], waited)
 
     def as_json(self) -> list[Any]:

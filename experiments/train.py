@@ -66,7 +66,7 @@ _LOST = (
 
 
 def _as_one_of_several(options: argparse.Namespace) -> int:
-    """`_main`; after an error the process ends at once. At a regular end it would wait for the others, and they for it."""
+    """`_main`. After an error the process ends at once: regularly it would wait for the others, and they for it."""
     try:
         code = _main(options)
     except Exception:

@@ -168,11 +168,10 @@ class Trainer:
     @functools.cached_property
     def step(self) -> Step:
         """The training step, for every learning rate."""
-        here, tx, parts = devices.current(), self.optimizer(self.first_rate), self.schedule.accumulate
-        if here.mesh is None:
-            return train_step(self.opened.loss, tx, pass_key=True, accumulate=parts)
-        on = {"mesh": here.mesh, "layout": here.layout}
-        return train_step(self.opened.loss, tx, pass_key=True, accumulate=parts, **on)
+        here, tx = devices.current(), self.optimizer(self.first_rate)
+        return train_step(
+            self.opened.loss, tx, pass_key=True, accumulate=self.schedule.accumulate, mesh=here.mesh, layout=here.layout
+        )
 
     def optimizer(self, learning_rate: float) -> optax.GradientTransformation:
         """The optimizer at a rate; its states are alike for all of them."""

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 
@@ -24,7 +25,7 @@ COORDINATOR, PROCESSES, PROCESS, TIMEOUT = "JLORA_COORDINATOR", "JLORA_PROCESSES
 WAIT = 300
 """Seconds that a process waits for the others, unless JLORA_TIMEOUT says otherwise: JAX's own default."""
 
-_LOST = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 60}
+_LOST: dict[str, Any] = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 60}
 """A process that dies ends the others within a minute; JAX's own defaults are 100 and 300 seconds."""
 
 _ADVICE = (

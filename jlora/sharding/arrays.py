@@ -44,7 +44,7 @@ def put_whole(x: Any, place: Sharding | None) -> Any:
 
 
 def _asked_for() -> contextlib.AbstractContextManager[None]:
-    """Within, what JAX sends to the devices is no transfer that `jax.transfer_guard` would find: the caller wants it."""
+    """Within, what JAX sends to the devices is no transfer that `jax.transfer_guard` would find: it is asked for."""
     return jax.transfer_guard_host_to_device("allow")
 
 
