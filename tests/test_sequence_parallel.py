@@ -80,7 +80,7 @@ LAYOUTS = {
 DEFAULT = ("gpt2", "llama, explicit")
 
 
-@pytest.mark.parametrize("name", thorough(LAYOUTS, "test_the_numbers_are_those_of_one_device", DEFAULT))
+@pytest.mark.parametrize("name", thorough(LAYOUTS, "test_keys_and_values_are_gathered_and_no_weight", DEFAULT))
 def test_the_numbers_are_those_of_one_device(name):
     model, axes, kind, *options = LAYOUTS[name]
     found, factors = trained(model, mesh=mesh_of(kind, **axes), **dict(*options))
