@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,8 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jlora import host, tree
 from jlora.adapted.adapted import Adapted, partition
-from jlora.sharding import Layout, axes_of_rows, beside, of_axes, parts_here, put_rows, put_whole
-from jlora.transform.explicit import names_of
+from jlora.sharding import Layout, axes_of_rows, beside, check_fits, of_axes, parts_here, put_rows, put_whole
 
 PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
@@ -176,7 +174,7 @@ def _laid(mesh: Mesh, layout: Layout, state: State, batch: PyTree) -> tuple[Stat
         parts, names = parts_here(rows)
         rows_alone = jax.tree.map(lambda x: x if np.ndim(x) else None, batch)
         _check_batch(rows_alone, parts, f"{parts} devices of {names}" if names else "the mesh")
-        _check_tokens(rows_alone, rows)
+        check_fits(jax.tree.map(lambda x: None if _is_on(mesh, x) else x, rows_alone), rows)
     return state, jax.tree.map(lambda x: x if _is_on(mesh, x) else _row(x, rows), batch)
 
 
@@ -337,16 +335,3 @@ def _check_batch(batch: PyTree, parts: int, what: str) -> None:
     size = sizes[first][0]
     if size % parts:
         raise ValueError(f"the batch has {size} examples ({first} {sizes[first]}), which {what} do not divide")
-
-
-def _check_tokens(batch: PyTree, place: NamedSharding) -> None:
-    """The mesh divides the second axis of each array of a batch, where it is split."""
-    names = names_of(place.spec[1]) if len(place.spec) > 1 else ()
-    parts = math.prod(place.mesh.shape[name] for name in names)
-    for path, leaf in jax.tree.leaves_with_path(batch):
-        size = np.shape(leaf)[1] if np.ndim(leaf) > 1 else 0
-        if size % parts:
-            raise ValueError(
-                f"batch{jax.tree_util.keystr(path)} {np.shape(leaf)} has {size} tokens a row, which {parts} devices of "
-                f"{' x '.join(names)} do not divide: pad the rows to {-(-size // parts) * parts}"
-            )

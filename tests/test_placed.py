@@ -19,6 +19,7 @@ from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.roberta import Roberta, RobertaConfig
 from jlora.models.vit import ViT, ViTConfig
+from tests.tiers import thorough
 
 BATCH, LENGTH = 4, 6
 SIZES = {"vocab_size": 16, "context": 16, "width": 8, "layers": 2, "heads": 2, "hidden": 12}
@@ -135,6 +136,30 @@ def test_every_model_is_differentiated_on_a_mesh_of_explicit_axes(name, layout):
     assert tuple(types["out"]) in (("data", None), ("data", None, None))
     where = lambda x: (*x.sharding.spec, *(None,) * (x.ndim - len(x.sharding.spec)))
     assert [tuple(x.sharding.spec) for x in grad.jaxpr.out_avals] == [where(x) for x in jax.tree.leaves(params)]
+
+
+TEXTS = [name for name in NAMES if name not in ("vit", "clip")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    thorough(TEXTS, "test_every_model_is_differentiated_on_a_mesh_of_explicit_axes", ("gpt2, a label", "deberta")),
+)
+def test_models_of_text_take_tokens_on_several_devices(name):
+    """Rows over one axis and their tokens over the other; the gradient is traced, and its numbers are one device's."""
+    model, inputs, options = build(name, scan=True)
+    mesh = make_mesh()
+    tokens = lambda path, shape: P("data", "model")
+
+    def value(params, inputs, options):
+        return jnp.mean(model.apply({"params": params}, *inputs, **options) ** 2)
+
+    types = lay((inputs, options), mesh, tokens, typed)
+    with jax.set_mesh(mesh):
+        jax.jit(jax.grad(value)).trace(lay(shapes_of(model, inputs), mesh, fsdp, typed), *types)
+    params = drawn(model, inputs)
+    found = jax.jit(value)(lay(params, mesh, fsdp), *lay((inputs, options), mesh, tokens))
+    np.testing.assert_allclose(found, jax.jit(value)(params, inputs, options), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

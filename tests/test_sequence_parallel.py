@@ -80,7 +80,7 @@ LAYOUTS = {
 DEFAULT = ("gpt2", "llama, explicit")
 
 
-@pytest.mark.parametrize("name", thorough(LAYOUTS, "test_the_numbers_are_those_of_one_device", DEFAULT))
+@pytest.mark.parametrize("name", thorough(LAYOUTS, "test_keys_and_values_are_gathered_and_no_weight", DEFAULT))
 def test_the_numbers_are_those_of_one_device(name):
     model, axes, kind, *options = LAYOUTS[name]
     found, factors = trained(model, mesh=mesh_of(kind, **axes), **dict(*options))
@@ -122,9 +122,13 @@ def test_each_array_of_a_batch_lies_by_its_own_axes():
 
 def test_tokens_that_the_mesh_does_not_divide():
     error = "batch (8, 15) has 15 tokens a row, which 4 devices of sequence do not divide: pad the rows to 16"
-    params = of("gpt2")[1]
+    params, mesh = of("gpt2")[1], mesh_of(data=2, sequence=4)
     with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
-        arguments_of(params, TOKENS[:, :15], mesh_of(data=2, sequence=4))
+        arguments_of(params, TOKENS[:, :15], mesh)
+    with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
+        put_rows(TOKENS[:, :15], MODELS.rows(mesh))
+    with pytest.raises(ValueError, match="^batch has 7 rows, not a multiple of 2, the devices of data: take 6 or 8$"):
+        put_rows(TOKENS[:7], MODELS.rows(mesh))  # none is left out in silence
 
 
 @pytest.mark.parametrize("chunk", [None, 4])

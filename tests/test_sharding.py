@@ -125,9 +125,12 @@ def test_the_layout_of_models_covers_them_all(name):
 def test_rows_of_a_process():
     place = MODELS.rows(mesh_of(fsdp=4, tp=2))
     np.testing.assert_array_equal(row_numbers(place, 8), np.arange(8))
-    error = "a batch of 6 rows is not a multiple of 4, the devices of fsdp: take 4 or 8"
-    with pytest.raises(ValueError, match=f"^{error}$"):
+    error = "6 rows, not a multiple of 4, the devices of fsdp: take 4 or 8"
+    with pytest.raises(ValueError, match=f"^a batch has {error}$"):
         row_numbers(place, 6)
+    for rows in (TOKENS[:6], jnp.asarray(TOKENS[:6])):
+        with pytest.raises(ValueError, match=rf"^batch\['x'\] has {error}$"):
+            put_rows({"x": rows, "all": TOKENS}, place)
     placed = put_rows({"x": TOKENS}, place)["x"]
     assert placed.sharding == place
     np.testing.assert_array_equal(placed, TOKENS)

@@ -20,7 +20,7 @@ TRANSFORM = (
     ("product",),
     ("weight", "jaxprs"),
     ("trace",),
-    ("marks", "convolution", "reach"),
+    ("marks", "convolution", "reach", "activations"),
     ("rules", "mean"),
     ("interpret", "follow"),
     ("lift",),

@@ -5,11 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding
 
 from jlora import tree
 from jlora.adapted.adapted import Adapted, check_adapted, count, size_of
 from jlora.methods.acts import SHARED
+from jlora.transform.activations import places_activations
 from jlora.transform.axes import fan_in
+from jlora.transform.explicit import names_of
+from jlora.transform.jaxprs import open_jaxpr
 from jlora.transform.lift import run
 from jlora.transform.sites import Target
 from jlora.transform.trace import Trace, Use
@@ -26,10 +30,14 @@ class Explained(Use):
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The uses in program order, and the extras that the function never reads; `str` gives a table."""
+    """The uses in program order, and the extras that the function never reads; `str` gives a table.
+
+    `unplaced` has a warning where the base is split over a mesh and nothing says where the activations lie.
+    """
 
     rows: tuple[Explained, ...]
     unread: tuple[str, ...] = ()
+    unplaced: str = ""
 
     @property
     def materialised(self) -> tuple[Explained, ...]:
@@ -49,6 +57,8 @@ class Explanation:
         lines.append(f"{len(self.rows) - dense} uses factored, {dense} materialised")
         if self.unread:
             lines.append(f"trained as they are, but never read: {', '.join(map(repr, self.unread))}")
+        if self.unplaced:
+            lines.append(f"warning: {self.unplaced}")
         return "\n".join(lines)
 
 
@@ -88,7 +98,51 @@ def explain(fn: Callable[..., Any], adapted: Adapted, *args: Any, **kwargs: Any)
     rows = tuple(
         _explained(use, sites.get((use.tree, use.path)), given[use.tree], bases[use.tree]) for use in trace.uses
     )
-    return Explanation(rows, tuple(path for (_, path), is_read in trace.extras.items() if not is_read))
+    unread = tuple(path for (_, path), is_read in trace.extras.items() if not is_read)
+    return Explanation(rows, unread, _unplaced(fn, adapted, args, kwargs))
+
+
+def _unplaced(fn: Callable[..., Any], adapted: Adapted, args: Any, kwargs: Any) -> str:
+    """The warning of activations that nothing places, beside weights that are split over the axes of the rows."""
+    held = _automatic(adapted.base)
+    over = {name for place in held for part in place.spec for name in names_of(part)}
+    rows = {name for place in _automatic((args, kwargs)) if place.spec for name in names_of(place.spec[0])}
+    axes = [name for name in held[0].mesh.axis_names if name in over and (not rows or name in rows)] if held else []
+    if not axes:
+        return ""
+    opened = jax.tree.map(
+        lambda x: x.base if isinstance(x, Adapted) else x,
+        (adapted, args, kwargs),
+        is_leaf=lambda x: isinstance(x, Adapted),
+    )
+    shapes = jax.tree.map(lambda x: tree.dense(tree.shapes_of(x)), opened, is_leaf=tree.is_stored)
+    arrays, fill = tree.split(shapes)
+
+    def traced(arrays: list[jax.Array]) -> list[jax.Array]:
+        params, args, kwargs = fill(arrays)
+        return [x for x in jax.tree.leaves(fn(params, *args, **kwargs)) if isinstance(x, jax.Array)]
+
+    jaxpr, _ = open_jaxpr(jax.make_jaxpr(traced)(arrays))
+    weights = len(tree.split(shapes[0])[0])
+    if places_activations(jaxpr, [i >= weights for i in range(len(arrays))], axes):
+        return ""
+    named = ", ".join(map(repr, axes))
+    return (
+        f"the base is split over {named}, {'as the rows are' if rows else 'and perhaps the rows, too'}, and nothing in "
+        "the function says where its activations lie: XLA may split them by their features, and send them at every "
+        "layer. Say it, by jax.lax.with_sharding_constraint on a block's inputs, or take a mesh of Explicit axes, on "
+        "which jlora.models do so themselves"
+    )
+
+
+def _automatic(arrays: Any) -> list[NamedSharding]:
+    """Where the arrays of a tree lie that are on a mesh of several devices with Auto axes."""
+    places = [tree.placement(x) for x in jax.tree.leaves(arrays)]
+    return [
+        place
+        for place in places
+        if isinstance(place, NamedSharding) and place.mesh.size > 1 and AxisType.Explicit not in place.mesh.axis_types
+    ]
 
 
 def _explained(use: Use, site: Target | None, adapted: Adapted, base: Mapping[str, Any]) -> Explained:

@@ -41,6 +41,11 @@ def whole_along(x: jax.Array, axis: int) -> jax.Array:
     return _placed(x, tuple(None if i == axis % x.ndim else part for i, part in enumerate(_spec(x))))
 
 
+def token(h: jax.Array, at: int) -> jax.Array:
+    """One token of each row, wherever it lies: (batch, length, width) -> (batch, width)."""
+    return whole_along(h, 1)[:, at]
+
+
 def beside(x: jax.Array, other: jax.Array) -> jax.Array:
     """An array of as many axes, lying as the other does."""
     return _placed(x, _spec(other), other)

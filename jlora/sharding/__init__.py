@@ -8,6 +8,7 @@
 `jlora.train_step` keeps what lies on the mesh where it lies, and puts the factors there: see `beside`.
 """
 
+from jlora.sharding.arrays import check_fits as check_fits
 from jlora.sharding.arrays import of_axes as of_axes
 from jlora.sharding.arrays import parts_here as parts_here
 from jlora.sharding.arrays import put as put

@@ -59,7 +59,11 @@ def put_rows(batch: Tree, place: NamedSharding) -> Tree:
       batch: arrays with the process's rows along their first axes, whole rows, also where the tokens of a row lie on
         devices of several processes.
       place: where the rows lie: `Layout.rows(mesh)`.
+
+    Raises:
+      ValueError: if the devices do not divide the rows, or the tokens of each.
     """
+    check_fits(batch, place)
 
     def put(x: Any, place: NamedSharding) -> Any:
         if not np.ndim(x):
@@ -74,6 +78,31 @@ def put_rows(batch: Tree, place: NamedSharding) -> Tree:
             return _own_columns(x, place) if len(place.spec) > 1 else jax.make_array_from_process_local_data(place, x)
 
     return jax.tree.map(lambda x: put(x, place), batch)
+
+
+def check_fits(batch: PyTree, place: NamedSharding) -> None:
+    """Raises ValueError where the devices do not divide the rows of a batch that a process has, or their tokens."""
+    here, names = parts_here(place)
+    devices = ("the" if here == _parts(place) else "this process's") + f" devices of {names}"
+    split = names_of(place.spec[1]) if len(place.spec) > 1 else ()
+    parts = math.prod(place.mesh.shape[name] for name in split)
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        name, shape = f"batch{jax.tree_util.keystr(path)}", np.shape(leaf)
+        if not shape or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            continue
+        if shape[0] % here:
+            raise ValueError(f"{name} has {_off(shape[0], here, devices)}")
+        if len(shape) > 1 and shape[1] % parts:
+            raise ValueError(
+                f"{name} {shape} has {shape[1]} tokens a row, which {parts} devices of {' x '.join(split)} do not "
+                f"divide: pad the rows to {-(-shape[1] // parts) * parts}"
+            )
+
+
+def _off(rows: int, parts: int, devices: str) -> str:
+    """Words for rows that so many devices do not divide."""
+    less = rows - rows % parts
+    return f"{rows} rows, not a multiple of {parts}, {devices}: take {less or parts} or {less + parts}"
 
 
 def of_axes(place: NamedSharding, count: int) -> NamedSharding:
@@ -120,10 +149,8 @@ def row_numbers(place: NamedSharding, rows: int) -> np.ndarray:
     """
     parts = _parts(place)
     if rows % parts:
-        raise ValueError(
-            f"a batch of {rows} rows is not a multiple of {parts}, the devices of {' x '.join(_names_of_rows(place))}: "
-            f"take {rows - rows % parts or parts} or {rows - rows % parts + parts}"
-        )
+        devices = f"the devices of {' x '.join(_names_of_rows(place))}"
+        raise ValueError(f"a batch has {_off(rows, parts, devices)}")
     held = of_axes(place, 1).addressable_devices_indices_map((rows,)).values()
     numbers = np.arange(rows)
     return np.unique(np.concatenate([numbers[index] for index in held if index is not None]))

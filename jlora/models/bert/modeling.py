@@ -233,4 +233,4 @@ def encoded(config: BertConfig, h: jax.Array, mask: jax.Array | None, determinis
 
 def pooled(config: BertConfig, h: jax.Array) -> jax.Array:
     """A linear layer of the first token: (batch, length, width) -> (batch, width)."""
-    return jnp.tanh(dense(config, config.width, "pooler")(h[:, 0]))
+    return jnp.tanh(dense(config, config.width, "pooler")(placed.token(h, 0)))

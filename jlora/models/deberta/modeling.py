@@ -179,7 +179,7 @@ class Deberta(nn.Module):
         if c.head == "masked_lm":
             h = MaskedLM(c, name="lm_head")(h, wte)  # (batch, length, vocab_size)
         elif c.head == "sequence_classification":
-            h = NONLINEARITIES[c.pooler_nonlinearity](dense(c, c.width, "pooler")(h[:, 0]))  # (batch, width)
+            h = NONLINEARITIES[c.pooler_nonlinearity](dense(c, c.width, "pooler")(placed.token(h, 0)))  # (batch, width)
             rate = c.dropout if c.head_dropout is None else c.head_dropout
             h = placed.Dropout(rate, deterministic=deterministic)(h)
             h = dense(c, c.labels, "classifier")(h)  # (batch, labels)
@@ -252,6 +252,7 @@ class Attention(nn.Module):
         q, k, v = (
             placed.in_heads(layer(x), c.heads) for layer in layers.values()
         )  # (batch, length, heads, width / heads)
+        k, v = placed.whole_along(k, 1), placed.whole_along(v, 1)
         places = placed.Dropout(c.dropout, deterministic=self.deterministic)(shared.places)  # (rows, width)
         scale = 1 / math.sqrt(c.width // c.heads * (1 + len(c.terms)))
         bias = jnp.zeros((), jnp.float32)

@@ -82,7 +82,7 @@ class Roberta(nn.Module):
         if c.head == "masked_lm":
             h = MaskedLM(c, "gelu", name="lm_head")(h, wte)  # (batch, length, vocab_size)
         elif c.head == "sequence_classification":
-            h = Classifier(c, deterministic, name="classifier")(h[:, 0])  # (batch, labels)
+            h = Classifier(c, deterministic, name="classifier")(placed.token(h, 0))  # (batch, labels)
         elif c.head == "token_classification":
             h = placed.Dropout(c.dropout, deterministic=deterministic)(h)
             h = dense(c, c.labels, "classifier")(h)  # (batch, length, labels)
@@ -111,4 +111,5 @@ def places(tokens: jax.Array, pad: int) -> jax.Array:
     [[1, 2, 3, 1, 4]]
     """
     real = (tokens != pad).astype(jnp.int32)
-    return jnp.cumsum(real, axis=1) * real + pad
+    before = placed.beside(jnp.cumsum(placed.whole_along(real, 1), axis=1), real)  # of all tokens, wherever they lie
+    return before * real + pad
