@@ -53,6 +53,11 @@ def mesh_of(kind=AxisType.Auto, **axes):
     )
 
 
+def quantised():
+    weight = np.sin(np.arange(4096.0, dtype="f")).reshape(64, 64)
+    return jlora.quantize({"mlp": {"fc": {"kernel": weight}}}, "nf4", block=32, double=False)
+
+
 STEP = jlora.train_step(loss, optax.adam(1e-2), donate=False)
 
 
@@ -98,6 +103,7 @@ def restored(folder: Path) -> dict:
         found = {"latest": checkpoints.latest, "position": position, "restored": digest(state)}
     state = after(state, mesh)
     found |= {"specs": specs(state), "fingerprint": fingerprint(state.adapted.base), "trained": digest(state)}
+    found["quantised"] = fingerprint(put(quantised(), MODELS.shardings(quantised(), mesh)))
     with Checkpoints(folder / "two") as checkpoints:
         checkpoints.save(start(mesh_of(data=4)), "start")
         checkpoints.save(state, "on")
@@ -263,7 +269,8 @@ def check(folder: Path, processes: int) -> None:
     # Onto other processes and another layout, and back onto other devices: with the same bits.
     found = first["restored"]
     assert (found["latest"], found["position"], found["restored"]) == (3, {"row": 7}, digest(one))
-    assert found["fingerprint"] == fingerprint(BASE)
+    assert (found["fingerprint"], found["quantised"]) == (fingerprint(BASE), fingerprint(quantised()))
+    assert list((folder / "two").glob(".*")) == []
     assert "P(None, 'tp')" in found["specs"] == found["placed"]
     assert found["trained"] == found["again"] == found["explicit"] != found["restored"]
     for mesh in (mesh_of(fsdp=2), mesh_of(tp=4), None):
@@ -351,7 +358,7 @@ def started(folder: Path, processes: int) -> list[dict]:
             process.kill()
     for process, (_, err) in zip(running, ended, strict=True):
         assert process.returncode == 0, err
-    return [json.loads(out.split("FOUND ")[1]) for out, _ in ended]
+    return [json.loads(out.split("FOUND ")[1].splitlines()[0]) for out, _ in ended]
 
 
 if __name__ == "__main__":
