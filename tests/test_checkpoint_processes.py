@@ -101,6 +101,7 @@ def restored(folder: Path) -> dict:
     with Checkpoints(folder / "one") as checkpoints:
         state, position = checkpoints.restore(start(mesh))  # whose arrays each process has for itself
         found = {"latest": checkpoints.latest, "position": position, "restored": digest(state)}
+    found["kept"] = all(x.is_fully_addressable for x in jax.tree.leaves((state.adapted.factors, state.opt_state)))
     state = after(state, mesh)
     found |= {"specs": specs(state), "fingerprint": fingerprint(state.adapted.base), "trained": digest(state)}
     found["quantised"] = fingerprint(put(quantised(), MODELS.shardings(quantised(), mesh)))
@@ -269,6 +270,7 @@ def check(folder: Path, processes: int) -> None:
     # Onto other processes and another layout, and back onto other devices: with the same bits.
     found = first["restored"]
     assert (found["latest"], found["position"], found["restored"]) == (3, {"row": 7}, digest(one))
+    assert found["kept"]
     assert (found["fingerprint"], found["quantised"]) == (fingerprint(BASE), fingerprint(quantised()))
     assert list((folder / "two").glob(".*")) == []
     assert "P(None, 'tp')" in found["specs"] == found["placed"]
