@@ -78,11 +78,13 @@ def test_adapters_at_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = {"kernel": jnp.ones((4, 3))}
     adapted = jlora.apply(params, rank=1)
-    for address in ("gs://bucket/adapter", Path("gs://bucket/adapter")):
+    for address in ("az://bucket/adapter", Path("gs://bucket/adapter")):  # a Path has lost a slash
         with pytest.raises(ValueError, match="is no local folder"):
             jlora.save(address, adapted)
         with pytest.raises(ValueError, match="is no local folder"):
             jlora.load(address, params)
+    with pytest.raises(ValueError, match="^'gs://bucket/run' is no local folder: "):
+        jlora.checkpoint.Checkpoints("gs://bucket/run")
     assert list(tmp_path.iterdir()) == []
     jlora.save((tmp_path / "an adapter").as_uri(), adapted)
     assert [path.name for path in tmp_path.iterdir()] == ["an adapter"]

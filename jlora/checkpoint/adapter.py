@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,11 +19,13 @@ from jlora import tree
 from jlora.adapted.adapted import Adapted, check_activations, from_arrays, to_arrays
 from jlora.adapted.select import Extra, check_rows, is_trainable
 from jlora.checkpoint.fingerprint import fingerprint
-from jlora.checkpoint.folder import NAME, open_file, open_tensors, replace
+from jlora.checkpoint.folder import NAME, open_file, open_tensors, read, replace
 from jlora.checkpoint.place import folder_of
-from jlora.checkpoint.processes import together, whole
-from jlora.checkpoint.record import FORMAT, LARGEST, VERSION, decode, naming, parse, read_record
+from jlora.checkpoint.processes import of_first, together, whole
+from jlora.checkpoint.record import FORMAT, LARGEST, OF, VERSION, check_record, decode, naming, parse, read_record
+from jlora.checkpoint.store import Store, is_stored
 from jlora.checkpoint.tensors import (
+    Read,
     Tensors,
     check_described,
     check_finite,
@@ -34,6 +37,7 @@ from jlora.methods import Constructor, constructors, named_constructors, to_json
 from jlora.transform.sites import Target
 
 _ATTEMPTS = 100  # to read an adapter that is replaced again and again
+_LOOKS = 10  # for the file that process 0 has found, by all processes
 
 
 def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
@@ -65,29 +69,30 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
         raise TypeError(f"save takes a folder and an Adapted (state.adapted of a state), got {type(adapted).__name__}")
     if tree.is_abstract(adapted):
         raise TypeError("save: this adapter holds shapes (jax.ShapeDtypeStruct) and no arrays")
-    folder = folder_of(folder)
-    file = folder / NAME
-    named, _ = tree.leaves(adapted.base)
-    tensors = _host(to_arrays(adapted))
-    expected = expected_tensors(named, adapted.method, adapted.sites, adapted.extras)
-    check_described(folder, {name: (x.shape, str(x.dtype)) for name, x in tensors.items()}, expected)
-    check_finite(folder, tensors)
-    content = serialise(tensors)
-    digest = hashlib.sha256(content).hexdigest()
-    record = describe(adapted)
-    _check_loadable(file, record, named, constructors(adapted.method))
+    store = Store(folder) if is_stored(folder) else None
+    at = folder_of(folder) if store is None else store.address
+    file = f"{at}/{NAME}" if isinstance(at, str) else at / NAME
+    with together():
+        named, _ = tree.leaves(adapted.base)
+        tensors = _host(to_arrays(adapted))
+        expected = expected_tensors(named, adapted.method, adapted.sites, adapted.extras)
+        check_described(at, {name: (x.shape, str(x.dtype)) for name, x in tensors.items()}, expected)
+        check_finite(at, tensors)
+        content = serialise(tensors)
+        digest = hashlib.sha256(content).hexdigest()
+        record = describe(adapted)
+        _check_loadable(file, record, named, constructors(adapted.method))
 
     def text(tensors: str) -> bytes:
         return (json.dumps(record | {"tensors": {"file": tensors, "sha256": digest}}, indent=1) + "\n").encode()
 
     with together():
-        if jax.process_index() == 0:
-            try:
-                replace(folder, digest, content, text, lambda: _named(file))
-            except OSError as error:
-                raise OSError(
-                    error.errno, f"saving the adapter: {error.strerror}; {_kept(file, digest)}", str(folder)
-                ) from error
+        if jax.process_index() > 0:
+            pass
+        elif store is not None:
+            store.replace(content, text, lambda: _named_in(store))
+        else:
+            _replace(Path(at), digest, content, text)
 
 
 def load(
@@ -100,6 +105,9 @@ def load(
     are read, and what they say goes through the checks of `apply`. A writer beside it may replace the adapter: the old
     one or the new one is read.
 
+    Processes that train together all call this, and each reads the folder: all get the same adapter. Its factors are
+    whole in every process, and `train_step` puts them where they belong.
+
     Args:
       folder: where `save` wrote.
       params: the base.
@@ -109,37 +117,49 @@ def load(
         a file names it.
 
     Raises:
-      FileNotFoundError: if there is no adapter in the folder.
+      FileNotFoundError: if there is no adapter in the folder, or one of several processes does not see it.
+      ImportError, OSError: if it lies in an object store for which a package is missing, or that does not give it.
       ValueError: for a file that is no adapter, of another version or damaged; an unknown method; another base;
         missing, unexpected or misshaped tensors; values that are not finite. It names the file, and each tensor. For
         `methods` that are no constructors, or of which one has the name of a method of jlora.
     """
     methods = tuple(named_constructors(methods).values())
+    if is_stored(folder):
+        return _from_store(Store(folder), params, any_base, methods)
     folder = folder_of(folder)
-    file = folder / NAME
-    if not os.path.exists(file):  # Path.exists raises for a name that is too long
-        near = sorted(path.parent.name for path in folder.glob(f"*/{NAME}")) if os.path.isdir(folder) else []
-        hint = f"; its folders {', '.join(map(repr, near[:5]))} hold one" if near else ""
-        raise FileNotFoundError(f"no adapter in '{folder}': there is no {NAME}{hint}")
-    record, opened = _pair(folder)
+    record, opened = _opened(folder)
     with opened:
-        with naming(file):
-            method, sites, extras = decode(record, methods)
-        params = tree.canonical(params)
-        named, _ = tree.leaves(params)
-        _check_base(file, named, sites, extras, any_base)
-        sites = _with_dtypes(sites, named)
-        here = None if any_base else fingerprint(params, _replaced(extras))
-        if here is not None and record["base"] != here:
-            held = held_otherwise(record, named)
-            raise ValueError(
-                f"'{file}': the adapter was trained on another base: its fingerprint is {record['base']}, that of "
-                f"these parameters {here}{held}. Load it onto its own base; any_base=True takes a cast or changed copy"
-            )
-        with naming(file):
-            expected = expected_tensors(named, method, sites, extras)
-        tensors_file = folder / record["tensors"]["file"]
-        tensors = read_tensors(opened, tensors_file, record["tensors"]["sha256"], file, expected)
+        file = folder / record["tensors"]["file"]
+        return _onto(params, record, functools.partial(read, opened, file), folder / NAME, file, any_base, methods)
+
+
+def _onto(
+    params: Any,
+    record: dict[str, Any],
+    content: Read,
+    file: Path | str,
+    tensors_file: Path | str,
+    any_base: bool,
+    methods: tuple[Constructor, ...],
+) -> Adapted:
+    """The adapter of a record and the tensors that belong to it, onto a base."""
+    with naming(file):
+        method, sites, extras = decode(record, methods)
+    params = tree.canonical(params)
+    named, _ = tree.leaves(params)
+    _check_base(file, named, sites, extras, any_base)
+    sites = _with_dtypes(sites, named)
+    here = None if any_base else fingerprint(params, _replaced(extras))
+    if here is not None and record["base"] != here:
+        held = held_otherwise(record, named)
+        raise ValueError(
+            f"'{file}': the adapter was trained on another base: its fingerprint is {record['base']}, that of "
+            f"these parameters {here}{held}. Load it onto its own base; any_base=True takes a cast or changed copy"
+        )
+    with naming(file):
+        expected = expected_tensors(named, method, sites, extras)
+    with together():
+        tensors = read_tensors(content, tensors_file, record["tensors"]["sha256"], file, expected)
     factors: dict[str, dict[str, jax.Array]] = {}
     for name, value in tensors.items():
         path, part = name.rsplit("/", 1)
@@ -212,12 +232,83 @@ def _named(file: Path) -> str | None:
     return str(name)
 
 
+def _stored_record(store: Store) -> dict[str, Any]:
+    return check_record(store.read(NAME, LARGEST, OF), store.file(NAME))
+
+
+def _named_in(store: Store) -> str | None:
+    """The same of a folder in an object store."""
+    try:
+        return str(_stored_record(store)["tensors"]["file"])
+    except FileNotFoundError:
+        return None
+
+
+def _from_store(store: Store, params: Any, any_base: bool, methods: tuple[Constructor, ...]) -> Adapted:
+    """The adapter in an object store. A writer may replace it after the JSON was read: then that is read again."""
+    file, missing = store.file(NAME), None
+    for _ in range(_ATTEMPTS):
+        try:
+            record = of_first(lambda: _stored_record(store))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no adapter in '{store.address}': there is no {NAME}") from error
+        name = record["tensors"]["file"]
+        try:
+            content = functools.partial(store.read, name)
+            return _onto(params, record, content, file, store.file(name), any_base, methods)
+        except FileNotFoundError as error:
+            if name == missing:
+                raise ValueError(f"'{store.file(name)}' is missing: '{file}' names it") from error
+            missing = name
+    raise ValueError(f"'{file}' was replaced each of the {_ATTEMPTS} times that it was read")
+
+
+def _opened(folder: Path) -> tuple[dict[str, Any], BinaryIO]:
+    """The JSON of an adapter, and the file of tensors that it names, open: the same in all processes."""
+    mine: list[BinaryIO] = []
+
+    def record_here() -> dict[str, Any]:
+        record, opened = _pair(folder)
+        mine.append(opened)
+        return record
+
+    for attempt in range(1, _LOOKS + 1):
+        record = of_first(record_here)
+        file = folder / record["tensors"]["file"]
+        try:
+            with together():
+                if not mine:
+                    mine.append(_open_here(file))
+            return record, mine[0]
+        except FileNotFoundError:  # replaced since the first process has read the JSON, or not to be seen from here
+            for opened in mine:
+                opened.close()
+            mine.clear()
+            if attempt == _LOOKS:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _open_here(file: Path) -> BinaryIO:
+    try:
+        return open_file(file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"process {jax.process_index()} does not find '{file}', which process 0 does: several processes load an "
+            "adapter from a folder that all of them see"
+        ) from error
+
+
 def _pair(folder: Path) -> tuple[dict[str, Any], BinaryIO]:
     """The JSON of an adapter, and the file of tensors that it names, open.
 
     A writer may replace both after the JSON was read. Then the files of tensors that are there are opened before the
     JSON is read again: those that are deleted in between stay readable.
     """
+    if not os.path.exists(folder / NAME):  # Path.exists raises for a name that is too long
+        near = sorted(path.parent.name for path in folder.glob(f"*/{NAME}")) if os.path.isdir(folder) else []
+        hint = f"; its folders {', '.join(map(repr, near[:5]))} hold one" if near else ""
+        raise FileNotFoundError(f"no adapter in '{folder}': there is no {NAME}{hint}")
     held: dict[str, BinaryIO] = {}
     missing = None
     try:
@@ -247,7 +338,7 @@ def _close(held: Mapping[str, BinaryIO]) -> None:
 
 
 def _check_loadable(
-    file: Path, record: Mapping[str, Any], named: Mapping[str, Any], methods: Iterable[Constructor]
+    file: Path | str, record: Mapping[str, Any], named: Mapping[str, Any], methods: Iterable[Constructor]
 ) -> None:
     """Raises ValueError for an adapter that `load` would refuse."""
     content = json.dumps(record, indent=1).encode()
@@ -259,7 +350,7 @@ def _check_loadable(
 
 
 def _check_base(
-    file: Path, named: Mapping[str, Any], sites: tuple[Target, ...], extras: tuple[Extra, ...], any_base: bool
+    file: Path | str, named: Mapping[str, Any], sites: tuple[Target, ...], extras: tuple[Extra, ...], any_base: bool
 ) -> None:
     wrong: list[str] = []
     parts: tuple[Target | Extra, ...] = (*sites, *extras)
@@ -289,6 +380,15 @@ def _check_base(
 
 def _host(factors: Mapping[str, Mapping[str, jax.Array]]) -> Tensors:
     return {f"{path}/{name}": whole(value) for path, arrays in factors.items() for name, value in arrays.items()}
+
+
+def _replace(folder: Path, digest: str, content: bytes, text: Callable[[str], bytes]) -> None:
+    file = folder / NAME
+    try:
+        replace(folder, digest, content, text, lambda: _named(file))
+    except OSError as error:
+        words = f"saving the adapter: {error.strerror}; {_kept(file, digest)}"
+        raise OSError(error.errno, words, str(folder)) from error
 
 
 def _kept(file: Path, digest: str) -> str:

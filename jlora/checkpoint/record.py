@@ -19,6 +19,7 @@ from jlora.transform.sites import ADAPTABLE, Site, Target
 
 FORMAT, VERSION = "jlora adapter", 1
 LARGEST = 32 * 2**20  # bytes of JSON: some ten thousand sites
+OF = f"an adapter's {NAME} has"
 _DIGITS, _TEXT, _AXES = 20, 4096, 64  # of one number, in one path, of one weight
 
 Check = Callable[[Any, str], Any]
@@ -33,7 +34,11 @@ def read_record(file: Path) -> dict[str, Any]:
       ValueError: naming the file, and the field if it is one.
     """
     with open_file(file) as opened:
-        content = read(opened, file, LARGEST, f"an adapter's {NAME} has")
+        return check_record(read(opened, file, LARGEST, OF), file)
+
+
+def check_record(content: bytes, file: Path | str) -> dict[str, Any]:
+    """The JSON of an adapter, as `read_record` checks it."""
     record = parse(content, file)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"'{file}' is no adapter of jlora: its 'format' is not {FORMAT!r}")
@@ -46,7 +51,7 @@ def read_record(file: Path) -> dict[str, Any]:
         return _object(record, "", _RECORD, ("stored",))
 
 
-def parse(content: bytes, file: Path) -> Any:
+def parse(content: bytes, file: Path | str) -> Any:
     """Content of a JSON text. Numbers of more than 20 digits are no numbers.
 
     Raises:
@@ -85,7 +90,7 @@ def decode(record: Mapping[str, Any], methods: Iterable[Constructor] = ()) -> Pa
 
 
 @contextlib.contextmanager
-def naming(file: Path) -> Iterator[None]:
+def naming(file: Path | str) -> Iterator[None]:
     """Puts the file before what is said of its content."""
     try:
         yield

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -228,17 +229,24 @@ class Checkpoints:
         """Raises ValueError where several processes do not see one and the same folder."""
         if not are_several():
             return
-        mark = self._folder / lock.NAME
-        see = lambda: (mark.read_text() if mark.is_file() else None, steps.found(self._folder))
-        expected, end = of_first(see), time.monotonic() + PATIENCE
+        name, expected = of_first(self._marked)
+        mark, end = self._folder / name, time.monotonic() + PATIENCE
         with together():
-            while see() != expected:
+            while not (mark.exists() and steps.found(self._folder) == expected):
                 if time.monotonic() > end:
                     raise ValueError(
                         f"'{self._folder}' is another folder in process {jax.process_index()} than in process 0: "
                         "several processes keep their checkpoints in one that all of them see, such as a network's"
                     )
-                time.sleep(0.5)
+                time.sleep(0.2)
+        if jax.process_index() == 0:
+            mark.unlink(missing_ok=True)
+
+    def _marked(self) -> tuple[str, list[int]]:
+        """The name of a new file in the folder, and the checkpoints there."""
+        name = f".seen-{secrets.token_hex(8)}"
+        (self._folder / name).touch()
+        return name, steps.found(self._folder)
 
     def _found(self, step: int | None) -> tuple[int, dict[str, Any]]:
         """The newest checkpoint, or that of `step`, and its record. Its files are what was written."""

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -13,7 +13,6 @@ from safetensors.numpy import load as parse_tensors
 
 from jlora.adapted.adapted import extra_shapes
 from jlora.adapted.select import Extra
-from jlora.checkpoint.folder import read
 from jlora.checkpoint.record import naming, parse, shown
 from jlora.methods import Method
 from jlora.methods.acts import SHARED
@@ -21,6 +20,7 @@ from jlora.methods.method import shared_shapes
 from jlora.transform.sites import Target
 
 Tensors = dict[str, np.ndarray]
+Read = Callable[[int, str], bytes]  # the most bytes there may be, and what takes them -> the content of a file
 Described = Mapping[str, tuple[tuple[int, ...], str]]  # shape and dtype of each
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
@@ -46,11 +46,11 @@ def expected_tensors(
     return expected
 
 
-def read_tensors(opened: BinaryIO, file: Path, sha256: str, origin: Path, expected: Described) -> Tensors:
+def read_tensors(read: Read, file: Path | str, sha256: str, origin: Path | str, expected: Described) -> Tensors:
     """The tensors of a file that is not larger than what they take.
 
     Args:
-      opened, file: the file and its name.
+      read, file: the file's content, of a size that is bounded, and its name.
       sha256: of its content, in `origin`, the JSON that names it.
       expected: what it has to hold.
 
@@ -59,7 +59,7 @@ def read_tensors(opened: BinaryIO, file: Path, sha256: str, origin: Path, expect
     """
     data = sum(4 * math.prod(shape) for shape, _ in expected.values())
     header = sum(128 + len(json.dumps(name)) + 24 * len(shape) for name, (shape, _) in expected.items())
-    content = read(opened, file, 8 + header + _ROOM + data, "the tensors of this adapter take")
+    content = read(8 + header + _ROOM + data, "the tensors of this adapter take")
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"'{file}' is damaged: it is not the file that '{origin}' was written with (sha256)")
     check_described(file, _header(content, file), expected)
@@ -71,7 +71,7 @@ def read_tensors(opened: BinaryIO, file: Path, sha256: str, origin: Path, expect
     return tensors
 
 
-def _header(content: bytes, file: Path) -> Described:
+def _header(content: bytes, file: Path | str) -> Described:
     """Shapes and dtypes as the file's header says them."""
     length = int.from_bytes(content[:8], "little")
     if not 2 <= length <= len(content) - 8:
@@ -93,7 +93,7 @@ def _header(content: bytes, file: Path) -> Described:
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def check_described(file: Path, tensors: Described, expected: Described) -> None:
+def check_described(file: Path | str, tensors: Described, expected: Described) -> None:
     """Raises ValueError that lists missing, unexpected and misshaped tensors."""
     wrong = [f"{name!r} is missing" for name in expected if name not in tensors]
     wrong += [f"{name!r:.200} is unexpected" for name in tensors if name not in expected]
@@ -105,7 +105,7 @@ def check_described(file: Path, tensors: Described, expected: Described) -> None
         raise ValueError(f"'{file}': {some(wrong)}")
 
 
-def check_finite(file: Path, tensors: Tensors) -> None:
+def check_finite(file: Path | str, tensors: Tensors) -> None:
     """Raises ValueError that lists the tensors with values that are not finite."""
     wrong = [f"{name!r} has values that are not finite" for name, value in tensors.items() if not _finite(value)]
     if wrong:
