@@ -53,6 +53,12 @@ def clear(x: jax.Array, rows: jax.Array) -> jax.Array:
     return _placed(x, tuple(_without(part, _spec(rows)[:-1]) for part in _spec(x)))
 
 
+def pieces(x: jax.Array, *axes: int) -> int:
+    """Over how many devices these axes of an array are split, all together: 1 where no type says it."""
+    mesh = explicit_mesh(x)
+    return 1 if mesh is None else math.prod(mesh.shape[name] for axis in axes for name in _names(_spec(x)[axis]))
+
+
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x @ kernel`, (..., inputs) by (inputs, outputs)."""
     if not split(x, kernel):

@@ -44,6 +44,7 @@ def _of(program: Program, name: str) -> int:
 
 
 def _of_instruction(program: Program, line: Instruction, types: dict[str, str]) -> int:
+    line = _plain(line)
     sizes = [size(types.get(name, ""), main=True) for name in operands(line)]
     if line.op == "fusion":
         (inner,) = called(line.rest, "calls")
@@ -51,14 +52,23 @@ def _of_instruction(program: Program, line: Instruction, types: dict[str, str]) 
         return reads + _written(program, inner, line.type)
     if line.op == "dynamic-update-slice":
         return 2 * sum(sizes[1:2])
-    of = parts(line.type)
-    if line.op.endswith("-start") and len(of) > 1:  # (operands, results, ...), of a copy (result, operand, ...)
-        result = size(of[1] if of[0].startswith("(") else of[0], main=True)
-    else:
-        result = size(line.type, main=True)
-    if line.op.removesuffix("-start") in _SLICES:
-        return result + size(line.type if len(of) == 1 else of[1]) + sum(sizes[1:])
+    result = size(line.type, main=True)
+    if line.op in _SLICES:
+        return (size(line.type) if sizes[0] else 0) + result + sum(sizes[1:])
     return sum(sizes) + result
+
+
+def _plain(line: Instruction) -> Instruction:
+    """Of an asynchronous pair the start as the instruction itself: its type is (operands, result, ...).
+
+    A copy's is (result, operand, ...), that of a reduction the type of its results.
+    """
+    if not line.op.endswith("-start"):
+        return line
+    of, op = parts(line.type), line.op.removesuffix("-start")
+    if op == "copy":
+        return line._replace(op=op, type=of[0])
+    return line._replace(op=op, type=of[1] if len(of) > 1 and of[0].startswith("(") else line.type)
 
 
 def _read(program: Program, name: str, place: int, whole: int) -> int:
