@@ -42,8 +42,8 @@ def head_cross_entropy(
       labels: ids, (..., length), integers in [0, vocabulary).
       bias: (vocabulary,), or None.
       smoothing: the part of the probability that is spread over all ids, in [0, 1].
-      chunk: positions of a row at a time. None: as many as keep the float32 logits of a chunk below 128 MiB on a device,
-        and at least one.
+      chunk: positions of a row at a time. None: as many as keep the float32 logits of a chunk below 128 MiB on each
+        device, and at least one.
 
     Returns:
       Nats, (..., length), float32.
