@@ -7,8 +7,8 @@
 Each step is compiled on shapes by the devices' own compiler (`jlora.planning.layouts`), and nothing is run: a sequence
 of 2,048 tokens to each device, bfloat16, layers scanned and computed again, layout `jlora.sharding.MODELS`. LoRA is r=4
 and r=8 on query and value of GPT-3 (Hu et al., table 4: 18.9 M and 37.7 M parameters), r=16 on all linear layers of
-Llama; QLoRA holds the base in NF4. Factors and their AdamW are float32, those of full fine-tuning bfloat16. Table and
-plot are made from `cells.json`, which keeps each plan, so that the command goes on where it was.
+Llama; QLoRA holds the base in NF4. What is trained is float32, its AdamW too; full fine-tuning holds its start in
+bfloat16 beside it. Table and plot are made from `cells.json`, which keeps each plan: the command goes on where it was.
 """
 
 import argparse
@@ -58,13 +58,13 @@ class Case(NamedTuple):
     device: str
 
     @property
-    def count(self) -> int:
+    def many(self) -> int:
         """Devices, each with a sequence."""
         return devices.find(self.device).number or 1
 
     def meshes(self) -> list[dict[str, int]]:
         """GPUs are compiled for in seconds, and all of `meshes` are tried; of TPUs two that are different."""
-        count, device = self.count, devices.find(self.device).device
+        count, device = self.many, devices.find(self.device).device
         if device.compiler == "cuda":
             return meshes(count, device)
         return [{"fsdp": count}, {"fsdp": count // 4, "tp": 4}]
@@ -76,7 +76,7 @@ class Case(NamedTuple):
             self.model, scan=True, remat=True, dtype="bfloat16", param_dtype="bfloat16", context=TOKENS
         )
         params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-        batch = jax.ShapeDtypeStruct((self.count, TOKENS), jnp.int32)
+        batch = jax.ShapeDtypeStruct((self.many, TOKENS), jnp.int32)
 
         def loss(params: Any, tokens: jax.Array) -> jax.Array:
             labels = jnp.roll(tokens, -1, axis=1)
@@ -228,12 +228,12 @@ class Line(NamedTuple):
     """The scaling's plans on so many devices."""
 
     found: Mapping[str, Any]
-    count: int
+    many: int
 
     def of(self, method: str, copies: bool) -> dict[str, Any] | None:
         """The plan of a method, fully sharded or with copies in each node."""
-        mesh = {"data": self.count // 8, "fsdp": 8} if copies else {"fsdp": self.count}
-        return self.found.get(key(Case("llama-2-70b", method, f"{self.count}xh100"), mesh))
+        mesh = {"data": self.many // 8, "fsdp": 8} if copies else {"fsdp": self.many}
+        return self.found.get(key(Case("llama-2-70b", method, f"{self.many}xh100"), mesh))
 
 
 def gigabytes(count: float) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from jlora.cli import show, workload
 from jlora.cli.options import Json
+from jlora.planning.compiled import folder
 from jlora.planning.devices import find
 from jlora.planning.layouts import Layouts, layouts
 from jlora.planning.planned import plan as planned
@@ -49,6 +50,10 @@ def plan(
             "--mesh", help="Axes of several devices: fsdp=8,tp=2. Default: some are tried, one is recommended."
         ),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", metavar="FOLDER|off", help="Of compiled programs. Default ~/.cache/jlora/plans."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compiles a training step on shapes, for devices that need not be there, and says what it takes and if it fits.
@@ -76,7 +81,7 @@ def plan(
             what, method or "lora(16)", batch or "1x512", targets=targets, dtype=dtype or "bfloat16",
             accumulate=accumulate or 1, remat=remat, quantised=quantize, memory_kind=optimizer_memory,
         )  # fmt: skip
-    options = {"memory_kind": step.memory_kind, **step.options}
+    options = {"memory_kind": step.memory_kind, "cache": _folder(cache, device), **step.options}
     found: Plan | Layouts
     if axes is None and _several(device):
         found = layouts(step.loss, step.adapted, step.tx, step.batch, device, heads=step.heads, **options)
@@ -98,6 +103,13 @@ def _text(console: Console, step: workload.Workload, found: Plan | Layouts) -> N
     rows = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in step.batch.items())
     console.print(f"{step.name}, {step.method!r}, {rows}", markup=False)
     console.print(str(found), markup=False)
+
+
+def _folder(cache: str | None, device: str) -> Path | None:
+    """Where programs are kept: those of a CPU, which takes a moment to make one, only where it is said."""
+    if cache is None:
+        return None if find(device).device.compiler == "cpu" else folder()
+    return None if cache == "off" else Path(cache)
 
 
 def _several(device: str) -> bool:

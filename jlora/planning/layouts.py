@@ -121,7 +121,7 @@ def layouts(
       rule: the layout, as of `jlora.plan`.
       heads: numbers of heads (of queries, of keys) that "tp" has to divide.
       progress: called with each as soon as it is planned.
-      options: of `jlora.plan`: `memory_kind`, and those of the train step.
+      options: of `jlora.plan`: `memory_kind`, `cache`, and those of the train step.
 
     Raises:
       ValueError: if the name says no number of devices, or one alone.

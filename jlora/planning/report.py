@@ -45,7 +45,7 @@ class Plan:
       fits: whether `peak + unused` is at most `limit`.
       advice: sentences on what to change; empty where it fits.
       notes: sentences on how far the numbers can be trusted.
-      compiled_in: seconds that the compiler took.
+      compiled_in: seconds that the compiler took, or the reading of what was kept (`cache=`).
     """
 
     device: str
