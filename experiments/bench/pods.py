@@ -69,8 +69,8 @@ class Case(NamedTuple):
             return meshes(count, device)
         return [{"fsdp": count}, {"fsdp": count // 4, "tp": 4}]
 
-    def tried(self, mesh: Mapping[str, int]) -> dict[str, Any]:
-        """The plan on a mesh, as JSON, or why there is none."""
+    def step(self) -> "Step":
+        """On shapes, which are not compiled."""
         module: Any
         module, inputs = model_of(
             self.model, scan=True, remat=True, dtype="bfloat16", param_dtype="bfloat16", context=TOKENS
@@ -82,12 +82,24 @@ class Case(NamedTuple):
             labels = jnp.roll(tokens, -1, axis=1)
             return jnp.asarray(module.apply({"params": params}, tokens, labels=labels))[:, :-1].mean()
 
-        adapted = adapt(self, loss, params, batch)
+        return Step(loss, adapt(self, loss, params, batch), batch, heads_of(module))
+
+    def tried(self, mesh: Mapping[str, int]) -> dict[str, Any]:
+        """The plan on a mesh, as JSON, or why there is none."""
+        loss, adapted, batch, heads = self.step()
         trained = jlora.count(adapted).trainable
         assert trained == TRAINED.get(self[:2], trained), (self, trained)
-        heads = heads_of(module)
         (trial,) = layouts(loss, adapted, TX, batch, self.device, tried=[mesh], heads=heads).trials
         return {"trained": trained, **cell(trial)}
+
+
+class Step(NamedTuple):
+    """What is planned: the loss of parameters and tokens, the model with its method, the tokens, numbers of heads."""
+
+    loss: Any
+    adapted: jlora.Adapted
+    batch: jax.ShapeDtypeStruct
+    heads: tuple[int, ...]
 
 
 def adapt(case: Case, loss: Any, params: Any, batch: Any) -> jlora.Adapted:
