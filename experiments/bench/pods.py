@@ -94,7 +94,7 @@ class Case(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What is planned: the loss of parameters and tokens, the model with its method, the tokens, numbers of heads."""
+    """A step to plan: the loss of parameters and tokens, the model with its method, the tokens, numbers of heads."""
 
     loss: Any
     adapted: jlora.Adapted
@@ -116,7 +116,7 @@ def adapt(case: Case, loss: Any, params: Any, batch: Any) -> jlora.Adapted:
 
 
 def cell(trial: Trial) -> dict[str, Any]:
-    """What the table needs of a plan."""
+    """The figures of a plan that the table needs."""
     if trial.plan is None:
         return {"mesh": dict(trial.mesh), "reason": trial.reason, "fits": False}
     told = trial.plan.as_dict()

@@ -138,7 +138,7 @@ def _versions() -> list[str]:
 
 
 def _kept(file: Path) -> Outcome | None:
-    """What is kept in a file; None where there is none, or where it is damaged."""
+    """The outcome that a file has; None where there is none, or where it is damaged."""
     try:
         told = json.loads(gzip.decompress(file.read_bytes()))
         memory = None if told["memory"] is None else Memory(**told["memory"])

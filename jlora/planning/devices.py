@@ -9,7 +9,7 @@ GIB = 2**30
 
 
 class Speed(NamedTuple):
-    """What a device can do at best; of a chip that JAX shows as two devices, half of it.
+    """Speeds of a device at best; of a chip that JAX shows as two devices, half of it.
 
     Attributes:
       flops: of products in bfloat16, FLOP/s, without sparsity.

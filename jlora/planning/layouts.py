@@ -207,7 +207,7 @@ def _advice(found: Layouts) -> str:
 
 
 def _remedy(found: Layouts) -> str:
-    """What the plan that is nearest to fitting says of itself."""
+    """The advice of the plan that is nearest to fitting."""
     plans = [one.plan for one in found.trials if one.plan is not None]
     if not plans:
         return "see each one's reason."

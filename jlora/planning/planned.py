@@ -185,7 +185,7 @@ def _held(arguments: Arguments) -> int:
 
 
 def _waiting(arguments: Arguments) -> list[Any]:
-    """What lies on the host between two steps."""
+    """The arrays that lie on the host between two steps."""
     return [x for x in jax.tree.leaves(arguments.carry.opt_state) if host.waits(x)]
 
 

@@ -160,7 +160,7 @@ def _lines(plan: Plan) -> list[str]:
 
 
 def _times(plan: Plan) -> list[str]:
-    """What the roofline says, a line for each of its four times."""
+    """Lines of the roofline's four times."""
     best, speed = plan.roofline, DEVICES[plan.device].speed
     if best is None or speed is None:
         return []

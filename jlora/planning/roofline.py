@@ -10,7 +10,7 @@ from jlora.planning.fabric import Fabric
 
 
 class Work(NamedTuple):
-    """What a device does in a step: FLOPs of products, bytes moved in its memory, collectives."""
+    """Work of a device in a step: FLOPs of products, bytes moved in its memory, collectives."""
 
     flops: float
     moved: int
