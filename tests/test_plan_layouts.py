@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import jlora.planning.layouts as layouts_module
 from jlora.cli import workload
 from jlora.planning import DEVICES, Layouts, Roofline, layouts, planned
 from jlora.planning.devices import Speed
@@ -66,6 +67,12 @@ def test_a_layout_that_cannot_be_is_a_row_with_its_reason(tmp_path: Path):
     told = json.loads(json.dumps(found.as_dict()))
     assert told["recommended"] == {"fsdp": 4, "tp": 2} and told["layouts"][3]["reason"] == REASONS[3][1]
     assert told["layouts"][2]["plan"]["compiled_in"] > 0 and told["layouts"][0]["plan"] is None
+
+
+def test_heads_are_those_of_queries_and_of_keys():
+    called: list[Any] = []
+    trial = layouts_module._trial({"fsdp": 16, "tp": 16}, (64, 8), called.append)  # Llama 2 70B
+    assert (trial.reason, called) == ("tp=16 does not divide 8 heads", [])
 
 
 @pytest.mark.loose_promotion
