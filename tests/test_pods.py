@@ -69,13 +69,18 @@ def test_lines_and_plot(tmp_path):
         "1.00", "0.50", "1.00", "0.10", "compute",
     ]  # fmt: skip
     assert other[:5] == ["v5e-16", "gpt3-175b", FULL, "9", "none"]
+    assert pods.layouts_of(found)[1:] == [
+        ["64xh100", "gpt3-175b", "LoRA r=4", "fsdp 64", "**20.0**", "30.0", "3.0", "1.00", "compute"],
+        ["v5e-16", "gpt3-175b", FULL, "fsdp 16", "does not divide", "", "", "", ""],
+    ]
     for n in (8, 16):
         for method, mesh, wire in ((FULL, {"fsdp": n}, 40), ("LoRA", {"fsdp": n}, 30)):
             found[key(Case("llama-2-70b", method, f"{n}xh100"), mesh)] = plan(mesh, wire=wire * GB)
+    found[key(Case("llama-2-70b", FULL, "8xh100"), {"fsdp": 8})] = {"reason": "too large", "fits": False}
     copies = {"data": 2, "fsdp": 8}
     found[key(Case("llama-2-70b", "LoRA", "16xh100"), copies)] = plan(copies, wire=28 * GB, dcn=GB)
     assert pods.scaled(found)[1:] == [
-        ["8", "40.0", "3.0", "30.0", "3.0", "0.75", "30.0", "3.0"],
+        ["8", "", "", "30.0", "3.0", "", "30.0", "3.0"],
         ["16", "40.0", "3.0", "30.0", "3.0", "0.75", "28.0", "1.0"],
     ]
     pods.draw(tmp_path / "pods.png", found)

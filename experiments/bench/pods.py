@@ -213,6 +213,36 @@ def _cells(plan: Mapping[str, Any] | None) -> list[str]:
     ]  # fmt: skip
 
 
+def layouts_of(found: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each layout of each step: what it takes and receives, or why it cannot be."""
+    header = [
+        "devices",
+        "model",
+        "method",
+        "layout",
+        "peak, GB",
+        "received, GB",
+        "of it DCN",
+        "s at best",
+        "limited by",
+    ]
+    rows = []
+    for case in (Case(m, how, device) for device in DEVICES for m in MODELS for how in METHODS[m]):
+        for mesh in case.meshes():
+            if plan := found.get(key(case, mesh)):
+                rows.append([case.device, case.model, case.method, words(mesh), *_short(plan)])
+    return [header, *rows]
+
+
+def _short(plan: Mapping[str, Any]) -> list[str]:
+    if "reason" in plan:
+        why = "too large" if "alone are" in plan["reason"] else "does not divide"
+        return [why, "", "", "", ""]
+    best = plan["roofline"] or {"seconds": math.nan, "limiting": "refused"}
+    peak = f"**{gigabytes(whole(plan))}**" if plan["fits"] else gigabytes(whole(plan))
+    return [peak, gigabytes(plan["wire"]), gigabytes(plan["dcn"]), f"{best['seconds']:.2f}", best["limiting"]]
+
+
 def scaled(found: Mapping[str, Any]) -> list[list[str]]:
     """GB that a device receives in a step, and of it from other nodes, by the number of H100."""
     header = [
@@ -229,9 +259,9 @@ def scaled(found: Mapping[str, Any]) -> list[list[str]]:
     for n in NUMBERS:
         line = Line(found, n)
         full, sharded, copies = line.of(FULL, False), line.of("LoRA", False), line.of("LoRA", n > 8)
-        if full and sharded and copies:
-            share = f"{sharded['wire'] / full['wire']:.2f}"
-            of = lambda plan: [gigabytes(plan["wire"]), gigabytes(plan["dcn"])]
+        if sharded and copies:
+            of = lambda plan: ["", ""] if plan is None else [gigabytes(plan["wire"]), gigabytes(plan["dcn"])]
+            share = f"{sharded['wire'] / full['wire']:.2f}" if full else ""
             rows.append([str(n), *of(full), *of(sharded), share, *of(copies)])
     return [header, *rows]
 
@@ -243,9 +273,10 @@ class Line(NamedTuple):
     many: int
 
     def of(self, method: str, copies: bool) -> dict[str, Any] | None:
-        """The plan of a method, fully sharded or with copies in each node."""
+        """The plan of a method, fully sharded or with copies in each node; None where it does not fit."""
         mesh = {"data": self.many // 8, "fsdp": 8} if copies else {"fsdp": self.many}
-        return self.found.get(key(Case("llama-2-70b", method, f"{self.many}xh100"), mesh))
+        found = self.found.get(key(Case("llama-2-70b", method, f"{self.many}xh100"), mesh))
+        return None if found is None or "reason" in found else found
 
 
 def gigabytes(count: float) -> str:
@@ -289,10 +320,10 @@ def _draw_scaling(axes: Any, found: Mapping[str, Any]) -> None:
             )
     axes.set_xticks([math.log2(n) for n in NUMBERS], [str(n) for n in NUMBERS])
     axes.set_xlabel("H100; Llama 2 70B, a sequence of 2,048 to each")
-    axes.set_ylabel("GB a device receives in a step; dashed: from other nodes")
+    axes.set_ylabel("GB received in a step; dashed: from other nodes")
     axes.set_title("Traffic")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="center right")
+    axes.legend(loc="center right", bbox_to_anchor=(1.0, 0.33))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -312,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [case for case in cases if not options.methods or case.method in options.methods]
     wanted = [(case, mesh) for case in cases for mesh in case.meshes()[: options.meshes]]
     fill(found, [*wanted, *(scaling() if options.scaling else [])], lambda found: write_json(file, found))
-    lines = [*markdown_table(table(found)), "", *markdown_table(scaled(found))]
+    lines = [*markdown_table(table(found)), "", *markdown_table(scaled(found)), "", *markdown_table(layouts_of(found))]
     write_text(options.folder / "results.md", "\n".join(lines) + "\n")
     draw(options.folder / "pods.png", found)
     print("\n".join(lines))
