@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
+from jlora.models import losses
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.losses import cross_entropy, head_cross_entropy
+from jlora.planning.collectives import collectives
 from tests.test_stored import Codes, codes
+from tests.test_traffic import equations
 
 ROWS, LENGTH, WIDTH, IDS = 3, 11, 8, 37
 
@@ -269,3 +273,23 @@ def test_an_id_that_is_masked_out_by_minus_infinity_is_no_label() -> None:
     kept = np.delete(np.arange(12), 5)
     expected = head_cross_entropy(h, kernel[:, kept], jnp.where(labels > 5, labels - 1, labels))
     np.testing.assert_allclose(head_cross_entropy(h, kernel, labels, bias=bias), expected, rtol=1e-5)
+
+
+def test_on_a_mesh_a_chunk_is_that_of_one_device_and_the_kernel_is_gathered_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four chunks of a row a device; eight times as many where the rows of all devices were counted together."""
+    rows, length, width, vocabulary = 8, 16, 32, 64
+    monkeypatch.setattr(losses, "BUDGET", 4 * vocabulary * (length // 4))
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    lying = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    h = jax.ShapeDtypeStruct((rows, length, width), jnp.float32, sharding=lying("fsdp"))
+    kernel = jax.ShapeDtypeStruct((width, vocabulary), jnp.float32, sharding=lying("fsdp"))
+    labels = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=lying("fsdp"))
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(lambda h, kernel, labels: head_cross_entropy(h, kernel, labels).sum()))
+        traced = step.trace(h, kernel, labels)
+        gathers = collectives(traced.lower().compile().as_text(), 8)["all-gather"]
+    scans = [eqn.params["length"] for eqn in equations(traced.jaxpr.jaxpr) if eqn.primitive.name == "scan"]
+    assert scans == [4, 4]
+    assert gathers.bytes <= 2 * 4 * width * vocabulary + 64  # forward and backward, not in each of four chunks

@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "many": ({"mesh": {"x": 64}}, ValueError, "a plan for 64 CPU devices, and this process has 8: start it with XLA"),
     "divides": (
         {"mesh": {"x": 3}, "rule": lambda path, x: P("x") if path == "base/up" else None}, ValueError,
-        r"base/up has shape \(16, 32\), and its axis 0 of 16 is not a multiple of 3, the devices of x: leave",
+        r"'base/up' has shape \(16, 32\), and its axis 0 of 16 is not a multiple of 3, the devices of x: the nearest that fits is 2$",
     ),
     "axis": (
         {"mesh": {"x": 2}, "rule": lambda path, x: P("y")}, ValueError, r"base/\w+: .* names 'y', and the mesh has 'x'",

@@ -26,7 +26,7 @@ def test_json_and_the_table():
 def test_a_collective_in_json():
     found = planned.dataclasses.replace(plain(), collectives={"all-gather": Collective(2, 2048, 1024)})
     assert json.loads(json.dumps(found.as_dict()))["collectives"] == {
-        "all-gather": {"count": 2, "bytes": 2048, "wire": 1024}
+        "all-gather": {"count": 2, "bytes": 2048, "wire": 1024, "dcn": 0}
     }
     assert "  all-gather               2 KiB  2 of them, 1 KiB received" in str(found).splitlines()
 

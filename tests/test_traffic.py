@@ -56,8 +56,8 @@ def main() -> None:
     from jlora.planning import planned
 
     texts = []
-    count = planned.collectives
-    planned.collectives = lambda text, many: (texts.append(text), count(text, many))[1]
+    read = planned.read
+    planned.read = lambda text: (texts.append(text), read(text))[1]
     found = {}
     for name, mesh in MESHES.items():
         for method in ("lora", "full"):

@@ -9,8 +9,13 @@ from rich.console import Console
 
 from jlora.cli import show, workload
 from jlora.cli.options import Json
+from jlora.planning.compiled import folder
+from jlora.planning.devices import find
+from jlora.planning.layouts import Layouts, layouts
 from jlora.planning.planned import plan as planned
 from jlora.planning.report import Plan
+from jlora.planning.targets import count_of
+from jlora.sharding import MODELS
 
 
 def plan(
@@ -39,13 +44,23 @@ def plan(
         str | None, typer.Option("--optimizer-memory", help="Where the optimizer's state waits: device, pinned_host.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, h100, a6000, v5e, v5e-16, 8xh100, ...")] = "v5e",
-    mesh: Annotated[str | None, typer.Option("--mesh", help="Axes of the devices: fsdp=8,tp=2.")] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            "--mesh", help="Axes of several devices: fsdp=8,tp=2. Default: some are tried, one is recommended."
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", metavar="FOLDER|off", help="Of compiled programs. Default ~/.cache/jlora/plans."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compiles a training step on shapes, for a device that need not be there, and says what it takes and if it fits.
+    """Compiles a training step on shapes, for devices that need not be there, and says what it takes and if it fits.
 
-    Real devices need their compilers: "jlora[plan]" has that of TPUs, "jlora[plan-gpu]" that of NVIDIA's GPUs; --device
-    cpu needs neither.
+    Of several devices (v5e-16, 8xh100) it tries some layouts, shows memory, traffic and least time of each, and
+    recommends one; --mesh plans that one alone. Real devices need their compilers: "jlora[plan]" has that of TPUs,
+    "jlora[plan-gpu]" that of NVIDIA's GPUs; --device cpu needs neither.
     """
     axes = _mesh(mesh)
     jax.config.update("jax_platforms", "cpu")  # nothing is run, and a GPU that is here is left alone
@@ -66,9 +81,13 @@ def plan(
             what, method or "lora(16)", batch or "1x512", targets=targets, dtype=dtype or "bfloat16",
             accumulate=accumulate or 1, remat=remat, quantised=quantize, memory_kind=optimizer_memory,
         )  # fmt: skip
-    found = planned(
-        step.loss, step.adapted, step.tx, step.batch, axes, device, memory_kind=step.memory_kind, **step.options
-    )
+    options = {"memory_kind": step.memory_kind, "cache": _folder(cache, device), **step.options}
+    found: Plan | Layouts
+    if axes is None and _several(device):
+        found = layouts(step.loss, step.adapted, step.tx, step.batch, device, heads=step.heads, **options)
+    else:
+        rule = MODELS if axes else None
+        found = planned(step.loss, step.adapted, step.tx, step.batch, axes, device, rule=rule, **options)
     shapes = {name: list(x.shape) for name, x in step.batch.items()}
     report = {
         "command": "plan",
@@ -80,10 +99,22 @@ def plan(
     show.show(report, as_json, lambda console: _text(console, step, found))
 
 
-def _text(console: Console, step: workload.Workload, found: Plan) -> None:
+def _text(console: Console, step: workload.Workload, found: Plan | Layouts) -> None:
     rows = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in step.batch.items())
     console.print(f"{step.name}, {step.method!r}, {rows}", markup=False)
     console.print(str(found), markup=False)
+
+
+def _folder(cache: str | None, device: str) -> Path | None:
+    """Where programs are kept: those of a CPU, which takes a moment to make one, only where it is said."""
+    if cache is None:
+        return None if find(device).device.compiler == "cpu" else folder()
+    return None if cache == "off" else Path(cache)
+
+
+def _several(device: str) -> bool:
+    wanted = find(device)
+    return (count_of(wanted.topology, wanted.device) if wanted.topology else wanted.number or 1) > 1
 
 
 def _mesh(text: str | None) -> dict[str, int] | None:

@@ -37,6 +37,7 @@ class Workload:
       batch: shapes.
       options: of the train step.
       memory_kind: where the optimizer's state waits between two steps.
+      heads: numbers of heads, of queries and of keys, that tensor parallelism has to divide.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Workload:
     batch: dict[str, jax.ShapeDtypeStruct]
     options: dict[str, Any] = field(default_factory=dict)
     memory_kind: str | None = None
+    heads: tuple[int, ...] = ()
 
 
 def of_model(
@@ -100,7 +102,7 @@ def of_model(
     hold = lambda params, places: params if quantised is None else quantize(params, quantised, sites=places)
     adapted = _adapted(loss, params, data, hold=hold, method=made, targets=targets or None)
     options = {"accumulate": accumulate} if accumulate > 1 else {}
-    return Workload(name, made, loss, adapted, optax.adamw(RATE), data, options, memory_kind)
+    return Workload(name, made, loss, adapted, optax.adamw(RATE), data, options, memory_kind, heads_of(module))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -111,6 +113,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def params_shapes(module: Any, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     """The shapes of a model's parameters."""
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+def heads_of(module: Any) -> tuple[int, ...]:
+    """The numbers of a model's heads: of queries, and of keys where those are others."""
+    found = (getattr(module.config, name, None) for name in ("heads", "key_heads"))
+    return tuple(n for n in found if isinstance(n, int))
 
 
 def _adapted(
@@ -195,7 +203,7 @@ def of_config(
     options = {"pass_key": True, "accumulate": accumulate or train.accumulate}
     return Workload(
         experiment.name if callable(experiment.base) else name, chosen.method, loss, adapted, tx, batch, options,
-        train.memory_kind if memory_kind is None else memory_kind,
+        train.memory_kind if memory_kind is None else memory_kind, heads_of(module),
     )  # fmt: skip
 
 

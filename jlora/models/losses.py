@@ -42,8 +42,8 @@ def head_cross_entropy(
       labels: ids, (..., length), integers in [0, vocabulary).
       bias: (vocabulary,), or None.
       smoothing: the part of the probability that is spread over all ids, in [0, 1].
-      chunk: positions of a row at a time. None: as many as keep the float32 logits of a chunk below 128 MiB, and at
-        least one.
+      chunk: positions of a row at a time. None: as many as keep the float32 logits of a chunk below 128 MiB on each
+        device, and at least one.
 
     Returns:
       Nats, (..., length), float32.
@@ -60,14 +60,15 @@ def head_cross_entropy(
       2.3026
     """
     _check(h, kernel, labels, bias, smoothing, chunk)
-    length, apart = labels.shape[-1], placed.parts(h, -2)
+    length, apart = labels.shape[-1], placed.pieces(h, h.ndim - 2)
     if apart > 1:  # tokens over several devices: in chunks of each device's own
         cut_up = lambda x: x.reshape(*labels.shape[:-1], apart, length // apart, *x.shape[labels.ndim :])
         own = None if chunk is None else max(1, chunk // apart)
         losses = head_cross_entropy(cut_up(h), kernel, cut_up(labels), bias=bias, smoothing=smoothing, chunk=own)
         return losses.reshape(labels.shape)
-    rows = math.prod(labels.shape[:-1])
-    chunk = chunk or max(1, BUDGET // max(1, 4 * rows * kernel.shape[1]))
+    kernel = placed.clear(kernel, h)  # gathered once, and not for each chunk
+    rows = math.prod(labels.shape[:-1]) // placed.pieces(h, *range(h.ndim - 2))  # of one device, and so its logits
+    chunk = chunk or max(1, BUDGET * placed.pieces(kernel, 1) // max(1, 4 * rows * kernel.shape[1]))
     parts = -(-length // chunk) if length else 1
     size = -(-length // parts)  # the last chunk is filled up, with fewer than `parts` positions
 

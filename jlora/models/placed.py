@@ -63,6 +63,12 @@ def clear(x: jax.Array, rows: jax.Array) -> jax.Array:
     return _placed(x, tuple(_without(part, _spec(rows)[:-1]) for part in _spec(x)))
 
 
+def pieces(x: jax.Array, *axes: int) -> int:
+    """Over how many devices these axes of an array are split, all together: 1 where no type says it."""
+    mesh = explicit_mesh(x)
+    return 1 if mesh is None else math.prod(mesh.shape[name] for axis in axes for name in _names(_spec(x)[axis]))
+
+
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x @ kernel`, (..., inputs) by (inputs, outputs)."""
     if not split(x, kernel):
@@ -99,12 +105,6 @@ def taken(x: jax.Array, indices: jax.Array, axis: int, mode: str | None = None) 
         return jnp.take_along_axis(x, indices, axis=axis, mode=mode)
 
     return on_auto_axes(take, _spec(x))(x, indices) if split(x) else take(x, indices)
-
-
-def parts(x: jax.Array, axis: int) -> int:
-    """In how many parts an axis of an array lies, by its type."""
-    mesh = explicit_mesh(x)
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in _names(_spec(x)[axis]))
 
 
 def rows_of(x: jax.Array) -> Spec:

@@ -1,4 +1,4 @@
-"""Devices by the names that people give them: their memory, and the compiler that a plan for them asks."""
+"""Devices by the names that people give them: their memory and speeds, and the compiler that a plan for them asks."""
 
 import difflib
 import re
@@ -6,6 +6,29 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 GIB = 2**30
+
+
+class Speed(NamedTuple):
+    """Speeds of a device at best; of a chip that JAX shows as two devices, half of it.
+
+    Attributes:
+      flops: of products in bfloat16, FLOP/s, without sparsity.
+      memory: of its own memory (HBM), bytes/s, read and written together.
+      link: to devices of its node or slice, bytes/s one way: of a GPU over NVLink in all, of a TPU over each link.
+      dcn: to other nodes or slices, bytes/s one way: its share of the host's network.
+      node: GPUs that NVLink joins; 0 for TPUs, whose slice is one network of links.
+      ring: an axis of a TPU's torus is closed to a ring where its size is a multiple of this.
+
+    Source: Google Cloud's pages on each TPU, NVIDIA's data sheets, and Austin et al., "How to Scale Your Model" (2025),
+    chapters 2 and 12.
+    """
+
+    flops: float
+    memory: float
+    link: float
+    dcn: float
+    node: int = 0
+    ring: int = 0
 
 
 @dataclass(frozen=True)
@@ -17,12 +40,14 @@ class Device:
       memory: bytes that a program may fill; 0 for "cpu", whose limit is this machine's memory.
       compiler: that makes its programs: "tpu" (libtpu), "cuda" (JAX's CUDA plugin) or "cpu".
       target: device that is compiled for: its own name, or the nearest one whose programs can be made.
+      speed: what it can do at best; None where that is not known here.
     """
 
     name: str
     memory: int
     compiler: Literal["cpu", "tpu", "cuda"]
     target: str
+    speed: Speed | None = None
 
 
 class Wanted(NamedTuple):
@@ -48,10 +73,24 @@ _NEAREST = {
     },
     "b200": {"gb200": 184.0, "rtx5090": 31.4, "rtx5080": 15.5, "rtx-pro-6000": 94.9, "b300": 267.0},
 }  # fmt: skip
+# For each device as JAX counts them. The network is 25 GB/s for the four chips of a v4's host, and so many Gb/s a chip:
+# 25 (v5e), 50 (v5p), 100 (v6e, 7x), 200 (A100) or 400 (other GPUs). A chip of the 7x is two devices, which share its
+# 2,307 TFLOP/s, 7,380 GB/s, links of 100 GB/s each way and 12.5 GB/s of network.
+_SPEEDS = {
+    "v4": Speed(275e12, 1228e9, 45e9, 6.25e9, ring=4),
+    "v5e": Speed(197e12, 819e9, 50e9, 3.125e9, ring=16),
+    "v5p": Speed(459e12, 2765e9, 100e9, 6.25e9, ring=4),
+    "v6e": Speed(918e12, 1638e9, 100e9, 12.5e9, ring=16),
+    "7x": Speed(1153.5e12, 3690e9, 50e9, 6.25e9, ring=4),
+    "a100": Speed(312e12, 2039e9, 300e9, 25e9, node=8),
+    "h100": Speed(989e12, 3352e9, 450e9, 50e9, node=8),
+    "h200": Speed(989e12, 4800e9, 450e9, 50e9, node=8),
+    "b200": Speed(2250e12, 7672e9, 900e9, 50e9, node=8),
+}
 DEVICES: dict[str, Device] = {
     "cpu": Device("cpu", 0, "cpu", "cpu"),
-    **{name: Device(name, int(size * GIB), "tpu", name) for name, size in _TPU.items()},
-    **{name: Device(name, size, "cuda", name) for name, size in _GPU.items()},
+    **{name: Device(name, int(size * GIB), "tpu", name, _SPEEDS[name]) for name, size in _TPU.items()},
+    **{name: Device(name, size, "cuda", name, _SPEEDS[name]) for name, size in _GPU.items()},
     **{
         name: Device(name, int(size * GIB), "cuda", target)
         for target, sizes in _NEAREST.items()

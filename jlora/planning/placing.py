@@ -14,7 +14,7 @@ from jlora.planning import targets
 from jlora.planning.devices import Wanted
 from jlora.quant.place import shardings_of
 from jlora.quant.quantised import Quantised
-from jlora.sharding import Layout, beside
+from jlora.sharding import Layout, beside, indivisible
 from jlora.transform.explicit import names_of
 
 PyTree = Any
@@ -167,10 +167,7 @@ def _check(path: str, x: Any, spec: PartitionSpec, mesh: Mesh) -> None:
                 raise ValueError(f"{path}: {spec} names {name!r}, and the mesh has {', '.join(map(repr, mesh.shape))}")
         parts = math.prod(mesh.shape[name] for name in names)
         if x.shape[axis] % parts:
-            raise ValueError(
-                f"{path} has shape {x.shape}, and its axis {axis} of {x.shape[axis]} is not a multiple of {parts}, the "
-                f"devices of {'x'.join(names)}: leave the axis whole, or split another one"
-            )
+            raise ValueError(indivisible(path, x.shape, axis, names, mesh))
 
 
 def bytes_of(trees: PyTree) -> int:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import os
-import re
+import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -15,11 +16,16 @@ from jlora.adapted.adapted import Adapted
 from jlora.arguments import Arguments
 from jlora.planning import devices, targets
 from jlora.planning.advice import Facts, advice
-from jlora.planning.collectives import Collective, collectives
+from jlora.planning.collectives import Collective, sent, summed
+from jlora.planning.compiled import Outcome, compiled
 from jlora.planning.devices import Device, Wanted
+from jlora.planning.fabric import fabric_of
 from jlora.planning.flops import flops, has
+from jlora.planning.hlo import read
+from jlora.planning.moved import moved
 from jlora.planning.placing import Axes, Rule, automatic, bytes_of, fully_sharded, is_placed, laid, placed, places
-from jlora.planning.report import Plan
+from jlora.planning.report import Plan, size
+from jlora.planning.roofline import Roofline, Work, roofline
 from jlora.sharding import Layout
 from jlora.state import TrainState
 from jlora.train import train_step
@@ -38,9 +44,13 @@ def plan(
     *,
     rule: Rule | Layout | None = None,
     memory_kind: str | None = None,
+    if_arguments_fit: bool = False,
+    cache: str | Path | None = None,
     **options: Any,
 ) -> Plan:
-    """The memory, FLOPs and traffic of a training step, before anything is allocated: does it fit, and what if not.
+    """The memory, FLOPs, traffic and least time of a training step, before anything is allocated.
+
+    Does it fit, and what if not; what limits its speed, of computing, memory and links (`Plan.roofline`).
 
     The step of `jlora.train_step(loss_fn, tx, **options)` is compiled on shapes, for the device itself by its own
     compiler, wherever this runs. `print(plan)` is a table, `plan.as_dict()` JSON.
@@ -66,6 +76,9 @@ def plan(
         along its largest axis, and the batch's rows.
       memory_kind: where the optimizer's arrays wait between two steps, as in `TrainState.create`: "pinned_host" is the
         host's memory. None: on the device, or where those of a `TrainState` are.
+      if_arguments_fit: compile nothing where the arguments alone are more than the device's memory: `Full` is raised.
+      cache: folder in which compiled programs are kept (their texts and sizes), so that the same plan with the same
+        versions compiles nothing again. None: nothing is kept.
       options: of `jlora.train_step`: `accumulate`, `has_aux`, `weighted`, `pass_key`, `nonfinite`, `donate`.
 
     Raises:
@@ -92,7 +105,7 @@ def plan(
     wanted = devices.find(device)
     used, notes = _compiled_for(wanted.device)
     place = places(Wanted(used, wanted.number, wanted.topology), mesh)
-    lying = rule, memory_kind
+    lying = _Lying(rule, memory_kind, if_arguments_fit, None if cache is None else Path(cache))
     make = lambda place: _planned(loss_fn, adapted, tx, batch, place, wanted.device, used, notes, lying, options)
     try:
         return make(place)
@@ -104,6 +117,13 @@ def plan(
         return make(automatic(place))
 
 
+class _Lying(NamedTuple):
+    rule: Rule | Layout | None
+    memory_kind: str | None
+    if_arguments_fit: bool
+    cache: Path | None
+
+
 def _planned(
     loss_fn: Callable[..., Any],
     adapted: Adapted | TrainState,
@@ -113,14 +133,18 @@ def _planned(
     asked: Device,
     used: Device,
     notes: list[str],
-    lying: tuple[Rule | Layout | None, str | None],
+    lying: _Lying,
     options: dict[str, Any],
 ) -> Plan:
     step = train_step(loss_fn, tx, **options)
-    state, batch = _placed(adapted, batch, step.tx, place, *lying)
+    state, batch = _placed(adapted, batch, step.tx, place, lying.rule, lying.memory_kind)
     arguments = step.arguments(state, batch)
+    if lying.if_arguments_fit:
+        _check_arguments(arguments, asked, place.size if isinstance(place, Mesh) else 1)
     traced = step.compiled(arguments).trace(*arguments)
-    made = _compile(traced, used)
+    began = time.monotonic()
+    made = compiled(traced, used, place, lying.cache)
+    seconds = time.monotonic() - began
     count = place.size if isinstance(place, Mesh) else 1
     found = _plan(asked, used, place, arguments, made, flops(traced.jaxpr) / count)
     if has(traced.jaxpr, "while"):
@@ -141,7 +165,28 @@ def _planned(
         dense=sum(bytes_of(x) // x.dtype.itemsize for x in matrices),
         dense_bytes=bytes_of(matrices),
     )
-    return dataclasses.replace(found, advice=advice(found, facts), notes=(*found.notes, *notes))
+    notes = [*found.notes, *notes]
+    return dataclasses.replace(found, advice=advice(found, facts), notes=tuple(notes), compiled_in=seconds)
+
+
+class Full(Exception):
+    """The arguments of a step alone do not fit."""
+
+
+def _check_arguments(arguments: Arguments, device: Device, many: int) -> None:
+    held = _held(arguments) - bytes_of(_waiting(arguments))
+    limit = device.memory or _memory_here() // many
+    if held > limit:
+        raise Full(f"weights, factors and optimizer state alone are {size(held)}, and the memory is {size(limit)}")
+
+
+def _held(arguments: Arguments) -> int:
+    return bytes_of((arguments.carry, arguments.kept, arguments.key, arguments.batch, arguments.loss))
+
+
+def _waiting(arguments: Arguments) -> list[Any]:
+    """The arrays that lie on the host between two steps."""
+    return [x for x in jax.tree.leaves(arguments.carry.opt_state) if host.waits(x)]
 
 
 def _compiled_for(device: Device) -> tuple[Device, list[str]]:
@@ -206,45 +251,7 @@ def _is_float(x: Any) -> bool:
     return bool(jax.numpy.issubdtype(x.dtype, jax.numpy.floating)) and x.dtype.itemsize > 1
 
 
-# -- compiling ---------------------------------------------------------------------------------------------------------
-
-
-class _Made:
-    """Outcome of a compilation: a program, or a compiler's refusal with the bytes that were needed."""
-
-    def __init__(self, compiled: Any, needed: int, said: list[str]) -> None:
-        self.compiled, self.needed, self.said = compiled, needed, said
-
-
-_TOO_LARGE = re.compile(r"Ran out of memory.*?\(?([\d.]+)([KMGT]?)\)? (?:exceeds|of)", re.DOTALL)
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def _compile(traced: Any, device: Device) -> _Made:
-    lowered = traced.lower()
-    needed, said = 0, []
-    compiled = None
-    try:
-        with targets.loading(device) as said:
-            try:
-                compiled = lowered.compile(targets.options_of(device))
-            except jax.errors.JaxRuntimeError as error:
-                found = _TOO_LARGE.search(str(error))
-                if not found:
-                    raise
-                needed = int(float(found[1]) * _UNITS[found[2]])
-    except jax.errors.JaxRuntimeError as error:
-        if "ptxas" in str(error):
-            raise ImportError(
-                'the compiler of GPUs found no ptxas: pip install "jlora[plan-gpu]", which has it'
-            ) from error
-        if "CustomSPMDPartitioning" in str(error):
-            raise RuntimeError(
-                "JAX found no CUDA at its start, and left out what cuDNN's attention over several devices takes to "
-                "compile: set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1, or JAX_PLATFORMS=cpu, before Python starts"
-            ) from error
-        raise
-    return _Made(compiled, needed, said)
+# -- the numbers -----------------------------------------------------------------------------------------------------
 
 
 def _plan(
@@ -252,36 +259,42 @@ def _plan(
     used: Device,
     place: Mesh | SingleDeviceSharding,
     arguments: Arguments,
-    made: _Made,
+    made: Outcome,
     counted: float,
 ) -> Plan:
     carry, kept = arguments.carry, arguments.kept
-    waiting = [x for x in jax.tree.leaves(carry.opt_state) if host.waits(x)]
-    whole = bytes_of((carry, kept, arguments.key, arguments.batch, arguments.loss))
+    waiting, whole = _waiting(arguments), _held(arguments)
     many = place.size if isinstance(place, Mesh) else 1
-    read, temporaries, peak, beside = whole, max(made.needed - whole, 0), made.needed, bytes_of(waiting)
-    sent: dict[str, Collective] = {}
-    notes = []
-    if made.compiled is None:
+    taken, temporaries, peak, beside = whole, max(made.needed - whole, 0), made.needed, bytes_of(waiting)
+    found: dict[str, Collective] = {}
+    best: Roofline | None = None
+    touched, notes = 0, []
+    if made.memory is None:
         notes = ["the compiler refused the program: the peak is what it says is needed, the temporaries are the rest"]
     else:
-        memory = made.compiled.memory_analysis()
-        read, temporaries, peak = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes
-        most = read + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        memory = made.memory
+        taken, temporaries = memory.arguments, memory.temporaries
+        most = taken + temporaries + memory.results - memory.aliased
         # XLA's figure leaves the temporaries out on the CPU, and counts what lies on the host on a GPU.
-        peak = most if used.compiler == "cpu" else min(peak, most)
-        beside = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+        peak = most if used.compiler == "cpu" else min(memory.peak, most)
+        beside = memory.host
         if used.compiler == "cpu" and waiting:  # it has one memory, and counts what waits among the arguments
             beside = bytes_of(waiting)
-            read -= beside
+            taken -= beside
             if device.compiler == "cpu":
                 notes = ["a CPU's memory is the host's: what waits there is in the peak, too"]
             else:
                 peak -= beside
-        sent = collectives(made.compiled.as_text(), many) if many > 1 else {}
+        program = read(made.text)
+        touched = moved(program)
+        messages = sent(program, many) if many > 1 else []
+        fabric = fabric_of(device, list(place.devices.flat)) if isinstance(place, Mesh) else None
+        found = summed(messages, fabric)
+        if device.speed is not None and used.compiler == device.compiler:
+            best = roofline(Work(counted, touched, messages), device.speed, fabric)
     if any("Involuntary full rematerialization" in line for line in made.said):
         notes = [*notes, "XLA copies a whole array to every device, for want of a better way between two shardings"]
-    unused = max(whole - read - beside, 0)
+    unused = max(whole - taken - beside, 0)
     return Plan(
         device=device.name,
         devices=many,
@@ -294,13 +307,15 @@ def _plan(
         optimizer_state=bytes_of(carry.opt_state) - bytes_of(waiting),
         optimizer_state_on_host=bytes_of(waiting),
         batch=bytes_of(arguments.batch),
-        arguments=read,
+        arguments=taken,
         temporaries=temporaries,
         peak=peak,
         unused=unused if unused > 1024 else 0,  # else the key, or the last loss
         host=beside,
         flops=counted,
-        collectives=sent,
+        collectives=found,
+        moved=touched,
+        roofline=best,
         notes=tuple(notes),
     )
 

@@ -2,17 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jlora.planning.collectives import Collective
+from jlora.planning.devices import DEVICES
+from jlora.planning.roofline import Roofline
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory, FLOPs and traffic of a training step, bytes per device.
+    """Memory, FLOPs, traffic and least time of a training step, bytes per device.
 
     Attributes:
       device: as it is called here.
@@ -36,9 +38,14 @@ class Plan:
         the peak of a CPU.
       flops: of one step, `jlora.planning.flops` divided by the devices.
       collectives: by kind.
+      moved: bytes that the program's kernels read and write in the device's memory, `jlora.planning.moved`; 0 where the
+        compiler refused the program.
+      roofline: seconds of computing, of moving and of sending, each at best; None where the device's speeds are not
+        known here, or the compiler refused the program.
       fits: whether `peak + unused` is at most `limit`.
       advice: sentences on what to change; empty where it fits.
       notes: sentences on how far the numbers can be trusted.
+      compiled_in: seconds that the compiler took, or the reading of what was kept (`cache=`).
     """
 
     device: str
@@ -59,18 +66,41 @@ class Plan:
     host: int
     flops: float
     collectives: Mapping[str, Collective]
+    moved: int = 0
+    roofline: Roofline | None = None
     advice: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    compiled_in: float = field(default=0.0, compare=False)
 
     @property
     def fits(self) -> bool:
         """Whether the device's memory is enough."""
         return self.peak + self.unused <= self.limit
 
+    @property
+    def wire(self) -> int:
+        """Bytes that a device receives in a step, of all collectives."""
+        return sum(one.wire for one in self.collectives.values())
+
+    @property
+    def dcn(self) -> int:
+        """Those of them that come from other nodes or slices."""
+        return sum(one.dcn for one in self.collectives.values())
+
     def as_dict(self) -> dict[str, Any]:
         """All of it in JSON's types."""
         lists = {"advice": list(self.advice), "notes": list(self.notes)}
-        return {**dataclasses.asdict(self), "mesh": dict(self.mesh), "fits": self.fits, **lists}
+        best = self.roofline
+        times = best and {**dataclasses.asdict(best), "seconds": best.seconds, "limiting": best.limiting}
+        return {
+            **dataclasses.asdict(self),
+            "mesh": dict(self.mesh),
+            "wire": self.wire,
+            "dcn": self.dcn,
+            "roofline": times,
+            "fits": self.fits,
+            **lists,
+        }
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -92,6 +122,18 @@ def size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
+def duration(seconds: float) -> str:
+    """A time, in a unit of its size.
+
+    >>> duration(0), duration(2.5e-6), duration(0.0314), duration(12.3)
+    ('0 s', '2.5 us', '31.4 ms', '12.3 s')
+    """
+    for unit, one in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= one:
+            return f"{seconds / one:.3g} {unit}"
+    return f"{seconds / 1e-6:.2g} us" if seconds else "0 s"
+
+
 def _lines(plan: Plan) -> list[str]:
     many = f"{plan.devices} devices" if plan.devices > 1 else "one device"
     mesh = "".join(f", {name}={n}" for name, n in plan.mesh.items())
@@ -107,9 +149,38 @@ def _lines(plan: Plan) -> list[str]:
     found.append(f"  {'FLOPs':<18} {plan.flops:>11.3e}")
     found += [
         f"  {kind:<18} {size(one.bytes):>11}  {one.count} of them, {size(one.wire)} received"
+        + (f", {size(one.dcn)} of it from {_others(plan)}" if one.dcn else "")
         for kind, one in plan.collectives.items()
     ]
+    found += _times(plan)
     found.append(
         "It fits." if plan.fits else f"It does not fit: {size(plan.peak + plan.unused - plan.limit)} too much."
     )
     return [*found, *(f"- {sentence}" for sentence in plan.advice), *(f"Note: {note}" for note in plan.notes)]
+
+
+def _times(plan: Plan) -> list[str]:
+    """Lines of the roofline's four times."""
+    best, speed = plan.roofline, DEVICES[plan.device].speed
+    if best is None or speed is None:
+        return []
+    link = "NVLink" if speed.node else "ICI"
+    near = plan.wire - plan.dcn
+    rows = [("compute", best.compute, f"{plan.flops:.3e} FLOPs at {speed.flops / 1e12:g} TFLOP/s")]
+    rows += [("memory", best.memory, f"{size(plan.moved)} moved at {speed.memory / 1e9:g} GB/s")]
+    if plan.collectives:
+        rows += [
+            (
+                "ici",
+                best.ici,
+                f"{size(near)} received over {link}, {speed.link / 1e9:g} GB/s" + " a link" * (not speed.node),
+            )
+        ]
+        rows += [("dcn", best.dcn, f"{size(plan.dcn)} received from {_others(plan)}, {speed.dcn / 1e9:g} GB/s")]
+    found = [f"  {name:<18} {duration(seconds):>11}  {what}" for name, seconds, what in rows]
+    return [*found, f"A step takes {duration(best.seconds)} at best, limited by {best.limiting}."]
+
+
+def _others(plan: Plan) -> str:
+    speed = DEVICES[plan.device].speed
+    return "other nodes" if speed and speed.node else "other slices"
