@@ -1,6 +1,5 @@
 """The devices of a run and its processes, as far as one process shows them; batches read ahead; a SIGTERM held back."""
 
-import os
 import re
 import signal
 import threading
@@ -187,14 +186,9 @@ def test_a_position_comes_back_as_it_was():
 def test_a_sigterm_is_held_back_while_a_step_runs():
     with preemptible():
         with held_back(), held_back():
-            os.kill(os.getpid(), signal.SIGTERM)
-            for _ in range(100):
-                if has_come():
-                    break
-                time.sleep(0.01)
+            signal.raise_signal(signal.SIGTERM)
             assert has_come() and hosts.is_told_to_stop()
     with preemptible():
         assert not has_come()
         with pytest.raises(Preempted):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
+            signal.raise_signal(signal.SIGTERM)

@@ -38,11 +38,16 @@ def check_alike(folder: Path, other: Path, tolerance: float) -> None:
         np.testing.assert_allclose(found[name], value, rtol=0, atol=10 * tolerance)
 
 
+def saving(folder: Path) -> tuple[str, str]:
+    """Overrides: files of other programs, beside the run."""
+    return f"save.merged={folder.parent / 'merged'}", f"save.adapter={folder.parent / 'adapter'}"
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """A run of one process on one device."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    started = Started(folder, 1)
+    started = Started(folder, 1, *saving(folder))
     assert started.codes() == [0], started.said(0)
     return folder
 
@@ -51,7 +56,7 @@ def one(tmp_path_factory) -> Path:
 def two(tmp_path_factory) -> tuple[Path, Started]:
     """The same of two processes, one device each."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    started = Started(folder, 2)
+    started = Started(folder, 2, *saving(folder))
     assert started.codes() == [0, 0], started.said(0) + started.said(1)
     return folder, started
 
@@ -67,6 +72,15 @@ def test_two_processes_have_the_numbers_of_one_and_give_one_report(one, two):
     assert events.stat().st_size > 0
     assert {path.name for path in folder.iterdir()} >= {"results.json", "results.md", "experiment.json"}
     assert not (folder / "lora" / "seed_0" / "training").exists()
+
+
+def test_what_other_programs_read_is_gathered_and_written_once(one, two):
+    for kind, file in (("merged", "model.safetensors"), ("adapter", "adapter_model.safetensors")):
+        here, there = (load_file(folder.parent / kind / file) for folder in (two[0], one))
+        assert here.keys() == there.keys() and len(here) >= 8
+        for name, value in there.items():
+            np.testing.assert_allclose(here[name], value, rtol=0, atol=1e-4)
+    assert [line.split()[0] for line in two[1].lines[0] if str(two[0].parent) in line][-2:] == ["merged", "adapter"]
 
 
 def test_sigterm_to_one_of_two_keeps_the_state_of_both_and_one_goes_on(one, tmp_path):
