@@ -205,8 +205,8 @@ def _check_devices(experiment: Experiment, opened: Opened) -> None:
             f"that its rows are dealt out to (mesh: {here}): take a multiple of "
             f"{here.parts * experiment.train.accumulate}, or more devices along tp"
         )
-    if hosts.several() and opened.pictures is not None:
-        raise ConfigError("a task that draws pictures runs in one process; mesh=data=-1 uses all devices of it")
+    if here.mesh is not None and opened.pictures is not None:
+        raise ConfigError("a task that draws pictures runs on one device: leave mesh out, and start one process")
 
 
 def _micro(experiment: Experiment) -> str:

@@ -4,6 +4,7 @@ import re
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from experiments import devices, hosts
+from experiments import devices, hosts, train
 from experiments.ahead import Ahead
 from experiments.configfile import ConfigError
 from experiments.data.batches import Batches
 from experiments.launch.exits import Preempted, has_come, held_back, preemptible
 from experiments.loop import _Position
 from jlora.models.gpt2 import GPT2, GPT2Config
+from tests import pod
 
 # -- devices -----------------------------------------------------------------------------------------------------------
 
@@ -87,6 +89,24 @@ def test_accelerators_that_are_left_idle_are_spoken_of(monkeypatch):
     assert devices.unused() == "1 of 8: mesh=fsdp=-1 uses all of them"
     with devices.used(devices.of("fsdp=2")):
         assert devices.unused() == ""
+
+
+def test_a_batch_that_the_devices_do_not_divide(tmp_path, capsys):
+    code = train.main([pod.__file__, "--small", "--folder", str(tmp_path / "run"), "mesh=data=4,tp=2"])
+    assert (code, capsys.readouterr().err) == (
+        2,
+        "error: train.batch=4 in 2 micro-batches is not a multiple of 4, the devices that its rows are dealt out to "
+        "(mesh: 8 devices: data 4, tp 2): take a multiple of 8, or more devices along tp\n",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_are_drawn_on_one_device():
+    drawing, experiment = SimpleNamespace(pictures=print), pod.config()
+    train._check_devices(experiment, drawing)
+    error = "^a task that draws pictures runs on one device: leave mesh out, and start one process$"
+    with devices.used(devices.of("data=2")), pytest.raises(ConfigError, match=error):
+        train._check_devices(experiment, drawing)
 
 
 def test_one_of_several_processes_reads_its_rows_alone(monkeypatch):
