@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jlora
-from jlora.models import losses
+from jlora.models import attention, losses
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.planning.collectives import collectives
@@ -142,3 +142,20 @@ def test_losses_of_tokens_on_several_devices(chunk):
     found = jax.jit(jax.value_and_grad(mean))(*on_mesh)
     chex.assert_trees_all_close(jax.device_get(found), expected, atol=1e-6)
     assert found[1].sharding.spec == PartitionSpec(("data",), ("sequence",), None)
+
+
+def test_flash_attention_wants_the_tokens_together(monkeypatch):
+    monkeypatch.setattr(attention, "_has_flash", lambda: True)  # as where CUDA's libraries are
+    mesh = mesh_of(AxisType.Explicit, data=2, sequence=2)
+    x = jax.ShapeDtypeStruct((4, 8, 2, 8), jnp.bfloat16, sharding=MODELS.rows(mesh))
+    attend = attention.DotProductAttention(implementation="cudnn")
+    error = (
+        "attention='cudnn' wants all tokens of a row on one device, and here they are split over 2: 'xla' and 'auto' take "
+        "the plain form"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(error)}"):
+        jax.jit(lambda x: attend.apply({}, x, x, x)).trace(x)
+    found = jax.jit(lambda x: attention.DotProductAttention().apply({}, x, x, x)).trace(x)
+    assert "cudnn" not in str(found.jaxpr) and found.jaxpr.out_avals[0].sharding.spec == PartitionSpec(
+        "data", "sequence", None, None
+    )
