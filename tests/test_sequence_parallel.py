@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jlora
-from jlora.models import losses
+from jlora.models import attention, losses
 from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.planning.collectives import collectives
@@ -88,19 +88,20 @@ def test_the_numbers_are_those_of_one_device(name):
     chex.assert_trees_all_close(factors, alone(model)[1], atol=3e-5)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_keys_and_values_are_gathered_and_no_weight(kind):
+def test_keys_and_values_are_gathered_and_no_weight():
     """Forward gathers K and V of each layer; backward sums their gradients, and those of the factors, in float32."""
-    step, state = step_of("gpt2", mesh=mesh_of(kind, data=2, sequence=2))
-    found = collectives(step.lower(state, BATCH).compile().as_text(), 4)
-    pair = 2 * 4 * (4 * 16 * 32)  # K and V of a layer: 4 rows of a device, 16 tokens, 32 features
-    times = 1 if kind is AxisType.Explicit else 2  # on Auto axes backward has only its own part of them any more
+    pair = 2 * 4 * (4 * 16 * 32)  # bytes of K and V of a layer: 4 rows of a device, 16 tokens, 32 features
     small = 2048  # ids, masks and losses
-    assert 2 * times * pair <= found["all-gather"].bytes <= 2 * times * pair + small
-    sums = 2 * pair + 2 * 4 * jlora.count(state.adapted).trainable  # XLA sums over tokens first, then over rows
-    assert sums <= found["all-reduce"].bytes <= sums + small
-    rest = sum(one.wire for kind, one in found.items() if kind not in ("all-gather", "all-reduce"))
-    assert rest <= small
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        step, state = step_of("gpt2", mesh=mesh_of(kind, data=2, sequence=2))
+        found = collectives(step.lower(state, BATCH).compile().as_text(), 4)
+        times = 1 if kind is AxisType.Explicit else 2  # on Auto axes backward has only its own part of them any more
+        assert 2 * times * pair <= found["all-gather"].bytes <= 2 * times * pair + small
+        sums = 2 * pair + 2 * 4 * jlora.count(state.adapted).trainable  # XLA sums over tokens first, then over rows
+        assert sums <= found["all-reduce"].bytes <= sums + small
+        assert sum(one.wire for name, one in found.items() if name not in ("all-gather", "all-reduce")) <= small
+        _, metrics = step(state, BATCH)
+        np.testing.assert_allclose(metrics["loss"], alone("gpt2")[0][0], rtol=1e-5)
 
 
 def test_each_array_of_a_batch_lies_by_its_own_axes():
@@ -141,3 +142,20 @@ def test_losses_of_tokens_on_several_devices(chunk):
     found = jax.jit(jax.value_and_grad(mean))(*on_mesh)
     chex.assert_trees_all_close(jax.device_get(found), expected, atol=1e-6)
     assert found[1].sharding.spec == PartitionSpec(("data",), ("sequence",), None)
+
+
+def test_flash_attention_wants_the_tokens_together(monkeypatch):
+    monkeypatch.setattr(attention, "_has_flash", lambda: True)  # as where CUDA's libraries are
+    mesh = mesh_of(AxisType.Explicit, data=2, sequence=2)
+    x = jax.ShapeDtypeStruct((4, 8, 2, 8), jnp.bfloat16, sharding=MODELS.rows(mesh))
+    attend = attention.DotProductAttention(implementation="cudnn")
+    error = (
+        "attention='cudnn' wants all tokens of a row on one device, and here they are split over 2: 'xla' and 'auto' take "
+        "the plain form"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(error)}"):
+        jax.jit(lambda x: attend.apply({}, x, x, x)).trace(x)
+    found = jax.jit(lambda x: attention.DotProductAttention().apply({}, x, x, x)).trace(x)
+    assert "cudnn" not in str(found.jaxpr) and found.jaxpr.out_avals[0].sharding.spec == PartitionSpec(
+        "data", "sequence", None, None
+    )

@@ -39,6 +39,11 @@ def loss(params, batch):
     return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits)[:, :-1] * hot, -1))
 
 
+def of_labels(params, batch):
+    """Where tokens are split over devices, labels come with them."""
+    return jnp.mean(MODEL.apply({"params": params}, batch["tokens"], labels=batch["labels"]))
+
+
 def shapes():
     return jax.eval_shape(MODEL.init, jax.random.key(0), TOKENS)["params"]
 
@@ -64,6 +69,10 @@ def main() -> None:
             plan = jlora.plan(loss, adapted(method), optax.adamw(1e-4), TOKENS, mesh, "16xh100", rule=MODELS)
             sums = re.findall(r"= \(*bf16\[4,2048,4096\].* all-reduce(?:-start)?\(.*/while/body/", texts[-1])
             found[f"{name}, {method}"] = plan.as_dict() | {"sums": len(sums)}
+    batch = {"tokens": TOKENS, "labels": TOKENS}
+    mesh = {"fsdp": 4, "sequence": 4}
+    plan = jlora.plan(of_labels, adapted("lora"), optax.adamw(1e-4), batch, mesh, "16xh100", rule=MODELS)
+    found["fsdp and sequence, lora"] = plan.as_dict()
     print("FOUND", json.dumps(found))
 
 
@@ -116,6 +125,16 @@ def test_tensor_parallel_adds_no_all_reduce_of_an_activation(plans):
     plan, full = plans["fsdp and tp, lora"], plans["fsdp and tp, full"]
     assert plan["sums"] == full["sums"] == 5  # two forward, one of remat, two backward
     assert received(plan) < received(full)
+
+
+def test_split_tokens_have_keys_and_values_gathered(plans):
+    """Forward and in remat; their gradients are summed, and those of the factors once, over rows and tokens."""
+    plan = plans["fsdp and sequence, lora"]
+    trainable, total = jlora.count(adapted("lora"))
+    pairs = 2 * 2 * 4 * 2048 * 4096 * 2  # bytes of K and V of both layers, for the rows of a device
+    assert sent(plan, "all-gather") <= 2 * 2 * (total - trainable) + 2 * pairs + SMALL
+    assert 4 * trainable <= sent(plan, "all-reduce") <= 4 * trainable + pairs + SMALL
+    assert sent(plan, "all-to-all") <= SMALL  # the embedding comes to the tokens
 
 
 def test_arguments_are_those_of_the_plan(plans):

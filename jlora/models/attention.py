@@ -26,7 +26,8 @@ class DotProductAttention(nn.Module):
       implementation: "cudnn" is flash attention, "xla" the plain form. "auto": flash attention in a program that is
         compiled for CUDA, whatever devices there are here, if the operands allow it and cuDNN is installed where it is
         compiled (JAX's CUDA wheels bring it); every other platform's program has the plain form alone. Where the GPUs
-        at hand are older than Ampere, the plain form, too.
+        at hand are older than Ampere, the plain form, too, and where the tokens of a row lie on several devices, as
+        the type of the query says on Explicit axes. On Auto axes nothing here knows that: say "xla".
       blocks: the plain form takes some queries at a time where there are many, see `attention_blocks`: not with a mask
         or a bias, nor of arrays that lie split over a mesh.
     """
@@ -78,7 +79,13 @@ class DotProductAttention(nn.Module):
         )
         more = [x for x in (mask, bias) if x is not None]
         flash = placed.lying_as(query, functools.partial(attend, implementation="cudnn"))
+        apart = placed.parts(query, 1) > 1
         if self.implementation == "cudnn":
+            if apart:
+                raise ValueError(
+                    "attention='cudnn' wants all tokens of a row on one device, and here they are split over "
+                    f"{placed.parts(query, 1)}: 'xla' and 'auto' take the plain form"
+                )
             return flash(query, key, value, *more)
         plain = functools.partial(attend, implementation="xla")
         size = attention_blocks.size_of(length, keys) if self.blocks and not (causal or more) else None
@@ -86,7 +93,7 @@ class DotProductAttention(nn.Module):
             plain = functools.partial(attention_blocks.attend, size=size, scale=self.scale)
         if self.implementation == "xla":
             return plain(query, key, value, *more)
-        if not (_fits_flash(query, keys, masked=bool(more)) and _has_flash()):
+        if apart or not (_fits_flash(query, keys, masked=bool(more)) and _has_flash()):
             return plain(query, key, value, *more)
         return jax.lax.platform_dependent(query, key, value, *more, cuda=flash, default=plain)
 
