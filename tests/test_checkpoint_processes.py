@@ -26,7 +26,7 @@ from jax.sharding import AxisType
 
 import jlora
 from experiments.launch.local import free_port
-from jlora.checkpoint import Checkpoints, adapter, fingerprint, run, seal, steps
+from jlora.checkpoint import Checkpoints, adapter, fingerprint, on_disk, seal, steps
 from jlora.checkpoint.lock import Lock
 from jlora.checkpoint.processes import of_first, together, whole
 from jlora.sharding import MODELS, put, put_rows, row_numbers
@@ -149,9 +149,9 @@ def wrong(folder: Path) -> dict:
         "in the way": raised(lambda: Checkpoints(folder / "file")),
         "in use": raised(lambda: Checkpoints(folder / "used")),
     }
-    run.PATIENCE = 0.0
+    on_disk.PATIENCE = 0.0
     found["own folders"] = raised(lambda: Checkpoints(folder / f"of {jax.process_index()}"))
-    run.PATIENCE = 60.0
+    on_disk.PATIENCE = 60.0
     with Checkpoints(folder / "one") as checkpoints:
         other = jax.tree.map(lambda x: x + 1, BASE)
         found["nothing there"] = raised(lambda: checkpoints.restore(state, 17))
