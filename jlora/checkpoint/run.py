@@ -1,4 +1,4 @@
-"""The state of a training run on disk, kept by Orbax: asynchronous, atomic, and without the base."""
+"""The state of a training run on disk, kept by Orbax, or in an object store: asynchronous, atomic, without the base."""
 
 import dataclasses
 import json
@@ -14,11 +14,13 @@ from jlora import host, tree
 from jlora.adapted.adapted import Adapted, to_arrays, with_arrays
 from jlora.checkpoint import agreement
 from jlora.checkpoint.adapter import describe, held_otherwise
+from jlora.checkpoint.in_store import InStore
 from jlora.checkpoint.kept import Kept
 from jlora.checkpoint.on_disk import OnDisk
 from jlora.checkpoint.place import folder_of
 from jlora.checkpoint.processes import are_several, of_first, together
 from jlora.checkpoint.resume import Plan, key_like, key_of, kind_of
+from jlora.checkpoint.store import Store, is_stored
 from jlora.methods.checks import check_rank
 from jlora.sharding import put_whole
 from jlora.state import TrainState
@@ -42,8 +44,9 @@ class Checkpoints:
     of a state that made no step, are the same in all of them.
 
     Args:
-      folder: a local one, or its `file://` URL; made if absent; nothing else may lie in it. Object stores (`gs://`,
-        `s3://`) are refused: there is no rename of a folder there, which makes a checkpoint whole, and no lock.
+      folder: a local one, or its `file://` URL; made if absent; nothing else may lie in it. Or an address in an object
+        store (`gs://`, `s3://`; `pip install "jlora[remote]"`), where the state is gathered and written by process 0
+        without Orbax, and nothing keeps two runs from the same folder.
       keep: how many of the newest are kept, at least 1; None for all. With one, there is none before it to go back to
         when it is damaged.
 
@@ -63,7 +66,9 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 2) -> None:
         kept = None if keep is None else check_rank(keep, "keep")
-        self._kept: Kept = OnDisk(folder_of(folder).absolute(), kept)
+        self._kept: Kept = (
+            InStore(Store(folder), kept) if is_stored(folder) else OnDisk(folder_of(folder).absolute(), kept)
+        )
         self._fingerprint: tuple[list[Any], str] | None = None
         self._closed = False
 
