@@ -26,7 +26,7 @@ from jax.sharding import AxisType
 
 import jlora
 from experiments.launch.local import free_port
-from jlora.checkpoint import Checkpoints, adapter, fingerprint, run, seal, steps
+from jlora.checkpoint import Checkpoints, adapter, fingerprint, on_disk, seal, steps
 from jlora.checkpoint.lock import Lock
 from jlora.checkpoint.processes import of_first, together, whole
 from jlora.sharding import MODELS, put, put_rows, row_numbers
@@ -149,9 +149,9 @@ def wrong(folder: Path) -> dict:
         "in the way": raised(lambda: Checkpoints(folder / "file")),
         "in use": raised(lambda: Checkpoints(folder / "used")),
     }
-    run.PATIENCE = 0.0
+    on_disk.PATIENCE = 0.0
     found["own folders"] = raised(lambda: Checkpoints(folder / f"of {jax.process_index()}"))
-    run.PATIENCE = 60.0
+    on_disk.PATIENCE = 60.0
     with Checkpoints(folder / "one") as checkpoints:
         other = jax.tree.map(lambda x: x + 1, BASE)
         found["nothing there"] = raised(lambda: checkpoints.restore(state, 17))
@@ -197,6 +197,35 @@ def full(folder: Path) -> dict:
     return found | {"steps": steps.found(folder / "full")}
 
 
+def stored(folder: Path) -> dict:
+    """An object store that all processes see, as files of a folder."""
+    mesh = mesh_of(tp=2, fsdp=2)
+    state = after(start(mesh), mesh)
+
+    def deny(self, path, *rest):
+        raise PermissionError("403")
+
+    with pytest.MonkeyPatch.context() as patch:
+        files = fsspec.filesystem("file", auto_mkdir=True)
+        patch.setattr("fsspec.core.url_to_fs", lambda address: (files, str(folder / address.partition("://")[2])))
+        jlora.save("gs://bucket/adapter", state.adapted)
+        loaded = jlora.load("gs://bucket/adapter", state.adapted.base)
+        found = {"adapter": digest(dataclasses.replace(state, adapted=loaded)) == digest(state)}
+        with Checkpoints("gs://bucket/run", keep=1) as checkpoints:
+            checkpoints.save(start(mesh), "start")
+            checkpoints.save(state, "on")
+            again, position = checkpoints.restore(start(mesh))
+            found |= {"restored": digest(again) == digest(state), "position": position}
+            found["placed"] = digest(checkpoints.restore(state)[0]) == digest(state)
+            with pytest.MonkeyPatch.context() as denied:
+                denied.setattr(type(files), "pipe_file", deny)
+                checkpoints.save(after(state, mesh))
+                found["denied"] = raised(checkpoints.wait).replace(str(folder), "")
+            found["latest"] = checkpoints.latest
+    found["objects"] = sorted(path.suffix for path in (folder / "bucket").glob("*/*"))
+    return found | {"digest": digest(state)}
+
+
 def agreed(folder: Path) -> dict:
     process = jax.process_index()
 
@@ -217,7 +246,7 @@ def agreed(folder: Path) -> dict:
     return found | {"odd": raised(local).rpartition(": ")[2], "first": raised(lambda: of_first(lambda: 1 // process))}
 
 
-CHECKS = {check.__name__: check for check in (agreed, restored, saved, wrong, full)}
+CHECKS = {check.__name__: check for check in (agreed, restored, saved, wrong, full, stored)}
 
 
 def main(process: int, processes: int, port: int, folder: str) -> None:
@@ -336,6 +365,13 @@ def check(folder: Path, processes: int) -> None:
         "in the end": True,
         "steps": [1, 3],
     }
+    found = first["stored"]
+    words = r"OSError: 'gs://bucket/run/state-\w+.bin' cannot be written: PermissionError: 403"
+    assert re.fullmatch(words, found["denied"])
+    assert found == {
+        "adapter": True, "restored": True, "placed": True, "position": "on", "latest": 1, "denied": found["denied"],
+        "objects": [".bin", ".json", ".json", ".safetensors"], "digest": found["digest"],
+    }  # fmt: skip
     for second in others:  # the same errors in all, but for the one whose disk was full
         own = {"part": whole_disk} if second is others[0] else {}
         assert second == first | {"full": first["full"] | own}

@@ -1,4 +1,4 @@
-"""Adapters in object stores, here that of fsspec's which lies in memory: the old one or the new one is read, whole."""
+"""Adapters and checkpoints in object stores, here in fsspec's that lies in memory: each is there whole or not at all."""
 
 import json
 import re
@@ -7,9 +7,11 @@ import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jlora
+from jlora.checkpoint import Checkpoints, DamagedCheckpoint
 from jlora.checkpoint import store as stores
 from jlora.checkpoint.store import Store, is_stored
 
@@ -173,7 +175,8 @@ def test_a_package_that_is_missing(monkeypatch, address, package):
     error = (
         f"'{address}' lies in an object store, for which jlora needs the package {package}: pip install 'jlora[remote]'"
     )
-    for act in (lambda: jlora.save(address, adapted()), lambda: jlora.load(address, PARAMS)):
+    acts = lambda: jlora.save(address, adapted()), lambda: jlora.load(address, PARAMS), lambda: Checkpoints(address)
+    for act in acts:
         with pytest.raises(ImportError, match=f"^{re.escape(error)}$"):
             act()
 
@@ -182,3 +185,117 @@ def test_which_addresses_are_those_of_stores():
     assert all(map(is_stored, ["gs://b/a", "GS://b", "gcs://b/a", "s3://b/a", "s3a://b", "memory://b"]))
     assert not any(map(is_stored, ["gs:/b", "gs://", "runs/gs://b", "hf://o/n", "http://b", "/a", "", None, 3]))
     assert set(stores._PACKAGES) == {"gs", "gcs", "s3", "s3a", "memory"}
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+STEP = jlora.train_step(
+    lambda params, x: jnp.mean((x @ params["kernel"] - 1) ** 2), optax.adam(0.1, mu_dtype=jnp.bfloat16)
+)
+
+
+def start(params=PARAMS, rank: int = 1) -> jlora.TrainState:
+    return jlora.TrainState.create(jlora.apply(params, rank=rank, key=0), STEP.tx, key=5)
+
+
+def after(state: jlora.TrainState, steps: int) -> jlora.TrainState:
+    """With copies of what a step donates."""
+    state = jax.tree.map(lambda x: x, state.__class__(**vars(state)))
+    for _ in range(steps):
+        arrays, rest = jax.tree.flatten(state)
+        state, _ = STEP(jax.tree.unflatten(rest, [jnp.copy(x) for x in arrays]), jnp.ones((2, 4)))
+    return state
+
+
+def bits(state: jlora.TrainState) -> list[bytes]:
+    """All that a checkpoint holds."""
+    parts = (
+        state.adapted.factors,
+        state.opt_state,
+        state.step,
+        jax.random.key_data(state.key),
+        state.loss,
+        state.skipped,
+    )
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(parts)]
+
+
+@pytest.mark.loose_promotion  # of Optax
+def test_a_run_goes_on_from_a_store(memory):
+    one, two, three = (after(start(), steps) for steps in (1, 2, 3))
+    with Checkpoints("memory://bucket/run", keep=2) as checkpoints:
+        assert checkpoints.latest is None
+        with pytest.raises(FileNotFoundError, match="^no checkpoint in 'memory://bucket/run'$"):
+            checkpoints.restore(start())
+        for state in (one, two, three):
+            checkpoints.save(state, {"row": int(state.step)})
+        checkpoints.wait()
+        assert [name for name in names(memory) if name.endswith(".json")] == ["2.json", "3.json"]
+        assert len(names(memory)) == 4
+        restored, position = checkpoints.restore(two)
+        assert (bits(restored), position, checkpoints.latest) == (bits(three), {"row": 3}, 3)
+        with pytest.raises(ValueError, match="^'memory://bucket/run' holds a checkpoint of step 3 already$"):
+            checkpoints.save(three)
+    with Checkpoints("memory://bucket/run") as checkpoints:
+        restored, _ = checkpoints.restore(start(), 2)
+        assert bits(restored) == bits(two)
+        assert bits(after(checkpoints.restore(start())[0], 1)) == bits(after(three, 1))
+        with pytest.raises(ValueError, match="^the checkpoint in 'memory://bucket/run' belongs to another base: its "):
+            checkpoints.restore(start({"kernel": jnp.zeros((4, 3))}))
+        with pytest.raises(ValueError, match="^the checkpoint in 'memory://bucket/run' belongs to another adapter: "):
+            checkpoints.restore(start(rank=2))
+
+
+@pytest.mark.loose_promotion
+@pytest.mark.parametrize(
+    ("which", "content", "wrong"),
+    [
+        (".bin", None, "'FILE' is missing"),
+        (".bin", b"", r"'FILE' has 0 of \d+ bytes"),
+        (".bin", b"x" * 10**4, r"'memory://bucket/run/FILE' has more than \d+ bytes, and its record says at most \d+"),
+        (".bin", "turned", r"'FILE' has other bytes than were written \(sha256\)"),
+        (".json", b"{}", "'FILE' is not what was written"),
+        (".json", b"[1", "'FILE' is not what was written"),
+    ],
+)
+def test_a_damaged_checkpoint_in_a_store(memory, which, content, wrong):
+    one, two = after(start(), 1), after(start(), 2)
+    with Checkpoints("memory://bucket/run") as checkpoints:
+        checkpoints.save(one)
+        checkpoints.wait()
+        before = {*memory.find("/bucket")}
+        checkpoints.save(two)
+        checkpoints.wait()
+        (spoilt,) = (path for path in {*memory.find("/bucket")} - before if path.endswith(which))
+        if content == "turned":
+            content = memory.cat_file(spoilt)[::-1]
+        memory.rm_file(spoilt) if content is None else memory.pipe_file(spoilt, content)
+        error = f"the checkpoint of step 2 in 'memory://bucket/run' is damaged: {wrong}; restore(state, step=1) takes the one before it"
+        error = error.replace("FILE", spoilt.rpartition("/")[2]).replace("(state, step=1)", r"\(state, step=1\)")
+        with pytest.raises(DamagedCheckpoint, match=f"^{error}$"):
+            checkpoints.restore(one)
+        state, _ = checkpoints.restore(one, 1)
+        checkpoints.save(after(state, 1), "in its place")
+        assert (bits(checkpoints.restore(one)[0]), checkpoints.restore(one)[1]) == (bits(two), "in its place")
+
+
+@pytest.mark.loose_promotion
+@pytest.mark.parametrize("fails", [".bin", ".json"])
+def test_a_checkpoint_that_the_store_does_not_take(memory, monkeypatch, fails):
+    one, two = after(start(), 1), after(start(), 2)
+    put = type(memory).pipe_file
+    with Checkpoints("memory://bucket/run", keep=1) as checkpoints:
+        checkpoints.save(one)
+        checkpoints.wait()
+        fail = lambda self, path, *rest: _forbidden() if path.endswith(fails) else put(self, path, *rest)
+        monkeypatch.setattr(type(memory), "pipe_file", fail)
+        checkpoints.save(two)
+        with pytest.raises(
+            OSError, match=rf"^'memory://bucket/run/\S+{fails}' cannot be written: PermissionError: 403$"
+        ):
+            checkpoints.wait()
+        assert checkpoints.latest == 1  # and nothing of it was deleted
+        assert bits(checkpoints.restore(two)[0]) == bits(one)
+        monkeypatch.undo()
+        checkpoints.save(two)
+        assert bits(checkpoints.restore(one)[0]) == bits(two)

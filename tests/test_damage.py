@@ -108,7 +108,7 @@ def test_every_file_of_a_checkpoint_is_watched(written, caplog):
                 seen += 1
                 shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
                 file.write_bytes(content)
-        checkpoints._damaged.clear()
+        checkpoints._kept.damaged.clear()
         assert int(checkpoints.restore(state())[0].step) == 12  # all is as it was
     names = {file.relative_to(written / "12").parts[0] for file in files(written / "12")}
     assert seen > 100 and names == {"_CHECKPOINT_METADATA", "seal.json", "state", "record"}

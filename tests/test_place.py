@@ -83,8 +83,8 @@ def test_adapters_at_addresses(tmp_path, monkeypatch):
             jlora.save(address, adapted)
         with pytest.raises(ValueError, match="is no local folder"):
             jlora.load(address, params)
-    with pytest.raises(ValueError, match="^'gs://bucket/run' is no local folder: "):
-        jlora.checkpoint.Checkpoints("gs://bucket/run")
+    with pytest.raises(ValueError, match="^'gs:/bucket/run' is no local folder: "):
+        jlora.checkpoint.Checkpoints(Path("gs://bucket/run"))
     assert list(tmp_path.iterdir()) == []
     jlora.save((tmp_path / "an adapter").as_uri(), adapted)
     assert [path.name for path in tmp_path.iterdir()] == ["an adapter"]

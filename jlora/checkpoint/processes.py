@@ -64,7 +64,7 @@ def of_first(act: Callable[[], T]) -> T:
 def whole(x: Any) -> np.ndarray:
     """An array on the host, also one that is spread over several processes, all of which call this."""
     spread = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
-    return np.ascontiguousarray(multihost_utils.process_allgather(x, tiled=True) if spread else jax.device_get(x))
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True) if spread else jax.device_get(x), order="C")
 
 
 def everywhere() -> NamedSharding:

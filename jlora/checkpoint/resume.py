@@ -22,7 +22,7 @@ class DamagedCheckpoint(ValueError):
       before: the step of the newest one before it that is whole, for `restore(state, step=...)`; None if there is none.
     """
 
-    def __init__(self, folder: Path, step: int, wrong: str, before: int | None) -> None:
+    def __init__(self, folder: str | Path, step: int, wrong: str, before: int | None) -> None:
         self.step, self.before, self._made_of = step, before, (folder, step, wrong, before)
         way = "there is none before it that is whole"
         if before is not None:

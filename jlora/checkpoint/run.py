@@ -1,40 +1,31 @@
-"""The state of a training run on disk, kept by Orbax: asynchronous, atomic, and without the base."""
+"""The state of a training run on disk, kept by Orbax, or in an object store: asynchronous, atomic, without the base."""
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import logging
 import os
-import secrets
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora import host, tree
 from jlora.adapted.adapted import Adapted, to_arrays, with_arrays
-from jlora.checkpoint import agreement, lock, steps
+from jlora.checkpoint import agreement
 from jlora.checkpoint.adapter import describe, held_otherwise
-from jlora.checkpoint.meeting import Meeting
+from jlora.checkpoint.in_store import InStore
+from jlora.checkpoint.kept import Kept
+from jlora.checkpoint.on_disk import OnDisk
 from jlora.checkpoint.place import folder_of
-from jlora.checkpoint.processes import alone, are_several, as_one, of_first, together
-from jlora.checkpoint.resume import DamagedCheckpoint, Plan, key_like, key_of, kind_of
-from jlora.checkpoint.seal import SealedPath
+from jlora.checkpoint.processes import are_several, of_first, together
+from jlora.checkpoint.resume import Plan, key_like, key_of, kind_of
+from jlora.checkpoint.store import Store, is_stored
 from jlora.methods.checks import check_rank
 from jlora.sharding import put_whole
 from jlora.state import TrainState
 
 Position = Any
-
-PATIENCE = 60.0  # seconds until what one host wrote is seen by all: network file systems keep old listings for a while
-LIMIT = 600  # seconds that the processes wait for each other's part of a checkpoint
 
 
 class Checkpoints:
@@ -53,8 +44,9 @@ class Checkpoints:
     of a state that made no step, are the same in all of them.
 
     Args:
-      folder: a local one, or its `file://` URL; made if absent; nothing else may lie in it. Object stores (`gs://`,
-        `s3://`) are refused: there is no rename of a folder there, which makes a checkpoint whole, and no lock.
+      folder: a local one, or its `file://` URL; made if absent; nothing else may lie in it. Or an address in an object
+        store (`gs://`, `s3://`; `pip install "jlora[remote]"`), where the state is gathered and written by process 0
+        without Orbax, and nothing keeps two runs from the same folder.
       keep: how many of the newest are kept, at least 1; None for all. With one, there is none before it to go back to
         when it is damaged.
 
@@ -74,20 +66,10 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 2) -> None:
         kept = None if keep is None else check_rank(keep, "keep")
-        self._folder = folder_of(folder).absolute()
-        self._lock: lock.Lock | None = None
-        with together():  # of several processes the first one deletes and renames: the folder is theirs when it is its
-            self._lock = lock.Lock(self._folder) if jax.process_index() == 0 else None
-        try:
-            self._check_seen()
-            self._meeting = _meeting(self._folder)
-            with together(), _without_log(str(self._folder)):
-                self._manager = ocp.CheckpointManager(self._folder, options=_options(kept, self._meeting))
-        except BaseException:
-            self._unlock()
-            raise
+        self._kept: Kept = (
+            InStore(Store(folder), kept) if is_stored(folder) else OnDisk(folder_of(folder).absolute(), kept)
+        )
         self._fingerprint: tuple[list[Any], str] | None = None
-        self._damaged: set[int] = set()
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -97,12 +79,12 @@ class Checkpoints:
         if kind is None:
             self.close()
         else:  # of several processes perhaps this one alone is here: the others may be waiting for it elsewhere
-            self._close(self._manager.wait_until_finished)
+            self._close(self._kept.wait)
 
     @property
     def latest(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
-        return max(self._steps(), default=None)
+        return max(self._kept.steps(), default=None)
 
     def save(self, state: Any, position: Position = None) -> None:
         """Copies the state on its devices and writes the copy in the background: the next step may donate the state.
@@ -138,13 +120,12 @@ class Checkpoints:
                 "skipped": int(getattr(state, "skipped", 0)),
                 "sealed": True,
             }
-            arrays = jax.tree.map(lambda x: jnp.copy(as_one(x)), _arrays(state))
-        self._make_newest(step)
-        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
+        old = of_first(lambda: self._kept.replaced_by(step))
         with together():
-            if self._meeting is not None:
-                self._meeting.begin(step)
-            self._manager.save(step, args=items, force=True)
+            self._kept.delete(old)
+        self._kept.damaged.clear()
+        with together():
+            self._kept.write(step, _arrays(state), record)
 
     def restore(
         self,
@@ -182,15 +163,14 @@ class Checkpoints:
         _check_choice("optimizer", optimizer, ("all", "matching", "none"))
         _check_choice("hyperparams", hyperparams, ("state", "checkpoint"))
         self.wait()
-        step, record = of_first(lambda: self._found(step))
-        what = f"the checkpoint of step {step} in '{self._folder}'"
+        step, record = of_first(lambda: self._kept.found(step))
+        what = f"the checkpoint of step {step} in '{self._kept.name}'"
         with together():
             self._check_adapter(record["adapter"], state.adapted)
             plan = Plan.of(what, record["optimizer"], state.opt_state, optimizer)
             like = _like(state, plan, record)
         with together():
-            arrays = self._read(step, jax.tree.map(as_one, like))
-        arrays = jax.tree.map(alone, arrays, like)
+            arrays = self._kept.read(step, like)
         opt_state = host.known(plan.filled(state.opt_state, arrays["opt_state"], arrays["step"], hyperparams))
         key = key_of(what, arrays["key"], record.get("key"), state.key)
         rest = {name: value for name, value in arrays.items() if name not in ("factors", "opt_state", "key")}
@@ -207,10 +187,10 @@ class Checkpoints:
         """
         try:
             with together():
-                self._manager.wait_until_finished()
+                self._kept.wait()
         except Exception:
-            if are_several():  # those that did not fail take it for written
-                self._manager.reload()
+            if are_several():
+                self._kept.forget()
             raise
 
     def close(self) -> None:
@@ -221,42 +201,8 @@ class Checkpoints:
         self._closed = True
         try:
             wait()
-            self._manager.close()
         finally:
-            self._unlock()
-
-    def _check_seen(self) -> None:
-        """Raises ValueError where several processes do not see one and the same folder."""
-        if not are_several():
-            return
-        name, expected = of_first(self._marked)
-        mark, end = self._folder / name, time.monotonic() + PATIENCE
-        with together():
-            while not (mark.exists() and steps.found(self._folder) == expected):
-                if time.monotonic() > end:
-                    raise ValueError(
-                        f"'{self._folder}' is another folder in process {jax.process_index()} than in process 0: "
-                        "several processes keep their checkpoints in one that all of them see, such as a network's"
-                    )
-                time.sleep(0.2)
-        if jax.process_index() == 0:
-            mark.unlink(missing_ok=True)
-
-    def _marked(self) -> tuple[str, list[int]]:
-        """The name of a new file in the folder, and the checkpoints there."""
-        name = f".seen-{secrets.token_hex(8)}"
-        (self._folder / name).touch()
-        return name, steps.found(self._folder)
-
-    def _found(self, step: int | None) -> tuple[int, dict[str, Any]]:
-        """The newest checkpoint, or that of `step`, and its record. Its files are what was written."""
-        step = self.latest if step is None else step
-        if step is None or step not in self._steps():
-            raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in '{self._folder}'")
-        wrong = steps.damage(self._folder / str(step))
-        if wrong is not None:
-            raise self._damage(step, wrong)
-        return step, steps.record(self._folder / str(step))
+            self._kept.close()
 
     def _check_usable(self, state: Any) -> None:
         """Refuses all but a state, and one after `close`, which Orbax takes and writes nothing of."""
@@ -265,67 +211,7 @@ class Checkpoints:
                 f"a checkpoint holds a TrainState, got {type(state).__name__}; jlora.save writes an Adapted alone"
             )
         if self._closed:
-            raise ValueError(f"these Checkpoints of '{self._folder}' are closed: make others for the folder")
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-
-    def _steps(self) -> list[int]:
-        """Steps of the checkpoints, of those too that are being written or that Orbax no longer takes for one."""
-        return sorted({*self._manager.all_steps(), *steps.found(self._folder)})
-
-    def _make_newest(self, step: int) -> None:
-        """Deletes the damaged checkpoints that a new one of `step` takes the place of.
-
-        One that is whole and not older would be taken for the newest when the run goes on, though it is of another.
-        """
-        known, others = of_first(lambda: self._replaced_by(step))
-        with together():
-            for old in known:
-                self._manager.delete(old)
-            for old in others if jax.process_index() == 0 else ():
-                shutil.rmtree(self._folder / str(old))
-        self._damaged.clear()
-
-    def _replaced_by(self, step: int) -> tuple[list[int], list[int]]:
-        """The checkpoints that one of `step` takes the place of: those that Orbax counts, and others of jlora."""
-        later = [s for s in self._steps() if s >= step]
-        if later:
-            self._manager.wait_until_finished()
-            whole = [s for s in later if steps.damage(self._folder / str(s)) is None]
-            if step in whole:
-                raise ValueError(f"'{self._folder}' holds a checkpoint of step {step} already")
-            if whole:
-                raise ValueError(
-                    f"'{self._folder}' holds a checkpoint of step {whole[-1]}, which would still be the newest after "
-                    f"this one of step {step}: keep this run in another folder, or delete the later ones"
-                )
-        for taken in (self._folder / str(s) for s in sorted({step, *later})):
-            if os.path.lexists(taken) and not steps.is_own(taken):
-                raise ValueError(
-                    f"'{taken}' is no checkpoint of jlora, and has the name of one that is not older than this one of "
-                    f"step {step}: move it to another place, or keep this run in another folder"
-                )
-        old = sorted({*self._damaged, *later} & set(self._steps()))
-        known = [s for s in old if s in self._manager.all_steps()]
-        return known, [s for s in old if s not in known and steps.is_own(self._folder / str(s))]
-
-    def _damage(self, step: int, wrong: str) -> DamagedCheckpoint:
-        self._damaged.add(step)
-        earlier = (s for s in reversed(self._steps()) if s < step)
-        before = next((s for s in earlier if steps.damage(self._folder / str(s)) is None), None)
-        return DamagedCheckpoint(self._folder, step, wrong, before)
-
-    def _read(self, step: int, like: dict[str, Any]) -> Any:
-        """The arrays of a checkpoint. What has no seal may be damaged where `steps.damage` does not look."""
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
-        except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
-            line = next(iter(str(error).splitlines()), "") or type(error).__name__
-            if not steps.is_sealed(self._folder / str(step)):
-                raise self._damage(step, f"its state cannot be read: {line}") from error
-            raise ValueError(f"the checkpoint of step {step} in '{self._folder}' cannot be read: {line}") from error
+            raise ValueError(f"these Checkpoints of '{self._kept.name}' are closed: make others for the folder")
 
     def _describe(self, adapted: Adapted) -> dict[str, Any]:
         """`describe`, with the base read once as long as its leaves stay the same objects and the extras the same."""
@@ -338,55 +224,16 @@ class Checkpoints:
         here = _as_json(self._describe(adapted))
         if there["base"] != here["base"]:
             raise ValueError(
-                f"the checkpoint in '{self._folder}' belongs to another base: its fingerprint is {there['base']}, that "
-                f"of the state {here['base']}{held_otherwise(there, tree.leaves(adapted.base)[0])}"
+                f"the checkpoint in '{self._kept.name}' belongs to another base: its fingerprint is {there['base']}, "
+                f"that of the state {here['base']}{held_otherwise(there, tree.leaves(adapted.base)[0])}"
             )
         # The fingerprint is that of the values: a base that is held otherwise, with the same values, is the same.
         different = [name for name in here if name != "stored" and there.get(name) != here[name]]
         if different:
             raise ValueError(
-                f"the checkpoint in '{self._folder}' belongs to another adapter: {', '.join(different)} differ "
+                f"the checkpoint in '{self._kept.name}' belongs to another adapter: {', '.join(different)} differ "
                 f"({_json_difference(there, here)})"
             )
-
-
-def _meeting(folder: Path) -> Meeting | None:
-    if not are_several():
-        return None
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    return Meeting(name, folder, jax.process_index(), set(range(jax.process_count())))
-
-
-def _options(keep: int | None, meeting: Meeting | None) -> ocp.CheckpointManagerOptions:
-    """Orbax's options. Several processes meet through the coordinator, which knows time limits.
-
-    Their devices' collectives, which Orbax would take, know none.
-    """
-    several: dict[str, Any] = {}
-    if meeting is not None:
-        several["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
-            primary_host=0, active_processes=meeting.processes, barrier_sync_key_prefix=meeting.name
-        )
-    return ocp.CheckpointManagerOptions(
-        create=False,  # it is there: its lock is
-        max_to_keep=keep,
-        cleanup_tmp_directories=True,
-        temporary_path_class=SealedPath,
-        step_name_format=steps.Steps(),
-        async_options=ocp.options.AsyncOptions(timeout_secs=LIMIT, barrier_sync_fn=meeting),
-        **several,
-    )
-
-
-@contextlib.contextmanager
-def _without_log(folder: str) -> Iterator[None]:
-    """Orbax opens a folder with complaints about what is damaged in it, which `restore` says in one line."""
-    log, elsewhere = logging.getLogger("absl"), lambda record: folder not in record.getMessage()
-    log.addFilter(elsewhere)
-    try:
-        yield
-    finally:
-        log.removeFilter(elsewhere)
 
 
 def _arrays(state: Any) -> dict[str, Any]:

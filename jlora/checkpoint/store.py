@@ -1,4 +1,4 @@
-"""An adapter's folder in an object store, `gs://` or `s3://`, through fsspec.
+"""A folder in an object store, `gs://` or `s3://`, through fsspec, and how an adapter is put there.
 
 There is no rename there and no lock. What there is suffices: an object is put whole or not at all, and is seen by all
 from then on. The tensors are put first, under a name that no object has, and the JSON that names them last.
@@ -18,7 +18,7 @@ _ADDRESS = re.compile(rf"({'|'.join(_PACKAGES)})://.", re.IGNORECASE)
 
 
 def is_stored(path: object) -> bool:
-    """Whether an address names a folder in an object store that adapters are written to and read from."""
+    """Whether an address names a folder in an object store that jlora reads and writes."""
     return isinstance(path, str | os.PathLike) and bool(_ADDRESS.match(str(os.fspath(path))))
 
 
@@ -67,6 +67,36 @@ class Store:
             raise ValueError(f"'{self.file(name)}' has more than {limit} bytes, and {of} at most {limit}")
         return content
 
+    def put(self, name: str, content: bytes) -> None:
+        """Puts an object, in the place of one of that name.
+
+        Raises:
+          OSError: if the store does not take it.
+        """
+        try:
+            self._files.pipe_file(f"{self._root}/{name}", content)
+        except Exception as error:
+            raise OSError(f"'{self.file(name)}' cannot be written: {type(error).__name__}: {error}") from error
+
+    def delete(self, name: str) -> None:
+        """Deletes an object, if there is one and it may be deleted: who may write may still not be allowed to."""
+        with contextlib.suppress(Exception):
+            self._files.rm_file(f"{self._root}/{name}")
+
+    def names(self) -> list[str]:
+        """The names of the objects in the folder.
+
+        Raises:
+          OSError: if the store does not give them.
+        """
+        try:
+            self._files.invalidate_cache()
+            return [path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
+        except FileNotFoundError:
+            return []
+        except Exception as error:
+            raise OSError(f"'{self.address}' cannot be listed: {type(error).__name__}: {error}") from error
+
     def replace(self, content: bytes, text: Callable[[str], bytes], named: Callable[[], Any]) -> None:
         """Puts an adapter in the place of the one that is there, or of none.
 
@@ -94,8 +124,7 @@ class Store:
                 f"saving the adapter to '{self.address}': {type(error).__name__}: {error}; {self._kept(name, named)}"
             ) from error
         if before is not None:
-            with contextlib.suppress(Exception):  # who may write may still not be allowed to delete
-                self._files.rm_file(f"{self._root}/{before}")
+            self.delete(before)
 
     def _kept(self, name: str, named: Callable[[], Any]) -> str:
         """Content of the folder after a `replace` that failed, as far as it can be told."""
