@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-import jlora.planning.layouts as layouts_module
 from jlora.cli import workload
-from jlora.planning import DEVICES, Layouts, Roofline, layouts, planned
+from jlora.planning import DEVICES, Layouts, Roofline, layouts, planned, trials
 from jlora.planning.devices import Speed
-from jlora.planning.layouts import Trial, meshes
+from jlora.planning.trials import Trial, meshes
 from tests.test_plan import plain
 from tests.test_plan_command import command as command
 from tests.test_plan_command import gpt2
@@ -71,8 +70,8 @@ def test_a_layout_that_cannot_be_is_a_row_with_its_reason(tmp_path: Path):
 
 def test_heads_are_those_of_queries_and_of_keys():
     called: list[Any] = []
-    trial = layouts_module._trial({"fsdp": 16, "tp": 16}, (64, 8), called.append)  # Llama 2 70B
-    assert (trial.reason, called) == ("tp=16 does not divide 8 heads", [])
+    found = trials._trial({"fsdp": 16, "tp": 16}, (64, 8), called.append)  # Llama 2 70B
+    assert (found.reason, called) == ("tp=16 does not divide 8 heads", [])
 
 
 @pytest.mark.loose_promotion

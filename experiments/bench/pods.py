@@ -28,7 +28,7 @@ from experiments.report.tables import markdown_table
 from jlora.cli.workload import heads_of
 from jlora.models.sizes import model_of
 from jlora.planning import devices, layouts
-from jlora.planning.layouts import Trial, meshes
+from jlora.planning.trials import Trial, meshes
 
 TOKENS = 2048
 FULL = "full fine-tuning"

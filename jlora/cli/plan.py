@@ -11,10 +11,10 @@ from jlora.cli import show, workload
 from jlora.cli.options import Json
 from jlora.planning.compiled import folder
 from jlora.planning.devices import find
-from jlora.planning.layouts import Layouts, layouts
 from jlora.planning.planned import plan as planned
 from jlora.planning.report import Plan
 from jlora.planning.targets import count_of
+from jlora.planning.trials import Layouts, layouts
 from jlora.sharding import MODELS
 
 
