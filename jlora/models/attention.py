@@ -79,12 +79,12 @@ class DotProductAttention(nn.Module):
         )
         more = [x for x in (mask, bias) if x is not None]
         flash = placed.lying_as(query, functools.partial(attend, implementation="cudnn"))
-        apart = placed.parts(query, 1) > 1
+        apart = placed.pieces(query, 1) > 1
         if self.implementation == "cudnn":
             if apart:
                 raise ValueError(
                     "attention='cudnn' wants all tokens of a row on one device, and here they are split over "
-                    f"{placed.parts(query, 1)}: 'xla' and 'auto' take the plain form"
+                    f"{placed.pieces(query, 1)}: 'xla' and 'auto' take the plain form"
                 )
             return flash(query, key, value, *more)
         plain = functools.partial(attend, implementation="xla")
