@@ -18,7 +18,12 @@ PyTree = Any
 Structure = Any  # jax.tree_util.PyTreeDef, which type checkers take for a variable
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["adapted", "opt_state", "step", "key", "loss", "skipped"],
+    meta_fields=[],
+    drop_fields=["before"],
+)
 @dataclass(frozen=True)
 class TrainState:
     """All that a training run carries from step to step.
@@ -31,6 +36,8 @@ class TrainState:
       loss: loss of the last step, float32, (); 0 at the start. NaN also where that step's gradient was not finite. A
         step that was left out and gone on from (`train_step(nonfinite=)`) leaves it as it was.
       skipped: how many steps had a loss or a gradient that was not finite, int32, ().
+      before: loss of the step before that one, for `check(last=False)`; None where no step made this state. It is no
+        part of the tree: a state that is mapped, replaced or restored has none.
     """
 
     adapted: Adapted
@@ -39,6 +46,7 @@ class TrainState:
     key: jax.Array
     loss: jax.Array
     skipped: jax.Array = field(default_factory=lambda: jnp.zeros((), jnp.int32))
+    before: jax.Array | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def create(
@@ -111,13 +119,21 @@ class TrainState:
         key = jax.eval_shape(tree.as_key, key) if tree.is_abstract(key) else jax.eval_shape(lambda: tree.as_key(key))
         return cls(adapted, host.placed(opt_state, memory_kind), step, key, loss, skipped)
 
-    def check(self) -> None:
+    def after(self, earlier: "TrainState") -> Self:
+        """This state, which knows the loss of the state that the step was given."""
+        object.__setattr__(self, "before", earlier.loss)
+        return self
+
+    def check(self, *, last: bool = True) -> None:
         """Waits for the last step and raises FloatingPointError if its loss or its gradient was not finite.
 
-        A step checks the state that it is given, and so reports on the step before it; call this after the loop.
-        `train_step(..., nonfinite="skip")` leaves such a step out and goes on.
+        A step checks the state that it is given without its last step, so that the device has always one to do; call
+        this after the loop. `train_step(..., nonfinite="skip")` leaves such a step out and goes on.
+
+        Args:
+          last: wait for the last step. False: for the step before it alone.
         """
-        loss = float(jax.device_get(self.loss))
+        loss = float(jax.device_get(self.loss if last or self.before is None else self.before))
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss is {loss} at step {int(jax.device_get(self.step))} (nan also where the gradient alone is not "

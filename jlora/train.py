@@ -51,18 +51,19 @@ class Step:
           The new state (the given one is used up where buffers are donated) and the metrics: `loss`, `grad_norm`, aux.
 
         Raises:
-          FloatingPointError: if the step *before* this one had a non-finite loss or gradient. That update was left out,
-            and `state` is still whole. The look at the last loss comes after the batch was sent and just before the
-            next step is started, so that it costs no more than the start of one program.
+          FloatingPointError: if the last step but one had a non-finite loss or gradient; so the device always has a
+            step to do, and waits for nobody. That update was left out, and so was what the step after it came to: the
+            factors of `state` are those before it. `state.check()` looks at the last step, and waits for it.
           ValueError: if the batch does not divide, or if `state` was made for another optimizer.
         """
         _check_usable(state, batch)
         arguments = self.arguments(state, batch)
-        state.check()
+        state.check(last=False)
         carry, loss, metrics = self.compiled(arguments)(*arguments)
         frozen = arguments.skeleton.fill(arguments.kept)
         adapted = state.adapted.replace(base=frozen.base, buffers=frozen.buffers, factors=carry.factors)
-        return TrainState(adapted, carry.opt_state, carry.step, arguments.key, loss, carry.skipped), metrics
+        new = TrainState(adapted, carry.opt_state, carry.step, arguments.key, loss, carry.skipped)
+        return new.after(state), metrics
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
         """The program for these arguments, not run: `.compile()` has `cost_analysis()` and `memory_analysis()`.
@@ -92,8 +93,8 @@ def train_step(
 
     `loss_fn(params, batch)` is the loss of plain parameters: it is lifted here and differentiated with respect to the
     factors (and extras) alone, so that no gradient of the base is ever formed. A step whose loss or gradient is not
-    finite changes nothing but the counters and `state.loss`, and the next call, or `state.check()`, raises, unless
-    `nonfinite` says otherwise.
+    finite changes nothing but the counters and `state.loss`, the next one nothing at all, and `state.check()`, or the
+    call after that, raises, unless `nonfinite` says otherwise.
 
     Args:
       loss_fn: params, batch -> a real scalar, the mean over the batch's examples; with `weighted` a pair of it and its
@@ -126,7 +127,7 @@ def train_step(
         method's own dropout has a key of its own in any case.
       nonfinite: what a step does whose loss or gradient is not finite. "raise": as above. "skip": it is left out, and
         counted by `state.skipped`; training goes on. "optimizer": `tx` is given the gradient as it is, and its updates
-        and its new state are taken; only where the updates are not finite either, the next call raises. That is for
+        and its new state are taken; only where the updates are not finite either, a call raises. That is for
         transformations that deal with it, as a dynamic loss scale does, and the default where `tx` has one of Optax's:
         `apply_if_finite`, `zero_nans`, or `MultiSteps` with `should_skip_update_fn`.
       donate: reuse the buffers of the given state's factors and optimizer state; never those of the base. What is kept
@@ -232,16 +233,20 @@ def _program(
     )
     whole = jnp.isfinite(optax.tree.norm(updates)) if nonfinite == "optimizer" else finite
     new = (optax.apply_updates(carry.factors, updates), opt_state)
-    factors, opt_state = jax.tree.map(functools.partial(jax.lax.select, whole), new, (carry.factors, before_it))
+    # After a step that stops training the next one, which has been started by then, changes nothing at all.
+    going = jnp.isfinite(before) if nonfinite != "skip" else jnp.bool_(True)
+    taken = functools.partial(jax.lax.select, whole & going)
+    factors, opt_state = jax.tree.map(taken, new, (carry.factors, before_it))
     opt_state = host.put_back(opt_state, carry.opt_state)
-    skipped = carry.skipped + jnp.logical_not(finite).astype(jnp.int32)
+    skipped = carry.skipped + (going & jnp.logical_not(finite)).astype(jnp.int32)
     unusable = jnp.where(jnp.isfinite(loss.loss), jnp.float32(jnp.nan), loss.loss)
     if nonfinite != "raise":
         unusable = before if nonfinite == "skip" else jnp.where(whole, before, unusable)
         finite = finite & whole
     weight = {} if loss.weight is None else {"weight": loss.weight}
     metrics = {**weight, **loss.aux, "loss": loss.loss, "grad_norm": norm}
-    return Carry(factors, opt_state, carry.step + 1, skipped), jnp.where(finite, loss.loss, unusable), metrics
+    kept = jnp.where(going, jnp.where(finite, loss.loss, unusable), before)
+    return Carry(factors, opt_state, carry.step + going.astype(jnp.int32), skipped), kept, metrics
 
 
 def _deals_with_nonfinite(opt_state: PyTree) -> bool:

@@ -1,5 +1,6 @@
 """`train_step` and `TrainState`: the same numbers as a loop written by hand, under jit, pmap, micro-batches and meshes."""
 
+import dataclasses
 import functools
 import logging
 import re
@@ -517,6 +518,8 @@ def test_a_loss_that_is_not_finite_stops_training_and_says_where(options):
         "factors are those before it. Lower the learning rate, clip the gradient (optax.clip_by_global_norm), or look "
         "at this step's batch; jax.config.update('jax_debug_nans', True) names the operation."
     )
+    state, metrics = step(state, DATA)  # which is started before anyone has looked
+    assert np.isfinite(metrics["loss"]) and np.isnan(state.loss) and (int(state.step), int(state.skipped)) == (3, 1)
     for _ in range(2):  # it stays stopped, and the state stays whole
         with pytest.raises(FloatingPointError, match=f"^{re.escape(message)}$"):
             step(state, DATA)
@@ -541,6 +544,7 @@ def test_a_gradient_that_is_not_finite_stops_training_too():
     before = jax.device_get(state.adapted.factors)
     state, metrics = step(state, DATA)
     assert float(metrics["loss"]) == 0.0 and not np.isfinite(metrics["grad_norm"])
+    state, _ = step(state, DATA)
     with pytest.raises(FloatingPointError, match="^loss is nan at step 1 "):
         step(state, DATA)
     chex.assert_trees_all_equal(jax.device_get(state.adapted.factors), before)
@@ -718,15 +722,37 @@ def test_what_the_optimizer_lets_through_stops_training():
     step = train_step(loss_fn, optax.apply_if_finite(TX, 1))
     state = TrainState.create(adapt(), step.tx)
     before = jax.device_get(state.adapted.factors)
-    for _ in range(2):
-        state, _ = step(state, spoilt(np.nan))
+    for batch in (spoilt(np.nan), spoilt(np.nan), DATA):
+        state, _ = step(state, batch)
     with pytest.raises(FloatingPointError, match="^loss is nan at step 2 "):
         step(state, DATA)
     chex.assert_trees_all_equal(jax.device_get(state.adapted.factors), before)
     strict = train_step(loss_fn, optax.apply_if_finite(TX, 2), nonfinite="raise")
     state, _ = strict(TrainState.create(adapt(), strict.tx), spoilt(np.nan))
+    state, _ = strict(state, DATA)
     with pytest.raises(FloatingPointError, match="^loss is nan at step 1 "):
         strict(state, DATA)
+
+
+def test_a_step_is_started_before_the_one_before_it_is_looked_at():
+    """The last loss is not asked for: it may still be computed. A state that no step made is looked at itself."""
+    step = shared_step()
+    state, _, _ = train(step, TrainState.create(adapt(), step.tx), 2)
+
+    class Unread(float):
+        def __float__(self):
+            raise AssertionError("somebody waits for the last step")
+
+    waiting = dataclasses.replace(state, loss=jnp.float32(np.inf)).after(dataclasses.replace(state, loss=Unread()))
+    assert waiting.before is not None and jax.tree.structure(waiting) == jax.tree.structure(state)
+    with pytest.raises(AssertionError, match="^somebody waits"):
+        waiting.check(last=False)  # of the step before, and of no other
+    late = dataclasses.replace(state, loss=Unread()).after(state)
+    late.check(last=False)
+    with pytest.raises(AssertionError, match="^somebody waits"):
+        late.check()
+    for copy in (dataclasses.replace(late, loss=state.loss), jax.tree.map(lambda x: x, late)):
+        assert copy.before is None
 
 
 def test_a_dynamic_loss_scale_of_ones_own():

@@ -243,7 +243,7 @@ def _arrays(state: Any) -> dict[str, Any]:
         "opt_state": jax.tree.leaves(state.opt_state),
         "key": jax.random.key_data(state.key),
     }
-    names = [field.name for field in dataclasses.fields(state) if field.name != "adapted"]
+    names = [field.name for field in dataclasses.fields(state) if field.init and field.name != "adapted"]
     return {name: getattr(state, name) for name in names} | own
 
 
