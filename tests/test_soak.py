@@ -11,8 +11,6 @@ from tests.pod import Started
 from tests.pod import compiled as compiled
 from tests.test_train_processes import check_alike
 
-KILLS = 20
-
 
 def ended(started: Started, seconds: float) -> bool:
     """Whether all have ended by themselves within this time."""
@@ -24,19 +22,18 @@ def ended(started: Started, seconds: float) -> bool:
     return False
 
 
+STAND_IN = "tests/test_train_processes.py::test_sigterm_to_one_of_two_keeps_the_state_of_both_and_one_goes_on"
+
+
 @pytest.mark.parametrize(
-    "count",
+    ("count", "least"),
     [
-        pytest.param(
-            1,
-            marks=pytest.mark.thorough(
-                "tests/test_train_processes.py::test_sigterm_to_one_of_two_keeps_the_state_of_both_and_one_goes_on"
-            ),
-        ),
-        pytest.param(2, marks=pytest.mark.endless),
+        pytest.param(1, 4, marks=pytest.mark.thorough(STAND_IN)),
+        pytest.param(1, 20, marks=pytest.mark.endless),
+        pytest.param(2, 20, marks=pytest.mark.endless),
     ],
 )
-def test_twenty_kills_lose_nothing(tmp_path: Path, count: int):
+def test_kills_lose_nothing(tmp_path: Path, count: int, least: int):
     """Also while it loads, evaluates and writes. A run that comes to its end is compared, and another one begun."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
@@ -44,7 +41,7 @@ def test_twenty_kills_lose_nothing(tmp_path: Path, count: int):
     whole = Started(tmp_path / "whole", count)
     assert whole.codes() == [0] * count, whole.said(0)
     length, kills, run = time.monotonic() - began, 0, 0
-    while kills < KILLS:
+    while kills < least:
         started = Started(tmp_path / f"run_{run}", count)
         if not ended(started, chance.uniform(0.2, 1.2) * length):
             number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
