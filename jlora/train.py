@@ -245,8 +245,8 @@ def _program(
         finite = finite & whole
     weight = {} if loss.weight is None else {"weight": loss.weight}
     metrics = {**weight, **loss.aux, "loss": loss.loss, "grad_norm": norm}
-    kept = jnp.where(going, jnp.where(finite, loss.loss, unusable), before)
-    return Carry(factors, opt_state, carry.step + going.astype(jnp.int32), skipped), kept, metrics
+    remembered = jnp.where(going, jnp.where(finite, loss.loss, unusable), before)
+    return Carry(factors, opt_state, carry.step + going.astype(jnp.int32), skipped), remembered, metrics
 
 
 def _deals_with_nonfinite(opt_state: PyTree) -> bool:
