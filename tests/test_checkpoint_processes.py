@@ -126,7 +126,7 @@ def saved(folder: Path) -> dict:
     jlora.save("memory://adapter", state.adapted)  # whose memory is that of each process
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter, "_LOOKS", 2)
-        mine = folder / ("adapter" if jax.process_index() == 0 else "of another host")
+        mine = folder / ("of another host" if jax.process_index() == 1 else "adapter")
         unseen = raised(lambda: jlora.load(mine, state.adapted.base))
     return {
         "spread": any(spread),
@@ -150,7 +150,7 @@ def wrong(folder: Path) -> dict:
         "in use": raised(lambda: Checkpoints(folder / "used")),
     }
     on_disk.PATIENCE = 0.0
-    found["own folders"] = raised(lambda: Checkpoints(folder / f"of {jax.process_index()}"))
+    found["own folders"] = raised(lambda: Checkpoints(folder / f"of {int(jax.process_index() == 1)}"))
     on_disk.PATIENCE = 60.0
     with Checkpoints(folder / "one") as checkpoints:
         other = jax.tree.map(lambda x: x + 1, BASE)
