@@ -4,7 +4,6 @@ In one process all of it is plain: the process is the first, and nothing is sent
 """
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -74,18 +73,15 @@ def by_first_alone(call: Callable[[], Read]) -> Read | None:
     return found
 
 
-_ASKED = itertools.count()
-
-
-def is_told_to_stop() -> bool:
+def is_told_to_stop(step: int) -> bool:
     """Whether this run is to end now: SIGTERM has come to it, or to any of its processes.
 
-    Of several processes all have to ask, equally often: JAX's preemption service then gives them the same answer at the
-    same time, so that all of them have made the same steps.
+    Of several processes all have to ask, after every step, which has this number: JAX's preemption service then gives
+    them the same answer after the same step. Orbax asks it, too, at each save, by the same numbers.
     """
     if not several():
         return has_come()
-    return bool(multihost_utils.reached_preemption_sync_point(next(_ASKED)))
+    return bool(multihost_utils.reached_preemption_sync_point(step))
 
 
 def wait_for_all(where: str) -> None:

@@ -137,7 +137,7 @@ def _loop(
             for i in range(done, steps):
                 with held_back():
                     state = _stepped(trainer, state, batches, run, i == done, points, phase)
-                    if hosts.is_told_to_stop():
+                    if hosts.is_told_to_stop(i + 1):
                         checkpoints.save(state, run.as_json())
                         raise Preempted
                 if sheet_every and (i + 1) % sheet_every == 0:

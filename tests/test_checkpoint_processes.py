@@ -5,6 +5,7 @@ One pair of processes makes all checks, each in a row of `CHECKS`: to start them
 
 import dataclasses
 import faulthandler
+import functools
 import hashlib
 import json
 import os
@@ -95,18 +96,29 @@ def raised(act) -> str:
 # -- what each of the two processes does -------------------------------------------------------------------------------
 
 
+@functools.cache
+def over():
+    """The mesh of all checks, "tp" over the processes: each step and each start on another is compiled anew."""
+    return mesh_of(tp=2, fsdp=2)
+
+
+@functools.cache
+def trained(count):
+    return after(trained(count - 1), over()) if count else start(over())
+
+
 def restored(folder: Path) -> dict:
     """Onto the processes, from one; on, and on the disk again."""
-    mesh = mesh_of(tp=2, fsdp=2)  # "tp" over the processes
+    mesh = over()
     with Checkpoints(folder / "one") as checkpoints:
-        state, position = checkpoints.restore(start(mesh))  # whose arrays each process has for itself
+        state, position = checkpoints.restore(trained(0))  # whose arrays each process has for itself
         found = {"latest": checkpoints.latest, "position": position, "restored": digest(state)}
     found["kept"] = all(x.is_fully_addressable for x in jax.tree.leaves((state.adapted.factors, state.opt_state)))
     state = after(state, mesh)
     found |= {"specs": specs(state), "fingerprint": fingerprint(state.adapted.base), "trained": digest(state)}
     found["quantised"] = fingerprint(put(quantised(), MODELS.shardings(quantised(), mesh)))
     with Checkpoints(folder / "two") as checkpoints:
-        checkpoints.save(start(mesh_of(data=4)), "start")
+        checkpoints.save(trained(0), "start")
         checkpoints.save(state, "on")
         checkpoints.wait()
         again, _ = checkpoints.restore(state)
@@ -117,8 +129,7 @@ def restored(folder: Path) -> dict:
 
 
 def saved(folder: Path) -> dict:
-    mesh = mesh_of(tp=2, fsdp=2)
-    state = after(start(mesh), mesh)
+    state = trained(1)
     spread = [not x.is_fully_replicated for x in jax.tree.leaves(state.adapted.factors)]
     jlora.save(folder / "adapter", state.adapted)
     names = sorted(path.name for path in (folder / "adapter").iterdir())
@@ -126,13 +137,13 @@ def saved(folder: Path) -> dict:
     jlora.save("memory://adapter", state.adapted)  # whose memory is that of each process
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter, "_LOOKS", 2)
-        mine = folder / ("adapter" if jax.process_index() == 0 else "of another host")
+        mine = folder / ("of another host" if jax.process_index() == 1 else "adapter")
         unseen = raised(lambda: jlora.load(mine, state.adapted.base))
     return {
         "spread": any(spread),
         "names": names,
         "same": digest(state) == digest(dataclasses.replace(state, adapted=loaded)),
-        "trained": specs(after(jlora.TrainState.create(loaded, STEP.tx), mesh)) == specs(state),
+        "trained": specs(after(jlora.TrainState.create(loaded, STEP.tx), over())) == specs(state),
         "merged": [float(jnp.sum(x)) for x in jax.tree.leaves(jlora.merge(loaded))],
         "in the way": raised(lambda: jlora.save(folder / "file", state.adapted)),
         "elsewhere": raised(lambda: jlora.load(folder / "nothing", state.adapted.base)),
@@ -143,32 +154,35 @@ def saved(folder: Path) -> dict:
 
 
 def wrong(folder: Path) -> dict:
-    mesh = mesh_of(fsdp=4)
-    state = after(start(mesh), mesh)
+    state = trained(1)
     found = {
         "in the way": raised(lambda: Checkpoints(folder / "file")),
         "in use": raised(lambda: Checkpoints(folder / "used")),
     }
     on_disk.PATIENCE = 0.0
-    found["own folders"] = raised(lambda: Checkpoints(folder / f"of {jax.process_index()}"))
+    found["own folders"] = raised(lambda: Checkpoints(folder / f"of {int(jax.process_index() == 1)}"))
     on_disk.PATIENCE = 60.0
     with Checkpoints(folder / "one") as checkpoints:
         other = jax.tree.map(lambda x: x + 1, BASE)
         found["nothing there"] = raised(lambda: checkpoints.restore(state, 17))
-        found["there already"] = raised(lambda: checkpoints.save(after(start(mesh), mesh, 3)))
+        found["there already"] = raised(lambda: checkpoints.save(trained(3)))
         found["later ones"] = raised(lambda: checkpoints.save(state))
-        found["another base"] = raised(lambda: checkpoints.restore(start(mesh, other)))
-        found["another adapter"] = raised(lambda: checkpoints.restore(start(mesh, rank=3)))
+        found["another base"] = raised(lambda: checkpoints.restore(start(over(), other)))
+        found["another adapter"] = raised(lambda: checkpoints.restore(start(over(), rank=3)))
+        own = trained(4), trained(5)
+        found["another step"] = raised(lambda: checkpoints.save(own[jax.process_index() == 1]))
+        other = start(rank=2 + (jax.process_index() == 1))
+        other = dataclasses.replace(other, step=own[0].step)
+        found["own adapters"] = raised(lambda: checkpoints.save(other))
     with Checkpoints(folder / "damaged") as checkpoints:
-        found["damaged"] = raised(lambda: checkpoints.restore(start(mesh)))
-        checkpoints.save(after(state, mesh, 2), "in its place")
+        found["damaged"] = raised(lambda: checkpoints.restore(trained(0)))
+        checkpoints.save(trained(3), "in its place")
     return found
 
 
 def full(folder: Path) -> dict:
     """Disks that are full where a process writes its part, and where the first one makes a checkpoint of them."""
-    mesh, first = mesh_of(fsdp=4), jax.process_index() == 0
-    state, found, begin = after(start(mesh), mesh), {}, time.monotonic()
+    first, found, begin = jax.process_index() == 0, {}, time.monotonic()
 
     class Full:
         def result(self, timeout=None):
@@ -178,29 +192,28 @@ def full(folder: Path) -> dict:
         return [*await write(self, *args, **options), Full()]
 
     with Checkpoints(folder / "full") as checkpoints:
-        checkpoints.save(state)
+        checkpoints.save(trained(1))
         checkpoints.wait()
         with pytest.MonkeyPatch.context() as patch:
             if jax.process_index() == 1:
                 patch.setattr(ocp.StandardCheckpointHandler, "async_save", write)
-            checkpoints.save(after(state, mesh))
+            checkpoints.save(trained(2))
             found["part"] = raised(checkpoints.wait)
         found["left"] = checkpoints.latest
         with pytest.MonkeyPatch.context() as patch:
             if first:
                 patch.setattr(seal, "seal", lambda folder: Full().result())
-            checkpoints.save(after(state, mesh))
+            checkpoints.save(trained(2))
             found["whole"] = raised(checkpoints.wait)
         found["soon"] = time.monotonic() - begin < 60
-        checkpoints.save(after(state, mesh, 2))
-        found["in the end"] = digest(checkpoints.restore(start(mesh))[0]) == digest(after(state, mesh, 2))
+        checkpoints.save(trained(3))
+        found["in the end"] = digest(checkpoints.restore(trained(0))[0]) == digest(trained(3))
     return found | {"steps": steps.found(folder / "full")}
 
 
 def stored(folder: Path) -> dict:
     """An object store that all processes see, as files of a folder."""
-    mesh = mesh_of(tp=2, fsdp=2)
-    state = after(start(mesh), mesh)
+    state = trained(1)
 
     def deny(self, path, *rest):
         raise PermissionError("403")
@@ -212,14 +225,14 @@ def stored(folder: Path) -> dict:
         loaded = jlora.load("gs://bucket/adapter", state.adapted.base)
         found = {"adapter": digest(dataclasses.replace(state, adapted=loaded)) == digest(state)}
         with Checkpoints("gs://bucket/run", keep=1) as checkpoints:
-            checkpoints.save(start(mesh), "start")
+            checkpoints.save(trained(0), "start")
             checkpoints.save(state, "on")
-            again, position = checkpoints.restore(start(mesh))
+            again, position = checkpoints.restore(trained(0))
             found |= {"restored": digest(again) == digest(state), "position": position}
             found["placed"] = digest(checkpoints.restore(state)[0]) == digest(state)
             with pytest.MonkeyPatch.context() as denied:
                 denied.setattr(type(files), "pipe_file", deny)
-                checkpoints.save(after(state, mesh))
+                checkpoints.save(trained(2))
                 found["denied"] = raised(checkpoints.wait).replace(str(folder), "")
             found["latest"] = checkpoints.latest
     found["objects"] = sorted(path.suffix for path in (folder / "bucket").glob("*/*"))
@@ -349,6 +362,9 @@ def check(folder: Path, processes: int) -> None:
         "one of step 1: keep this run in another folder, or delete the later ones",
         "another base": f"ValueError: {at} base: its fingerprint is {fingerprint(BASE)}, that of the state {fingerprint(other)}",
         "another adapter": f"ValueError: {at} adapter: method, sites differ (method.rank is 2 in the checkpoint and 3 in the state)",
+        "another step": "ValueError: process 1 saves the state of step 5, and process 0 that of step 4: all save the same one",
+        "own adapters": "ValueError: process 1 trains another adapter than process 0, or another base: it was started with "
+        "another config, or another version of the code",
         "damaged": f"DamagedCheckpoint: the checkpoint of step 3 in '{folder}/damaged' is damaged: 'state/d/{spoilt.name}' has "
         f"1 of {size} bytes; there is none before it that is whole",
     }

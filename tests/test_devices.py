@@ -134,7 +134,7 @@ def test_one_of_several_processes_reads_its_rows_alone(monkeypatch):
 
 
 def test_one_process_is_the_first_and_asks_nobody():
-    assert hosts.is_first() and not hosts.several() and not hosts.is_told_to_stop()
+    assert hosts.is_first() and not hosts.several() and not hosts.is_told_to_stop(1)
     assert hosts.said_by_first({"a": (1,)}) == {"a": (1,)}  # as it is, and not as JSON has it
     assert hosts.by_first(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
@@ -207,7 +207,7 @@ def test_a_sigterm_is_held_back_while_a_step_runs():
     with preemptible():
         with held_back(), held_back():
             signal.raise_signal(signal.SIGTERM)
-            assert has_come() and hosts.is_told_to_stop()
+            assert has_come() and hosts.is_told_to_stop(1)
     with preemptible():
         assert not has_come()
         with pytest.raises(Preempted):

@@ -116,7 +116,7 @@ def _warn(folder: Path, reason: str) -> None:
     warnings.warn(
         f"'{folder}' cannot be locked ({reason}): see to it that nothing else writes there meanwhile",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,  # that of Checkpoints(...)
     )
 
 

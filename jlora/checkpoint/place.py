@@ -13,7 +13,7 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
 
     Other addresses (`gs://`, `s3://`, `hf://`, ...) are refused. What jlora promises of a folder (an adapter is
     replaced whole or not at all, also by two writers, and is on the disk when `save` returns) rests on renaming, fsync
-    and the ages of files, which object stores do not have.
+    and the ages of files, which object stores do not have. What lies there is `Store`'s.
 
     Args:
       path: "runs/a", a `pathlib.Path`, or "file:///data/a" (percent-encoded, as `Path.as_uri` writes it). A `Path` made

@@ -27,7 +27,8 @@ def are_several() -> bool:
 def together() -> Iterator[None]:
     """A block that every process runs. At its end they meet: what one of them raised in it, all raise.
 
-    A process with an error of its own raises that one; the others raise that of the first process that has one.
+    A process with an error of its own raises that one; the others raise that of the first process that has one. No
+    block lies within another: one that left both would miss the second meeting.
     """
     if not are_several():
         yield

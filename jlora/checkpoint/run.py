@@ -1,6 +1,7 @@
 """The state of a training run on disk, kept by Orbax, or in an object store: asynchronous, atomic, without the base."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -39,9 +40,9 @@ class Checkpoints:
 
     Several processes that train together each make one of the same folder, which all of them see, and call the same
     methods in the same order. Each writes the parts that lie on its devices; process 0 decides for all, and what one of
-    them raises all raise, within ten minutes where it fails in the background. A checkpoint is restored onto any number
-    of devices and processes and any layout, with the same numbers. Arrays that every process has for itself, as those
-    of a state that made no step, are the same in all of them.
+    them raises all raise: at once, and within ten minutes where it happens in the middle of Orbax's work. A checkpoint
+    is restored onto any number of devices and processes and any layout, with the same numbers. Arrays that every
+    process has for itself, as those of a state that made no step, are the same in all of them.
 
     Args:
       folder: a local one, or its `file://` URL; made if absent; nothing else may lie in it. Or an address in an object
@@ -99,8 +100,8 @@ class Checkpoints:
         Raises:
           FloatingPointError: if the state's last loss was not finite: it would never train again.
           ValueError: if there is a checkpoint of this step or a later one already, or `position` is no JSON;
-            if something that is no checkpoint of jlora stands in its place, or would be taken for a later one; after
-            `close`.
+            if something that is no checkpoint of jlora stands in its place, or would be taken for a later one; if
+            several processes do not save the same; after `close`.
         """
         self._check_usable(state)
         state.check()
@@ -120,8 +121,10 @@ class Checkpoints:
                 "skipped": int(getattr(state, "skipped", 0)),
                 "sealed": True,
             }
-        old = of_first(lambda: self._kept.replaced_by(step))
+        mine = step, hashlib.sha256(json.dumps(record["adapter"]).encode()).hexdigest()
+        first, old = of_first(lambda: (mine, self._kept.replaced_by(step)))
         with together():
+            _check_agreed(mine, first)
             self._kept.delete(old)
         self._kept.damaged.clear()
         with together():
@@ -269,6 +272,20 @@ def _json_difference(there: Any, here: Any, path: str = "") -> str | None:
                 return difference
         return None
     return None if there == here else f"{path} is {there!r:.80} in the checkpoint and {here!r:.80} in the state"
+
+
+def _check_agreed(mine: tuple[int, str], first: tuple[int, str]) -> None:
+    """Raises ValueError in a process that saves another step or adapter than process 0."""
+    me = f"process {jax.process_index()}"
+    if mine[0] != first[0]:
+        raise ValueError(
+            f"{me} saves the state of step {mine[0]}, and process 0 that of step {first[0]}: all save the same one"
+        )
+    if mine[1] != first[1]:
+        raise ValueError(
+            f"{me} trains another adapter than process 0, or another base: it was started with another config, or "
+            "another version of the code"
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
