@@ -36,6 +36,14 @@ def shardings_of(of: Any, sharding: NamedSharding, path: str) -> Any:
     return dataclasses.replace(of, codes=place(names), scales=of_scales)
 
 
+def spec_of_weight(of: Any, codes: PartitionSpec) -> PartitionSpec:
+    """How the weight lies that is behind codes which lie so: the other way round."""
+    spec: list[Any] = [None] * of.ndim
+    for axis, names in zip(of.layout.order_of(of.ndim), codes, strict=False):
+        spec[axis] = names
+    return PartitionSpec(*spec)
+
+
 def nest(scales: jax.Array, stack: int, where: Nested) -> Nested:
     """Scales in 8 bits, of which the first `stack` axes are a stack, on the devices that `where` says."""
     named = all(isinstance(at, NamedSharding) for at in jax.tree.leaves(where))

@@ -16,9 +16,9 @@ from jlora.quant import nested
 from jlora.quant.formats import Format, over, to_unit
 from jlora.quant.layout import Layout
 from jlora.quant.nested import Nested
-from jlora.quant.place import shardings_of
+from jlora.quant.place import shardings_of, spec_of_weight
 from jlora.transform.axes import inverse
-from jlora.transform.explicit import on_auto_axes, spec_of
+from jlora.transform.explicit import explicit_mesh, names_of, on_auto_axes, spec_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,6 +110,15 @@ class Quantised:
         names = (*spec_of(self.codes), *[None] * self.ndim)[: self.ndim]
         values = on_auto_axes(_dequantised, self, place=lambda _: PartitionSpec(*names))
         return values, self.layout.order_of(self.ndim)
+
+    def gathered(self, sharding: NamedSharding) -> "Quantised | None":
+        """Codes and scales where the weight would lie by `sharding`; None unless that does no more than gather."""
+        if explicit_mesh(self.codes) is None:
+            return None
+        pairs = zip(sharding.spec, spec_of_weight(self, spec_of(self.codes)), strict=False)
+        if not all(set(names_of(new)) <= set(names_of(old)) for new, old in pairs):
+            return None
+        return jax.tree.map(jax.sharding.reshard, self, shardings_of(self, sharding, ""))
 
     def in_parts(self, mesh: Any, spec: PartitionSpec, path: str) -> tuple["Quantised", "Quantised"]:
         """The weight for `shard_map`, and how its arrays are cut so that each part is that of the weight by `spec`.

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora import tree
+from jlora.quant.place import spec_of_weight
 from jlora.quant.quantised import Quantised
 from jlora.transform.explicit import names_of
 
@@ -74,10 +75,7 @@ def _place_of(weight: Any) -> NamedSharding | None:
         place = tree.placement(weight.codes)
         if not isinstance(place, NamedSharding):
             return None
-        spec: list[Any] = [None] * len(weight.shape)
-        for axis, entry in zip(weight.layout.order_of(weight.ndim), place.spec, strict=False):
-            spec[axis] = entry
-        return NamedSharding(place.mesh, PartitionSpec(*spec))
+        return NamedSharding(place.mesh, spec_of_weight(weight, place.spec))
     place = tree.placement(weight)
     return place if isinstance(place, NamedSharding) else None
 

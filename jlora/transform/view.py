@@ -102,13 +102,25 @@ class View:
         return array
 
     def dequantise(self) -> jax.Array:
-        return self._after(self.stored.dequantise())
+        view = self._gathered()
+        return view._after(view.stored.dequantise())
 
     def as_held(self) -> tuple[jax.Array, tuple[int, ...]]:
-        if any(step.op != "cast" for step in self.steps):
-            return self.dequantise(), tuple(range(len(self.shape)))
-        array, order = tree.as_held(self.stored)
-        return self._after(array), order
+        view = self._gathered()
+        if any(step.op != "cast" for step in view.steps):
+            return view.dequantise(), tuple(range(len(self.shape)))
+        array, order = tree.as_held(view.stored)
+        return view._after(array), order
+
+    def _gathered(self) -> "View":
+        """The same, where a gather comes before all but casts: what is stored is gathered, few bits of each number."""
+        first = next((i for i, step in enumerate(self.steps) if step.op != "cast"), None)
+        if first is None or self.steps[first].op != "reshard" or not hasattr(self.stored, "gathered"):
+            return self
+        stored = self.stored.gathered(_behind(self.steps[first].what, self.lead))
+        if stored is None:
+            return self
+        return dataclasses.replace(self, stored=stored, steps=(*self.steps[:first], *self.steps[first + 1 :]))
 
 
 def cast(w: Any, dtype: Any) -> Any:

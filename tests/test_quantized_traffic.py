@@ -1,0 +1,86 @@
+"""Traffic of a quantised base that is fully sharded: codes and scales are gathered, and the numbers are those of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import jlora
+from jlora import tree
+from jlora.models.llama import Llama, LlamaConfig
+from jlora.sharding import MODELS, put
+from tests.test_sharding import mesh_of
+from tests.tiers import thorough
+
+MODEL = Llama(
+    LlamaConfig(vocab_size=64, context=16, width=128, hidden=256, layers=2, heads=4, key_heads=4, scan=True, remat=True)
+)
+TOKENS = np.arange(8 * 17).reshape(8, 17) % 64
+BATCH = {"tokens": TOKENS[:, :-1].astype(np.int32), "labels": TOKENS[:, 1:].astype(np.int32)}
+TX = optax.sgd(0.1)
+
+
+def loss(params, batch):
+    return jnp.mean(MODEL.apply({"params": params}, batch["tokens"], labels=batch["labels"]))
+
+
+@functools.cache
+def plain():
+    return MODEL.init(jax.random.key(0), BATCH["tokens"])["params"]
+
+
+@functools.cache
+def sites():
+    return jlora.sites(loss, plain(), BATCH)
+
+
+@functools.cache
+def adapted(form: str | None, double: bool = False):
+    held = plain()
+    if form is not None:
+        options = {"block": 32, "double": double} if form == "nf4" else {}
+        held = jlora.quantize(held, form, targets="attn|mlp", sites=sites(), **options)
+    found = jlora.apply(held, rank=2, targets="attn|mlp", sites=sites(), key=jax.random.key(1))
+    return found.replace(factors=jax.tree.map(lambda x: x + 0.01, found.factors))
+
+
+def gathered(form: str | None, double: bool = False) -> int:
+    """Bytes that a step gathers on four devices."""
+    plan = jlora.plan(loss, adapted(form, double), TX, BATCH, {"fsdp": 4}, "cpu", rule=MODELS)
+    return plan.collectives["all-gather"].bytes
+
+
+@pytest.mark.parametrize(
+    "form", thorough(["nf4", "twice", "int8"], "test_codes_are_gathered_and_not_the_weights_behind_them", ["twice"])
+)
+def test_codes_are_gathered_and_not_the_weights_behind_them(form):
+    """A plain base's weights twice, forward and backward; codes a third time where the forward pass is done again."""
+    held = adapted("int8") if form == "int8" else adapted("nf4", form == "twice")
+    stored = [leaf for leaf in tree.leaves(held.base)[0].values() if tree.is_stored(leaf)]
+    number, own = sum(leaf.size for leaf in stored), sum(leaf.nbytes for leaf in stored)
+    assert len(stored) == 7 and own < 0.3 * 4 * number
+    rest = gathered(None) - 2 * 4 * number  # of the embedding and the head
+    assert 0 < rest < 0.03 * 4 * number
+    found = gathered("int8") if form == "int8" else gathered("nf4", form == "twice")
+    assert rest + 2 * own <= found <= rest + 3 * own
+
+
+@pytest.mark.parametrize(
+    "kind", thorough(["Explicit", "Auto"], "test_a_step_has_the_numbers_of_one_device", ["Explicit"])
+)
+def test_a_step_has_the_numbers_of_one_device(kind):
+    """Split over the rows' axis and tensor parallel, scales in 8 bits."""
+    start = adapted("nf4", True)
+    step = jlora.train_step(loss, TX, donate=False)
+    expected, metrics = step(jlora.TrainState.create(start, step.tx), BATCH)
+    mesh = mesh_of(getattr(AxisType, kind), fsdp=2, tp=2)
+    lying = start.replace(base=put(start.base, MODELS.shardings(start.base, mesh)))
+    on_mesh = jlora.train_step(loss, TX, donate=False, mesh=mesh)
+    found, of_mesh = on_mesh(jlora.TrainState.create(lying, on_mesh.tx), BATCH)
+    np.testing.assert_allclose(of_mesh["loss"], metrics["loss"], rtol=1e-5)
+    for got, want in zip(*map(jax.tree.leaves, (found.adapted.factors, expected.adapted.factors)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
