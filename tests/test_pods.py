@@ -73,6 +73,8 @@ def test_lines_and_plot(tmp_path):
         ["64xh100", "gpt3-175b", "LoRA r=4", "fsdp 64", "**20.0**", "30.0", "3.0", "1.00", "compute"],
         ["v5e-16", "gpt3-175b", FULL, "fsdp 16", "does not divide", "", "", "", ""],
     ]
+    refused = plan(mesh, fits=False, roofline=None, peak=90 * GB)
+    assert pods.layouts_of({key(CASE, mesh): refused})[1][4:] == ["90.0", "", "", "", "refused"]
     for n in (8, 16):
         for method, mesh, wire in ((FULL, {"fsdp": n}, 40), ("LoRA", {"fsdp": n}, 30)):
             found[key(Case("llama-2-70b", method, f"{n}xh100"), mesh)] = plan(mesh, wire=wire * GB)

@@ -209,7 +209,7 @@ def _cells(plan: Mapping[str, Any] | None) -> list[str]:
     seconds = [f"{times[name]:.2f}" for name in ("compute", "memory", "ici", "dcn")] if times else [""] * 4
     return [
         words(plan["mesh"]), *sizes, peak, "yes" if plan["fits"] else "no", f"{plan['flops'] / 1e12:.0f}",
-        gigabytes(plan["wire"]), gigabytes(plan["dcn"]), *seconds, times["limiting"] if times else "",
+        *received(plan), *seconds, times["limiting"] if times else "refused",
     ]  # fmt: skip
 
 
@@ -238,9 +238,14 @@ def _short(plan: Mapping[str, Any]) -> list[str]:
     if "reason" in plan:
         why = "too large" if "alone are" in plan["reason"] else "does not divide"
         return [why, "", "", "", ""]
-    best = plan["roofline"] or {"seconds": math.nan, "limiting": "refused"}
+    times = plan["roofline"]
     peak = f"**{gigabytes(whole(plan))}**" if plan["fits"] else gigabytes(whole(plan))
-    return [peak, gigabytes(plan["wire"]), gigabytes(plan["dcn"]), f"{best['seconds']:.2f}", best["limiting"]]
+    return [peak, *received(plan), *([f"{times['seconds']:.2f}", times["limiting"]] if times else ["", "refused"])]
+
+
+def received(plan: Mapping[str, Any]) -> list[str]:
+    """GB that a device receives, and of it from other nodes; nothing of a program that the compiler refused."""
+    return [gigabytes(plan["wire"]), gigabytes(plan["dcn"])] if plan["roofline"] else ["", ""]
 
 
 def scaled(found: Mapping[str, Any]) -> list[list[str]]:

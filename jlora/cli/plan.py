@@ -102,7 +102,7 @@ def plan(
 def _text(console: Console, step: workload.Workload, found: Plan | Layouts) -> None:
     rows = ", ".join(f"{name} {'x'.join(map(str, x.shape))}" for name, x in step.batch.items())
     console.print(f"{step.name}, {step.method!r}, {rows}", markup=False)
-    console.print(str(found), markup=False)
+    console.print(str(found), markup=False, soft_wrap=True)  # a table: its lines stay whole
 
 
 def _folder(cache: str | None, device: str) -> Path | None:
