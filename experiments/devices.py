@@ -22,6 +22,7 @@ from experiments.configfile import ConfigError
 from jlora import sharding
 from jlora.sharding import MODELS, Layout
 from jlora.sharding.arrays import of_axes
+from jlora.transform.explicit import names_of
 
 Tree = TypeVar("Tree")
 Batches = Callable[[int], Any]
@@ -45,8 +46,7 @@ class Devices:
         rows = None if self.mesh is None else self.layout.rows(self.mesh)
         if rows is None or not rows.spec:
             return 1
-        names = rows.spec[0] if isinstance(rows.spec[0], tuple) else (rows.spec[0],)
-        return math.prod(rows.mesh.shape[name] for name in names)
+        return math.prod(rows.mesh.shape[name] for name in names_of(rows.spec[0]))
 
     def fitting(self, batch: int) -> int:
         """The next larger batch that the devices divide."""
@@ -96,12 +96,14 @@ class Devices:
         if not hosts.several():
             return tree
         leaves, structure = jax.tree.flatten(tree)
-        kept = []
-        for x in leaves:
-            whole = self._fetched(x)
-            if hosts.is_first():
-                kept.append(whole)
+        kept = [self._gathered(x) for x in leaves]
         return jax.tree.unflatten(structure, kept) if hosts.is_first() else None
+
+    def _gathered(self, x: Any) -> np.ndarray | None:
+        """An array on the host of the first process: of a stack of layers one layer after the other."""
+        stacked = isinstance(x, jax.Array) and x.ndim > 2 and not names_of((*_spec(x), None)[0])
+        parts = [self._fetched(x[i : i + 1]) for i in range(len(x))] if stacked else [self._fetched(x)]
+        return np.concatenate(parts) if stacked else parts[0]
 
     def _fetched(self, x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -150,6 +152,10 @@ def unused() -> str:
     if current().mesh is not None or count == 1 or jax.default_backend() == "cpu":  # whose devices are fake
         return ""
     return f"1 of {count}: mesh=fsdp=-1 uses all of them"
+
+
+def _spec(x: jax.Array) -> tuple[Any, ...]:
+    return tuple(x.sharding.spec) if isinstance(x.sharding, NamedSharding) else ()
 
 
 _CURRENT: ContextVar[Devices] = ContextVar("devices", default=Devices())  # noqa: B039

@@ -4,6 +4,7 @@ In one process all of it is plain: the process is the first, and nothing is sent
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -73,15 +74,20 @@ def by_first_alone(call: Callable[[], Read]) -> Read | None:
     return found
 
 
-def is_told_to_stop(step: int) -> bool:
+_ASKED = itertools.count(1)
+
+
+def is_told_to_stop() -> bool:
     """Whether this run is to end now: SIGTERM has come to it, or to any of its processes.
 
-    Of several processes all have to ask, after every step, which has this number: JAX's preemption service then gives
-    them the same answer after the same step. Orbax asks it, too, at each save, by the same numbers.
+    Of several processes all have to ask, after every step: JAX's preemption service then gives them the same answer at
+    the same time. It says yes to one number alone, the largest that was asked when the signal came plus 1, so that the
+    numbers are counted through all trainings of a process, and nobody else asks (`jlora.checkpoint` keeps Orbax from
+    it): a signal that comes while nothing is trained is heard after the next step.
     """
     if not several():
         return has_come()
-    return bool(multihost_utils.reached_preemption_sync_point(step))
+    return bool(multihost_utils.reached_preemption_sync_point(next(_ASKED)))
 
 
 def wait_for_all(where: str) -> None:

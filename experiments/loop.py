@@ -1,5 +1,6 @@
 """The training loop of every run and of a pretrained base: evaluations, what is kept of them, going on, stopping."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -128,27 +129,31 @@ def _loop(
     points.read(done)
     if not points.all or (trainer.is_evaluated(done) and points.all[-1].step < done):
         points.add(done, run.losses, trainer.result(state))
+    if points.all[-1].step == done:  # also where SIGTERM came behind the evaluation
         run.losses = []
+    run.reported = len(run.losses)
     if sheet_every and not done:
         points.draw(0, state.adapted)
     phase.begin(done)
     try:
         with Ahead(trainer.batches(seed), done, steps) as batches:
             for i in range(done, steps):
-                with held_back():
+                # The first step is compiled, for longer than machines are left after SIGTERM, and nothing is lost yet.
+                with held_back() if i > done else contextlib.nullcontext():
                     state = _stepped(trainer, state, batches, run, i == done, points, phase)
-                    if hosts.is_told_to_stop(i + 1):
+                    if hosts.is_told_to_stop():
                         checkpoints.save(state, run.as_json())
                         raise Preempted
-                if sheet_every and (i + 1) % sheet_every == 0:
-                    points.draw(i + 1, trainer.result(state))
-                if trainer.is_evaluated(i + 1):
-                    try:
+                try:
+                    if sheet_every and (i + 1) % sheet_every == 0:
+                        points.draw(i + 1, trainer.result(state))
+                    if trainer.is_evaluated(i + 1):
                         points.add(i + 1, run.losses, trainer.result(state))
-                    except Preempted:
-                        checkpoints.save(state, run.as_json())
-                        raise
-                    run.losses = []
+                except Preempted:
+                    checkpoints.save(state, run.as_json())
+                    raise
+                if trainer.is_evaluated(i + 1):
+                    run.losses, run.reported = [], 0
                     checkpoints.save(state, run.as_json())
                     phase.line(i + 1, points.text() + run.waiting)
     except FloatingPointError as error:
@@ -161,20 +166,23 @@ def _loop(
 def _stepped(
     trainer: Trainer, state: TrainState, batches: Ahead, run: "_Position", first: bool, points: "_Points", phase: Phase
 ) -> TrainState:
-    """One step. What it reports is the loss of the step before, which is there: the device waits for nobody."""
+    """One step. It reports the loss of the step before the last, which the step has looked at: nobody waits for it."""
     began, waited = time.monotonic(), batches.waited
     batch = next(batches)
     with jax.transfer_guard("disallow"):  # what goes to the device and back is written down as such
         state, metrics = trainer.step(state, batch)
     run.losses.append(metrics["loss"])
     step = batches.given
-    if trainer.is_evaluated(step) or first:
-        state.check()  # the first step is compiled: it is waited for, and not counted
+    waits = trainer.is_evaluated(step) or first  # the first step is compiled, and not counted
+    if waits:
+        state.check()
     if not first:
         run.seconds, run.waited = run.seconds + time.monotonic() - began, run.waited + batches.waited - waited
         run.tokens += trainer.tokens(batch)
-    if len(run.losses) > 1:  # the one before the last is there already: the step has looked at it
-        points.training(step - 1, float(jax.device_get(run.losses[-2])), run, phase)
+    count = len(run.losses)
+    for i in range(run.reported, count if waits else count - 2):
+        points.training(step - count + 1 + i, float(jax.device_get(run.losses[i])), run, phase)
+        run.reported = i + 1
     phase.advance(step)
     return state
 
@@ -187,12 +195,14 @@ class _Position:
       seconds, tokens: of all steps but the first after each start.
       losses: of the steps since the last evaluation.
       waited: those of the seconds that went by before a batch was there.
+      reported: how many of the losses were.
     """
 
     seconds: float = 0.0
     tokens: int = 0
     losses: list[Any] = dataclasses.field(default_factory=list)
     waited: float = 0.0
+    reported: int = 0
 
     @classmethod
     def of(cls, kept: Sequence[Any] | None) -> "_Position":

@@ -125,7 +125,7 @@ def _run(experiment: Experiment, folder: Path, *, resume: bool, console: Console
     with _as_config_errors():
         source = bases.source(experiment, folder)
         opened = experiment.task.open(source, experiment.train, here.fitting(experiment.evaluate_batch))
-    hosts.check_same(data=opened.digest)
+    hosts.check_same(data=opened.digest, mesh=str(here))
     _check_devices(experiment, opened)
     work = _prepared(experiment, opened, folder)
     description = {"config": configfile.describe(experiment), "data": opened.digest}
@@ -133,7 +133,8 @@ def _run(experiment: Experiment, folder: Path, *, resume: bool, console: Console
         for line in report.opening(experiment, opened, work.trials[0].trainer.steps):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         with Progress(console, work.phases()) as progress:
-            base = _base(work, progress, resume=resume)
+            with _as_config_errors():
+                base = _base(work, progress, resume=resume)
             if opened.prepare is not None:
                 opened.prepare(base.params(experiment.seed), folder, progress.print)
             plans = _plans(work, base.params(experiment.seed))
@@ -191,27 +192,25 @@ def _prepared(experiment: Experiment, opened: Opened, folder: Path) -> Work:
         trainer = Trainer(each, shared, experiment.train, rates[0])
         trainer.check(shapes)
         trials.append(Trial(trainer, rates, experiment.seeds, folder / each.name, experiment.measure.test))
-    exports.check(experiment, trials)
+    hosts.by_first(lambda: exports.check(experiment, trials))
     return Work(experiment, opened, folder, shared, trials, base)
 
 
 def _check_devices(experiment: Experiment, opened: Opened) -> None:
     """Finds what the devices of the mesh cannot divide, and what several processes do not do."""
-    here = devices.current()
-    micro = experiment.train.batch // experiment.train.accumulate
-    if micro % here.parts:
-        raise ConfigError(
-            f"train.batch={experiment.train.batch}{_micro(experiment)} is not a multiple of {here.parts}, the devices "
-            f"that its rows are dealt out to (mesh: {here}): take a multiple of "
-            f"{here.parts * experiment.train.accumulate}, or more devices along tp"
-        )
+    here, schedules = devices.current(), {"train": experiment.train}
+    if isinstance(experiment.base, Pretrain):
+        schedules["base.train"] = experiment.base.train
+    for name, schedule in schedules.items():
+        parts = schedule.accumulate
+        if schedule.batch // parts % here.parts:
+            cut = f" in {parts} micro-batches" if parts > 1 else ""
+            raise ConfigError(
+                f"{name}.batch={schedule.batch}{cut} is not a multiple of {here.parts}, the devices that its rows are "
+                f"dealt out to (mesh: {here}): take a multiple of {here.parts * parts}, or more devices along tp"
+            )
     if here.mesh is not None and opened.pictures is not None:
         raise ConfigError("a task that draws pictures runs on one device: leave mesh out, and start one process")
-
-
-def _micro(experiment: Experiment) -> str:
-    parts = experiment.train.accumulate
-    return f" in {parts} micro-batches" if parts > 1 else ""
 
 
 def _held_by_all(experiment: Experiment, opened: Opened, params: Params) -> Params:

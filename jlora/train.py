@@ -244,7 +244,7 @@ def _program(
         unusable = before if nonfinite == "skip" else jnp.where(whole, before, unusable)
         finite = finite & whole
     weight = {} if loss.weight is None else {"weight": loss.weight}
-    metrics = {**weight, **loss.aux, "loss": loss.loss, "grad_norm": norm}
+    metrics = {**weight, **loss.aux, "loss": jnp.where(going, loss.loss, before), "grad_norm": norm}
     remembered = jnp.where(going, jnp.where(finite, loss.loss, unusable), before)
     return Carry(factors, opt_state, carry.step + going.astype(jnp.int32), skipped), remembered, metrics
 

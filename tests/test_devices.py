@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from experiments import devices, hosts, train
+from experiments import devices, hosts, loop, train
 from experiments.ahead import Ahead
 from experiments.configfile import ConfigError
 from experiments.launch.exits import Preempted, has_come, held_back, preemptible
@@ -55,6 +55,7 @@ def test_a_mesh_that_cannot_be(mesh, error):
 def test_rows_are_dealt_out_where_they_can_be_and_results_come_back_whole():
     here = devices.of("fsdp=4,tp=2")
     assert (here.parts, here.fitting(6), here.fitting(8), str(here)) == (4, 8, 8, "8 devices: fsdp 4, tp 2")
+    assert devices.of("tp=2,sequence=4").parts == 1 and devices.of("data=2,fsdp=2").parts == 4
     batch = {"x": np.arange(16).reshape(8, 2), "odd": np.arange(3), "of": np.float32(2)}
     put = here.put(batch)
     assert put["x"].sharding.spec == PartitionSpec("fsdp")
@@ -97,6 +98,8 @@ def test_a_batch_that_the_devices_do_not_divide(tmp_path, capsys):
         "error: train.batch=4 in 2 micro-batches is not a multiple of 4, the devices that its rows are dealt out to "
         "(mesh: 8 devices: data 4, tp 2): take a multiple of 8, or more devices along tp\n",
     )
+    code = train.main([pod.__file__, "--small", "--folder", str(tmp_path / "run"), "mesh=fsdp=2", "base.train.batch=2"])
+    assert code == 2 and capsys.readouterr().err.startswith("error: base.train.batch=2 in 2 micro-batches is not a ")
     assert not (tmp_path / "run").exists()
 
 
@@ -122,7 +125,7 @@ def test_one_of_several_processes_reads_its_rows_alone(monkeypatch):
 
 
 def test_one_process_is_the_first_and_asks_nobody():
-    assert hosts.is_first() and not hosts.several() and not hosts.is_told_to_stop(1)
+    assert hosts.is_first() and not hosts.several() and not hosts.is_told_to_stop()
     assert hosts.said_by_first({"a": (1,)}) == {"a": (1,)}  # as it is, and not as JSON has it
     assert hosts.by_first(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
@@ -188,6 +191,25 @@ def test_a_position_comes_back_as_it_was():
     )  # as runs of before kept it
 
 
+def test_losses_are_reported_late_and_all_of_them(monkeypatch):
+    """As a step of the loop reports them: two steps late, and what is left at an evaluation."""
+    said: list[tuple[int, float]] = []
+    points = SimpleNamespace(training=lambda step, loss, run, phase: said.append((step, loss)))
+    phase, run = SimpleNamespace(advance=lambda step: None), _Position()
+    trainer = SimpleNamespace(
+        step=lambda state, batch: (state, {"loss": np.float32(batch)}),
+        is_evaluated=lambda step: step == 6,
+        tokens=lambda batch: 1,
+    )
+    state = SimpleNamespace(check=lambda: None)
+    with Ahead(lambda step: 10 * step, 0, 6) as batches:
+        for i in range(6):
+            before = len(said)
+            loop._stepped(trainer, state, batches, run, i == 0, points, phase)
+            assert len(said) - before == [1, 0, 0, 1, 1, 3][i]
+    assert said == [(step, 10.0 * (step - 1)) for step in range(1, 7)]
+
+
 # -- SIGTERM -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +217,7 @@ def test_a_sigterm_is_held_back_while_a_step_runs():
     with preemptible():
         with held_back(), held_back():
             signal.raise_signal(signal.SIGTERM)
-            assert has_come() and hosts.is_told_to_stop(1)
+            assert has_come() and hosts.is_told_to_stop()
     with preemptible():
         assert not has_come()
         with pytest.raises(Preempted):

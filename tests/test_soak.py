@@ -43,12 +43,14 @@ def test_kills_lose_nothing(tmp_path: Path, count: int, least: int):
     length, kills, run = time.monotonic() - began, 0, 0
     while kills < least:
         started = Started(tmp_path / f"run_{run}", count)
-        if not ended(started, chance.uniform(0.2, 1.2) * length):
+        alone = ended(started, chance.uniform(0.2, 1.2) * length)
+        if not alone:
             number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
             started.send(number, to=chance.randrange(count))
             kills += 1
         codes = started.codes(seconds=100)
         assert all(code in (0, 1, 75, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT) for code in codes), codes
+        assert not alone or codes == [0] * count, started.said(0)
         if codes == [0] * count:
             check_alike(tmp_path / f"run_{run}", tmp_path / "whole", 0.0)
             run += 1

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments import loop, train
+from experiments.launch.exits import Preempted
+from tests import pod
 from tests.pod import EVERY, STEPS, Started
 from tests.pod import compiled as compiled
 
@@ -99,12 +102,51 @@ def test_sigterm_to_one_of_two_keeps_the_state_of_both_and_one_goes_on(one, tmp_
     check_alike(tmp_path / "run", one, 1e-5)
 
 
-def test_processes_that_disagree_all_end_and_say_in_what(tmp_path):
-    started = Started(tmp_path / "run", 2, each=[(), ("train.batch=8",)])
+def test_sigterm_behind_an_evaluation_is_no_other_than_before_it(one, tmp_path, monkeypatch):
+    """The curve is on disk, and the losses behind its point are not those of the next one."""
+    add = loop._Points.add
+
+    def preempted(points, step, *rest):
+        add(points, step, *rest)
+        if step == EVERY:
+            raise Preempted
+
+    command = [pod.__file__, "--small", "--folder", str(tmp_path / "run"), "--resume-if-there"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Points, "add", preempted)
+        assert train.main(command) == 75
+    assert train.main(command) == 0
+    check_alike(tmp_path / "run", one, 1e-6)
+
+
+def test_sigterm_before_anything_is_trained_is_heard_after_the_first_step(tmp_path):
+    """Both load the state that is kept, and have asked JAX's service nothing when the signal comes."""
+    started = Started(tmp_path / "run", 2)
+    started.wait_for(FIRST)
+    started.send(signal.SIGTERM, to=0)
+    assert started.codes() == [75, 75], started.said(0)
+    again = Started(tmp_path / "run", 2)
+    again.wait_for("devices   2 processes")
+    again.send(signal.SIGTERM, to=1)
+    assert again.codes() == [75, 75], again.said(0) + again.said(1)
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ("train.batch=8", "config"),
+        pytest.param(
+            "mesh=data=2", "mesh",
+            marks=pytest.mark.thorough("test_processes_that_disagree_all_end_and_say_in_what"),
+        ),
+    ],
+)  # fmt: skip
+def test_processes_that_disagree_all_end_and_say_in_what(tmp_path, other, what):
+    started = Started(tmp_path / "run", 2, each=[(), (other,)])
     assert started.codes() == [2, 2], started.said(0) + started.said(1)
     for number in range(2):
         assert (
-            "error: the processes of this run are not the same: the config of process 1 differs from that of process 0. "
+            f"error: the processes of this run are not the same: the {what} of process 1 differs from that of process 0. "
             "Start all of them with the same command, from the same commit, on the same data and versions"
         ) in started.lines[number]
     assert not (tmp_path / "run").exists()

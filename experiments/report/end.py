@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from experiments import hosts
 from experiments.config import Experiment
 from experiments.configfile import describe
 from experiments.folder import write_json, write_text
@@ -31,7 +32,8 @@ def write(
     write_json(folder / "results.json", as_json(results) | setting)
     title, found, pictures = plots.title_of(results), tables(results), plots.names(results)
     write_text(folder / "results.md", markdown(found, title, _notes(experiment, results, opened, seconds), pictures))
-    plots.draw(folder, results)  # the numbers lie on disk by now
+    if hosts.is_first():
+        plots.draw(folder, results)  # the numbers lie on disk by now
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     for table in found:
         console.print(rich_table(table, ""))

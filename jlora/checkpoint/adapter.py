@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,8 +55,8 @@ def save(folder: str | os.PathLike[str], adapted: Adapted) -> None:
 
     Raises:
       OSError: if the disk is full or the folder cannot be written; what was there stays.
-      ValueError: if the factors are not those of this adapter, not float32, not finite, or spread over several
-        processes, or it could not be loaded for another reason; what was there stays.
+      ValueError: if the factors are not those of this adapter, not float32 or not finite, or it could not be loaded for
+        another reason; what was there stays.
 
     Example:
       >>> import jax.numpy as jnp, jlora, tempfile
@@ -286,6 +287,7 @@ def _opened(folder: Path) -> tuple[dict[str, Any], BinaryIO]:
             mine.clear()
             if attempt == _LOOKS:
                 raise
+            time.sleep(0.2)  # a network's file system shows a new file late
     raise AssertionError("unreachable")
 
 

@@ -9,8 +9,9 @@ from jlora.checkpoint.resume import DamagedCheckpoint
 class Kept(abc.ABC):
     """The checkpoints of a run, in a folder or an object store.
 
-    Of several processes all make one. `steps`, `damage`, `record`, `found` and `replaced_by` are asked in the first one
-    alone; the other methods are called in all of them, and each raises what happens to it.
+    Of several processes all make one. `damage`, `record`, `found` and `replaced_by` are asked in the first one alone;
+    the other methods are called in all of them, and each raises what happens to it. `steps` says the same in all where
+    nothing is being written, which is looked at when they are made.
 
     Attributes:
       name: of the folder.

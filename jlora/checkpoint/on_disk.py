@@ -42,7 +42,7 @@ class OnDisk(Kept):
             self._check_seen()
             self._meeting = _meeting(folder)
             with together(), _without_log(str(folder)):
-                self._manager = ocp.CheckpointManager(folder, options=_options(keep, self._meeting))
+                self._manager = _Manager(folder, options=_options(keep, self._meeting))
         except BaseException:
             self._unlock()
             raise
@@ -125,22 +125,36 @@ class OnDisk(Kept):
             return
         name, expected = of_first(self._marked)
         mark, end = self._folder / name, time.monotonic() + PATIENCE
-        with together():
-            while not (mark.exists() and steps.found(self._folder) == expected):
-                if time.monotonic() > end:
-                    raise ValueError(
-                        f"'{self._folder}' is another folder in process {jax.process_index()} than in process 0: "
-                        "several processes keep their checkpoints in one that all of them see, such as a network's"
-                    )
-                time.sleep(0.2)
-        if jax.process_index() == 0:
-            mark.unlink(missing_ok=True)
+        try:
+            with together():
+                while not (mark.exists() and steps.found(self._folder) == expected):
+                    if time.monotonic() > end:
+                        raise ValueError(
+                            f"'{self._folder}' is another folder in process {jax.process_index()} than in process 0: "
+                            "several processes keep their checkpoints in one that all of them see, such as a network's"
+                        )
+                    time.sleep(0.2)
+        finally:
+            if jax.process_index() == 0:
+                mark.unlink(missing_ok=True)
 
     def _marked(self) -> tuple[str, list[int]]:
         """The name of a new file in the folder, and the checkpoints there."""
         name = f".seen-{secrets.token_hex(8)}"
         (self._folder / name).touch()
         return name, steps.found(self._folder)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask JAX's preemption service by the numbers of the steps that it saves.
+
+    The service answers one number, after the largest that it was asked: a loop that asks by numbers of its own would
+    wait for one that never comes.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: a save of jlora is one in any case."""
+        return False
 
 
 def _meeting(folder: Path) -> Meeting | None:

@@ -5,6 +5,7 @@ refuses to read them ("PjRtCompiler must be constructed with a Client to call De
 0.12.0.1). Of a program a plan needs no more than its text and its sizes, and so these are kept.
 """
 
+import contextlib
 import gzip
 import hashlib
 import importlib.metadata
@@ -149,7 +150,8 @@ def _kept(file: Path) -> Outcome | None:
 
 def _keep(file: Path, found: Outcome) -> None:
     told = found._asdict() | {"memory": found.memory and found.memory._asdict()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(gzip.compress(json.dumps(told).encode()))
-    os.replace(temporary, file)  # whole, or not there
+    with contextlib.suppress(OSError):  # a folder that cannot be written keeps nothing
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_bytes(gzip.compress(json.dumps(told).encode()))
+        os.replace(temporary, file)  # whole, or not there

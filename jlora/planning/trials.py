@@ -150,9 +150,7 @@ def _trial(mesh: Mapping[str, int], heads: Sequence[int], planned: Callable[[Map
         return Trial(mesh, None, f"tp={tp} does not divide {min(odd)} heads")
     try:
         return Trial(mesh, planned(mesh))
-    except Full as error:
-        return Trial(mesh, None, str(error))
-    except ValueError as error:  # a rule, of a mesh that does not divide a leaf
+    except (Full, ValueError) as error:  # or a rule, of a mesh that does not divide a leaf
         return Trial(mesh, None, str(error))
 
 

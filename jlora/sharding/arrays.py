@@ -37,7 +37,7 @@ def put_whole(x: Any, place: Sharding | None) -> Any:
     if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = put_whole(jax.random.key_data(x), place)  # a key lies on every device, and so its numbers do
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    array = np.asarray(x)
+    array = np.asarray(jax.device_get(x))
     array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
     with _asked_for():
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
