@@ -102,6 +102,7 @@ def test_sigterm_to_one_of_two_keeps_the_state_of_both_and_one_goes_on(one, tmp_
     check_alike(tmp_path / "run", one, 1e-5)
 
 
+@pytest.mark.loose_promotion  # of Optax
 def test_sigterm_behind_an_evaluation_is_no_other_than_before_it(one, tmp_path, monkeypatch):
     """The curve is on disk, and the losses behind its point are not those of the next one."""
     add = loop._Points.add
@@ -119,6 +120,7 @@ def test_sigterm_behind_an_evaluation_is_no_other_than_before_it(one, tmp_path, 
     check_alike(tmp_path / "run", one, 1e-6)
 
 
+@pytest.mark.thorough("test_sigterm_to_one_of_two_keeps_the_state_of_both_and_one_goes_on")
 def test_sigterm_before_anything_is_trained_is_heard_after_the_first_step(tmp_path):
     """Both load the state that is kept, and have asked JAX's service nothing when the signal comes."""
     started = Started(tmp_path / "run", 2)
