@@ -1,4 +1,4 @@
-"""What the processes of a run do together: one writes and decides, all agree, and none waits for one that has failed.
+"""The processes of a run together: one writes and decides, all agree, and none waits for one that has failed.
 
 In one process all of it is plain: the process is the first, and nothing is sent.
 """
@@ -45,7 +45,7 @@ def said_by_first(value: Any) -> Any:
 
 
 def by_first(call: Callable[[], Read]) -> Read:
-    """What the first process's call returns, as JSON has it, in all of them; the others do not call it.
+    """Result of the first process's call, as JSON has it, in all of them; the others do not call it.
 
     Raises:
       ConfigError: in all processes, where the first one's call does; for another error of it, too, which that process

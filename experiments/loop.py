@@ -189,7 +189,7 @@ def _stepped(
 
 @dataclass
 class _Position:
-    """What a run has taken so far, beside its state.
+    """Position of a run, beside its state.
 
     Attributes:
       seconds, tokens: of all steps but the first after each start.

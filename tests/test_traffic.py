@@ -1,6 +1,7 @@
 """Traffic of a step over devices: gradients of factors alone, in float32; each weight gathered twice.
 
 The programs are compiled for 16 H100 that are not there, in a process of its own; skipped without the extra `plan-gpu`.
+Those for TPUs take minutes: `pytest -m tpu`, with the extra `plan`.
 """
 
 import collections
@@ -54,16 +55,22 @@ def adapted(method: str):
     return jlora.apply(shapes(), rank=16, targets="attn|mlp", sites=jlora.sites(loss, shapes(), TOKENS))
 
 
-def main() -> None:
+def main(device: str) -> None:
     """Prints the plans of LoRA and of full fine-tuning on each mesh, and the shapes that loops reduce."""
     import optax
 
     from jlora.planning import planned
 
+    found = {}
+    if device != "16xh100":
+        for method in ("lora", "full"):
+            plan = jlora.plan(loss, adapted(method), optax.adamw(1e-4), TOKENS, {"fsdp": 16}, device, rule=MODELS)
+            found[method] = plan.as_dict()
+        print("FOUND", json.dumps(found))
+        return
     texts = []
     read = planned.read
     planned.read = lambda text: (texts.append(text), read(text))[1]
-    found = {}
     for name, mesh in MESHES.items():
         for method in ("lora", "full"):
             plan = jlora.plan(loss, adapted(method), optax.adamw(1e-4), TOKENS, mesh, "16xh100", rule=MODELS)
@@ -78,13 +85,17 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def plans() -> dict:
-    if not targets.has_compiler(DEVICES["h100"]):
-        pytest.skip("the compiler of h100 is not installed")
+    return planned_for("16xh100", "h100")
+
+
+def planned_for(device: str, name: str) -> dict:
+    if not targets.has_compiler(DEVICES[name]):
+        pytest.skip(f"the compiler of {name} is not installed")
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     # On the CPU JAX does not look for CUDA's other libraries, without which cuDNN's attention is in one piece.
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, __file__, device],
         env=environment,
         capture_output=True,
         text=True,
@@ -143,6 +154,20 @@ def test_arguments_are_those_of_the_plan(plans):
         assert 0 <= plan["arguments"] - parts <= 64
 
 
+@pytest.mark.tpu
+@pytest.mark.parametrize(("device", "name"), [("v5e:4x4", "v5e"), ("v5p:2x2x4", "v5p")])
+def test_slices_of_tpus_gather_each_weight_twice_and_sum_the_factors_alone(device, name):
+    """Minutes of a compiler: `pytest -m tpu`."""
+    found = planned_for(device, name)
+    plan, full = found["lora"], found["full"]
+    trainable, total = jlora.count(adapted("lora"))
+    assert 4 * trainable <= sent(plan, "all-reduce") <= 4 * trainable + SMALL
+    assert sent(plan, "reduce-scatter") == 0 and sent(plan, "all-gather") <= 2 * 2 * (total - trainable)
+    assert received(plan) <= 0.75 * received(full)
+    parts = sum(plan[part] for part in ("weights", "factors", "optimizer_state", "batch"))
+    assert 0 <= plan["arguments"] - parts <= 4096  # tiles of TPUs
+
+
 # -- the same of the program itself ------------------------------------------------------------------------------------
 
 
@@ -185,4 +210,4 @@ def test_gradients_of_factors_are_float32_before_they_are_summed(axes):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -57,17 +57,19 @@ def commit() -> str:
 
 def is_default(item: pytest.Item) -> bool:
     """Whether the default run has it on every commit."""
-    return not (item.get_closest_marker("thorough") or item.get_closest_marker("endless"))
+    return not any(item.get_closest_marker(name) for name in TIERS)
 
 
 def is_run(item: pytest.Item, config: pytest.Config) -> bool:
     """Whether this run has it, before `-m` selects."""
     if is_default(item) or any(m.name in config.option.markexpr for m in item.iter_markers() if m.name in TIERS):
         return True
-    return not item.get_closest_marker("endless") and config.stash[SHARE].has(item.nodeid)
+    asked = any(item.get_closest_marker(name) for name in ON_REQUEST)
+    return not asked and config.stash[SHARE].has(item.nodeid)
 
 
-TIERS = ("thorough", "endless")
+ON_REQUEST = ("endless", "tpu")
+TIERS = ("thorough", *ON_REQUEST)
 
 
 def thorough(rows: Iterable[Any], stand_in: str, default: Collection[Any] = ()) -> list[Any]:

@@ -34,7 +34,7 @@ class Preempted(BaseException):
 
 
 class _Notice:
-    """What has come of SIGTERM while it was held back."""
+    """SIGTERM that is held back: how many hold it, and whether it has come."""
 
     held, came = 0, False
 
