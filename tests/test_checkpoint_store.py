@@ -1,5 +1,6 @@
 """Adapters and checkpoints in object stores, here in fsspec's that lies in memory: each is there whole or not at all."""
 
+import dataclasses
 import json
 import re
 
@@ -200,7 +201,7 @@ def start(params=PARAMS, rank: int = 1) -> jlora.TrainState:
 
 def after(state: jlora.TrainState, steps: int) -> jlora.TrainState:
     """With copies of what a step donates."""
-    state = jax.tree.map(lambda x: x, state.__class__(**vars(state)))
+    state = jax.tree.map(lambda x: x, dataclasses.replace(state))
     for _ in range(steps):
         arrays, rest = jax.tree.flatten(state)
         state, _ = STEP(jax.tree.unflatten(rest, [jnp.copy(x) for x in arrays]), jnp.ones((2, 4)))

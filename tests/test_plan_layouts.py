@@ -15,6 +15,8 @@ from tests.test_plan import plain
 from tests.test_plan_command import command as command
 from tests.test_plan_command import gpt2
 
+pytestmark = pytest.mark.once
+
 MESHES = {
     ("h100", 8): [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tp": 2}, {"fsdp": 2, "tp": 4}, {"tp": 8}],
     ("h100", 64): [{"data": 64}, {"fsdp": 64}, {"data": 8, "fsdp": 8}, {"fsdp": 16, "tp": 4}, {"fsdp": 8, "tp": 8}],
@@ -138,7 +140,7 @@ def test_the_command_tries_layouts(command: Any, tmp_path: Path, monkeypatch: py
     ("arguments", "text"),
     [
         (("--mesh", "fsdp=8"), ROWS.format("fsdp")),
-        (("--mesh", "rows=4"), "the mesh has the axis 'rows', and the layout knows 'dcn', 'data', 'fsdp', 'tp': rename it, or name it in the layout's rules or its batch="),
+        (("--mesh", "rows=4"), "the mesh has the axis 'rows', and the layout knows 'dcn', 'data', 'fsdp', 'sequence', 'tp': rename it, or name it in the layout's rules or its batch="),
     ],
 )  # fmt: skip
 def test_a_mesh_that_cannot_be(command: Any, tmp_path: Path, arguments: tuple[str, ...], text: str):

@@ -16,6 +16,8 @@ from jlora.sharding import MODELS, put
 from tests.test_sharding import mesh_of
 from tests.tiers import thorough
 
+pytestmark = pytest.mark.once
+
 MODEL = Llama(
     LlamaConfig(vocab_size=64, context=16, width=128, hidden=256, layers=2, heads=4, key_heads=4, scan=True, remat=True)
 )

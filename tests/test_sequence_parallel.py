@@ -20,6 +20,8 @@ from jlora.sharding import MODELS, put_rows
 from tests.test_sharding import TOKENS, arguments_of, mesh_of
 from tests.tiers import thorough
 
+pytestmark = pytest.mark.once
+
 GPT = GPT2(GPT2Config(vocab_size=64, context=16, width=32, layers=2, heads=4, scan=True))
 LLAMA = Llama(
     LlamaConfig(

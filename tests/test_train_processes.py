@@ -14,6 +14,8 @@ from tests import pod
 from tests.pod import EVERY, STEPS, Started
 from tests.pod import compiled as compiled
 
+pytestmark = pytest.mark.once
+
 FIRST = f"step {EVERY:5d}"
 
 
