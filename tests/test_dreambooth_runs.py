@@ -45,12 +45,12 @@ def apart(name, *arguments, program=("-m", "experiments.train"), status=0):
 
 INTERRUPTED = """
 import sys
-from experiments import train, trainer
-save = trainer.Checkpoints.save
+from experiments import loop, train
+save = loop.Checkpoints.save
 def interrupted(self, *arguments):
     save(self, *arguments)
     raise KeyboardInterrupt
-trainer.Checkpoints.save = interrupted
+loop.Checkpoints.save = interrupted
 sys.exit(train.main(sys.argv[1:]))
 """
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import jlora
-from experiments import bases, configfile, trainer
+from experiments import bases, configfile, loop
 from experiments.config import Decoding, Experiment
 from experiments.configfile import ConfigError
 from experiments.data import hub, sources
@@ -234,7 +234,7 @@ def test_an_interrupted_run_resumed_gives_the_same_numbers(finished, tmp_path, m
 
     A damaged state that is newer than the one that was left is passed over.
     """
-    whole, folder, calls, save = finished("minilm_trec")[0], tmp_path / "run", [], trainer.Checkpoints.save
+    whole, folder, calls, save = finished("minilm_trec")[0], tmp_path / "run", [], loop.Checkpoints.save
 
     def interrupted(self, *arguments):
         calls.append(arguments)
@@ -242,7 +242,7 @@ def test_an_interrupted_run_resumed_gives_the_same_numbers(finished, tmp_path, m
             raise KeyboardInterrupt
         save(self, *arguments)
 
-    monkeypatch.setattr(trainer.Checkpoints, "save", interrupted)
+    monkeypatch.setattr(loop.Checkpoints, "save", interrupted)
     status, _, err = called("minilm_trec", "--folder", folder)
     assert (status, err) == (130, "interrupted; the same command with --resume continues\n")
     (left,) = folder.glob("*/seed_*/training")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jlora
-from experiments import bases, configfile, held, trainer
+from experiments import bases, configfile, held, loop
 from experiments.config import ConfigError, Experiment, Held, Run, Schedule
 from experiments.data.files import DataError
 from experiments.recipes import qlora, tiny
@@ -233,7 +233,7 @@ def bases_of(base: models.Pretrained) -> object:
 
 
 def test_an_interrupted_run_on_a_quantised_base_gives_the_same_numbers(ended, tmp_path, monkeypatch):
-    calls, save = [], trainer.Checkpoints.save
+    calls, save = [], loop.Checkpoints.save
 
     def interrupted(self, *arguments):
         calls.append(arguments)
@@ -241,7 +241,7 @@ def test_an_interrupted_run_on_a_quantised_base_gives_the_same_numbers(ended, tm
             raise KeyboardInterrupt
         save(self, *arguments)
 
-    monkeypatch.setattr(trainer.Checkpoints, "save", interrupted)
+    monkeypatch.setattr(loop.Checkpoints, "save", interrupted)
     command = (
         "stories_shakespeare",
         "--folder",
@@ -262,7 +262,7 @@ OLD = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
 def test_an_interrupted_run_whose_optimizer_waits_on_the_host_gives_the_numbers_of_the_device(
     ended, tmp_path, monkeypatch
 ):
-    places, save, restore = [], trainer.Checkpoints.save, trainer.Checkpoints.restore
+    places, save, restore = [], loop.Checkpoints.save, loop.Checkpoints.restore
     place = lambda state: places.append({x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim})
 
     def interrupted(self, state, *arguments):
@@ -276,8 +276,8 @@ def test_an_interrupted_run_whose_optimizer_waits_on_the_host_gives_the_numbers_
         place(found[0])
         return found
 
-    monkeypatch.setattr(trainer.Checkpoints, "save", interrupted)
-    monkeypatch.setattr(trainer.Checkpoints, "restore", again)
+    monkeypatch.setattr(loop.Checkpoints, "save", interrupted)
+    monkeypatch.setattr(loop.Checkpoints, "restore", again)
     command = ("stories_shakespeare", "--folder", tmp_path / "run", *HOSTED, f"save.merged={tmp_path / 'out'}")
     assert called(*command)[0] == 130
     assert called(*command, "--resume")[0] == 0
