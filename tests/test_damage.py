@@ -405,7 +405,7 @@ def test_a_lock_that_was_removed_while_it_was_opened_is_none(tmp_path, monkeypat
 
 def test_a_constructor_that_fails_lets_go(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("orbax.checkpoint.CheckpointManager", lambda *_, **__: 1 / 0)
+        patched.setattr("jlora.checkpoint.on_disk._Manager", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             Checkpoints(tmp_path)
     Checkpoints(tmp_path).close()
