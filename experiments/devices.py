@@ -101,8 +101,14 @@ class Devices:
 
     def _gathered(self, x: Any) -> np.ndarray | None:
         """An array on the host of the first process: of a stack of layers one layer after the other."""
-        stacked = isinstance(x, jax.Array) and x.ndim > 2 and not names_of((*_spec(x), None)[0])
-        parts = [self._fetched(x[i : i + 1]) for i in range(len(x))] if stacked else [self._fetched(x)]
+        stacked = isinstance(x, jax.Array) and x.ndim > 2 and len(x) and not names_of((*_spec(x), None)[0])
+        parts = []
+        for part in (x[i : i + 1] for i in range(len(x))) if stacked else (x,):
+            whole = self._fetched(part)
+            if hosts.is_first():
+                parts.append(whole)
+        if not hosts.is_first():
+            return None
         return np.concatenate(parts) if stacked else parts[0]
 
     def _fetched(self, x: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,7 +131,5 @@ def code() -> dict[str, str]:
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
-    from importlib.metadata import version
-
     versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     return {"files": digest.hexdigest()[:16], **versions}
