@@ -14,7 +14,6 @@ from jlora import tree
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.sharding import MODELS, put
 from tests.test_sharding import mesh_of
-from tests.tiers import thorough
 
 pytestmark = pytest.mark.once
 
@@ -56,30 +55,24 @@ def gathered(form: str | None, double: bool = False) -> int:
     return plan.collectives["all-gather"].bytes
 
 
-@pytest.mark.parametrize(
-    "form", thorough(["nf4", "twice", "int8"], "test_codes_are_gathered_and_not_the_weights_behind_them", ["twice"])
-)
-def test_codes_are_gathered_and_not_the_weights_behind_them(form):
+def test_codes_are_gathered_and_not_the_weights_behind_them():
     """A plain base's weights twice, forward and backward; codes a third time where the forward pass is done again."""
-    held = adapted("int8") if form == "int8" else adapted("nf4", form == "twice")
+    held = adapted("nf4", double=True)
     stored = [leaf for leaf in tree.leaves(held.base)[0].values() if tree.is_stored(leaf)]
     number, own = sum(leaf.size for leaf in stored), sum(leaf.nbytes for leaf in stored)
     assert len(stored) == 7 and own < 0.3 * 4 * number
     rest = gathered(None) - 2 * 4 * number  # of the embedding and the head
     assert 0 < rest < 0.03 * 4 * number
-    found = gathered("int8") if form == "int8" else gathered("nf4", form == "twice")
-    assert rest + 2 * own <= found <= rest + 3 * own
+    found = gathered("nf4", double=True)
+    assert rest + 1.99 * own <= found <= rest + 3 * own  # scales of the second level lie on every device
 
 
-@pytest.mark.parametrize(
-    "kind", thorough(["Explicit", "Auto"], "test_a_step_has_the_numbers_of_one_device", ["Explicit"])
-)
-def test_a_step_has_the_numbers_of_one_device(kind):
+def test_a_step_has_the_numbers_of_one_device():
     """Split over the rows' axis and tensor parallel, scales in 8 bits."""
     start = adapted("nf4", True)
     step = jlora.train_step(loss, TX, donate=False)
     expected, metrics = step(jlora.TrainState.create(start, step.tx), BATCH)
-    mesh = mesh_of(getattr(AxisType, kind), fsdp=2, tp=2)
+    mesh = mesh_of(AxisType.Explicit, fsdp=2, tp=2)
     lying = start.replace(base=put(start.base, MODELS.shardings(start.base, mesh)))
     on_mesh = jlora.train_step(loss, TX, donate=False, mesh=mesh)
     found, of_mesh = on_mesh(jlora.TrainState.create(lying, on_mesh.tx), BATCH)

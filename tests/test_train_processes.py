@@ -135,17 +135,16 @@ def test_sigterm_before_anything_is_trained_is_heard_after_the_first_step(tmp_pa
     assert again.codes() == [75, 75], again.said(0) + again.said(1)
 
 
-@pytest.mark.parametrize(
-    ("other", "what"),
-    [
-        ("train.batch=8", "config"),
-        pytest.param(
-            "mesh=data=2", "mesh",
-            marks=pytest.mark.thorough("test_processes_that_disagree_all_end_and_say_in_what"),
-        ),
-    ],
-)  # fmt: skip
-def test_processes_that_disagree_all_end_and_say_in_what(tmp_path, other, what):
+def test_processes_that_disagree_all_end_and_say_in_what(tmp_path):
+    check_disagreement(tmp_path, "train.batch=8", "config")
+
+
+@pytest.mark.thorough("test_processes_that_disagree_all_end_and_say_in_what")
+def test_processes_that_disagree_on_the_mesh(tmp_path):
+    check_disagreement(tmp_path, "mesh=data=2", "mesh")
+
+
+def check_disagreement(tmp_path: Path, other: str, what: str) -> None:
     started = Started(tmp_path / "run", 2, each=[(), (other,)])
     assert started.codes() == [2, 2], started.said(0) + started.said(1)
     for number in range(2):
