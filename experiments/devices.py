@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments import hosts
 from experiments.configfile import ConfigError
 from jlora import sharding
+from jlora.checkpoint.processes import whole
 from jlora.sharding import MODELS, Layout
 from jlora.sharding.arrays import of_axes
 from jlora.transform.explicit import names_of
@@ -89,7 +89,7 @@ class Devices:
         """The arrays on the host, whole, in every process."""
         if self.mesh is None or not hosts.several():
             return jax.device_get(tree)
-        return jax.tree.map(self._fetched, tree)
+        return jax.tree.map(whole, tree)
 
     def gathered(self, tree: Tree) -> Tree | None:
         """The arrays on the host of the first process, whole; None in the others, which hold one array at a time."""
@@ -104,17 +104,12 @@ class Devices:
         stacked = isinstance(x, jax.Array) and x.ndim > 2 and len(x) and not names_of((*_spec(x), None)[0])
         parts = []
         for part in (x[i : i + 1] for i in range(len(x))) if stacked else (x,):
-            whole = self._fetched(part)
+            found = whole(part)
             if hosts.is_first():
-                parts.append(whole)
+                parts.append(found)
         if not hosts.is_first():
             return None
         return np.concatenate(parts) if stacked else parts[0]
-
-    def _fetched(self, x: Any) -> np.ndarray:
-        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-            x = multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(jax.device_get(x))
 
     def placed(self, params: Tree) -> Tree:
         """Parameters on the devices, as the layout has them; what lies on the mesh already stays."""

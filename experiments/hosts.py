@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from experiments.configfile import ConfigError
 from experiments.launch.exits import has_come
+from jlora.checkpoint.processes import are_several, of_first, together
 
 Read = TypeVar("Read")
 _PACKAGES = ("jlora", "experiments", "configs")
@@ -29,50 +30,23 @@ def is_first() -> bool:
 
 def several() -> bool:
     """Whether there is more than one process."""
-    return jax.process_count() > 1
+    return are_several()
 
 
-def said_by_first(value: Any) -> Any:
-    """The first process's JSON value, in all of them. All have to call it, at the same place."""
-    if not several():
-        return value
-    content = np.frombuffer(json.dumps(value if is_first() else None).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    room = 1 << max(size - 1, 1).bit_length()  # few shapes, of which each compiles a program
-    padded = np.zeros(room, np.uint8)
-    if is_first():
-        padded[:size] = content
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))[:size])
+def said_by_first(value: Read) -> Read:
+    """The first process's value, in all of them. All have to call it, at the same place."""
+    return of_first(lambda: value)
 
 
 def by_first(call: Callable[[], Read]) -> Read:
-    """Result of the first process's call, as JSON has it, in all of them; the others do not call it.
-
-    Raises:
-      ConfigError: in all processes, where the first one's call does; for another error of it, too, which that process
-        itself raises as it is.
-    """
-    found: Read = said_by_first(by_first_alone(call))
-    return found
+    """Result of the first process's call, or its error, in all of them; the others do not call it."""
+    return of_first(call)
 
 
 def by_first_alone(call: Callable[[], Read]) -> Read | None:
-    """The same for what is no JSON, a lock or a file: the first process has it, the others None."""
-    if not several():
-        return call()
-    found: Read | None = None
-    failed: Exception | None = None
-    if is_first():
-        try:
-            found = call()
-        except Exception as error:
-            failed = error
-    words = said_by_first("" if failed is None else str(failed) or type(failed).__name__)
-    if failed is not None:
-        raise failed
-    if words:
-        raise ConfigError(words)
-    return found
+    """The same for what cannot be sent, a lock or a file: the first process has it, the others None."""
+    with together():
+        return call() if is_first() else None
 
 
 _ASKED = itertools.count(1)
