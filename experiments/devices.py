@@ -1,6 +1,6 @@
 """The devices of a run: one of them, or a mesh of all, in one process or several.
 
-`used(mesh_of(...))` makes a mesh that of all that is called within, as `jax.set_mesh` does for JAX; the loop, the tasks
+`used(of(...))` makes a mesh that of all that is called within, as `jax.set_mesh` does for JAX; the loop, the tasks
 and the reports put batches there and fetch results through `current()`, and need not know how many devices there are.
 """
 
