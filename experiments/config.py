@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jlora
-from experiments.configfile import APART, UNSAID
+from experiments.configfile import APART, EACH, UNSAID
 from experiments.configfile import ConfigError as ConfigError
 from experiments.tasks.task import Task
 from jlora import host
@@ -377,10 +377,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Study:
-    """Several experiments by one command: `experiments.text.seeds=0` sets a field of one of them."""
+    """Several experiments by one command: `experiments.text.seeds=0` sets a field of one of them, `seeds=0` of all."""
 
     name: str
-    experiments: tuple[Experiment, ...]
+    experiments: tuple[Experiment, ...] = field(metadata=EACH)
 
     def __post_init__(self) -> None:
         names = [experiment.name for experiment in self.experiments]

@@ -83,7 +83,7 @@ def _absent(path: Path) -> str:
 
 
 def override(experiment: Kind, item: str) -> Kind:
-    """Sets one field, as in `train.steps=200` or `runs.lora.method=lora(8)`.
+    """Sets one field, as in `train.steps=200` or `runs.lora.method=lora(8)`; of a config of several the field of each.
 
     Raises:
       ConfigError: naming the nearest field, or the type that the field has.
@@ -93,11 +93,22 @@ def override(experiment: Kind, item: str) -> Kind:
     if not equals:
         raise ConfigError(f"an override has the form field=value (train.steps=200), got {item!r}")
     known = fields(experiment)
-    if path not in known:
+    paths = [path] if path in known else _in_each(experiment, path)
+    if not paths or not known.keys() >= set(paths):
         near = difflib.get_close_matches(path, known, 1, 0.0)[0]
         raise ConfigError(f"there is no field {path!r}; the nearest is {near!r}")
-    changed: Kind = _replace(experiment, path.split("."), _parse(path, text.strip(), known[path]))
-    return changed
+    for each in paths:
+        experiment = _replace(experiment, each.split("."), _parse(each, text.strip(), known[each]))
+    return experiment
+
+
+EACH = {"each": True}
+"""Of a field with several dataclasses: a field that the config itself has not is set in all of them."""
+
+
+def _in_each(node: Any, path: str) -> list[str]:
+    several = [field for field in dataclasses.fields(node) if field.metadata.get("each")]
+    return [f"{field.name}.{item.name}.{path}" for field in several for item in getattr(node, field.name)]
 
 
 def fields(node: Any, prefix: str = "") -> dict[str, Any]:

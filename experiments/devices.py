@@ -41,9 +41,14 @@ class Devices:
     layout: Layout = MODELS
 
     @property
+    def rows(self) -> NamedSharding | None:
+        """Where the rows of a batch lie; None on one device."""
+        return None if self.mesh is None else self.layout.rows(self.mesh)
+
+    @property
     def parts(self) -> int:
         """In how many parts the rows of a batch lie on the devices: a batch is a multiple of it."""
-        rows = None if self.mesh is None else self.layout.rows(self.mesh)
+        rows = self.rows
         if rows is None or not rows.spec:
             return 1
         return math.prod(rows.mesh.shape[name] for name in names_of(rows.spec[0]))
@@ -61,9 +66,9 @@ class Devices:
           batches: step -> all rows.
           batch: their number.
         """
-        if self.mesh is None or not hosts.several():
+        if self.rows is None or not hosts.several():
             return batches
-        numbers = sharding.row_numbers(self.layout.rows(self.mesh), batch)
+        numbers = sharding.row_numbers(self.rows, batch)
         read: Any = getattr(batches, "rows_of", None)
         if read is not None:
             return lambda step: read(step, numbers)
@@ -71,9 +76,9 @@ class Devices:
 
     def put(self, batch: Any) -> Any:
         """Rows that every process has, on the devices: split over them where they can be, else whole on each."""
-        if self.mesh is None:
+        rows = self.rows
+        if rows is None:
             return jax.device_put(batch)
-        rows = self.layout.rows(self.mesh)
 
         def put(x: Any) -> Any:
             place = of_axes(rows, np.ndim(x))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from experiments import hosts
 from experiments.tasks.task import Sheet
 
 LEAST = 64  # pixels of a picture's side on the sheet: smaller ones are enlarged by a whole number
@@ -46,6 +47,13 @@ def draw(path: Path, columns: Mapping[str, Sheet]) -> None:
     for row, prompt in enumerate(first.prompts):
         top = 2 * MARGIN + LINE + row * (high + GAP)
         pen.multiline_text((MARGIN, top), "\n".join(textwrap.wrap(prompt, 19) or ["(no text)"]), fill=INK, font=font)
+    write_png(path, image)
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Writes an image: afterwards it is there as a whole, or as it was before. Of several processes the first does."""
+    if not hosts.is_first():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     image.save(temporary, format="PNG")
     temporary.replace(path)

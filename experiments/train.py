@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from experiments import bases, configfile, devices, exports, hosts, report
@@ -209,8 +210,11 @@ def _check_devices(experiment: Experiment, opened: Opened) -> None:
                 f"{name}.batch={schedule.batch}{cut} is not a multiple of {here.parts}, the devices that its rows are "
                 f"dealt out to (mesh: {here}): take a multiple of {here.parts * parts}, or more devices along tp"
             )
-    if here.mesh is not None and opened.pictures is not None:
-        raise ConfigError("a task that draws pictures runs on one device: leave mesh out, and start one process")
+    if here.rows is None or len(here.rows.spec) < 2:
+        return
+    rows = opened.new.batches(experiment.train.batch, experiment.seed)(0)
+    if any(np.ndim(x) > 2 for x in jax.tree.leaves(rows)):
+        raise ConfigError("mesh: sequence is for rows of tokens, and the rows of this task are pictures: leave it out")
 
 
 def _held_by_all(experiment: Experiment, opened: Opened, params: Params) -> Params:

@@ -1,10 +1,12 @@
 """Attention by blocks of queries: the numbers and gradients of the plain form, and less memory."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.models import attention_blocks
 from jlora.models.attention import DotProductAttention
@@ -50,6 +52,21 @@ def test_scores_of_all_queries_are_nowhere():
         for blocks in (False, True)
     ]
     assert held[0] > 64 * 2**20 and held[1] < 40 * 2**20
+
+
+def test_rows_and_heads_over_a_mesh_are_taken_by_blocks_where_they_lie():
+    mesh = jax.make_mesh((2, 2), ("data", "tp"))
+    place = NamedSharding(mesh, PartitionSpec("data", None, "tp"))
+    args = operands(512)
+    close(value_and_gradient(True, jax.device_put(args, place)), value_and_gradient(False, args))
+    typed = (jax.ShapeDtypeStruct((2, 1024, 4, 8), jnp.float32, sharding=place),) * 3
+    made = [
+        jax.jit(jax.grad(lambda *args, blocks=blocks: value_of(blocks, *args).sum(), (0, 1, 2))).lower(*typed).compile()
+        for blocks in (False, True)
+    ]
+    held = [program.memory_analysis().temp_size_in_bytes for program in made]
+    assert held[0] > 24 * 2**20 and held[1] < 6 * 2**20  # 2 heads of a row: 8 MiB of scores each time
+    assert not re.findall(r"all-\w+\(|collective-\w+\(", made[1].as_text())
 
 
 def value_of(blocks, *args):

@@ -122,6 +122,19 @@ def test_a_wrong_override_is_explained(item, message):
     assert str(caught.value) == message
 
 
+def test_an_override_of_several_experiments_sets_the_field_of_each():
+    study = configfile.load(Study, QUICKSTART.with_name("small_diffusion.py"), small=True)
+    changed = configfile.override(configfile.override(study, "mesh=fsdp=2"), "experiments.style.train.steps=3")
+    assert [experiment.mesh for experiment in changed.experiments] == ["fsdp=2", "fsdp=2"]
+    assert [experiment.train.steps for experiment in changed.experiments] == [100, 3]
+    with pytest.raises(
+        ConfigError, match=r"^there is no field 'train\.step'; the nearest is 'experiments\.style\.train"
+    ):
+        configfile.override(study, "train.step=3")
+    with pytest.raises(ConfigError, match="^seeds: at least one, and no seed twice; got"):
+        configfile.override(study, "seeds=0,0")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

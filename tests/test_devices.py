@@ -103,12 +103,16 @@ def test_a_batch_that_the_devices_do_not_divide(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_pictures_are_drawn_on_one_device():
-    drawing, experiment = SimpleNamespace(pictures=print), pod.config()
-    train._check_devices(experiment, drawing)
-    error = "^a task that draws pictures runs on one device: leave mesh out, and start one process$"
-    with devices.used(devices.of("data=2")), pytest.raises(ConfigError, match=error):
-        train._check_devices(experiment, drawing)
+def test_the_tokens_of_pictures_are_not_split():
+    rows = lambda *shape: SimpleNamespace(new=SimpleNamespace(batches=lambda batch, seed: lambda step: np.zeros(shape)))
+    experiment = pod.config()
+    with devices.used(devices.of("data=2,sequence=2")):
+        train._check_devices(experiment, rows(4, 6))
+        error = "^mesh: sequence is for rows of tokens, and the rows of this task are pictures: leave it out$"
+        with pytest.raises(ConfigError, match=error):
+            train._check_devices(experiment, rows(4, 8, 8, 3))
+    with devices.used(devices.of("data=2")):
+        train._check_devices(experiment, rows(4, 8, 8, 3))
 
 
 def test_one_of_several_processes_reads_its_rows_alone(monkeypatch):

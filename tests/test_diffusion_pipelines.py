@@ -23,6 +23,7 @@ from jlora.models.catalogue import architecture_of
 from jlora.models.diffusion import Noise, generate, scheduler_config, single_file
 from jlora.models.tensors import to_tensors
 from jlora.models.vae import sampled
+from jlora.sharding import MODELS, put
 from tests import hostile, small_pipelines
 from tests.tiers import thorough
 
@@ -69,7 +70,7 @@ def with_scheduler(pipeline, case: dict):
 
 PROMPTS = small_pipelines.cases("sd1")["prompts"]
 AUTO = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-EXPLICIT = (jax.sharding.AxisType.Explicit,)
+EXPLICIT = (jax.sharding.AxisType.Explicit,) * 2
 KEY = jax.random.key(0)
 
 
@@ -186,14 +187,20 @@ def test_latents_are_drawn_from_the_autoencoders_gaussians():
 
 
 @pytest.mark.thorough("test_a_key_draws_each_image_by_itself_and_nothing_compiles_again")
-def test_images_lie_over_devices(pipelines):
+@pytest.mark.parametrize("types", [AUTO.axis_types, EXPLICIT], ids=["auto", "explicit"])
+def test_images_lie_over_devices(pipelines, types):
+    """The parameters on one device, and on a mesh with Explicit axes there, too: with images over it, and whole."""
     pipeline = dataclasses.replace(pipelines("sd2", scan=True), sampler="ddim")
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    run = functools.partial(generate, pipeline, PROMPTS, key=KEY, steps=1, **SIDES)
-    images = run(sharding=rows)
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=types)
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    run = functools.partial(generate, prompts=PROMPTS, key=KEY, steps=1, **SIDES)
+    expected, images = run(pipeline), run(pipeline, sharding=rows)
     assert images.sharding.is_equivalent_to(rows, 4)
-    np.testing.assert_allclose(images, run(), atol=1e-5)
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+    if types is EXPLICIT:
+        split = {name: put(params, MODELS.shardings(params, mesh)) for name, params in pipeline.params.items()}
+        for sharding in (rows, None):
+            np.testing.assert_allclose(run(pipeline.with_params(**split), sharding=sharding), expected, atol=1e-5)
 
 
 def test_arguments_that_cannot_be(pipelines):
@@ -225,8 +232,6 @@ def test_arguments_that_cannot_be(pipelines):
         ({"image": image, "mask": 255 + mask}, "mask has values from 255 to 255, expected 1 where to paint, 0 elsewhere"),
         ({"image": image - 1, "strength": 0.5}, "image has values from -1 to -1, expected [0, 1]: x / 2 + 0.5 of [-1, 1]"),
         ({"image": image + np.nan}, "image has values that are not finite"),
-        ({"sharding": NamedSharding(jax.make_mesh((2,), ("a",), axis_types=EXPLICIT), PartitionSpec("a"))},
-            "sharding= is of a mesh with Explicit axes, and convolutions want Auto ones: jax.make_mesh("),
         ({"sharding": NamedSharding(AUTO, PartitionSpec("a", "b"))}, "sharding= does not fit 2 images, of which it says one"),
     ]  # fmt: skip
     for given, error in wrong:

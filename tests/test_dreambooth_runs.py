@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 import jlora
 from experiments import configfile, trainer
@@ -62,6 +63,7 @@ def numbers(folder):
     return [(run["name"], run["plan"]["trainable"], run["results"]) for run in runs]
 
 
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FASTER = ("runs.lora.learning_rate=1e-2", "train.ema=0.9", "task.drawing.each=1")
 
 
@@ -103,6 +105,19 @@ def test_the_merged_pipeline_is_a_folder_of_diffusers(whole):
     file = whole.parent / "adapter" / "pytorch_lora_weights.safetensors"
     merged = jlora.diffusers.merge(file, before.adaptable, before.tables)
     chex.assert_trees_all_close(merged["unet"], pipeline.params["unet"], atol=1e-7)
+
+
+@pytest.mark.thorough("test_a_training_that_goes_on_has_the_same_numbers_and_sheets")
+def test_a_run_on_a_mesh_has_the_numbers_and_sheets_of_one_device(whole, tmp_path):
+    apart(CONFIGS[0], "--folder", tmp_path / "run", *FASTER, "mesh=fsdp=2,tp=2", f"save.merged={tmp_path / 'merged'}")
+    ((_, _, (here,)),), ((_, _, (there,)),) = numbers(tmp_path / "run"), numbers(whole)
+    losses = lambda result: [point["scores"]["loss"] for point in result["points"]]
+    np.testing.assert_allclose(losses(here), losses(there), atol=1e-5)
+    for name in ("sheet_lora.png", "class_images/00001.png"):
+        sheets = [np.asarray(Image.open(folder / name), int) for folder in (tmp_path / "run", whole)]
+        assert np.abs(sheets[0] - sheets[1]).max() <= 1, name
+    written = [load_file(folder / "merged" / WEIGHTS) for folder in (tmp_path, whole.parent)]
+    chex.assert_trees_all_close(*written, atol=1e-4)
 
 
 @pytest.mark.thorough("test_a_training_that_goes_on_has_the_same_numbers_and_sheets")

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from experiments import metrics
+from experiments import devices, hosts, metrics
 from experiments.config import ConfigError, Schedule
 from experiments.data.pictures import Pictures, Sides, groups, read_pictures
-from experiments.sheet import as_image
+from experiments.sheet import as_image, write_png
 from experiments.tasks.judge import Judge
 from experiments.tasks.latents import Drawn, Prompts, Rows, encoder_of, rows_of, whole
 from experiments.tasks.task import (
@@ -350,8 +350,7 @@ class _Opening:
     def prepare(self, params: Params, folder: Path, say: Callable[[str], None]) -> None:
         """Pictures of the class, drawn by the base and kept as PNG; those that are there are not drawn again."""
         prior, place = self.task.prior, folder / "class_images"
-        place.mkdir(exist_ok=True)
-        missing = [i for i in range(prior.images) if not (place / f"{i:05d}.png").exists()]
+        missing = hosts.by_first(lambda: _missing(place, prior.images))
         if missing:
             say(f"class     {len(missing)} pictures of {prior.prompt!r} are drawn by the base, into {place}")
         for start in range(0, len(missing), prior.batch):
@@ -359,9 +358,8 @@ class _Opening:
             how = Drawing(steps=prior.steps, guidance=prior.guidance, seed=prior.seed, batch=prior.batch)
             images = self._drawn(params, [prior.prompt] * len(some), some, how)
             for number, pixels in zip(some, images, strict=True):
-                temporary = place / f".{number:05d}.tmp"
-                as_image(pixels).save(temporary, format="PNG")
-                temporary.replace(place / f"{number:05d}.png")
+                write_png(place / f"{number:05d}.png", as_image(pixels))
+        hosts.wait_for_all("the pictures of the class are there")
         channels = self.new.train.channels
         self.prior = self._class_rows(read_pictures(place, prior.prompt, channels=channels)[: prior.images])
 
@@ -370,6 +368,7 @@ class _Opening:
     def evaluator(self, evaluate_batch: int, apply: Apply) -> Evaluate:
         """Losses on fixed noises at fixed timesteps, of each bin and of all; scores of pictures on the test split."""
         edges = np.linspace(0, self.pipeline.noise.steps, self.task.bins + 1).round().astype(int)
+        here = devices.current()
 
         @jax.jit
         def errors(params: Params, batch: Batch) -> jax.Array:
@@ -387,7 +386,7 @@ class _Opening:
                     batch = rows.batch(part[:, 0], np.zeros_like(part[:, 0]))
                     texts = self.prompts(rows.texts[part[:, 0]])
                     batch |= {"texts": texts, "times": part[:, 2], "number": part[:, 3]}
-                    values = jax.device_get(errors(params, jax.device_put(batch)))[: len(plan) - start]
+                    values = here.fetched(errors(params, here.put(batch)))[: len(plan) - start]
                     for which, value in zip(part[:, 1], values, strict=False):
                         found[which].append(float(value))
             scores = {LOSS.name: float(np.mean([np.mean(each) for each in found]))}
@@ -432,15 +431,16 @@ class _Opening:
         """A picture of each prompt, by the key of its number."""
         pipeline: Pipeline = self.pipeline.with_params(**parts_of(params))
         lift = jlora.lift if is_lifted(params) or any(map(is_lifted, pipeline.params.values())) else None
-        keys, found = jax.random.key(how.seed), []
-        for start in range(0, len(prompts), how.batch):
-            places = np.minimum(np.arange(start, start + how.batch), len(prompts) - 1)
+        keys, found, here = jax.random.key(how.seed), [], devices.current()
+        batch = here.fitting(how.batch)
+        for start in range(0, len(prompts), batch):
+            places = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
             own = jax.vmap(functools.partial(jax.random.fold_in, keys))(jnp.asarray([numbers[i] for i in places]))
             images = diffusion.generate(
                 pipeline, [prompts[i] for i in places], key=own, steps=how.steps, guidance=how.guidance,
-                sampler=how.sampler, height=self.side, width=self.side, lift=lift,
+                sampler=how.sampler, height=self.side, width=self.side, lift=lift, sharding=here.rows,
             )  # fmt: skip
-            found.append(jax.device_get(images))
+            found.append(here.fetched(images))
         return np.concatenate(found)[: len(prompts)]
 
     # -- for people --
@@ -475,6 +475,12 @@ _SPLITS = {"validation": 0, "test": 1}
 def _weighted(batch: Batch, weight: float) -> Batch:
     rows = len(batch["mean"])
     return batch | {"weight": np.full(rows, weight, np.float32)}
+
+
+def _missing(place: Path, images: int) -> list[int]:
+    """Numbers of the pictures that are not in a folder yet."""
+    place.mkdir(exist_ok=True)
+    return [i for i in range(images) if not (place / f"{i:05d}.png").exists()]
 
 
 def _blank(like: Rows, texts: np.ndarray) -> Rows:

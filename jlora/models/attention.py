@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import jax
@@ -29,7 +30,7 @@ class DotProductAttention(nn.Module):
         at hand are older than Ampere, the plain form, too, and where the tokens of a row lie on several devices, as
         the type of the query says on Explicit axes. On Auto axes nothing here knows that: say "xla".
       blocks: the plain form takes some queries at a time where there are many, see `attention_blocks`: not with a mask
-        or a bias, nor of arrays that lie split over a mesh.
+        or a bias, nor where the tokens of a row lie on several devices.
     """
 
     takes_prefix: ClassVar[bool] = True  # whoever puts keys before the others widens the mask, and nothing else
@@ -87,10 +88,10 @@ class DotProductAttention(nn.Module):
                     f"{placed.pieces(query, 1)}: 'xla' and 'auto' take the plain form"
                 )
             return flash(query, key, value, *more)
-        plain = functools.partial(attend, implementation="xla")
+        plain: Callable[..., jax.Array] = functools.partial(attend, implementation="xla")
         size = attention_blocks.size_of(length, keys) if self.blocks and not (causal or more) else None
-        if size is not None and query.shape == key.shape and not placed.split(query, key, value):
-            plain = functools.partial(attention_blocks.attend, size=size, scale=self.scale)
+        if size is not None and query.shape == key.shape and not apart:
+            plain = placed.lying_as(query, functools.partial(attention_blocks.attend, size=size, scale=self.scale))
         if self.implementation == "xla":
             return plain(query, key, value, *more)
         if apart or not (_fits_flash(query, keys, masked=bool(more)) and _has_flash()):

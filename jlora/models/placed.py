@@ -41,6 +41,18 @@ def whole_along(x: jax.Array, axis: int) -> jax.Array:
     return _placed(x, tuple(None if i == axis % x.ndim else part for i, part in enumerate(_spec(x))))
 
 
+def on_one_mesh(tree: Any, others: Any) -> Any:
+    """The arrays of a tree; those of no mesh whole on each device of the Explicit one that any array, or other, names.
+
+    A scan needs it, whose carry has one type.
+    """
+    mesh = explicit_mesh(*jax.tree.leaves((tree, others)))
+    if mesh is None:
+        return tree
+    everywhere = lambda x: jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda x: everywhere(x) if jax.typeof(x).sharding.mesh.empty else x, tree)
+
+
 def token(h: jax.Array, at: int) -> jax.Array:
     """One token of each row, wherever it lies: (batch, length, width) -> (batch, width)."""
     return whole_along(h, 1)[:, at]
@@ -105,6 +117,13 @@ def taken(x: jax.Array, indices: jax.Array, axis: int, mode: str | None = None) 
         return jnp.take_along_axis(x, indices, axis=axis, mode=mode)
 
     return on_auto_axes(take, _spec(x))(x, indices) if split(x) else take(x, indices)
+
+
+def looked_up(table: jax.Array, indices: jax.Array, **options: Any) -> jax.Array:
+    """`table.at[indices].get(...)`: rows of a table, lying as their indices do."""
+    if split(table, indices):
+        options["out_sharding"] = _sharding(_spec(indices), indices, table)
+    return table.at[indices].get(**options)
 
 
 def rows_of(x: jax.Array) -> Spec:
@@ -184,7 +203,7 @@ class Embed(nn.Embed):
             return jnp.broadcast_to(whole(table), (*inputs.shape, self.features))
         if sum(part is not None for part in _spec(inputs)) > 1:  # XLA brings features to rows, not to rows and tokens
             table = _placed(table, tuple(_without(part, _spec(inputs)) for part in _spec(table)))
-        return table.at[inputs].get(mode="fill", out_sharding=_sharding(_spec(inputs), inputs, table))
+        return looked_up(table, inputs, mode="fill")
 
     def attend(self, query: jax.Array) -> jax.Array:
         if not split(query, self.embedding):

@@ -53,7 +53,7 @@ class Resnet(nn.Module):
         c = self.config
         h = conv(c, self.width, "conv1")(nn.silu(group_norm(c, "norm1")(x)))
         if time is not None:
-            h = h + dense(c, self.width, "time_emb_proj")(nn.silu(time))[:, None, None, :]
+            h = placed.added(h, dense(c, self.width, "time_emb_proj")(nn.silu(time))[:, None, None, :])
         h = conv(c, self.width, "conv2")(nn.silu(group_norm(c, "norm2")(h)))
         if x.shape[-1] != self.width:
             x = conv(c, self.width, "conv_shortcut", side=1)(x)
@@ -90,7 +90,8 @@ def nearest(x: jax.Array, height: int, width: int) -> jax.Array:
     batch, h, w, channels = x.shape
     if (height, width) == (2 * h, 2 * w):  # without a gather, whose derivative would be a scatter
         wide = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, h, 2, w, 2, channels))
-        return wide.reshape(batch, height, width, channels)
+        high = wide.reshape(batch, height, w, 2, channels)  # one axis at a time, which JAX can place on Explicit axes
+        return high.reshape(batch, height, width, channels)
     rows, columns = (np.arange(n) * old // n for n, old in ((height, h), (width, w)))
     return x[:, rows][:, :, columns]
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.models import bnb_tensors
+from jlora.models import bnb_tensors, placed
 from jlora.models.diffusion import scheduler_config
 from jlora.models.diffusion.noise import Noise
 from jlora.models.diffusion.pipeline import TEXTS, Pipeline
@@ -39,6 +40,7 @@ class Setting(NamedTuple):
     clip_skip: int
     xl: bool
     lift: Lift | None
+    sharding: jax.sharding.Sharding | None
 
 
 class Inputs(NamedTuple):
@@ -105,8 +107,8 @@ def generate(
       clip_skip: blocks of the text encoders to leave out at the end, as in diffusers.
       long: a prompt of over 77 tokens is an error, "raise", or is "cut", or encoded in pieces, "chunk".
       lift: for adapted or quantised parameters: `jlora.lift`. Keep a partial of it: a new one compiles anew.
-      sharding: of the images over devices, one axis, of a mesh with Auto axes; the parameters lie where the caller has
-        them.
+      sharding: of the images over devices, one axis. The parameters lie where the caller has them; where that is a
+        mesh with Explicit axes and there is no sharding, each device makes all images.
 
     Returns:
       (images, height, width, channels), float32, in [0, 1].
@@ -151,6 +153,7 @@ def generate(
     setting = Setting(
         tuple(sorted(pipeline.modules.items())), pipeline.noise, sampler or pipeline.sampler, steps,
         _first(steps, strength, image, mask, xl=pipeline.xl), guided, rescale > 0, clip_skip or 0, pipeline.xl, lift,
+        sharding,
     )  # fmt: skip
     inputs = Inputs(
         tokens, others, keys, _noise(keys, shape) if latents is None else jnp.asarray(latents, jnp.float32),
@@ -158,8 +161,6 @@ def generate(
         None if image is None else jnp.asarray(image),
         None if mask is None else jnp.asarray(mask >= 0.5, jnp.float32),
     )  # fmt: skip
-    if sharding is not None:
-        inputs = jax.tree.map(lambda x: jax.device_put(x, sharding) if x.ndim else x, inputs)
     images, broken = _program(setting, dict(pipeline.params), inputs)
     _check_numbers(broken)
     return images
@@ -173,6 +174,7 @@ def _program(s: Setting, params: Mapping[str, Any], inputs: Inputs) -> tuple[jax
     """The images, and which of them are not finite: (rows,), bool."""
     modules: dict[str, Any] = dict(s.modules)
     vae, unet = modules["vae"], modules["unet"]
+    inputs = _laid_out(s, params, inputs)
     call = lambda module: module.apply if s.lift is None else s.lift(module.apply)
     sampler = (
         s.sampler(s.noise, s.steps) if callable(s.sampler) else scheduler_config.sampler(s.sampler, s.noise, s.steps)
@@ -204,7 +206,21 @@ def _program(s: Setting, params: Mapping[str, Any], inputs: Inputs) -> tuple[jax
     (x, _), _ = jax.lax.scan(body, (x, sampler.init(x)), steps)
     images = call(vae)({"params": params["vae"]}, x / vae.config.scaling, method="decode")
     broken = ~jnp.isfinite(images).all(axis=(1, 2, 3))
+    if isinstance(s.sharding, NamedSharding):  # each process looks at all
+        broken = _put(broken, NamedSharding(s.sharding.mesh, PartitionSpec()))
     return jnp.clip(images / 2 + 0.5, 0.0, 1.0), broken
+
+
+def _laid_out(s: Setting, params: Mapping[str, Any], inputs: Inputs) -> Inputs:
+    """Rows where the images shall lie. It is done in the program, so that each process may have the inputs whole."""
+    if s.sharding is None:
+        return placed.on_one_mesh(inputs, params)
+    return jax.tree.map(lambda x: _put(x, s.sharding) if x.ndim else x, inputs)
+
+
+def _put(x: jax.Array, sharding: Any) -> jax.Array:
+    explicit = isinstance(sharding, NamedSharding) and sharding.mesh.explicit_axes
+    return (jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint)(x, sharding)
 
 
 def _conditions(s: Setting, modules: Mapping[str, Any], params: Mapping[str, Any], inputs: Inputs) -> Encoded:
@@ -256,7 +272,8 @@ def _kept(s: Setting, call: Callable[..., Any], config: Any, params: Any, inputs
 
 
 def _guided(s: Setting, out: jax.Array, inputs: Inputs) -> jax.Array:
-    negative, prompt = out[0::2], out[1::2]
+    pairs = out.reshape(-1, 2, *out.shape[1:])
+    negative, prompt = pairs[:, 0], pairs[:, 1]
     both = negative + inputs.guidance * (prompt - negative)
     if not s.rescaled:
         return both
@@ -369,15 +386,9 @@ def _check_image(
 
 
 def _check_sharding(sharding: jax.sharding.Sharding | None, rows: int) -> None:
-    """Raises a ValueError for images that do not lie evenly, and for a mesh whose axes are no Auto axes."""
+    """Raises a ValueError for images that do not lie evenly."""
     if sharding is None:
         return
-    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
-    if any(kind != jax.sharding.AxisType.Auto for kind in kinds):
-        raise ValueError(
-            "sharding= is of a mesh with Explicit axes, and convolutions want Auto ones: "
-            "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
-        )
     try:
         sharding.shard_shape((rows,))
     except (ValueError, IndexError) as error:  # the second for a spec of more axes

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.models import placed
 from jlora.models.fields import FieldError, OneOf, Real, Whole, check_fields
 
 Betas = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
@@ -251,7 +252,7 @@ def _look_up(table: np.ndarray, t: Array) -> jax.Array:
     if not jnp.issubdtype(jnp.asarray(t).dtype, jnp.integer):
         raise TypeError(f"timesteps of the training are integers, got {jnp.asarray(t).dtype}")
     t = jnp.where(jnp.asarray(t) < 0, len(table), jnp.asarray(t))
-    return jnp.asarray(table).at[t].get(mode="fill", fill_value=jnp.nan)
+    return placed.looked_up(jnp.asarray(table), t, mode="fill", fill_value=jnp.nan)
 
 
 def _wide(x: Array) -> jax.Array:

@@ -207,7 +207,7 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c, width = self.config, x.shape[-1]
         h = group_norm(c, "group_norm")(x).reshape(len(x), -1, width)  # (batch, height width, channels)
-        q, k, v = (dense(c, width, name)(h)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))  # of one head
+        q, k, v = (placed.in_heads(dense(c, width, name)(h), 1) for name in ("to_q", "to_k", "to_v"))  # of one head
         attend = DotProductAttention(implementation=c.attention, blocks=True, name="core")
         return placed.added(x, dense(c, width, "to_out")(attend(q, k, v).reshape(x.shape)))
 
