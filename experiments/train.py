@@ -96,9 +96,11 @@ def _main(options: argparse.Namespace) -> int:
         going_on = (options.resume, options.resume_if_there)
         hosts.check_same(code=hosts.code(), config=configfile.describe(config), folder=str(folder), resume=going_on)
         with _most_optimizations_off() if options.small else contextlib.nullcontext():
-            for name, experiment in all_of(config).items():
-                there = hosts.said_by_first(is_run_folder(folder / name))
-                resume = options.resume or (options.resume_if_there and there)
+            experiments = all_of(config)
+            there = hosts.said_by_first({name: is_run_folder(folder / name) for name in experiments})
+            begun = options.resume_if_there or (options.resume and any(there.values()))
+            for name, experiment in experiments.items():
+                resume = there[name] if begun else options.resume  # an experiment that a study did not come to begins
                 run(experiment, folder / name, resume=resume, console=console)
     except (ConfigError, DataError, FileNotFoundError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,6 +16,8 @@ from experiments.train import main
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.py"
 
+STUDY = QUICKSTART.with_name("small_diffusion.py")
+
 
 def load(path: Path, **options) -> Experiment:
     return configfile.load(Experiment, path, **options)
@@ -123,7 +125,7 @@ def test_a_wrong_override_is_explained(item, message):
 
 
 def test_an_override_of_several_experiments_sets_the_field_of_each():
-    study = configfile.load(Study, QUICKSTART.with_name("small_diffusion.py"), small=True)
+    study = configfile.load(Study, STUDY, small=True)
     changed = configfile.override(configfile.override(study, "mesh=fsdp=2"), "experiments.style.train.steps=3")
     assert [experiment.mesh for experiment in changed.experiments] == ["fsdp=2", "fsdp=2"]
     assert [experiment.train.steps for experiment in changed.experiments] == [100, 3]
@@ -223,6 +225,24 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_there_is_nothing_to_resume(tmp_path):
     with pytest.raises(ConfigError, match="--resume: there is no run in '.*'; start it without --resume"):
         open_run_folder(tmp_path / "run", {"a": 1}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "begun", "resumed"),
+    [
+        ("--resume", True, [True, False]), ("--resume", False, [True, True]),  # which says that there is nothing
+        ("--resume-if-there", True, [True, False]), ("--resume-if-there", False, [False, False]),
+    ],
+)  # fmt: skip
+def test_of_a_study_the_experiments_that_were_not_begun_begin(option, begun, resumed, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "run", lambda experiment, folder, *, resume, console: asked.append(resume))
+    names = [experiment.name for experiment in configfile.load(Study, STUDY, small=True).experiments]
+    if begun:
+        (tmp_path / names[0]).mkdir()
+        (tmp_path / names[0] / "experiment.json").write_text("{}")
+    assert main([str(STUDY), "--small", "--folder", str(tmp_path), option]) == 0
+    assert asked == resumed
 
 
 def test_two_experiments_in_one_folder(tmp_path):
