@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 
@@ -23,6 +24,7 @@ import jlora
 from jlora.models.llama import PRESETS, Llama
 from jlora.planning import DEVICES, targets
 from jlora.sharding import MODELS
+from tests.test_placed import build, shapes_of
 from tests.test_sharding import mesh_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +59,6 @@ def adapted(method: str):
 
 def main(device: str) -> None:
     """Prints the plans of LoRA and of full fine-tuning on each mesh, and the shapes that loops reduce."""
-    import optax
-
     from jlora.planning import planned
 
     found = {}
@@ -207,6 +207,21 @@ def test_gradients_of_factors_are_float32_before_they_are_summed(axes):
     assert found == {"float32": 2 * 14}  # A and B of seven layers, on the CPU and elsewhere
     copies = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "copy"]
     assert (len(copies) > 0) == bool(axes)  # an input of their own for the factors of query, key and value
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_a_unet_sends_the_gradients_of_its_factors_and_gathers_what_is_split(axis):
+    """Compiled for CPUs. Its convolutions want whole kernels, gathered once where nothing is computed again."""
+    model, inputs, _ = build("unet")
+    loss = lambda params, inputs: jnp.mean(model.apply({"params": params}, *inputs)["out"] ** 2)
+    params = shapes_of(model, inputs)
+    adapted = jlora.apply(params, rank=2, targets="attn", sites=jlora.sites(loss, params, inputs))
+    plan = jlora.plan(loss, adapted, optax.sgd(0.1), inputs, {axis: 2}, "cpu", rule=MODELS)
+    sent = {kind: found.bytes for kind, found in plan.collectives.items()}
+    assert sent.pop("all-reduce") == 4 * (jlora.count(adapted).trainable + 1)  # the loss
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    assert (sent == {}) if axis == "data" else (set(sent) == {"all-gather"} and sent["all-gather"] <= whole)
 
 
 if __name__ == "__main__":
