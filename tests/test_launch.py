@@ -118,6 +118,7 @@ WRONG = {
     "no accelerator": (TPU, "tpu: give --accelerator, such as v5e-16 or h100:8"),
     "unknown accelerator": ((*TPU, "--accelerator", "v5f-16"), None),
     "no number": ((*TPU, "--accelerator", "v5e"), "--accelerator: 'v5e' says no number: write 'v5litepod-16'"),
+    "slices by the name": ((*TPU, "--accelerator", "2xv5e-16"), "--accelerator: '2xv5e-16' are 2 slices: write 'v5e-16' --slices 2"),
     "no number of GPUs": ((*SKY, "--accelerator", "H100"), "--accelerator: 'H100' says no number: write 'h100:8'"),
     "no topology": (
         (*TPU, "--accelerator", "v5e-17"),

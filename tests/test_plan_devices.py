@@ -29,11 +29,31 @@ from tests.test_plan import BATCH, GIB, ROOT, TX, adapt, loss_fn, mlp, on_cpu
 )  # fmt: skip
 def test_names_of_devices(name: str, expected: tuple[str, int | None, str]):
     found = find(name)
-    assert (found.device.name, found.number, found.topology) == expected
+    assert (found.device.name, found.number, found.topology) == expected and found.slices == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("h1000", "h100"), ("v5ee-16", "v5e"), ("a600", "a6000"), ("h100:4x4", "h100"), ("gpu", "cpu")]
+    ("name", "expected"),
+    [
+        ("2xv5e-16", ("v5e", 2, 32, "")), ("4 x v5p-128", ("v5p", 4, 256, "")), ("2xv5e:4x4", ("v5e", 2, 32, "4x4")),
+        ("2x7x-16", ("7x", 2, 32, "")), ("2xtpu7x:2x2x1", ("7x", 2, 16, "2x2x1")), ("1xv6e-8", ("v6e", 1, 8, "")),
+    ],
+)  # fmt: skip
+def test_names_of_slices(name: str, expected: tuple[str, int, int, str]):
+    found = find(name)
+    assert (found.device.name, found.slices, found.total, found.topology) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("h1000", "h100"),
+        ("v5ee-16", "v5e"),
+        ("a600", "a6000"),
+        ("h100:4x4", "h100"),
+        ("gpu", "cpu"),
+        ("0xv5e-16", "v5e"),
+    ],
 )
 def test_an_unknown_device_has_a_nearest_one(name: str, near: str):
     with pytest.raises(ValueError, match=rf"^device='{name}' is unknown; the nearest is '{near}'. There are cpu, v4, "):

@@ -31,6 +31,12 @@ def test_the_meshes_that_are_tried(name: str, count: int):
     assert meshes(count, DEVICES[name]) == MESHES[name, count]
 
 
+def test_of_several_slices_only_rows_go_over_the_network_and_all_weights_in_one():
+    found = meshes(512, DEVICES["v5e"], slices=2)
+    assert found[:2] == [{"dcn": 2, "data": 256}, {"dcn": 2, "fsdp": 256}] and found[-1] == {"fsdp": 512}
+    assert [mesh.get("dcn") for mesh in found] == [2] * 5 + [None]
+
+
 ROWS = "'batch/inputs' has shape (4, 8), and its axis 0 of 4 is not a multiple of 8, the devices of {}: the nearest that fits is 4"
 REASONS = [
     ({"data": 8}, ROWS.format("data")), ({"fsdp": 8}, ROWS.format("fsdp")), ({"fsdp": 4, "tp": 2}, ""),

@@ -51,6 +51,7 @@ def main() -> None:
         step = jlora.train_step(loss, optax.adamw(1e-4), mesh=mesh)
         state = jlora.TrainState.create(adapted(), step.tx)
         text = step.lower(state, BATCH).compile().as_text()
+    plan = jlora.plan(loss, adapted(), optax.adamw(1e-4), BATCH, {"dcn": 2, "fsdp": CHIPS}, "2xv5e:2x2", rule=MODELS)
     transfers = re.findall(r"= \((\w+)\[[\d,]*\].* (send|recv)\(.*_xla_host_transfer_handler_name=\"(\w+)\".*", text)
     found = {
         "slices": [[device.slice_index for device in row] for row in devices],
@@ -59,6 +60,7 @@ def main() -> None:
         "what": sorted({*re.findall(r"_xla_megascale_transfer_type=\"(\w+)\"", text)}),
         "groups": sorted({*re.findall(r"replica_groups=(\{\{.*?\}\}|\[.*?\]<=\[.*?\]\S*)", text)}),
     }
+    found["plan"] = [plan.devices, plan.mesh, plan.dcn, plan.roofline.dcn]
     print("FOUND", json.dumps(found))
 
 
@@ -83,6 +85,13 @@ def test_slices_exchange_the_gradients_of_the_factors_alone(found):
     own = 4 * jlora.count(adapted()).trainable // CHIPS
     assert own <= found["bytes"]["send"] == found["bytes"]["recv"] <= own + 1024  # and the loss
     assert found["bytes"]["all-gather"] > 50 * own  # weights, in the slices
+
+
+@pytest.mark.once
+def test_a_plan_of_two_slices_says_what_goes_between_them(found):
+    devices, mesh, dcn, seconds = found["plan"]
+    assert (devices, mesh, dcn) == (2 * CHIPS, {"dcn": 2, "fsdp": CHIPS}, found["bytes"]["recv"])
+    assert seconds == pytest.approx(dcn / DEVICES["v5e"].speed.dcn)
 
 
 def test_rows_are_split_over_slices_and_weights_are_not():

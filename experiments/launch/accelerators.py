@@ -118,13 +118,16 @@ def read(text: str) -> Accelerator:
         raise ConfigError(
             "--accelerator: 'cpu' is this machine: python -m experiments.launch local CONFIG --processes 2"
         )
-    if wanted.number is None and not wanted.topology:
+    if wanted.slices > 1:
+        one = re.sub(r"^\d+-?x-?", "", text.strip())
+        raise ConfigError(f"--accelerator: {text!r} are {wanted.slices} slices: write {one!r} --slices {wanted.slices}")
+    if wanted.total is None:
         example = f"{TPUS[kind].type}-16" if tpu else f"{kind}:8"
         raise ConfigError(f"--accelerator: {text!r} says no number: write {example!r}")
+    devices = wanted.total
     if not tpu:
-        return Accelerator(text, kind, False, wanted.number or 1, 1, "")
+        return Accelerator(text, kind, False, devices, 1, "")
     try:
-        devices = wanted.number or targets.count_of(wanted.topology, wanted.device)
         topology = targets.topology_of(wanted, devices)
     except ValueError as error:
         raise ConfigError(f"--accelerator: {text!r}: {error}") from error

@@ -13,7 +13,6 @@ from jlora.planning.compiled import folder
 from jlora.planning.devices import find
 from jlora.planning.planned import plan as planned
 from jlora.planning.report import Plan
-from jlora.planning.targets import count_of
 from jlora.planning.trials import Layouts, layouts
 from jlora.sharding import MODELS
 
@@ -113,8 +112,7 @@ def _folder(cache: str | None, device: str) -> Path | None:
 
 
 def _several(device: str) -> bool:
-    wanted = find(device)
-    return (count_of(wanted.topology, wanted.device) if wanted.topology else wanted.number or 1) > 1
+    return (find(device).total or 1) > 1
 
 
 def _mesh(text: str | None) -> dict[str, int] | None:

@@ -1,6 +1,7 @@
 """Devices by the names that people give them: their memory and speeds, and the compiler that a plan for them asks."""
 
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -51,11 +52,27 @@ class Device:
 
 
 class Wanted(NamedTuple):
-    """A device, the number of them (None: not said), and a TPU's topology ("4x4"; "" for any)."""
+    """A device, and how many of them.
+
+    Attributes:
+      device: the kind.
+      number: of devices in all; None where it is not said, or the topology says it.
+      topology: of a TPU's slice, "4x4"; "" for any.
+      slices: of TPUs, which the data-center network joins.
+    """
 
     device: Device
     number: int | None
     topology: str
+    slices: int = 1
+
+    @property
+    def total(self) -> int | None:
+        """Devices in all; None where the name does not say it."""
+        if not self.topology:
+            return self.number
+        chips = math.prod(map(int, self.topology.split("x")))
+        return self.slices * chips * (2 if self.device.name == "7x" else 1)  # whose chip is two
 
 
 # What XLA:TPU itself allows, from its own message on programs that are too large; what XLA's descriptions of GPUs say.
@@ -112,13 +129,15 @@ _CORES = ("v4", "v5p")  # Cloud's names count their TensorCores, two to a chip, 
 
 
 def find(name: str) -> Wanted:
-    """The device of a name: "h100", "H100 80GB", "8xH100", "v5e-16" as Cloud counts it, "v5e:4x4", "7x", "cpu".
+    """The device of a name: "h100", "8xH100", "v5e-16" as Cloud counts it, "v5e:4x4", two slices "2xv5e-16", "cpu".
 
     Raises:
       ValueError: naming the nearest device.
 
     >>> find("NVIDIA H100 80GB").device.name, find("v5p-16").number, find("8xH100").number
     ('h100', 8, 8)
+    >>> find("2xv5e-16").total, find("4xv5p:4x4x4").total
+    (32, 256)
     """
     text = re.sub(r"[\s_]+", "-", str(name).strip().lower())
     text = re.sub(r"^(google-|cloud-)?tpu-|^(nvidia-)?(geforce-|tesla-)?|-(sxm\d?|pcie|hbm\d?e?)(?=-|$)", "", text)
@@ -127,6 +146,10 @@ def find(name: str) -> Wanted:
         return Wanted(DEVICES[_NAMES[text]], None, "")
     if (found := re.fullmatch(r"(\d+)-?x-?([a-z].*)", text)) and found[2] in _NAMES:
         return Wanted(DEVICES[_NAMES[found[2]]], int(found[1]), "")
+    if found := re.fullmatch(r"(\d+)-?x-?(.*[a-z].*[-:]\d.*)", text):
+        slices, (device, number, topology, _) = int(found[1]), find(found[2])
+        if device.compiler == "tpu" and slices:
+            return Wanted(device, None if number is None else slices * number, topology, slices)
     if (found := re.fullmatch(r"(.+):(\d+(?:x\d+)+)", text)) and found[1] in _NAMES:
         device = DEVICES[_NAMES[found[1]]]
         if device.compiler == "tpu":
@@ -137,5 +160,5 @@ def find(name: str) -> Wanted:
     near = difflib.get_close_matches(re.sub(r"[-:]\d[\dx]*$", "", text), _NAMES, 1, 0.0)[0]
     raise ValueError(
         f"device={name!r} is unknown; the nearest is {_NAMES[near]!r}. There are {', '.join(DEVICES)}; several as "
-        "'v5e-16', 'v5e:4x4' or '8xh100'"
+        "'v5e-16', 'v5e:4x4', '2xv5e-16' (slices) or '8xh100'"
     )

@@ -28,7 +28,7 @@ def places(wanted: Wanted, mesh: Axes | None) -> Mesh | SingleDeviceSharding:
     Raises:
       ValueError: if the mesh has another number of devices than the name says.
     """
-    count = targets.count_of(wanted.topology, wanted.device) if wanted.topology else wanted.number
+    count = wanted.total
     if mesh is None and (count or 1) == 1:
         return SingleDeviceSharding(targets.devices_of(wanted, 1)[0])
     names, sizes, kinds = _axes({"fsdp": count} if mesh is None else mesh)

@@ -18,7 +18,7 @@ from jlora.planning import devices, targets
 from jlora.planning.advice import Facts, advice
 from jlora.planning.collectives import Collective, sent, summed
 from jlora.planning.compiled import Outcome, compiled
-from jlora.planning.devices import Device, Wanted
+from jlora.planning.devices import Device
 from jlora.planning.fabric import fabric_of
 from jlora.planning.flops import flops, has
 from jlora.planning.hlo import read
@@ -69,7 +69,8 @@ def plan(
       device: "v5e", "v4", "v5p", "v6e", "7x" (`pip install "jlora[plan]"`); "a100", "h100", "h200", "b200"
         (`"jlora[plan-gpu]"`); "cpu", whose compiler is always there. Others ("a6000", "rtx4090", "v100", ...) are
         compiled for the nearest of these, or for the CPU where its compiler is not installed, and judged by their own
-        memory; the plan's notes say so. Several as "v5e-16" (Cloud's name), "v5e:4x4" (a topology) or "8xh100".
+        memory; the plan's notes say so. Several as "v5e-16" (Cloud's name), "v5e:4x4" (a topology) or "8xh100";
+        "2xv5e-16" are two slices, over which the first axes of the mesh go: {"dcn": 2, "fsdp": 16}.
       rule: a layout, as of `train_step(layout=)`; or a function on a mesh, (path, shape) -> PartitionSpec or None
         (whole), paths as "base/h/attn/query/kernel", "factors/h/attn/query/kernel/A" and "batch/tokens". None: as the
         leaves' own shardings say, whole where there is none; if no leaf has one, each weight is split over all devices
@@ -104,7 +105,7 @@ def plan(
         raise ValueError("a plan is made for parallel='jit': give it a mesh in place of 'pmap'")
     wanted = devices.find(device)
     used, notes = _compiled_for(wanted.device)
-    place = places(Wanted(used, wanted.number, wanted.topology), mesh)
+    place = places(wanted._replace(device=used), mesh)
     lying = _Lying(rule, memory_kind, if_arguments_fit, None if cache is None else Path(cache))
     make = lambda place: _planned(loss_fn, adapted, tx, batch, place, wanted.device, used, notes, lying, options)
     try:

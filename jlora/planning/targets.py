@@ -92,7 +92,8 @@ def devices_of(wanted: Wanted, count: int) -> list[Any]:
         return found[:count]
     with loading(device):
         if device.compiler == "tpu":
-            name, options = _tpu(device.name, count, wanted.topology)
+            name, options = _tpu(device.name, count // wanted.slices, wanted.topology)
+            options |= {"num_slices": wanted.slices} if wanted.slices > 1 else {}
             topology: Any = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
         else:
             topology = _gpu(device, count)
@@ -102,13 +103,8 @@ def devices_of(wanted: Wanted, count: int) -> list[Any]:
     return found[:count]
 
 
-def count_of(topology: str, device: Device) -> int:
-    """Devices of a topology such as 4x4: a chip of the 7x is two."""
-    return math.prod(map(int, topology.split("x"))) * (2 if device.name == "7x" else 1)
-
-
 def topology_of(wanted: Wanted, count: int) -> str:
-    """A TPU's topology of so many devices: the one that is named, or the most cubic one of whole hosts.
+    """A TPU's topology of so many devices, of one slice: the one that is named, or the most cubic one of whole hosts.
 
     Raises:
       ValueError: if no topology has them.
@@ -121,10 +117,17 @@ def topology_of(wanted: Wanted, count: int) -> str:
 
 
 def arranged(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
-    """The devices as a mesh's array: a TPU's neighbours beside each other."""
-    if devices[0].platform == "tpu" and len(devices) > 1:
+    """The devices as a mesh's array: a TPU's neighbours beside each other, slices along the first axes that fit."""
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return np.array(devices).reshape(sizes)
+    slices, across = len({getattr(device, "slice_index", 0) for device in devices}), []
+    for size in sizes:
+        across.append(math.gcd(size, slices))
+        slices //= across[-1]
+    if math.prod(across) == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return np.array(devices).reshape(sizes)
+    within = tuple(size // n for size, n in zip(sizes, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def _gpu(device: Device, count: int) -> Any:

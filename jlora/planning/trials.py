@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from jlora.adapted.adapted import Adapted
-from jlora.planning import devices, targets
+from jlora.planning import devices
 from jlora.planning.devices import Device
 from jlora.planning.placing import Rule
 from jlora.planning.planned import Full, plan
@@ -74,17 +74,23 @@ class Layouts:
         return "\n".join(_lines(self))
 
 
-def meshes(count: int, device: Device) -> list[dict[str, int]]:
+def meshes(count: int, device: Device, slices: int = 1) -> list[dict[str, int]]:
     """The meshes that `layouts` tries on so many devices: seven at most, of the many that there are.
 
     "data" alone (weights whole everywhere) and "fsdp" alone; on several nodes of GPUs "data" between nodes with "fsdp"
     in each, so that only gradients leave a node; "fsdp" with "tp" of 2, 4 and 8, of 4, 8 and 16 from 64 devices on, but
-    never over more devices than a node of GPUs has. "tp" comes last, its devices are neighbours.
+    never over more devices than a node of GPUs has. "tp" comes last, its devices are neighbours. On several slices of
+    TPUs "dcn" goes over the slices, which share the rows, and each of these meshes over the devices of one; and "fsdp"
+    over all of them, whose weights come over the network.
 
     >>> from jlora.planning import DEVICES
     >>> meshes(16, DEVICES["h100"])[2:]
     [{'data': 2, 'fsdp': 8}, {'fsdp': 8, 'tp': 2}, {'fsdp': 4, 'tp': 4}, {'fsdp': 2, 'tp': 8}]
+    >>> meshes(8, DEVICES["v5e"], slices=2)
+    [{'dcn': 2, 'data': 4}, {'dcn': 2, 'fsdp': 4}, {'dcn': 2, 'fsdp': 2, 'tp': 2}, {'dcn': 2, 'tp': 4}, {'fsdp': 8}]
     """
+    if slices > 1:
+        return [{"dcn": slices} | mesh for mesh in meshes(count // slices, device)] + [{"fsdp": count}]
     node = device.speed.node if device.speed else 0
     found = [{"data": count}, {"fsdp": count}]
     if node and count > node and count % node == 0:
@@ -116,7 +122,7 @@ def layouts(
 
     Args:
       loss_fn, adapted, tx, batch: as of `jlora.plan`.
-      device: with a number: "v5e-256", "v5p:4x4x4", "64xh100".
+      device: with a number: "v5e-256", "v5p:4x4x4", "64xh100", "2xv5e-256" (slices).
       tried: the meshes; those of `meshes` where there are none.
       rule: the layout, as of `jlora.plan`.
       heads: numbers of heads (of queries, of keys) that "tp" has to divide.
@@ -128,13 +134,13 @@ def layouts(
       ImportError: with what to install, if the device's compiler is not there.
     """
     wanted = devices.find(device)
-    count = targets.count_of(wanted.topology, wanted.device) if wanted.topology else wanted.number or 1
+    count = wanted.total or 1
     if count < 2:
         raise ValueError(
             f"layouts are of several devices, as in 'v5e-16', 'v5e:4x4' or '8xh100'; device={device!r} is one"
         )
     found = []
-    for mesh in meshes(count, wanted.device) if tried is None else tried:
+    for mesh in meshes(count, wanted.device, wanted.slices) if tried is None else tried:
         found.append(_trial(mesh, heads, lambda mesh: plan(
             loss_fn, adapted, tx, batch, mesh, device, rule=rule, if_arguments_fit=True, **options
         )))  # fmt: skip
