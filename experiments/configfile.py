@@ -94,9 +94,13 @@ def override(experiment: Kind, item: str) -> Kind:
         raise ConfigError(f"an override has the form field=value (train.steps=200), got {item!r}")
     known = fields(experiment)
     paths = [path] if path in known else _in_each(experiment, path)
-    if not paths or not known.keys() >= set(paths):
+    absent = [each for each in paths if each not in known]
+    if len(absent) == len(paths):
         near = difflib.get_close_matches(path, known, 1, 0.0)[0]
         raise ConfigError(f"there is no field {path!r}; the nearest is {near!r}")
+    if absent:
+        there = next(each for each in paths if each in known)
+        raise ConfigError(f"there is no field {absent[0]!r}: set it where it is, as {there!r}")
     for each in paths:
         experiment = _replace(experiment, each.split("."), _parse(each, text.strip(), known[each]))
     return experiment

@@ -133,6 +133,11 @@ def test_an_override_of_several_experiments_sets_the_field_of_each():
         ConfigError, match=r"^there is no field 'train\.step'; the nearest is 'experiments\.style\.train"
     ):
         configfile.override(study, "train.step=3")
+    other = configfile.load(Study, QUICKSTART.with_name("compare_methods.py"))
+    with pytest.raises(
+        ConfigError, match=r"^there is no field 'experiments\.digits\.base\.model\.vocab_size': set it where"
+    ):
+        configfile.override(other, "base.model.vocab_size=300")
     with pytest.raises(ConfigError, match="^seeds: at least one, and no seed twice; got"):
         configfile.override(study, "seeds=0,0")
 

@@ -1,5 +1,6 @@
 """Pipelines of Stable Diffusion: folders and single files both ways, and diffusers' own images from the same noise."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -186,21 +187,42 @@ def test_latents_are_drawn_from_the_autoencoders_gaussians():
     np.testing.assert_allclose((drawn - 3) / 0.5, jax.random.normal(KEY, (4, 64)), atol=1e-5)
 
 
+ONTO_MESHES = {
+    "ddim": ("sd2", {"sampler": "ddim", "guidance": 1.0}),
+    "pndm": ("sd1", {"sampler": "pndm"}),  # with a state
+    "dpmpp_2m_sde": ("sdxl", {"sampler": "dpmpp_2m_sde"}),  # with fresh noise, too
+    "in a mask": ("sd1", {"sampler": "dpmpp_2m", "masked": True}),
+}
+
+
 @pytest.mark.thorough("test_a_key_draws_each_image_by_itself_and_nothing_compiles_again")
-@pytest.mark.parametrize("types", [AUTO.axis_types, EXPLICIT], ids=["auto", "explicit"])
-def test_images_lie_over_devices(pipelines, types):
-    """The parameters on one device, and on a mesh with Explicit axes there, too: with images over it, and whole."""
-    pipeline = dataclasses.replace(pipelines("sd2", scan=True), sampler="ddim")
+@pytest.mark.parametrize(
+    ("types", "name"), [(AUTO.axis_types, "ddim"), *((EXPLICIT, name) for name in ONTO_MESHES)],
+    ids=["auto-ddim", *(f"explicit-{name}" for name in ONTO_MESHES)],
+)  # fmt: skip
+def test_images_lie_over_devices(pipelines, types, name):
+    """Parameters on one device (DDIM), and split over a mesh with Explicit axes: with images over it, and whole."""
+    family, how = ONTO_MESHES[name]
+    pipeline, how = pipelines(family, scan=True), dict(how)
+    image, mask = np.linspace(0, 1, 2 * 16 * 24 * 3, dtype=np.float32), np.arange(2 * 16 * 24) % 2
+    masked = {"image": image.reshape(2, 16, 24, 3), "mask": mask.reshape(2, 16, 24, 1), "strength": 1.0}
+    how |= masked if how.pop("masked", False) else SIDES
     mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=types)
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
-    run = functools.partial(generate, prompts=PROMPTS, key=KEY, steps=1, **SIDES)
-    expected, images = run(pipeline), run(pipeline, sharding=rows)
-    assert images.sharding.is_equivalent_to(rows, 4)
-    np.testing.assert_allclose(images, expected, atol=1e-5)
+    run = functools.partial(generate, prompts=PROMPTS, key=KEY, steps=3, **how)
+    expected = run(pipeline)
+    if name == "ddim":
+        images = run(pipeline, sharding=rows)
+        assert images.sharding.is_equivalent_to(rows, 4)
+        np.testing.assert_allclose(images, expected, atol=1e-5)
     if types is EXPLICIT:
-        split = {name: put(params, MODELS.shardings(params, mesh)) for name, params in pipeline.params.items()}
-        for sharding in (rows, None):
-            np.testing.assert_allclose(run(pipeline.with_params(**split), sharding=sharding), expected, atol=1e-5)
+        split = {part: put(params, MODELS.shardings(params, mesh)) for part, params in pipeline.params.items()}
+        with jax.set_mesh(mesh) if name == "pndm" else contextlib.nullcontext():
+            images = run(pipeline.with_params(**split), sharding=rows)
+        assert images.sharding.spec[0] == "fsdp"
+        np.testing.assert_allclose(images, expected, atol=2e-5)
+        if name == "in a mask":
+            np.testing.assert_allclose(run(pipeline.with_params(**split)), expected, atol=2e-5)
 
 
 def test_arguments_that_cannot_be(pipelines):

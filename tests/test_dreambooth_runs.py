@@ -108,8 +108,15 @@ def test_the_merged_pipeline_is_a_folder_of_diffusers(whole):
 
 
 @pytest.mark.thorough("test_a_training_that_goes_on_has_the_same_numbers_and_sheets")
-def test_a_run_on_a_mesh_has_the_numbers_and_sheets_of_one_device(whole, tmp_path):
-    apart(CONFIGS[0], "--folder", tmp_path / "run", *FASTER, "mesh=fsdp=2,tp=2", f"save.merged={tmp_path / 'merged'}")
+@pytest.mark.parametrize("where", ["a mesh", "two processes"])
+def test_a_run_on_several_devices_has_the_numbers_and_sheets_of_one(where, whole, tmp_path):
+    """Pictures of the class are drawn, sheets and merged weights written, whatever the devices and the processes."""
+    saved = f"save.merged={tmp_path / 'merged'}"
+    if where == "a mesh":
+        apart(CONFIGS[0], "--folder", tmp_path / "run", *FASTER, saved, "mesh=fsdp=2,tp=2")
+    else:
+        several = ("-m", "experiments.launch", "local", "--processes", "2")
+        apart(CONFIGS[0], "--folder", tmp_path / "run", *FASTER, saved, program=several)
     ((_, _, (here,)),), ((_, _, (there,)),) = numbers(tmp_path / "run"), numbers(whole)
     losses = lambda result: [point["scores"]["loss"] for point in result["points"]]
     np.testing.assert_allclose(losses(here), losses(there), atol=1e-5)

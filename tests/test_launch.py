@@ -119,6 +119,8 @@ WRONG = {
     "unknown accelerator": ((*TPU, "--accelerator", "v5f-16"), None),
     "no number": ((*TPU, "--accelerator", "v5e"), "--accelerator: 'v5e' says no number: write 'v5litepod-16'"),
     "slices by the name": ((*TPU, "--accelerator", "2xv5e-16"), "--accelerator: '2xv5e-16' are 2 slices: write 'v5e-16' --slices 2"),
+    "slices, as people write them": ((*TPU, "--accelerator", "4 x v5p-128"), "--accelerator: '4 x v5p-128' are 4 slices: write 'v5p-128' --slices 4"),
+    "none": ((*SKY, "--accelerator", "h100:0"), "--accelerator: 'h100:0' says no number: write 'h100:8'"),
     "no number of GPUs": ((*SKY, "--accelerator", "H100"), "--accelerator: 'H100' says no number: write 'h100:8'"),
     "no topology": (
         (*TPU, "--accelerator", "v5e-17"),

@@ -1,5 +1,6 @@
 """Devices of `jlora.plan`: their names and memory, topologies, what is refused, the real compilers."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jlora.planning import DEVICES, targets
+from jlora.planning import DEVICES, Layouts, advice, placing, targets
 from jlora.planning.devices import find
 from tests.test_plan import BATCH, GIB, ROOT, TX, adapt, loss_fn, mlp, on_cpu
 
@@ -44,6 +45,22 @@ def test_names_of_slices(name: str, expected: tuple[str, int, int, str]):
     assert (found.device.name, found.slices, found.total, found.topology) == expected
 
 
+def test_the_axis_over_slices_comes_first():
+    for mesh in ({"fsdp": 16, "dcn": 2}, {"dcn": 4, "fsdp": 8}):
+        with pytest.raises(
+            ValueError, match="^the mesh's axis 'dcn' goes over the 2 slices: it comes first and has their "
+        ):
+            placing.places(find("2xv5e-16"), mesh)
+
+
+def test_plans_and_layouts_say_in_how_many_slices_the_devices_are():
+    assert str(Layouts("v5e", 512, (), 2)).startswith("Layouts of 512 v5e in 2 slices; per device and step:")
+    assert Layouts("v5e", 512, (), 2).as_dict()["slices"] == 2
+    found = dataclasses.replace(on_cpu(loss_fn, adapt(mlp()), TX, BATCH), devices=512, slices=2, peak=2**50)
+    assert str(found).startswith("A training step on cpu (512 devices in 2 slices); per device:")
+    assert "(mesh={'dcn': 2, 'fsdp': " in advice._on_devices(found)[0]
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
     [
@@ -52,6 +69,9 @@ def test_names_of_slices(name: str, expected: tuple[str, int, int, str]):
         ("a600", "a6000"),
         ("h100:4x4", "h100"),
         ("gpu", "cpu"),
+        ("2x4xv5e-16", "v5e"),
+        ("8xh100-96gb", "h100-nvl"),
+        ("2xv5ee-16", "v5e"),
         ("0xv5e-16", "v5e"),
     ],
 )

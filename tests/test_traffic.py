@@ -218,6 +218,7 @@ def test_a_unet_sends_the_gradients_of_its_factors_and_gathers_what_is_split(axi
     params = shapes_of(model, inputs)
     adapted = jlora.apply(params, rank=2, targets="attn", sites=jlora.sites(loss, params, inputs))
     plan = jlora.plan(loss, adapted, optax.sgd(0.1), inputs, {axis: 2}, "cpu", rule=MODELS)
+    assert not any("Auto" in note for note in plan.notes)
     sent = {kind: found.bytes for kind, found in plan.collectives.items()}
     assert sent.pop("all-reduce") == 4 * (jlora.count(adapted).trainable + 1)  # the loss
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(params))

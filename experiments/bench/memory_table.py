@@ -70,7 +70,7 @@ class Case(NamedTuple):
 
 def mesh_of(device: str) -> AbstractMesh | None:
     """All chips in one axis, along which XLA places what is computed."""
-    many = devices.find(device).number
+    many = devices.find(device).total
     return AbstractMesh((many,), ("fsdp",), axis_types=(AxisType.Auto,)) if many else None
 
 
@@ -96,7 +96,7 @@ def targets_of(name: str) -> str | None:
 
 def cases(device: str, sizes: Sequence[str] = SIZES, methods: Sequence[str] = METHODS) -> list[Case]:
     """All steps on a device: a row to each chip. A state on the host is the remedy of one GPU."""
-    many = devices.find(device).number or 1
+    many = devices.find(device).total or 1
     return [
         Case(f"llama-{size}", method, many)
         for size in sizes

@@ -60,14 +60,15 @@ class Case(NamedTuple):
     @property
     def many(self) -> int:
         """Devices, each with a sequence."""
-        return devices.find(self.device).number or 1
+        return devices.find(self.device).total or 1
 
     def meshes(self) -> list[dict[str, int]]:
         """GPUs are compiled for in seconds, and all of `meshes` are tried; of TPUs two that are different."""
-        count, device = self.many, devices.find(self.device).device
-        if device.compiler == "cuda":
-            return meshes(count, device)
-        return [{"fsdp": count}, {"fsdp": count // 4, "tp": 4}]
+        wanted = devices.find(self.device)
+        if wanted.device.compiler == "cuda":
+            return meshes(self.many, wanted.device)
+        slices, each = {"dcn": wanted.slices} if wanted.slices > 1 else {}, self.many // wanted.slices
+        return [slices | {"fsdp": each}, slices | {"fsdp": each // 4, "tp": 4}]
 
     def step(self) -> "Step":
         """On shapes, which are not compiled."""

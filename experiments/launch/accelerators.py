@@ -119,9 +119,9 @@ def read(text: str) -> Accelerator:
             "--accelerator: 'cpu' is this machine: python -m experiments.launch local CONFIG --processes 2"
         )
     if wanted.slices > 1:
-        one = re.sub(r"^\d+-?x-?", "", text.strip())
+        one = re.sub(r"(?i)^\d+[\s_-]*x[\s_-]*", "", text.strip())
         raise ConfigError(f"--accelerator: {text!r} are {wanted.slices} slices: write {one!r} --slices {wanted.slices}")
-    if wanted.total is None:
+    if not wanted.total:
         example = f"{TPUS[kind].type}-16" if tpu else f"{kind}:8"
         raise ConfigError(f"--accelerator: {text!r} says no number: write {example!r}")
     devices = wanted.total

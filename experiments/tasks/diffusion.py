@@ -353,9 +353,10 @@ class _Opening:
         missing = hosts.by_first(lambda: _missing(place, prior.images))
         if missing:
             say(f"class     {len(missing)} pictures of {prior.prompt!r} are drawn by the base, into {place}")
-        for start in range(0, len(missing), prior.batch):
-            some = missing[start : start + prior.batch]
-            how = Drawing(steps=prior.steps, guidance=prior.guidance, seed=prior.seed, batch=prior.batch)
+        batch = devices.current().fitting(prior.batch)
+        how = Drawing(steps=prior.steps, guidance=prior.guidance, seed=prior.seed, batch=batch)
+        for start in range(0, len(missing), batch):
+            some = missing[start : start + batch]
             images = self._drawn(params, [prior.prompt] * len(some), some, how)
             for number, pixels in zip(some, images, strict=True):
                 write_png(place / f"{number:05d}.png", as_image(pixels))
@@ -427,9 +428,14 @@ class _Opening:
         images = self._drawn(params, prompts, range(len(prompts)), how)
         return Sheet(how.prompts, images.reshape(len(how.prompts), how.each, *images.shape[1:]))
 
+    @functools.cached_property
+    def _rest(self) -> Pipeline:
+        """The pipeline, with the parts that nothing trains on all devices."""
+        return self.pipeline.with_params(**devices.current().beside(dict(self.pipeline.params)))
+
     def _drawn(self, params: Params, prompts: Sequence[str], numbers: Sequence[int], how: Drawing) -> np.ndarray:
         """A picture of each prompt, by the key of its number."""
-        pipeline: Pipeline = self.pipeline.with_params(**parts_of(params))
+        pipeline: Pipeline = self._rest.with_params(**parts_of(params))
         lift = jlora.lift if is_lifted(params) or any(map(is_lifted, pipeline.params.values())) else None
         keys, found, here = jax.random.key(how.seed), [], devices.current()
         batch = here.fitting(how.batch)

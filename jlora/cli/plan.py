@@ -42,7 +42,7 @@ def plan(
     optimizer_memory: Annotated[
         str | None, typer.Option("--optimizer-memory", help="Where the optimizer's state waits: device, pinned_host.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, h100, a6000, v5e, v5e-16, 8xh100, ...")] = "v5e",
+    device: Annotated[str, typer.Option("--device", help="cpu, h100, a6000, v5e-16, 2xv5e-16, 8xh100, ...")] = "v5e",
     mesh: Annotated[
         str | None,
         typer.Option(
@@ -57,9 +57,9 @@ def plan(
 ) -> None:
     """Compiles a training step on shapes, for devices that need not be there, and says what it takes and if it fits.
 
-    Of several devices (v5e-16, 8xh100) it tries some layouts, shows memory, traffic and least time of each, and
-    recommends one; --mesh plans that one alone. Real devices need their compilers: "jlora[plan]" has that of TPUs,
-    "jlora[plan-gpu]" that of NVIDIA's GPUs; --device cpu needs neither.
+    Of several devices (v5e-16, 8xh100; 2xv5e-16, two slices) it tries some layouts, shows memory, traffic and least
+    time of each, and recommends one; --mesh plans that one alone. Real devices need their compilers: "jlora[plan]" has
+    that of TPUs, "jlora[plan-gpu]" that of NVIDIA's GPUs; --device cpu needs neither.
     """
     axes = _mesh(mesh)
     jax.config.update("jax_platforms", "cpu")  # nothing is run, and a GPU that is here is left alone

@@ -94,10 +94,8 @@ def _on_devices(plan: Plan) -> list[str]:
     need = plan.peak + plan.unused
     times = 2 ** math.ceil(math.log2(need / plan.limit)) if plan.limit else 2
     count = plan.devices * times
-    found = [
-        f"more devices: about {count} of {plan.device}, over which weights and batch are split "
-        f"(mesh={{'fsdp': {count}}})"
-    ]
+    mesh = {"dcn": plan.slices, "fsdp": count // plan.slices} if plan.slices > 1 else {"fsdp": count}
+    found = [f"more devices: about {count} of {plan.device}, over which weights and batch are split (mesh={mesh})"]
     kind = DEVICES[plan.device].compiler
     larger = [d for d in DEVICES.values() if d.compiler == kind and d.memory >= need and d.name == d.target]
     if kind != "cpu" and larger:

@@ -147,9 +147,9 @@ def find(name: str) -> Wanted:
     if (found := re.fullmatch(r"(\d+)-?x-?([a-z].*)", text)) and found[2] in _NAMES:
         return Wanted(DEVICES[_NAMES[found[2]]], int(found[1]), "")
     if found := re.fullmatch(r"(\d+)-?x-?(.*[a-z].*[-:]\d.*)", text):
-        slices, (device, number, topology, _) = int(found[1]), find(found[2])
-        if device.compiler == "tpu" and slices:
-            return Wanted(device, None if number is None else slices * number, topology, slices)
+        slices, one = int(found[1]), _of_slice(found[2])
+        if one is not None and slices:
+            return one._replace(number=None if one.number is None else slices * one.number, slices=slices)
     if (found := re.fullmatch(r"(.+):(\d+(?:x\d+)+)", text)) and found[1] in _NAMES:
         device = DEVICES[_NAMES[found[1]]]
         if device.compiler == "tpu":
@@ -162,3 +162,12 @@ def find(name: str) -> Wanted:
         f"device={name!r} is unknown; the nearest is {_NAMES[near]!r}. There are {', '.join(DEVICES)}; several as "
         "'v5e-16', 'v5e:4x4', '2xv5e-16' (slices) or '8xh100'"
     )
+
+
+def _of_slice(text: str) -> Wanted | None:
+    """The devices of one slice, "v5e-16"; None for what is none."""
+    try:
+        found = find(text)
+    except ValueError:
+        return None
+    return found if found.device.compiler == "tpu" and found.slices == 1 and found.total else None

@@ -26,7 +26,7 @@ def places(wanted: Wanted, mesh: Axes | None) -> Mesh | SingleDeviceSharding:
     """The mesh over the devices of a plan, or its one device.
 
     Raises:
-      ValueError: if the mesh has another number of devices than the name says.
+      ValueError: if the mesh has another number of devices than the name says, or "dcn" is not what goes over slices.
     """
     count = wanted.total
     if mesh is None and (count or 1) == 1:
@@ -36,6 +36,11 @@ def places(wanted: Wanted, mesh: Axes | None) -> Mesh | SingleDeviceSharding:
     if count is not None and count != whole:
         mine = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
         raise ValueError(f"the device's name says {count} devices, and mesh {mine} has {whole}")
+    if wanted.slices > 1 and "dcn" in names and (names[0], sizes[0]) != ("dcn", wanted.slices):
+        raise ValueError(
+            f"the mesh's axis 'dcn' goes over the {wanted.slices} slices: it comes first and has their number, "
+            f"{{'dcn': {wanted.slices}, 'fsdp': {whole // wanted.slices}}}"
+        )
     found = targets.devices_of(wanted, whole)
     return Mesh(targets.arranged(sizes, found), names, axis_types=kinds)
 

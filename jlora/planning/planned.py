@@ -299,6 +299,7 @@ def _plan(
     return Plan(
         device=device.name,
         devices=many,
+        slices=targets.slices_of(place.devices.flat) if isinstance(place, Mesh) else 1,
         mesh=dict(place.shape) if isinstance(place, Mesh) else {},
         compiler=used.target,
         limit=device.memory or _memory_here() // many,

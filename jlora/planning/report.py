@@ -18,7 +18,8 @@ class Plan:
 
     Attributes:
       device: as it is called here.
-      devices: how many.
+      devices: how many, in all.
+      slices: of TPUs, that they are in.
       mesh: their axes, empty for one device.
       compiler: the device whose compiler made the program: `device`, or the one that is nearest to it.
       limit: bytes that a program may fill.
@@ -71,6 +72,7 @@ class Plan:
     advice: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     compiled_in: float = field(default=0.0, compare=False)
+    slices: int = 1
 
     @property
     def fits(self) -> bool:
@@ -136,6 +138,7 @@ def duration(seconds: float) -> str:
 
 def _lines(plan: Plan) -> list[str]:
     many = f"{plan.devices} devices" if plan.devices > 1 else "one device"
+    many += f" in {plan.slices} slices" if plan.slices > 1 else ""
     mesh = "".join(f", {name}={n}" for name, n in plan.mesh.items())
     found = [f"A training step on {plan.device} ({many}{mesh}); per device:"]
     rows = [(name.replace("_", " "), getattr(plan, name)) for name in PARTS]

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -116,11 +116,16 @@ def topology_of(wanted: Wanted, count: int) -> str:
     return _tpu(wanted.device.name, count, wanted.topology)[0].partition(":")[2]
 
 
+def slices_of(devices: Iterable[Any]) -> int:
+    """In how many slices of TPUs devices are; 1 of others."""
+    return len({getattr(device, "slice_index", 0) or 0 for device in devices})
+
+
 def arranged(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     """The devices as a mesh's array: a TPU's neighbours beside each other, slices along the first axes that fit."""
     if devices[0].platform != "tpu" or len(devices) == 1:
         return np.array(devices).reshape(sizes)
-    slices, across = len({getattr(device, "slice_index", 0) for device in devices}), []
+    slices, across = slices_of(devices), []
     for size in sizes:
         across.append(math.gcd(size, slices))
         slices //= across[-1]

@@ -44,13 +44,15 @@ class Layouts:
 
     Attributes:
       device: as it is called here.
-      devices: how many.
+      devices: how many, in all.
       trials: in the order in which they were tried.
+      slices: of TPUs, that the devices are in.
     """
 
     device: str
     devices: int
     trials: tuple[Trial, ...]
+    slices: int = 1
 
     @property
     def best(self) -> Trial | None:
@@ -68,7 +70,8 @@ class Layouts:
             for one in self.trials
         ]
         best = None if self.best is None else dict(self.best.mesh)
-        return {"device": self.device, "devices": self.devices, "layouts": trials, "recommended": best}
+        whole = {"device": self.device, "devices": self.devices, "slices": self.slices}
+        return {**whole, "layouts": trials, "recommended": best}
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -146,7 +149,7 @@ def layouts(
         )))  # fmt: skip
         if progress is not None:
             progress(found[-1])
-    return Layouts(wanted.device.name, count, tuple(found))
+    return Layouts(wanted.device.name, count, tuple(found), wanted.slices)
 
 
 def _trial(mesh: Mapping[str, int], heads: Sequence[int], planned: Callable[[Mapping[str, int]], Plan]) -> Trial:
@@ -189,7 +192,8 @@ def _lines(found: Layouts) -> list[str]:
     planned = [cells for cells in rows if len(cells) > 1]
     names = max(len(cells[0]) for cells in rows)
     widths = [names, *(max(len(cells[at]) for cells in planned) for at in range(1, len(COLUMNS)))]
-    lines = [f"Layouts of {found.devices} {found.device}; per device and step:"]
+    slices = f" in {found.slices} slices" if found.slices > 1 else ""
+    lines = [f"Layouts of {found.devices} {found.device}{slices}; per device and step:"]
     for cells, one in zip(rows, [None, *found.trials], strict=True):
         if one is not None and one.plan is None:
             lines.append(f"  {cells[0]:<{names}}  {one.reason}")

@@ -161,6 +161,8 @@ def generate(
         None if image is None else jnp.asarray(image),
         None if mask is None else jnp.asarray(mask >= 0.5, jnp.float32),
     )  # fmt: skip
+    if sharding is not None:
+        inputs = jax.tree.map(lambda x: _put(x, sharding) if x.ndim else x, inputs)
     images, broken = _program(setting, dict(pipeline.params), inputs)
     _check_numbers(broken)
     return images
@@ -174,7 +176,7 @@ def _program(s: Setting, params: Mapping[str, Any], inputs: Inputs) -> tuple[jax
     """The images, and which of them are not finite: (rows,), bool."""
     modules: dict[str, Any] = dict(s.modules)
     vae, unet = modules["vae"], modules["unet"]
-    inputs = _laid_out(s, params, inputs)
+    inputs = placed.on_one_mesh(inputs, params)
     call = lambda module: module.apply if s.lift is None else s.lift(module.apply)
     sampler = (
         s.sampler(s.noise, s.steps) if callable(s.sampler) else scheduler_config.sampler(s.sampler, s.noise, s.steps)
@@ -205,22 +207,22 @@ def _program(s: Setting, params: Mapping[str, Any], inputs: Inputs) -> tuple[jax
     steps = jnp.arange(s.first, len(sampler.timesteps))
     (x, _), _ = jax.lax.scan(body, (x, sampler.init(x)), steps)
     images = call(vae)({"params": params["vae"]}, x / vae.config.scaling, method="decode")
-    broken = ~jnp.isfinite(images).all(axis=(1, 2, 3))
-    if isinstance(s.sharding, NamedSharding):  # each process looks at all
-        broken = _put(broken, NamedSharding(s.sharding.mesh, PartitionSpec()))
+    broken = _seen_by_all(s, ~jnp.isfinite(images).all(axis=(1, 2, 3)))
     return jnp.clip(images / 2 + 0.5, 0.0, 1.0), broken
 
 
-def _laid_out(s: Setting, params: Mapping[str, Any], inputs: Inputs) -> Inputs:
-    """Rows where the images shall lie. It is done in the program, so that each process may have the inputs whole."""
-    if s.sharding is None:
-        return placed.on_one_mesh(inputs, params)
-    return jax.tree.map(lambda x: _put(x, s.sharding) if x.ndim else x, inputs)
+def _put(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """`jax.device_put`, also of keys onto devices of several processes, each of which has the same array."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    return jax.device_put(x if sharding.is_fully_addressable else np.asarray(x), sharding)
 
 
-def _put(x: jax.Array, sharding: Any) -> jax.Array:
-    explicit = isinstance(sharding, NamedSharding) and sharding.mesh.explicit_axes
-    return (jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint)(x, sharding)
+def _seen_by_all(s: Setting, x: jax.Array) -> jax.Array:
+    """The array whole on each device of the images."""
+    if not isinstance(s.sharding, NamedSharding) or s.sharding.mesh.explicit_axes:
+        return placed.whole(x)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(s.sharding.mesh, PartitionSpec()))
 
 
 def _conditions(s: Setting, modules: Mapping[str, Any], params: Mapping[str, Any], inputs: Inputs) -> Encoded:

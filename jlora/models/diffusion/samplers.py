@@ -202,7 +202,8 @@ def pndm(noise: Noise, steps: int) -> Sampler:
 
     def init(x: Array) -> State:
         """Predictions so far, the newest first; x of the first step; how many predictions."""
-        return jnp.zeros((3, *x.shape), jnp.float32), jnp.zeros(x.shape, jnp.float32), jnp.zeros((), jnp.int32)
+        none = jnp.zeros_like(x, jnp.float32)  # lying as x does
+        return jnp.stack([none] * 3), none, jnp.zeros((), jnp.int32)
 
     def step(i: Array, x: Array, prediction: Array, state: State, z: Array | None) -> tuple[jax.Array, State]:
         x = jnp.asarray(x)
@@ -299,7 +300,7 @@ def _dpmpp(noise: Noise, steps: int, karras: bool | None, *, fresh: bool) -> Sam
 
     def init(of: Array) -> State:
         """The x0 of the step before, and whether there was one."""
-        return jnp.zeros(of.shape, jnp.float32), jnp.zeros((), jnp.float32)
+        return jnp.zeros_like(of, jnp.float32), jnp.zeros((), jnp.float32)
 
     def step(i: Array, of: Array, prediction: Array, state: State, fresh: Array | None) -> tuple[jax.Array, State]:
         of = jnp.asarray(of)
