@@ -38,6 +38,8 @@ def test_gpt3_trains_what_the_paper_says(method: str, trained: int):
 def test_the_steps_and_their_meshes():
     assert CASE.meshes()[1:3] == [{"fsdp": 64}, {"data": 8, "fsdp": 8}]
     assert Case("llama-2-7b", "LoRA", "v5p-64").meshes() == [{"fsdp": 32}, {"fsdp": 8, "tp": 4}]
+    slices = Case("gpt3-175b", "LoRA r=4", "2xv5e-256")
+    assert slices.many == 512 and slices.meshes() == [{"dcn": 2, "fsdp": 256}, {"dcn": 2, "fsdp": 64, "tp": 4}]
     assert set(METHODS) == set(MODELS) and all(FULL in methods for methods in METHODS.values())
     devices = [case.device for case, _ in pods.scaling()]
     assert len(devices) == 20 and devices[0] == "8xh100" and devices[-1] == "512xh100"

@@ -40,7 +40,7 @@ METHODS = {
 }
 TRAINED = {("gpt3-175b", "LoRA r=4"): 18_874_368, ("gpt3-175b", "LoRA r=8"): 37_748_736}
 """Of the LoRA paper: 96 layers x (query, value) x (A, B) x 12,288 x r."""
-DEVICES = ("64xh100", "v5e-16", "v5e-64", "v5e-256", "v5p-64")
+DEVICES = ("64xh100", "v5e-16", "v5e-64", "v5e-256", "2xv5e-256", "v5p-64")
 NUMBERS = (8, 16, 32, 64, 128, 256, 512)
 TX = optax.adamw(1e-4)
 KEPT = (
