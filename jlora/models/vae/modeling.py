@@ -209,7 +209,8 @@ class Attention(nn.Module):
         h = group_norm(c, "group_norm")(x).reshape(len(x), -1, width)  # (batch, height width, channels)
         q, k, v = (placed.in_heads(dense(c, width, name)(h), 1) for name in ("to_q", "to_k", "to_v"))  # of one head
         attend = DotProductAttention(implementation=c.attention, blocks=True, name="core")
-        return placed.added(x, dense(c, width, "to_out")(attend(q, k, v).reshape(x.shape)))
+        h = dense(c, width, "to_out")(attend(q, k, v).reshape(h.shape))
+        return placed.added(x, h.reshape(x.shape))
 
 
 def _resnet(c: VAEConfig, width: int, number: int) -> nn.Module:
