@@ -190,8 +190,7 @@ def test_latents_are_drawn_from_the_autoencoders_gaussians():
 ONTO_MESHES = {
     "ddim": ("sd2", {"sampler": "ddim", "guidance": 1.0}),
     "pndm": ("sd1", {"sampler": "pndm"}),  # with a state
-    "dpmpp_2m_sde": ("sdxl", {"sampler": "dpmpp_2m_sde"}),  # with fresh noise, too
-    "in a mask": ("sd1", {"sampler": "dpmpp_2m", "masked": True}),
+    "in a mask": ("sdxl", {"sampler": "dpmpp_2m_sde", "masked": True}),  # with a state and fresh noise
 }
 
 
