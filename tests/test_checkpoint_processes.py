@@ -32,6 +32,8 @@ from jlora.checkpoint.lock import Lock
 from jlora.checkpoint.processes import of_first, together, whole
 from jlora.sharding import MODELS, put, put_rows, row_numbers
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 RNG = np.random.default_rng(0)
 BASE = {

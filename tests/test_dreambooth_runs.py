@@ -26,6 +26,8 @@ from experiments.trainer import Shared, Trainer
 from jlora.models import diffusion
 from jlora.models.unet import UNetConfig
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ("dreambooth_lora_sd15", "dreambooth_lora_sdxl", "style_lora_sd15")
 

@@ -9,6 +9,8 @@ from experiments.bench import memory_table
 from experiments.bench.memory_table import Case, key
 from jlora.models.sizes import model_of
 
+pytestmark = pytest.mark.once
+
 GB = 10**9
 
 

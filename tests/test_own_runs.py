@@ -17,7 +17,8 @@ from experiments import train
 from experiments.recipes import tiny
 from jlora import models
 
-pytestmark = pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
+# Optax's schedules divide an int by an int.
+pytestmark = [pytest.mark.loose_promotion, pytest.mark.once]
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "own_data.py")
 SCANNED = "options={'scan': True}"  # fewer layers to trace
 

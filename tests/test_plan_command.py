@@ -12,6 +12,8 @@ from jlora.cli import main, workload
 from jlora.planning import placing, targets
 from tests.test_plan import BATCH, ROOT, TX, adapt, loss_fn, mlp, of_arrays_alone
 
+pytestmark = pytest.mark.once
+
 SMALL = ("configs/llama2_7b_gsm8k_lora.py", "--small", "--json")
 
 

@@ -26,7 +26,8 @@ from jlora import models, tree
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 HERE = ("base.quantize=nf4", "runs.lora_r4.targets=attn/(query|value)")  # some quantised weights have no factors
 LINEAR = {"query", "key", "value", "out", "gate", "up", "down"}
-pytestmark = pytest.mark.loose_promotion  # Optax's schedules divide an int by an int
+# Optax's schedules divide an int by an int.
+pytestmark = [pytest.mark.loose_promotion, pytest.mark.once]
 
 
 def small(name: str, *overrides: str) -> Experiment:

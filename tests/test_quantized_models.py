@@ -23,6 +23,8 @@ from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from tests.conformance import close, filled, normal, randomised
 
+pytestmark = pytest.mark.once
+
 X = normal(3, 32)
 
 
