@@ -177,7 +177,12 @@ def test_models_of_text_take_tokens_on_several_devices(name):
 
 @pytest.mark.parametrize(
     ("name", "layout", "explicit"),
-    [("gpt2", fsdp, True), ("gpt2", tensor, False), ("deberta", tensor, True), ("unet", fsdp, True)],
+    [
+        ("gpt2", fsdp, True),
+        ("gpt2", tensor, False),
+        ("deberta", tensor, True),
+        pytest.param("unet", fsdp, True, marks=pytest.mark.once),
+    ],
 )
 def test_numbers_are_those_of_one_device(name, layout, explicit):
     model, inputs, _ = build(name, layers=1)
