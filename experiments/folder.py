@@ -162,11 +162,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, by way of a temporary name. Of several processes the first does."""
+    """Writes a text file, as `replace` does."""
+    replace(path, lambda temporary: temporary.write_text(text))
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file by way of a temporary name: it is whole, or as it was. Of several processes the first does."""
     if not hosts.is_first():
         return
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    write(temporary)
     os.replace(temporary, path)
 
 

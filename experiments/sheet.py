@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments import hosts
+from experiments.folder import replace
 from experiments.tasks.task import Sheet
 
 LEAST = 64  # pixels of a picture's side on the sheet: smaller ones are enlarged by a whole number
@@ -51,12 +51,8 @@ def draw(path: Path, columns: Mapping[str, Sheet]) -> None:
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """Writes an image: afterwards it is there as a whole, or as it was before. Of several processes the first does."""
-    if not hosts.is_first():
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)
+    """Writes an image, as `experiments.folder.replace` does."""
+    replace(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:

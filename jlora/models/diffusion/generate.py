@@ -141,12 +141,7 @@ def generate(
     tokens, others = _tokens(pipeline, prompts, negative, guided, long)
     if latents is not None and latents.shape != shape:
         raise ValueError(f"latents is {latents.shape}, expected {shape} for images of {high} x {wide}")
-    if sizes is not None and not pipeline.xl:
-        raise ValueError("sizes= are conditions of SDXL: this pipeline's UNet takes none")
-    if sizes is None:
-        sizes = np.tile(np.asarray([[high, wide, 0, 0, high, wide]], np.float32), (rows, 1))
-    if np.shape(sizes) != (rows, 6):
-        raise ValueError(f"sizes is {np.shape(sizes)}, expected {(rows, 6)}")
+    sizes = _sizes(pipeline, sizes, (rows, high, wide))
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale={rescale} is not in [0, 1]")
     _check_sharding(sharding, rows)
@@ -348,6 +343,18 @@ def _sides(pipeline: Pipeline, image: Any, height: int | None, width: int | None
             near = max(round(side / vae.factor), 1) * vae.factor
             raise ValueError(f"{name}={side} is no multiple of {vae.factor}, as the autoencoder wants it: {near} is")
     return sides
+
+
+def _sizes(pipeline: Pipeline, sizes: Any, shape: tuple[int, int, int]) -> Any:
+    """SDXL's conditions of each image: those of a whole one where none are given."""
+    rows, high, wide = shape
+    if sizes is None:
+        return np.tile(np.asarray([[high, wide, 0, 0, high, wide]], np.float32), (rows, 1))
+    if not pipeline.xl:
+        raise ValueError("sizes= are conditions of SDXL: this pipeline's UNet takes none")
+    if np.shape(sizes) != (rows, 6):
+        raise ValueError(f"sizes is {np.shape(sizes)}, expected {(rows, 6)}")
+    return sizes
 
 
 def _check_image(
