@@ -1,6 +1,5 @@
 """Where a base comes from: a checkpoint of the hub, of a folder or made, or a pretraining here, which is kept."""
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import jlora
 from experiments import devices, hosts
 from experiments.config import Experiment, Pretrain, Run
 from experiments.configfile import ConfigError, describe, key
-from experiments.folder import by_first_locked, clear, size
+from experiments.folder import by_first_locked, clear, replace, size
 from experiments.loop import Point, read_curve, train
 from experiments.progress import Phase
 from experiments.resume import loaded
@@ -139,10 +138,8 @@ def pretrained(
 def write(folder: Path, params: Params) -> None:
     """Writes parameters under their paths ("h_0/attn/query/kernel"): one file, whole or absent."""
     flat = traverse_util.flatten_dict(devices.current().fetched(params), sep="/")
-    if hosts.is_first():
-        temporary = folder / f".{NAME}.tmp"
-        save_file({path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}, temporary)
-        os.replace(temporary, folder / NAME)
+    contiguous = lambda: {path: np.ascontiguousarray(leaf) for path, leaf in flat.items()}
+    replace(folder / NAME, lambda temporary: save_file(contiguous(), temporary))
     hosts.wait_for_all(f"{NAME} is written")
 
 
