@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         several = initialise(detect=options.distributed)
-    except ConfigError as error:
+    except (ConfigError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1  # who did not come may have died: launchers start all anew
     if several:  # JAX's preemption service has the signal
         return _as_one_of_several(options)
     with preemptible():

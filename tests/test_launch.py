@@ -468,6 +468,16 @@ def test_training_says_what_is_wrong_with_the_variables_of_processes(
     )
 
 
+def test_a_process_whose_coordinator_never_came_is_started_again_where_a_dead_node_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    given = {"JLORA_COORDINATOR": "127.0.0.1:1", "JLORA_PROCESSES": "2", "JLORA_PROCESS": "1", "JLORA_TIMEOUT": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["configs/quickstart.py"]) == 1  # and no 2, after which GKE ends the job for good
+    assert capsys.readouterr().err.startswith("error: the coordinator 127.0.0.1:1 was not reached within 1 seconds")
+
+
 def test_the_command_line_starts(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "experiments.launch", "--help"], capture_output=True, text=True, check=True, cwd=ROOT

@@ -196,7 +196,7 @@ def test_one_process_needs_nothing(variables):
 def test_a_coordinator_that_is_not_reached(variables):
     port = free_port()
     variables({**GIVEN, "JLORA_COORDINATOR": f"127.0.0.1:{port}", "JLORA_TIMEOUT": "1", "HTTPS_PROXY": "http://proxy"})
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(TimeoutError) as error:
         distributed.initialise()
     assert str(error.value) == (
         f"the coordinator 127.0.0.1:{port} was not reached within 1 seconds ([Errno 111] Connection refused). Every process has "

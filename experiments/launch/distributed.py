@@ -48,9 +48,9 @@ def initialise(*, detect: bool = False) -> bool:
       Whether there are several processes.
 
     Raises:
-      ConfigError: if some of the variables are missing or no numbers; if JAX finds no cluster; or if the coordinator is
-        not reached in time. Where it is, and another process is missing, the process ends with code 1. Both say what
-        that mostly comes from.
+      ConfigError: if some of the variables are missing or no numbers; or if JAX finds no cluster.
+      TimeoutError: if the coordinator is not reached in time. Where it is, and another process is missing, the process
+        ends with code 1, as `experiments.train` does after this error. Both say what that mostly comes from.
     """
     chosen = _variables(os.environ)
     if chosen is None:
@@ -133,7 +133,7 @@ def _reach(address: str, wait: int) -> None:
             error = found
         time.sleep(0.2)
     late = f"the coordinator {address} was not reached within {wait} seconds ({error})"
-    raise ConfigError(_advised(late)) from error
+    raise TimeoutError(_advised(late)) from error
 
 
 def _detected() -> bool:

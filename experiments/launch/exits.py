@@ -3,7 +3,7 @@
 | code | meaning | launchers |
 |---:|---|---|
 | 0 | done | end |
-| 1 | an error: a traceback, or a loss that is not finite | end; GKE restarts, as a node that dies looks alike |
+| 1 | an error, a loss that is not finite, another process that died or never came | end; GKE starts again |
 | 2 | a config, data or folder that cannot be | end |
 | 75 | preempted: `PREEMPTED` | start the same command again, which resumes |
 | 130 | Ctrl-C | end |
