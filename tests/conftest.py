@@ -6,7 +6,10 @@ default run that stands for it, and tests/test_tiers.py looks whether it does. A
 commit, rides along in the default run: `--share` and the header say which.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before jax is imported: the number of devices is read once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +18,15 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Compiling is most of what the tests do, and takes half as long without LLVM's expensive passes; XLA's own are those of
 # every user. JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest has all of them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# What one process has compiled, no other of the run compiles again: not a worker, not a process that a test starts. A
+# folder that is named outside is kept, and the next run takes half the time.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jlora-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# XLA of JAX 0.10 takes tuning flags of its own for features that the CPU lacks, and says so whenever it reads a program.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from collections.abc import Iterator
 

@@ -7,10 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import pytest
 
 import jlora
 from experiments.config import Experiment, Measure, Pretrain, Run, Schedule
@@ -21,6 +19,8 @@ from jlora.models.gpt2 import GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 240, 80
+TIMEOUT = 60
+"""Seconds that a process waits for one that never comes."""
 
 
 def config() -> Experiment:
@@ -52,11 +52,11 @@ class Started:
         """Starts `count` processes with these arguments, and with those of `each` of its own."""
         port, self.lines = str(free_port()), [list[str]() for _ in range(count)]
         command = [sys.executable, "-u", "-m", "experiments.train", __file__, "--small", "--folder", str(folder)]
-        kept = {name: value for name, value in os.environ.items() if name != "JLORA_TIMEOUT"}
+        kept = os.environ | {"JLORA_TIMEOUT": str(TIMEOUT), "PYTHONFAULTHANDLER": "1"}
         self.processes = [
             subprocess.Popen(
                 [*command, "--resume-if-there", *overrides, *(each[number] if each else ())],
-                cwd=ROOT, env=kept | environment(number, count, port, 2 // count or 1, "") | COMPILED,
+                cwd=ROOT, env=kept | environment(number, count, port, 2 // count or 1, ""),
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
             for number in range(count)
@@ -85,9 +85,17 @@ class Started:
             time.sleep(0.02)
 
     def codes(self, seconds: float = 240) -> list[int]:
-        """Exit codes, when all have ended."""
+        """Exit codes, when all have ended; where they do not, an error that says where each of them was."""
         try:
             return [process.wait(timeout=seconds) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            hung = [number for number, process in enumerate(self.processes) if process.poll() is None]
+            for number in hung:
+                self.send(signal.SIGABRT, to=number)  # faulthandler says in which line
+                self.processes[number].wait(timeout=10)
+                self._readers[number].join(timeout=5)
+            said = "\n".join(f"process {number} said:\n{self.said(number)}" for number in range(len(self.processes)))
+            raise AssertionError(f"processes {hung} had not ended after {seconds} s; {said}") from None
         finally:
             for process in self.processes:
                 process.kill()
@@ -96,15 +104,3 @@ class Started:
 
     def send(self, number: int, to: int) -> None:
         self.processes[to].send_signal(signal.Signals(number))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Of a module that imports it: its processes share what they compile."""
-    COMPILED["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
-    yield
-    del COMPILED["JAX_COMPILATION_CACHE_DIR"]
-
-
-COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-"""Variables of all processes."""

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,11 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 TIMED = ("tokens_per_second", "seconds")
-COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
 def start(*arguments: str, config: str = "quickstart.py") -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | COMPILED
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, "-u", "-m", "experiments.train", str(CONFIGS / config), "--small", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -42,14 +40,6 @@ def results(folder: Path) -> dict:
             for name in TIMED:
                 del result[name]
     return {run["name"]: run for run in runs}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory) -> Iterator[None]:
-    """The processes share what they compile: most of what each of them does."""
-    COMPILED["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
-    yield
-    del COMPILED["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from experiments import loop, train
 from experiments.launch.exits import Preempted
 from tests import pod
 from tests.pod import EVERY, STEPS, Started
-from tests.pod import compiled as compiled
 
 pytestmark = pytest.mark.once
 
