@@ -48,8 +48,9 @@ def test_kills_lose_nothing(tmp_path: Path, count: int, least: int):
             started.send(number, to=chance.randrange(count))
             kills += 1
         codes = started.codes(seconds=TIMEOUT + 40)
-        assert all(code in (0, 1, 75, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT) for code in codes), codes
-        assert not alone or codes == [0] * count, started.said(0)
+        said = f"{codes}\n" + "\n\n".join(started.said(process) for process in range(count))
+        assert all(code in (0, 1, 75, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT) for code in codes), said
+        assert not alone or codes == [0] * count, said
         if codes == [0] * count:
             check_alike(tmp_path / f"run_{run}", tmp_path / "whole", 0.0)
             run += 1
