@@ -5,6 +5,7 @@ A merged folder is one of the base's format, with the tokenizer's files and the 
 folder is Hugging Face PEFT's; that of Stable Diffusion's holds diffusers' `pytorch_lora_weights.safetensors`.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,7 @@ def _write_merged(
     lost = max(jlora.merge_error(adapted).values(), default=0.0)
     if plain is None:
         return []
+    _claim(folder, experiment, trial)
     if opened.save is None:
         origin = source.folder if isinstance(source, Files) else None
         models.save(folder, opened.model, plain, source=origin)
@@ -97,7 +99,6 @@ def _write_merged(
         opened.save(folder, plain)
     if opened.classes:
         _name_classes(folder, opened.classes)
-    write_json(folder / MARK, _of(experiment, trial))
     megabytes = f"{size(folder) / 1e6:,.1f} MB"
     lines = [f"merged    {trial.run.label}: {folder}, {megabytes}, for {_READERS[opened.save is None]}"]
     if lost > _LOST:
@@ -110,6 +111,7 @@ def _write_merged(
 
 def _write_adapter(experiment: Experiment, trial: Trial, folder: Path, adapted: jlora.Adapted) -> str:
     opened, base = trial.trainer.opened, experiment.base
+    _claim(folder, experiment, trial)
     try:
         if opened.save_adapter is None:
             named = base if isinstance(base, str) else None
@@ -117,11 +119,13 @@ def _write_adapter(experiment: Experiment, trial: Trial, folder: Path, adapted: 
         else:
             opened.save_adapter(folder, adapted)
     except ValueError as error:
+        (folder / MARK).unlink()
+        with contextlib.suppress(OSError):  # of an earlier run something else may lie there
+            folder.rmdir()
         return (
             f"note      no other program has a form for the adapter of {trial.run.label} ({error}): jlora.load reads "
             f"that of {trial.place}"
         )
-    write_json(folder / MARK, _of(experiment, trial))
     reader = "PeftModel.from_pretrained" if opened.save_adapter is None else "load_lora_weights of diffusers"
     return f"adapter   {trial.run.label}: {folder}, {size(folder) / 1e6:,.1f} MB, for {reader}"
 
@@ -146,6 +150,12 @@ def _places(experiment: Experiment, trials: Sequence[Trial]) -> list[tuple[str, 
 
 def _of(experiment: Experiment, trial: Trial) -> dict[str, str]:
     return {"experiment": experiment.name, "run": trial.run.name}
+
+
+def _claim(folder: Path, experiment: Experiment, trial: Trial) -> None:
+    """Marks a folder as this run's before anything else lies in it: a run that is killed while it writes goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / MARK, _of(experiment, trial))
 
 
 def _mine(folder: Path, experiment: Experiment, trial: Trial) -> bool:

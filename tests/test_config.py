@@ -10,7 +10,7 @@ import jlora
 from experiments import compare, configfile, finetune, train
 from experiments.config import Experiment, Run, Study
 from experiments.configfile import ConfigError
-from experiments.folder import located, open_run_folder, size, write_text
+from experiments.folder import is_run_folder, located, open_run_folder, size, write_text
 from experiments.loop import read_curve, read_result
 from experiments.train import main
 
@@ -225,6 +225,19 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match=r"is not empty and no run folder \(it has no experiment.json\)"):
         open_run_folder(tmp_path, {"a": 1}, resume=False)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_folder_whose_run_was_killed_while_it_was_claimed_is_its_own(tmp_path, monkeypatch):
+    def killed(*places):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_run_folder(tmp_path / "run", {"a": 1}, resume=False)
+    assert list((tmp_path / "run").iterdir()) and not is_run_folder(tmp_path / "run")
+    open_run_folder(tmp_path / "run", {"a": 1}, resume=False)
+    assert is_run_folder(tmp_path / "run")
 
 
 def test_there_is_nothing_to_resume(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import chex
@@ -62,7 +63,7 @@ def planned(monkeypatch, tmp_path):
 # -- one run to its end ------------------------------------------------------------------------------------------------
 
 
-def test_prompts_and_completions_end_in_a_merged_checkpoint(bases, tmp_path):
+def test_prompts_and_completions_end_in_a_merged_checkpoint(bases, tmp_path, monkeypatch):
     data = jsonl(tmp_path, "mine.jsonl", [{"prompt": f"What is {i}?", "completion": f"{i} it is."} for i in range(24)])
     out, run = tmp_path / "out", tmp_path / "run"
     options = [
@@ -92,7 +93,15 @@ def test_prompts_and_completions_end_in_a_merged_checkpoint(bases, tmp_path):
     files = {path.name for path in out.iterdir()}
     assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "jlora_run.json"}
     before = (out / "model.safetensors").read_bytes()
-    (out / "model.safetensors").unlink()
+
+    def killed(folder, *rest, **options):
+        (folder / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    shutil.rmtree(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "save", killed)
+        assert called(*options, "--resume")[0] == 130
     assert called(*options, "--resume")[0] == 0  # nothing is trained, the same is saved
     assert (out / "model.safetensors").read_bytes() == before
 
