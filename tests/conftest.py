@@ -60,7 +60,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "thorough(stand_in): too dear for the default run, where the test of that name stands for the same rows",
     )
     config.addinivalue_line("markers", "tpu: compiles for TPUs that are not there, for minutes; only where -m names it")
-    config.addinivalue_line("markers", "endless: runs for half an hour, and only where -m names it")
+    config.addinivalue_line(
+        "markers", "endless: runs for half an hour, and only where -m names it; with -o faulthandler_timeout=0"
+    )
     config.stash[tiers.SHARE] = tiers.Share.parse(config.getoption("--share"))
 
 
