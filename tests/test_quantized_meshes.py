@@ -91,7 +91,11 @@ def test_codes_and_scales_follow_the_weight(kind):
 
 
 METHODS = {"lora": jlora.lora(2), "dora": jlora.dora(2), "pissa": jlora.pissa(2), "vera": jlora.vera(4)}
-ROWS = [f"{kind} {name}" for name in METHODS for kind in KINDS]
+ROWS = [
+    pytest.param(f"{kind} {name}", marks=[] if name == "lora" else pytest.mark.once)
+    for name in METHODS
+    for kind in KINDS
+]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -123,6 +127,7 @@ def lie_alike(got, like):
     assert all(x.sharding.is_equivalent_to(y.sharding, x.ndim) for x, y in pairs)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_stays_on_the_mesh(kind, tmp_path):
     _, base = placed(kind)
@@ -136,6 +141,7 @@ def test_merging_stays_on_the_mesh(kind, tmp_path):
     chex.assert_trees_all_equal(jlora.unmerge(merged, adapted).base["up"]["kernel"], base["up"]["kernel"])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", KINDS)
 def test_starts_stay_on_the_mesh(kind):
     params, base = placed(kind)

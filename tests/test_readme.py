@@ -72,6 +72,7 @@ def test_example_runs_here(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     exec(compile(EXAMPLES[name], name, "exec"), vars(main))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith(LARGE)])
 def test_example_runs_apart(name: str, tmp_path: Path):
     _run(EXAMPLES[name], tmp_path, os.environ)
