@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jlora
-from experiments import devices
+from experiments import devices, hosts
 from experiments.configfile import ConfigError
 from jlora.checkpoint import Checkpoints, DamagedCheckpoint
 from jlora.state import TrainState
@@ -20,6 +20,8 @@ def loaded(folder: Path, base: Any) -> jlora.Adapted:
     try:
         return devices.current().beside(jlora.load(folder / "adapter", base))
     except (ValueError, FileNotFoundError) as error:
+        if hosts.is_of_collective(error):
+            raise
         raise ConfigError(f"{error}. Delete '{folder}' to run it anew") from error
 
 

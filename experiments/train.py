@@ -301,6 +301,8 @@ def _as_config_errors(prefix: str = "") -> Iterator[None]:
     except DataError:
         raise
     except ValueError as error:
+        if hosts.is_of_collective(error):
+            raise
         raise ConfigError(f"{prefix}{error}") from error
 
 

@@ -16,11 +16,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import jlora
 from experiments.config import ConfigError
-from experiments.resume import restored
+from experiments.resume import loaded, restored
 from jlora.checkpoint import Checkpoints, DamagedCheckpoint, seal
 from jlora.checkpoint.lock import Lock
 from tests.conformance import normal
@@ -83,6 +84,25 @@ SPOILT = {
     "a pipe": become(os.mkfifo),  # opened, it would be waited for
     "a link": become(lambda file: file.symlink_to("/dev/zero")),  # read, it would have no end
 }
+
+
+@pytest.mark.parametrize("step", [None, 3])
+def test_a_collective_that_fails_is_no_damage(written, monkeypatch, step):
+    """Another process has died: nothing is said to be damaged, no older state is taken, nobody is told to delete it."""
+    lost = ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:32670")
+
+    def fail(*_, **__):
+        raise lost
+
+    with Checkpoints(written) as checkpoints:
+        monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(ValueError, match="^UNKNOWN: Gloo") as caught:
+            checkpoints.restore(state(), step)
+        assert caught.value is lost
+    monkeypatch.setattr(jlora, "load", fail)
+    with pytest.raises(ValueError, match="^UNKNOWN: Gloo") as caught:
+        loaded(written, {})
+    assert caught.value is lost
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

@@ -468,6 +468,24 @@ def test_training_says_what_is_wrong_with_the_variables_of_processes(
     )
 
 
+@pytest.mark.parametrize(
+    ("said", "status"), [("UNKNOWN: Gloo AllGather failed: Connection closed by peer", None), ("no such axis", 2)]
+)
+def test_a_process_that_loses_another_has_no_wrong_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said, status
+):
+    def fail(*_):
+        raise ValueError(said)
+
+    monkeypatch.setattr(train.devices, "of", fail)
+    command = ["configs/quickstart.py", "--folder", str(tmp_path / "run")]
+    if status is None:  # a traceback and 1: see `_as_one_of_several`
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            train.main(command)
+    else:
+        assert train.main(command) == status
+
+
 def test_a_process_whose_coordinator_never_came_is_started_again_where_a_dead_node_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
