@@ -1,5 +1,6 @@
 """Traffic of a quantised base that is fully sharded: codes and scales are gathered, and the numbers are those of one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -56,7 +57,7 @@ def gathered(form: str | None, double: bool = False) -> int:
 
 
 def test_codes_are_gathered_and_not_the_weights_behind_them():
-    """A plain base's weights twice, forward and backward; codes a third time where the forward pass is done again."""
+    """A plain base's weights twice, forward and backward, and codes no more often."""
     held = adapted("nf4", double=True)
     stored = [leaf for leaf in tree.leaves(held.base)[0].values() if tree.is_stored(leaf)]
     number, own = sum(leaf.size for leaf in stored), sum(leaf.nbytes for leaf in stored)
@@ -64,7 +65,25 @@ def test_codes_are_gathered_and_not_the_weights_behind_them():
     rest = gathered(None) - 2 * 4 * number  # of the embedding and the head
     assert 0 < rest < 0.03 * 4 * number
     found = gathered("nf4", double=True)
-    assert rest + 1.99 * own <= found <= rest + 3 * own  # scales of the second level lie on every device
+    assert rest + 1.99 * own <= found <= rest + 2 * own  # scales of the second level lie on every device
+
+
+def test_codes_of_an_unrolled_model_are_gathered_layer_by_layer():
+    """What a step holds grows with each layer by the activations that are kept, and not by its codes."""
+
+    def temporaries(layers: int) -> tuple[int, int]:
+        model = Llama(dataclasses.replace(MODEL.config, layers=layers, scan=False))
+        of = lambda params, batch: jnp.mean(model.apply({"params": params}, batch["tokens"], labels=batch["labels"]))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), BATCH["tokens"])["params"]
+        known = jlora.sites(of, shapes, BATCH)
+        held = jlora.quantize(shapes, "nf4", block=32, targets="attn|mlp", sites=known)
+        found = jlora.apply(held, rank=2, targets="attn|mlp", sites=known)
+        plan = jlora.plan(of, found, TX, BATCH, {"fsdp": 4}, "cpu", rule=MODELS)
+        codes = sum(leaf.nbytes for leaf in tree.leaves(held)[0].values() if tree.is_stored(leaf))
+        return plan.temporaries, codes
+
+    (few, codes), (many, all_codes) = temporaries(2), temporaries(6)
+    assert many - few < 0.3 * (all_codes - codes), (few, many)
 
 
 def test_a_step_has_the_numbers_of_one_device():

@@ -23,6 +23,7 @@ from jlora.transform.marks import applications
 from jlora.transform.mean import count_of_mean
 from jlora.transform.product import ADAPTED, PLAIN, is_placed
 from jlora.transform.trace import UNTOUCHED, Product, Trace
+from jlora.transform.view import View
 from jlora.transform.weight import NOBODYS, NotSeparable, Place, Trained, Weight
 
 
@@ -162,7 +163,8 @@ def _apply(
     try:
         kept = rules.structural(eqn.primitive, values, eqn.params)
         if kept is not None:
-            return list(kept)
+            # What comes next keeps the codes for its backward pass, as they are gathered here: not all layers' at once.
+            return [_gathered(v) for v in kept] if name == "reshard" and trace.is_computed_again else list(kept)
         if name in rules.PRODUCTS:
             matrix = min(lazy, key=_is_rather_an_input)
             if not matrix.multiply.adds and name != "dot_general":
@@ -183,6 +185,13 @@ def _apply(
     except NotSeparable as error:
         reason = str(error)
     return _bind_dense(eqn, values, functools.partial(make_dense, reason=reason))
+
+
+def _gathered(value: Any) -> Any:
+    """A weight whose codes are gathered, if they are to be, no later than here."""
+    if isinstance(value, Weight) and isinstance(value.w, View):
+        return value.replace(w=value.w.gathered())
+    return value
 
 
 def _on_array(name: str, weight: Weight, values: list[Any], params: dict[str, Any]) -> Product:
@@ -260,7 +269,11 @@ def _remat(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[A
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
     forwarded = _forwarded(jaxpr, values)
 
+    stored = any(isinstance(v, Weight) and tree.is_stored(v.w) for v in values)
+
     def body(*args: Any) -> list[Any]:
+        if stored:  # of an unrolled model XLA would gather the codes of all layers at the beginning
+            args = jax.lax.optimization_barrier(args)
         results = evaluate(jaxpr, consts, args, trace)
         return [None if i in forwarded else r for i, r in enumerate(results)]
 

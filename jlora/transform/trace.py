@@ -121,6 +121,19 @@ class Trace:
                 reason or f"`{op}` has no factored form", weight.tree)
         )  # fmt: skip
 
+    @property
+    def is_computed_again(self) -> bool:
+        """Whether the backward pass computes the code at hand again, and of each turn of a loop by itself.
+
+        That of the innermost checkpoint or loop, where it is a checkpoint without a policy.
+        """
+        for eqn in reversed(self.around):
+            if eqn.primitive.name in ("remat2", "checkpoint"):
+                return eqn.params["policy"] is None
+            if eqn.primitive.name in ("scan", "while"):
+                return False
+        return False
+
     @contextlib.contextmanager
     def inside(self, eqn: Any) -> Iterator[None]:
         """Marks the equation that is being evaluated."""

@@ -102,17 +102,17 @@ class View:
         return array
 
     def dequantise(self) -> jax.Array:
-        view = self._gathered()
+        view = self.gathered()
         return view._after(view.stored.dequantise())
 
     def as_held(self) -> tuple[jax.Array, tuple[int, ...]]:
-        view = self._gathered()
+        view = self.gathered()
         if any(step.op != "cast" for step in view.steps):
             return view.dequantise(), tuple(range(len(self.shape)))
         array, order = tree.as_held(view.stored)
         return view._after(array), order
 
-    def _gathered(self) -> "View":
+    def gathered(self) -> "View":
         """The same, where a gather comes before all but casts: what is stored is gathered, few bits of each number."""
         first = next((i for i, step in enumerate(self.steps) if step.op != "cast"), None)
         if first is None or self.steps[first].op != "reshard" or not hasattr(self.stored, "gathered"):
