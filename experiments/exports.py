@@ -5,7 +5,6 @@ A merged folder is one of the base's format, with the tokenizer's files and the 
 folder is Hugging Face PEFT's; that of Stable Diffusion's holds diffusers' `pytorch_lora_weights.safetensors`.
 """
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import jlora
 from experiments import devices
 from experiments.config import Experiment
 from experiments.configfile import ConfigError
-from experiments.folder import size, write_json
+from experiments.folder import size, temporary_of, write_json
 from experiments.resume import loaded
 from experiments.tasks.task import Files, Params
 from experiments.trial import Trial
@@ -23,7 +22,7 @@ from jlora.models.catalogue import architecture_of
 from jlora.models.place import folder_of
 
 MARK = "jlora_run.json"
-"""Says which run a folder was saved from, so that the same one may write it again."""
+"""Says which run saves in a folder, from before the first file on, so that the same one may write it again."""
 _READERS = {True: "jlora.models.load and transformers", False: "jlora.models.diffusion.load and diffusers"}
 _LOST = 0.05  # of an update's size: a merge that loses more is not passed over in silence
 
@@ -44,9 +43,7 @@ def check(experiment: Experiment, trials: Sequence[Trial]) -> None:
             raise ConfigError(
                 f"save.{field}: a {type(opened.model).__name__} that is pretrained here has no file format"
             )
-        if folder.exists() and not (
-            folder.is_dir() and (not any(folder.iterdir()) or _mine(folder, experiment, trial))
-        ):
+        if folder.exists() and not (folder.is_dir() and (_is_empty(folder) or _mine(folder, experiment, trial))):
             raise ConfigError(
                 f"save.{field}: '{folder}' is there already, and was not saved by this run: name another folder"
             )
@@ -111,6 +108,7 @@ def _write_merged(
 
 def _write_adapter(experiment: Experiment, trial: Trial, folder: Path, adapted: jlora.Adapted) -> str:
     opened, base = trial.trainer.opened, experiment.base
+    there = folder.exists()
     _claim(folder, experiment, trial)
     try:
         if opened.save_adapter is None:
@@ -119,9 +117,10 @@ def _write_adapter(experiment: Experiment, trial: Trial, folder: Path, adapted: 
         else:
             opened.save_adapter(folder, adapted)
     except ValueError as error:
-        (folder / MARK).unlink()
-        with contextlib.suppress(OSError):  # of an earlier run something else may lie there
-            folder.rmdir()
+        if [path.name for path in folder.iterdir()] == [MARK]:  # else it has what this run saved earlier
+            (folder / MARK).unlink()
+            if not there:
+                folder.rmdir()
         return (
             f"note      no other program has a form for the adapter of {trial.run.label} ({error}): jlora.load reads "
             f"that of {trial.place}"
@@ -150,6 +149,11 @@ def _places(experiment: Experiment, trials: Sequence[Trial]) -> list[tuple[str, 
 
 def _of(experiment: Experiment, trial: Trial) -> dict[str, str]:
     return {"experiment": experiment.name, "run": trial.run.name}
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing lies there but the half of a mark: see `_claim`."""
+    return all(path == temporary_of(folder / MARK) for path in folder.iterdir())
 
 
 def _claim(folder: Path, experiment: Experiment, trial: Trial) -> None:

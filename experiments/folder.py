@@ -50,7 +50,7 @@ def open_run_folder(folder: Path, description: dict[str, Any], *, resume: bool) 
     if not known.exists():
         if resume:
             raise ConfigError(f"--resume: there is no run in '{folder}'; start it without --resume")
-        own = (lock.NAME, _temporary(known).name)  # a run that was killed while it claimed the folder left them
+        own = (lock.NAME, temporary_of(known).name)  # a run that was killed while it claimed the folder left them
         if folder.exists() and any(path.name not in own for path in folder.iterdir()):
             raise ConfigError(
                 f"'{folder}' is not empty and no run folder (it has no {_CLAIM}): choose another --folder"
@@ -171,12 +171,13 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file by way of a temporary name: it is whole, or as it was. Of several processes the first does."""
     if not hosts.is_first():
         return
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     write(temporary)
     os.replace(temporary, path)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_of(path: Path) -> Path:
+    """The name that a file has while it is written; what lies there was left by a process that was killed."""
     return path.with_name(f".{path.name}.tmp")
 
 

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from experiments.configfile import ConfigError
 from experiments.launch.exits import has_come
 from jlora.checkpoint.processes import are_several, of_first, together
-from jlora.checkpoint.processes import is_of_collective as is_of_collective
+from jlora.checkpoint.processes import collective_failed as collective_failed
 
 Read = TypeVar("Read")
 _PACKAGES = ("jlora", "experiments", "configs")

@@ -20,7 +20,7 @@ def loaded(folder: Path, base: Any) -> jlora.Adapted:
     try:
         return devices.current().beside(jlora.load(folder / "adapter", base))
     except (ValueError, FileNotFoundError) as error:
-        if hosts.is_of_collective(error):
+        if hosts.collective_failed(error):
             raise
         raise ConfigError(f"{error}. Delete '{folder}' to run it anew") from error
 

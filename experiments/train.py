@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         several = initialise(detect=options.distributed)
     except (ConfigError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1  # who did not come may have died: launchers start all anew
+        return 2 if isinstance(error, ConfigError) else 1  # who did not come may have died: GKE starts all anew
     if several:  # JAX's preemption service has the signal
         return _as_one_of_several(options)
     with preemptible():
@@ -301,7 +301,7 @@ def _as_config_errors(prefix: str = "") -> Iterator[None]:
     except DataError:
         raise
     except ValueError as error:
-        if hosts.is_of_collective(error):
+        if hosts.collective_failed(error):
             raise
         raise ConfigError(f"{prefix}{error}") from error
 

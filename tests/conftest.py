@@ -10,6 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 # Before jax is imported: the number of devices is read once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,7 +27,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # XLA of JAX 0.10 takes tuning flags of its own for features that the CPU lacks, and says so whenever it reads a program.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if version("jax").startswith("0.10."):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from collections.abc import Iterator
 

@@ -697,11 +697,11 @@ def faults(loader: Loader, made: Path, file: Path, kind: Callable[[bytes], Itera
     count, found = 0, []
     for case in spoil(file, kind(file.read_bytes())):
         count += 1
-        began = time.monotonic()
+        began = time.process_time()
         with little_memory(len(case.content)):
             wrong = fault(loader, made, file, case)
         if wrong:
             found.append(f"{file.name}, {case.name}: {wrong}")
-        if time.monotonic() - began > LONG / 2:
-            found.append(f"{file.name}, {case.name}: takes {time.monotonic() - began:.0f} seconds")
+        if time.process_time() - began > LONG / 2:
+            found.append(f"{file.name}, {case.name}: takes {time.process_time() - began:.0f} seconds of computing")
     return count, found

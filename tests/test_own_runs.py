@@ -99,6 +99,8 @@ def test_prompts_and_completions_end_in_a_merged_checkpoint(bases, tmp_path, mon
         raise KeyboardInterrupt
 
     shutil.rmtree(out)
+    out.mkdir()
+    (out / ".jlora_run.json.tmp").write_text("{")  # killed while the folder was claimed
     with monkeypatch.context() as patched:
         patched.setattr(models, "save", killed)
         assert called(*options, "--resume")[0] == 130

@@ -57,7 +57,7 @@ def gathered(form: str | None, double: bool = False) -> int:
 
 
 def test_codes_are_gathered_and_not_the_weights_behind_them():
-    """A plain base's weights twice, forward and backward, and codes no more often."""
+    """A plain base's weights twice, forward and backward, and codes no more often under a checkpoint without a policy."""
     held = adapted("nf4", double=True)
     stored = [leaf for leaf in tree.leaves(held.base)[0].values() if tree.is_stored(leaf)]
     number, own = sum(leaf.size for leaf in stored), sum(leaf.nbytes for leaf in stored)
@@ -72,7 +72,7 @@ def test_codes_of_an_unrolled_model_are_gathered_layer_by_layer():
     """What a step holds grows with each layer by the activations that are kept, and not by its codes."""
 
     def temporaries(layers: int) -> tuple[int, int]:
-        model = Llama(dataclasses.replace(MODEL.config, layers=layers, scan=False))
+        model = Llama(dataclasses.replace(MODEL.config, layers=layers, scan=False, width=256, hidden=512))
         of = lambda params, batch: jnp.mean(model.apply({"params": params}, batch["tokens"], labels=batch["labels"]))
         shapes = jax.eval_shape(model.init, jax.random.key(0), BATCH["tokens"])["params"]
         known = jlora.sites(of, shapes, BATCH)
@@ -83,7 +83,7 @@ def test_codes_of_an_unrolled_model_are_gathered_layer_by_layer():
         return plan.temporaries, codes
 
     (few, codes), (many, all_codes) = temporaries(2), temporaries(6)
-    assert many - few < 0.3 * (all_codes - codes), (few, many)
+    assert many - few < 0.4 * (all_codes - codes)  # 0.79 where nothing holds the gathers back
 
 
 def test_a_step_has_the_numbers_of_one_device():

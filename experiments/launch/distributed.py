@@ -50,7 +50,8 @@ def initialise(*, detect: bool = False) -> bool:
     Raises:
       ConfigError: if some of the variables are missing or no numbers; or if JAX finds no cluster.
       TimeoutError: if the coordinator is not reached in time. Where it is, and another process is missing, the process
-        ends with code 1, as `experiments.train` does after this error. Both say what that mostly comes from.
+        ends with code 1, as `experiments.train` does after this error. Both say what that mostly comes from. (Where JAX
+        looks for itself, it ends a process by itself.)
     """
     chosen = _variables(os.environ)
     if chosen is None:

@@ -18,7 +18,7 @@ from jlora.checkpoint import steps
 from jlora.checkpoint.kept import Kept
 from jlora.checkpoint.lock import Lock
 from jlora.checkpoint.meeting import Meeting
-from jlora.checkpoint.processes import alone, are_several, as_one, is_of_collective, of_first, together
+from jlora.checkpoint.processes import alone, are_several, as_one, collective_failed, of_first, together
 from jlora.checkpoint.seal import SealedPath
 
 PATIENCE = 60.0  # seconds until what one host wrote is seen by all: network file systems keep old listings for a while
@@ -94,7 +94,7 @@ class OnDisk(Kept):
         try:
             arrays = self._manager.restore(step, args=ocp.args.Composite(state=asked))["state"]
         except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
-            if is_of_collective(error):
+            if collective_failed(error):
                 raise
             line = next(iter(str(error).splitlines()), "") or type(error).__name__
             if not steps.is_sealed(self._folder / str(step)):

@@ -27,13 +27,13 @@ def are_several() -> bool:
 _COLLECTIVE = re.compile(r"[A-Z_]+: (.*\b)?(Gloo|NCCL|MPI)\b")
 
 
-def is_of_collective(error: BaseException) -> bool:
+def collective_failed(error: BaseException | None) -> bool:
     """Whether a collective failed, as all do after another process has died, and no check of what was given.
 
     On the CPU it is a ValueError, "UNKNOWN: Gloo AllGather failed: ... Connection closed by peer" (JAX 0.12.0.1).
     Whoever takes ValueErrors for damaged files or wrong configs asks here first.
     """
-    return bool(_COLLECTIVE.match(str(error)))
+    return error is not None and (bool(_COLLECTIVE.match(str(error))) or collective_failed(error.__cause__))
 
 
 @contextlib.contextmanager

@@ -163,8 +163,10 @@ def _apply(
     try:
         kept = rules.structural(eqn.primitive, values, eqn.params)
         if kept is not None:
-            # What comes next keeps the codes for its backward pass, as they are gathered here: not all layers' at once.
-            return [_gathered(v) for v in kept] if name == "reshard" and trace.is_computed_again else list(kept)
+            # Gathered here, the forward pass that is computed again and the backward pass share one gather. Outside a
+            # checkpoint the gathered codes of every layer would be kept.
+            early = name == "reshard" and trace.is_computed_again
+            return [_with_gathered_codes(v) for v in kept] if early else list(kept)
         if name in rules.PRODUCTS:
             matrix = min(lazy, key=_is_rather_an_input)
             if not matrix.multiply.adds and name != "dot_general":
@@ -187,8 +189,8 @@ def _apply(
     return _bind_dense(eqn, values, functools.partial(make_dense, reason=reason))
 
 
-def _gathered(value: Any) -> Any:
-    """A weight whose codes are gathered, if they are to be, no later than here."""
+def _with_gathered_codes(value: Any) -> Any:
+    """A weight with its codes gathered, where its view begins with a gather."""
     if isinstance(value, Weight) and isinstance(value.w, View):
         return value.replace(w=value.w.gathered())
     return value
@@ -269,16 +271,30 @@ def _remat(eqn: Any, values: list[Any], trace: Trace, make_dense: Any) -> list[A
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
     forwarded = _forwarded(jaxpr, values)
 
-    stored = any(isinstance(v, Weight) and tree.is_stored(v.w) for v in values)
-
     def body(*args: Any) -> list[Any]:
-        if stored:  # of an unrolled model XLA would gather the codes of all layers at the beginning
-            args = jax.lax.optimization_barrier(args)
+        if eqn.params["prevent_cse"] and trace.is_computed_again:  # not in a scan, of which each turn waits anyway
+            args = _held_back(args)
         results = evaluate(jaxpr, consts, args, trace)
         return [None if i in forwarded else r for i, r in enumerate(results)]
 
     results = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*values)
     return [forwarded.get(i, r) for i, r in enumerate(results)]
+
+
+def _held_back(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Codes that are there no sooner than the other inputs: XLA would gather those of all layers at the beginning.
+
+    So that no more memory is taken than one layer's, the gather of a layer waits for the layer before.
+    """
+    sharded = lambda v: isinstance(v, Weight) and tree.is_stored(v.w) and explicit_mesh(v.w) is not None
+    codes = [v.w if sharded(v) else None for v in args]
+    if not any(w is not None for w in codes):
+        return args
+    inexact = lambda v: isinstance(v, jax.Array) and jnp.issubdtype(v.dtype, jnp.inexact)
+    codes, inputs = jax.lax.optimization_barrier((codes, [v if inexact(v) else None for v in args]))
+    codes = jax.tree.map(jax.lax.stop_gradient, codes)  # JAX 0.10 would go on with tangents of zero
+    triples = zip(args, codes, inputs, strict=True)
+    return tuple(v.replace(w=w) if w is not None else v if x is None else x for v, w, x in triples)
 
 
 def _forwarded(jaxpr: Any, values: Sequence[Any]) -> dict[int, Weight]:

@@ -6,10 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from jlora.transform.jaxprs import line_of
 from jlora.transform.weight import NOBODYS, Trained, Weight
 from jlora.tree import Stored
 
+CHECKPOINTS = ("remat2", "checkpoint")  # the primitive's name, by versions of JAX
 UNTOUCHED = "returned as it is by the function"  # why a weight is materialised that nothing has read
 
 
@@ -123,16 +126,15 @@ class Trace:
 
     @property
     def is_computed_again(self) -> bool:
-        """Whether the backward pass computes the code at hand again, and of each turn of a loop by itself.
+        """Whether nothing of the code at hand is kept for the backward pass, which computes it again, turn by turn.
 
-        That of the innermost checkpoint or loop, where it is a checkpoint without a policy.
+        So it is where the innermost checkpoint or loop is a checkpoint, and no checkpoint around it has a policy that
+        keeps anything: an outer one's holds for the inner ones, too.
         """
-        for eqn in reversed(self.around):
-            if eqn.primitive.name in ("remat2", "checkpoint"):
-                return eqn.params["policy"] is None
-            if eqn.primitive.name in ("scan", "while"):
-                return False
-        return False
+        names = [eqn.primitive.name for eqn in self.around]
+        inner = next((name for name in reversed(names) if name in (*CHECKPOINTS, "scan", "while")), "")
+        policies = [eqn.params["policy"] for eqn in self.around if eqn.primitive.name in CHECKPOINTS]
+        return inner in CHECKPOINTS and all(p in (None, jax.checkpoint_policies.nothing_saveable) for p in policies)
 
     @contextlib.contextmanager
     def inside(self, eqn: Any) -> Iterator[None]:
