@@ -45,8 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--share",
         default=os.environ.get("JLORA_SHARE"),
-        help="which part of the thorough tier rides along in the default run: '7/20' is the eighth twentieth, 'none' is "
-        "none; the commit chooses a twentieth unless this, or JLORA_SHARE, says otherwise",
+        help="which part of the thorough tier rides along in the default run: '7/20' is the eighth twentieth, '4' the "
+        "quarter that the commit chooses, 'none' none; '20' unless this, or JLORA_SHARE, says otherwise",
     )
 
 
@@ -95,8 +95,7 @@ def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """No file's tests take a worker above `memory.LIMIT`: each starts from a worker that has dropped what others left."""
-    memory.drop()
-    memory.forget_peak()
+    BOUND.start()
     yield
     memory.check(request.node.nodeid)
 
@@ -104,7 +103,7 @@ def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def bounded_within_the_file() -> Iterator[None]:
     yield
-    BOUND()
+    BOUND.between()
 
 
 @pytest.fixture

@@ -52,7 +52,14 @@ class Bound:
     def __init__(self) -> None:
         self.left = 0.0
 
-    def __call__(self) -> None:
+    def start(self) -> None:
+        """Before a file: drops what earlier ones left. The peak and the bound from here on are its own."""
+        drop()
+        forget_peak()
+        self.left = megabytes("VmRSS")
+
+    def between(self) -> None:
+        """Between two tests of the file."""
         if megabytes("VmRSS") > max(FULL, self.left + GROWN):
             drop(0.0)
             self.left = megabytes("VmRSS")

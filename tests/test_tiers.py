@@ -92,9 +92,35 @@ def test_shares_part_the_thorough_tier():
     parts = [[i for i in ids if tiers.Share(part, 20).has(i)] for part in range(20)]
     assert sorted(name for part in parts for name in part) == sorted(ids) and all(parts)
     assert tiers.Share.parse("7/20") == (7, 20) and not any(map(tiers.Share.parse("none").has, ids))
-    assert tiers.Share.parse(None).of == 20
-    with pytest.raises(pytest.UsageError, match="--share must be 'none' or a part"):
-        tiers.Share.parse("20/20")
+    assert tiers.Share.parse(None) == tiers.Share.parse("20") and tiers.Share.parse(None).of == 20
+
+
+@pytest.mark.parametrize("text", ["20/20", "0", "/4", "0/0", "-1/4", "all", ""])
+def test_a_part_that_is_none_is_an_error(text):
+    with pytest.raises(pytest.UsageError, match=f"--share must be 'none', .* counted from 0, not {text!r}"):
+        tiers.Share.parse(text)
+
+
+@pytest.mark.parametrize(("commit", "part"), [("6", 2), ("ffff", 3), ("", 0)])
+def test_the_commit_chooses_the_part(commit, part, monkeypatch):
+    monkeypatch.setattr(tiers, "commit", lambda: commit)
+    assert tiers.Share.parse("4") == (part, 4)
+
+
+def test_a_file_starts_anew_whatever_an_earlier_one_left(monkeypatch):
+    """What an earlier file could not drop once raised the bound of all later ones: 1,501 MB were taken of 1,500."""
+    taken, dropped = [], []
+    monkeypatch.setattr(memory, "megabytes", lambda field: taken.pop(0))
+    monkeypatch.setattr(memory, "forget_peak", lambda: None)
+    monkeypatch.setattr(memory, "drop", lambda above=memory.ENOUGH: dropped.append(above))
+    bound = memory.Bound()
+    for start, between in ((600, (1300, 1100, 1200, 1400, 900)), (650, (990, 1010, 640))):
+        taken[:] = [start, *between]
+        bound.start()
+        while taken:
+            bound.between()
+        dropped.append(None)
+    assert dropped == [memory.ENOUGH, 0.0, 0.0, None, memory.ENOUGH, 0.0, None]
 
 
 def test_a_file_that_takes_too_much_memory_is_named():

@@ -22,14 +22,17 @@ class Share(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | None) -> "Share":
-        """`"7/20"`; `"none"`; None for the twentieth that the commit's hash chooses, the first where git is absent."""
-        if text is None:
-            return cls(int(commit() or "0", 16) % PARTS, PARTS)
+        """`"7/20"`; `"none"`; `"4"` for the quarter that the commit's hash chooses, the first where git is absent; None is
+        "20"."""
         if text == "none":
             return cls(0, 0)
-        part, _, of = text.partition("/")
+        part, slash, of = f"{PARTS if text is None else text}".rpartition("/")
+        if not slash and of.isdecimal() and int(of):
+            part = str(int(commit() or "0", 16) % int(of))
         if not (part.isdecimal() and of.isdecimal() and int(part) < int(of)):
-            raise pytest.UsageError(f"--share must be 'none' or a part as '7/20', counted from 0, not {text!r}")
+            raise pytest.UsageError(
+                f"--share must be 'none', a number of parts as '20', or a part as '7/20', counted from 0, not {text!r}"
+            )
         return cls(int(part), int(of))
 
     def has(self, nodeid: str) -> bool:
