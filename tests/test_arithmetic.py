@@ -14,6 +14,8 @@ from jlora.adapted.compress import ProductSVD
 from jlora.adapted.thin import largest
 from tests.conformance import close, normal
 
+pytestmark = pytest.mark.once
+
 # Stacked kernels kept (in, out) and (out, in), a kernel of attention, a convolution, a table.
 AXES = {
     "embed": ((10, 6), (0,), (1,), (), "embedding"),

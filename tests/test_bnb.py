@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 from jlora.quant import Nested, Quantised, encode, format_of, layout_of, nested
 from jlora.quant.formats import FP4, NF4
 
+pytestmark = pytest.mark.once
+
 GOLDEN = load_file(Path(__file__).parent / "golden" / "quant" / "bnb.safetensors")
 CASES = sorted(key.rsplit("/", 1)[0] for key in GOLDEN if key.count("/") == 3 and key.endswith("/codes"))
 NESTED = sorted(key.removesuffix("/nested/codes") for key in GOLDEN if key.endswith("/nested/codes"))

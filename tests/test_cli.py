@@ -17,6 +17,8 @@ from jlora.cli import main, run
 from jlora.interop import pipeline_files, shards
 from tests.pipelines import normal, small
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden"
 PEFT, GPT2, LLAMA = GOLDEN / "peft", GOLDEN / "models" / "gpt2_causal_lm", GOLDEN / "models" / "llama2_causal_lm"
 LORA = PEFT / "lora"

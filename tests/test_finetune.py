@@ -297,6 +297,7 @@ def loaded(name, **options):
     return configfile.load(Experiment, CONFIGS / f"{name}.py", **options)
 
 
+@pytest.mark.once
 @pytest.mark.loose_promotion  # Flax's norms promote DeBERTa's bfloat16
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_config_trains_as_many_parameters_as_its_docstring_says(name):

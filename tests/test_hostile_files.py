@@ -29,7 +29,10 @@ from jlora.models.tensors import leaf, linear
 from tests import hostile
 from tests.hostile import Loader
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="files of POSIX systems")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="files of POSIX systems"),
+]
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "golden" / "loralib.bin"

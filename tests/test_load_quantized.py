@@ -21,6 +21,8 @@ from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.quant import Nested, Quantised
 from tests.tiers import thorough
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden" / "quant" / "models"
 READ = ("llama_nf4", "llama_nf4_straddling", "llama_fp4", "gpt2_nf4")
 

@@ -74,6 +74,7 @@ def test_outputs_are_those_of_transformers(name, scan):
             np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE, err_msg=f"{call}/{part}")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scan", [False, True], ids=["", "scanned"])
 @pytest.mark.parametrize("name", CASES)
 def test_saving_writes_the_checkpoint_again(name, scan, tmp_path):

@@ -22,6 +22,8 @@ from jlora.interop.peft.read import parsed
 from jlora.models.tensors import CONV, LINEAR, leaf
 from tests.tiers import thorough
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).with_name("golden")
 PEFT = GOLDEN / "peft"
 ROWS = sorted(path.name for path in PEFT.iterdir() if (path / "adapter_config.json").exists())

@@ -14,6 +14,8 @@ from jlora.models import diffusion
 from jlora.models.diffusion import Noise, scheduler_config, timesteps
 from jlora.models.diffusion import noise as noises
 
+pytestmark = pytest.mark.once
+
 GOLDEN = np.load(Path(__file__).parent / "golden" / "schedulers.npz")
 CASES = json.loads(str(GOLDEN["cases"]))
 DRAWN = GOLDEN["noises"]
