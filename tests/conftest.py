@@ -38,7 +38,6 @@ import pytest
 from tests import memory, tiers
 
 pytest.register_assert_rewrite("tests.conformance")
-BOUND = memory.Bound()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "endless: runs for half an hour, and only where -m names it; with -o faulthandler_timeout=0"
     )
+    config.pluginmanager.register(memory)
     config.stash[tiers.SHARE] = tiers.Share.parse(config.getoption("--share"))
 
 
@@ -90,20 +90,6 @@ def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No file's tests take a worker above `memory.LIMIT`: each starts from a worker that has dropped what others left."""
-    BOUND.start()
-    yield
-    memory.check(request.node.nodeid)
-
-
-@pytest.fixture(autouse=True)
-def bounded_within_the_file() -> Iterator[None]:
-    yield
-    BOUND.between()
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ LARGE = ("jlora/models/diffusion/README.md",)  # whose programs take JAX 0.10 ab
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith(LARGE)])
 def test_example_runs_here(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In this process, which has imported everything before: starting another is most of what an example takes."""
-    memory.drop(500)  # no example takes up a program of another
+    memory.drop()  # no example takes up a program of another
     monkeypatch.chdir(tmp_path)
     main = types.ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", main)  # where its classes are looked for

@@ -107,20 +107,43 @@ def test_the_commit_chooses_the_part(commit, part, monkeypatch):
     assert tiers.Share.parse("4") == (part, 4)
 
 
+@pytest.mark.parametrize(
+    ("readings", "drops"),
+    [
+        ([600, 600, 1000, 990], ""),  # enough room
+        ([600, 600, 1001, 700, 960, 1001, 640], "bb"),
+        ([750, 640, 640, 900], "s"),
+        (
+            [600, 600, 1300, 1100, 1340, 1351, 900, 1140, 1160, 900],
+            "bbb",
+        ),  # 1,100 cannot be dropped: the next is not tried
+    ],
+)
+def test_what_is_dropped_and_when(readings, drops, monkeypatch):
+    """Readings of the memory in MB: before a file, after a drop there, at its start; between its tests, after a drop there."""
+    assert dropped(memory.Bound(), readings, monkeypatch) == drops
+
+
 def test_a_file_starts_anew_whatever_an_earlier_one_left(monkeypatch):
     """What an earlier file could not drop once raised the bound of all later ones: 1,501 MB were taken of 1,500."""
-    taken, dropped = [], []
-    monkeypatch.setattr(memory, "megabytes", lambda field: taken.pop(0))
-    monkeypatch.setattr(memory, "forget_peak", lambda: None)
-    monkeypatch.setattr(memory, "drop", lambda above=memory.ENOUGH: dropped.append(above))
     bound = memory.Bound()
-    for start, between in ((600, (1300, 1100, 1200, 1400, 900)), (650, (990, 1010, 640))):
-        taken[:] = [start, *between]
-        bound.start()
-        while taken:
-            bound.between()
-        dropped.append(None)
-    assert dropped == [memory.ENOUGH, 0.0, 0.0, None, memory.ENOUGH, 0.0, None]
+    assert dropped(bound, [600, 600, 1300, 1100], monkeypatch) == "b"
+    assert dropped(bound, [1090, 650, 650, 1010, 640], monkeypatch) == "sb"
+    assert dropped(bound, [750, 750, 1001, 700], monkeypatch) == "b"  # a start that would drop little drops nothing
+    assert dropped(bound, [751, 660, 660], monkeypatch) == "s"
+
+
+def dropped(bound: memory.Bound, readings: list[float], monkeypatch: pytest.MonkeyPatch) -> str:
+    """An `s` for each drop at the start of a file, a `b` for each between its tests, which go on as long as the readings."""
+    left, found, when = list(readings), [], "s"
+    monkeypatch.setattr(memory, "megabytes", lambda field: left.pop(0))
+    monkeypatch.setattr(memory, "forget_peak", lambda: None)
+    monkeypatch.setattr(memory, "drop", lambda: found.append(when))
+    bound.start()
+    when = "b"
+    while left:
+        bound.between()
+    return "".join(found)
 
 
 def test_a_file_that_takes_too_much_memory_is_named():
