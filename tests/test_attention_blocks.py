@@ -69,6 +69,29 @@ def test_rows_and_heads_over_a_mesh_are_taken_by_blocks_where_they_lie():
     assert not re.findall(r"all-\w+\(|collective-\w+\(", made[1].as_text())
 
 
+def test_a_cpu_alone_takes_one_row_of_the_batch_after_another(monkeypatch):
+    args = operands(512)
+    loops = lambda platform: (
+        jax.jit(functools.partial(value_of, True)).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    ).count("stablehlo.while")
+    assert loops("cpu") == loops("tpu") == 1  # eight devices: the rows may lie on many
+    many = [jnp.tile(x, (4, 1, 1, 1)) for x in operands(1024)]
+    held = [held_by_gradient(many)]
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert (loops("cpu"), loops("tpu")) == (2, 1)
+    close(value_and_gradient(True, args), value_and_gradient(False, args))
+    held.append(held_by_gradient(many))
+    assert held[1] < 0.5 * held[0]  # 2 MiB of scores at a time and 16
+    args = tuple(x[:1] for x in args)
+    assert loops("cpu") == 1
+
+
+def held_by_gradient(args):
+    """Bytes of temporaries."""
+    loss = lambda *args: value_of(True, *args).sum()
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
 def value_of(blocks, *args):
     return DotProductAttention(blocks=blocks).apply({}, *args)
 
