@@ -31,10 +31,25 @@ def test_numbers_and_gradients_are_those_of_the_plain_form(length, scale):
     close(value_and_gradient(True, args, scale=scale), value_and_gradient(False, args, scale=scale))
 
 
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("keys", [64, 77])
+def test_a_cpu_takes_few_queries_or_keys_at_once(keys, scale):
+    q, k, v = operands(77)
+    args = q[:, :64], k[:, :keys], v[:, :keys]
+    close(value_and_gradient(True, args, scale=scale), value_and_gradient(False, args, scale=scale))
+    attend = functools.partial(DotProductAttention(blocks=True, scale=scale).apply, {})
+    divided = lambda platform: re.findall(
+        r"stablehlo.divide .*tensor<(\w+)>\n",
+        jax.jit(attend).trace(*args).lower(lowering_platforms=(platform,)).as_text(),
+    )
+    assert divided("cpu") == ["2x2x64x8xf32"] and divided("tpu") == [f"1x2x2x64x{keys}xf32"]
+
+
 @pytest.mark.loose_promotion  # the plain form, in its gradient
-def test_half_precision_is_as_near_as_the_plain_form():
-    exact = value_and_gradient(False, operands(512))
-    args = operands(512, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("length", [64, 512])
+def test_half_precision_is_as_near_as_the_plain_form(length):
+    exact = value_and_gradient(False, operands(length))
+    args = operands(length, dtype=jnp.bfloat16)
     gap = lambda found: [
         float(jnp.abs(a.astype(jnp.float32) - b).max()) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
     ]  # fmt: skip

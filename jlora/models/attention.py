@@ -29,8 +29,8 @@ class DotProductAttention(nn.Module):
         compiled (JAX's CUDA wheels bring it); every other platform's program has the plain form alone. Where the GPUs
         at hand are older than Ampere, the plain form, too, and where the tokens of a row lie on several devices, as
         the type of the query says on Explicit axes. On Auto axes nothing here knows that: say "xla".
-      blocks: the plain form takes some queries at a time where there are many, see `attention_blocks`: not with a mask
-        or a bias, nor where the tokens of a row lie on several devices.
+      blocks: the plain form is that of `attention_blocks`: some queries at a time where there are many, and on a CPU
+        all at once where there are few. Not with a mask or a bias, nor where a row's tokens lie on several devices.
     """
 
     takes_prefix: ClassVar[bool] = True  # whoever puts keys before the others widens the mask, and nothing else
@@ -89,9 +89,13 @@ class DotProductAttention(nn.Module):
                 )
             return flash(query, key, value, *more)
         plain: Callable[..., jax.Array] = functools.partial(attend, implementation="xla")
-        size = attention_blocks.size_of(length, keys) if self.blocks and not (causal or more) else None
-        if size is not None and query.shape == key.shape and not apart:
-            plain = placed.lying_as(query, functools.partial(attention_blocks.attend, size=size, scale=self.scale))
+        if self.blocks and not (causal or more or apart) and query.shape[2:] == key.shape[2:]:
+            size = attention_blocks.size_of(length, keys) if length == keys else None
+            if size is not None:
+                plain = placed.lying_as(query, functools.partial(attention_blocks.attend, size=size, scale=self.scale))
+            else:
+                at_once = placed.lying_as(query, functools.partial(attention_blocks.at_once, scale=self.scale))
+                plain = functools.partial(jax.lax.platform_dependent, cpu=at_once, default=plain)
         if self.implementation == "xla":
             return plain(query, key, value, *more)
         if apart or not (_fits_flash(query, keys, masked=bool(more)) and _has_flash()):
