@@ -38,7 +38,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, size: int, sca
 
     Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", arXiv 2112.05682.
     """
-    of_rows = functools.partial(_attend, size=size, scale=query.shape[-1] ** -0.5 if scale is None else scale)
+    of_rows = functools.partial(_attend, size=size, scale=scale)
     if len(query) == 1 or jax.device_count() > 1:
         return of_rows(query, key, value)
     of_each = lambda *rows: jax.lax.map(lambda row: of_rows(*(x[None] for x in row))[0], rows)
@@ -57,10 +57,10 @@ def at_once(query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float 
       scale: above 0; 1 / sqrt(width) when None.
     """
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))  # (batch, heads, length, width)
-    return jnp.swapaxes(_mixed(q, k, v, query.shape[-1] ** -0.5 if scale is None else scale), 1, 2)
+    return jnp.swapaxes(_mixed(q, k, v, scale), 1, 2)
 
 
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, *, size: int, scale: float) -> jax.Array:
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, *, size: int, scale: float | None) -> jax.Array:
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))  # (batch, heads, length, width)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -71,10 +71,11 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, *, size: int, sc
     return jnp.transpose(blocks, (1, 0, 3, 2, 4)).reshape(query.shape)
 
 
-def _mixed(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+def _mixed(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None) -> jax.Array:
     """(batch, heads, length, width), and (batch, heads, keys, width) twice -> (batch, heads, length, width)."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.exp(scale * (scores - largest))  # (batch, heads, length, keys)
+    weights = jnp.exp(factor * (scores - largest))  # (batch, heads, length, keys)
     mixed = jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (mixed / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)
