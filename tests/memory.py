@@ -51,7 +51,7 @@ def drop() -> None:
 
 
 class Bound:
-    """Drops what a file's own tests left, between two of them, where the worker is full."""
+    """Drops what tests left, before a file and between two of its tests, where it is worth it."""
 
     def __init__(self) -> None:
         self.base = self.left = 0.0
@@ -63,12 +63,14 @@ class Bound:
             self.base = megabytes("VmRSS")
         forget_peak()
         self.left = megabytes("VmRSS")
+        self.base = min(self.base, self.left)
 
     def between(self) -> None:
         """Between two tests of the file."""
         if megabytes("VmRSS") > max(FULL, self.left + GROWN):
             drop()
             self.left = megabytes("VmRSS")
+            self.base = min(self.base, self.left)
 
 
 def check(name: str, limit: float = LIMIT) -> None:
@@ -82,7 +84,7 @@ BOUND = Bound()
 
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No file's tests take a worker above `LIMIT`: each starts from a worker that has dropped what others left."""
+    """No file's tests take a worker above `LIMIT`: before each is dropped what others left, if it is much."""
     BOUND.start()
     yield
     check(request.node.nodeid)

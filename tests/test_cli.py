@@ -17,8 +17,6 @@ from jlora.cli import main, run
 from jlora.interop import pipeline_files, shards
 from tests.pipelines import normal, small
 
-pytestmark = pytest.mark.once
-
 GOLDEN = Path(__file__).parent / "golden"
 PEFT, GPT2, LLAMA = GOLDEN / "peft", GOLDEN / "models" / "gpt2_causal_lm", GOLDEN / "models" / "llama2_causal_lm"
 LORA = PEFT / "lora"
@@ -403,6 +401,7 @@ def test_count(jlora, parsed):
     assert "parameters are trained" in jlora("count", "bert-base", "dora(4)", "--dtype", "float32")
 
 
+@pytest.mark.once
 @pytest.mark.loose_promotion  # Flax's norms of bfloat16
 def test_count_of_a_unet(jlora, parsed):
     report = parsed("count", "sd15", "--method", "lora(4)")

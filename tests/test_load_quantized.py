@@ -21,8 +21,6 @@ from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.quant import Nested, Quantised
 from tests.tiers import thorough
 
-pytestmark = pytest.mark.once
-
 GOLDEN = Path(__file__).parent / "golden" / "quant" / "models"
 READ = ("llama_nf4", "llama_nf4_straddling", "llama_fp4", "gpt2_nf4")
 
@@ -35,6 +33,7 @@ def small(params):
     return [leaf for leaf in leaves(params) if isinstance(leaf, Quantised)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scan", thorough([False, True], "test_what_was_read_is_written_byte_for_byte", [True]))
 @pytest.mark.parametrize("name", READ)
 def test_what_transformers_saved_computes_what_it_computed(name, scan):
@@ -301,6 +300,7 @@ def same(ours, theirs):
         assert np.mean(np.asarray(a.scales.codes) != np.asarray(b.scales.codes)) < 0.02
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["llama_nf4_straddling", "gpt2_nf4"])
 @pytest.mark.parametrize("case", thorough(FORMATS, "test_codes_are_those_that_transformers_makes", ["nf4", "int8"]))
 def test_quantised_on_the_way_is_quantised_afterwards(case, name, monkeypatch):

@@ -17,8 +17,6 @@ from jlora.methods.selective import BIAS, LAYER, NORM
 from jlora.transform.jaxprs import bodies
 from tests.conformance import close, measured, normal, randomised
 
-pytestmark = pytest.mark.once
-
 D, F, L = 16, 24, 3
 X, Y = normal(10, D), normal(10, F, seed=1)
 

@@ -19,8 +19,6 @@ from jlora.models.gpt2 import GPT2, GPT2Config
 from jlora.models.llama import Llama, LlamaConfig
 from jlora.models.tensors import LINEAR, Leaf, Part, layered, leaf, linear, tensor_shape, tensor_slices, to_tensors
 
-pytestmark = pytest.mark.once
-
 GOLDEN = Path(__file__).parent / "golden" / "models"
 
 

@@ -22,8 +22,6 @@ from jlora.interop.peft.read import parsed
 from jlora.models.tensors import CONV, LINEAR, leaf
 from tests.tiers import thorough
 
-pytestmark = pytest.mark.once
-
 GOLDEN = Path(__file__).with_name("golden")
 PEFT = GOLDEN / "peft"
 ROWS = sorted(path.name for path in PEFT.iterdir() if (path / "adapter_config.json").exists())
@@ -109,6 +107,7 @@ def has(row: str, part: str) -> bool:
 MERGED = [row for row in READ if has(row, "merged/")]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("row", MERGED)
 def test_merged_weights_are_those_of_peft(row):
     """To 2e-5 of the largest entry: both sum in float32, in other orders; PiSSA's product is a difference of two."""
@@ -231,6 +230,7 @@ OPTIMIZERS = {"sgd": optax.sgd(0.1), "adamw": optax.adamw(0.01, weight_decay=0.0
 TRAINED = [row for row in READ if has(row, "adamw") and row != "ia3"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(
     "row", thorough(TRAINED, "test_merged_weights_are_those_of_peft", default=("lora", "bias_all"))
@@ -367,6 +367,7 @@ def test_experts_by_a_table_of_names(tmp_path):
     mean_the_same(jlora.peft.read(PEFT / row), jlora.peft.read(tmp_path))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("row", ["lora", "dora", "loha", "lokr", "oft", "vera_shapes", "adalora", "bias_all"])
 def test_stacked_layers_have_the_factors_of_all(row, tmp_path):
     model, adapted = read(row, scan=True)
@@ -657,6 +658,7 @@ SITES = {
 PLACES = {"table": TABLE, "convolution": CONVOLUTION, "square": SQUARE}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     "method", [jlora.lora(2, 3.0), jlora.dora(2), jlora.pissa(2), jlora.olora(2)], ids=lambda m: m.name

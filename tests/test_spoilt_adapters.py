@@ -24,8 +24,6 @@ from jlora.checkpoint.folder import NAME
 from jlora.methods import METHODS, from_json, to_json
 from jlora.transform.sites import Site
 
-pytestmark = pytest.mark.once
-
 PARAMS = {
     "k": {"kernel": np.ones((6, 4), np.float32)},
     "q": {"kernel": np.ones((6, 4), np.float32)},

@@ -26,8 +26,6 @@ from jlora.models.roberta import RobertaConfig
 from jlora.models.tokenizer import Tokenizer
 from jlora.models.vit import ViTConfig
 
-pytestmark = pytest.mark.once
-
 GOLDEN = Path(__file__).parent / "golden" / "models"
 CASES = (
     "gpt2_causal_lm", "llama_yarn_rope", "llama3_causal_lm", "mistral_causal_lm", "qwen2_sliding", "bert_base",

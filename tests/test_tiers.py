@@ -101,10 +101,18 @@ def test_a_part_that_is_none_is_an_error(text):
         tiers.Share.parse(text)
 
 
-@pytest.mark.parametrize(("commit", "part"), [("6", 2), ("ffff", 3), ("", 0)])
+@pytest.mark.parametrize(("commit", "part"), [("6", 2), ("ffff", 3)])
 def test_the_commit_chooses_the_part(commit, part, monkeypatch):
     monkeypatch.setattr(tiers, "commit", lambda: commit)
     assert tiers.Share.parse("4") == (part, 4)
+
+
+def test_without_a_commit_no_part_is_asked_for(monkeypatch):
+    """.ci/run would run the same quarter for ever."""
+    monkeypatch.setattr(tiers, "commit", lambda: "")
+    assert tiers.Share.parse(None) == (0, 20)
+    with pytest.raises(pytest.UsageError, match="--share='4' lets the commit choose the part, and git names none here"):
+        tiers.Share.parse("4")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +137,10 @@ def test_a_file_starts_anew_whatever_an_earlier_one_left(monkeypatch):
     bound = memory.Bound()
     assert dropped(bound, [600, 600, 1300, 1100], monkeypatch) == "b"
     assert dropped(bound, [1090, 650, 650, 1010, 640], monkeypatch) == "sb"
-    assert dropped(bound, [750, 750, 1001, 700], monkeypatch) == "b"  # a start that would drop little drops nothing
+    assert dropped(bound, [740, 740, 1001, 700], monkeypatch) == "b"  # a start that would drop little drops nothing
     assert dropped(bound, [751, 660, 660], monkeypatch) == "s"
+    assert dropped(bound, [1300, 1090, 1090, 1350, 500], monkeypatch) == "sb"  # what could not be dropped then can be
+    assert dropped(bound, [1150, 600, 600], monkeypatch) == "s"
 
 
 def dropped(bound: memory.Bound, readings: list[float], monkeypatch: pytest.MonkeyPatch) -> str:

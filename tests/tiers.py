@@ -22,13 +22,15 @@ class Share(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | None) -> "Share":
-        """`"7/20"`; `"none"`; `"4"` for the quarter that the commit's hash chooses, the first where git is absent; None is
-        "20"."""
+        """`"7/20"`; `"none"`; `"4"` for the quarter that the commit's hash chooses; None as "20", without git the first."""
         if text == "none":
             return cls(0, 0)
         part, slash, of = f"{PARTS if text is None else text}".rpartition("/")
         if not slash and of.isdecimal() and int(of):
-            part = str(int(commit() or "0", 16) % int(of))
+            known = commit()
+            if text is not None and not known:
+                raise pytest.UsageError(f"--share={text!r} lets the commit choose the part, and git names none here")
+            part = str(int(known or "0", 16) % int(of))
         if not (part.isdecimal() and of.isdecimal() and int(part) < int(of)):
             raise pytest.UsageError(
                 f"--share must be 'none', a number of parts as '20', or a part as '7/20', counted from 0, not {text!r}"

@@ -30,7 +30,8 @@ class DotProductAttention(nn.Module):
         at hand are older than Ampere, the plain form, too, and where the tokens of a row lie on several devices, as
         the type of the query says on Explicit axes. On Auto axes nothing here knows that: say "xla".
       blocks: the plain form is that of `attention_blocks`: some queries at a time where there are many, and on a CPU
-        all at once where there are few. Not with a mask or a bias, nor where a row's tokens lie on several devices.
+        all at once where there are few. Not where it is causal, with a mask, a bias or fewer key heads, nor where a
+        row's tokens lie on several devices.
     """
 
     takes_prefix: ClassVar[bool] = True  # whoever puts keys before the others widens the mask, and nothing else
@@ -89,12 +90,12 @@ class DotProductAttention(nn.Module):
                 )
             return flash(query, key, value, *more)
         plain: Callable[..., jax.Array] = functools.partial(attend, implementation="xla")
-        if self.blocks and not (causal or more or apart) and query.shape[2:] == key.shape[2:]:
+        if self.blocks and not (causal or more or apart) and key.shape == (len(query), keys, *query.shape[2:]):
             size = attention_blocks.size_of(length, keys) if length == keys else None
             if size is not None:
                 plain = placed.lying_as(query, functools.partial(attention_blocks.attend, size=size, scale=self.scale))
-            else:
-                at_once = placed.lying_as(query, functools.partial(attention_blocks.at_once, scale=self.scale))
+            elif placed.explicit_mesh(query, key, value) is None:
+                at_once = functools.partial(attention_blocks.at_once, scale=self.scale)
                 plain = functools.partial(jax.lax.platform_dependent, cpu=at_once, default=plain)
         if self.implementation == "xla":
             return plain(query, key, value, *more)
