@@ -16,7 +16,7 @@ import pytest
 LIMIT = 1500  # MB that a worker may take at any time: two of them and the run's own process fit in 4 GB
 ENOUGH = 700  # MB above which a file starts anew; below, what is compiled already is worth more than the room
 FULL = 1000  # MB above which a test's programs are dropped before the file ends
-SOME = 100  # MB more than the last start left: a file of small examples leaves less
+SOME = 50  # MB more than the last start left: a file of small examples leaves less
 GROWN = 250  # MB more than the last dropping left: what cannot be dropped is not tried again and again
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -137,7 +137,7 @@ def test_a_file_starts_anew_whatever_an_earlier_one_left(monkeypatch):
     bound = memory.Bound()
     assert dropped(bound, [600, 600, 1300, 1100], monkeypatch) == "b"
     assert dropped(bound, [1090, 650, 650, 1010, 640], monkeypatch) == "sb"
-    assert dropped(bound, [740, 740, 1001, 700], monkeypatch) == "b"  # a start that would drop little drops nothing
+    assert dropped(bound, [700, 700, 1001, 700], monkeypatch) == "b"  # a start that would drop little drops nothing
     assert dropped(bound, [751, 660, 660], monkeypatch) == "s"
     assert dropped(bound, [1300, 1090, 1090, 1350, 500], monkeypatch) == "sb"  # what could not be dropped then can be
     assert dropped(bound, [1150, 600, 600], monkeypatch) == "s"
